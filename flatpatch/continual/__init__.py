@@ -1,0 +1,1 @@
+"""Continual learning: accuracy matrices, reference implementations of the methods, tasks and models."""
