@@ -1,0 +1,80 @@
+"""What every test stands on: no network, no display, one thread, fixed seeds, and the upstream checkouts."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Set before any test module imports the library that reads them, and inherited by the runs that tests start.
+# TRANSFORMERS_OFFLINE is not set: with it, N-LoRA and O-LoRA refuse to start unless nltk has its punkt.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_DISABLED": "true",
+}
+# FLATPATCH_RUN switches the hooks on; git sets its own while it runs a hook, and they redirect our git calls.
+REMOVED = ("FLATPATCH_RUN", "GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "TRANSFORMERS_OFFLINE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    caches = tempfile.TemporaryDirectory(prefix="flatpatch-caches-")
+    config.add_cleanup(caches.cleanup)
+    os.environ.update(ENVIRONMENT, HF_HOME=caches.name)
+    for name in REMOVED:
+        os.environ.pop(name, None)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start each test from the same random numbers, in whatever order they run."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def third_party_folders() -> list[Path]:
+    """Return where checkouts may lie, in the order in which flatpatch looks."""
+    configured = subprocess.run(
+        ["git", "config", "--type=path", "flatpatch.thirdParty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    named = [os.environ.get("FLATPATCH_THIRD_PARTY", ""), configured]
+    return [Path(folder).expanduser() for folder in named if folder] + [ROOT / "third_party"]
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Callable[[str], Path]:
+    """Return a function from a repository's name to its checkout; it skips the test where there is none."""
+
+    def find(name: str) -> Path:
+        for folder in third_party_folders():
+            checkout = folder / name
+            if checkout.is_dir() and any(checkout.iterdir()):
+                return checkout
+        pytest.skip(f"no checkout of {name}; run: git submodule update --init third_party/{name}")
+
+    return find
