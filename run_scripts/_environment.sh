@@ -1,0 +1,133 @@
+# Sourced by the scripts beside it: makes .venv from requirements.lock on first use, reuses it afterwards,
+# puts its programs first on PATH and goes to the project's folder.
+#
+# FLATPATCH_PYTHON=/path/to/python3.11 says which Python makes it; default: the first 3.11, else 3.10, on PATH.
+# With uv on PATH, uv installs (and can fetch a Python); else Python's own venv and pip do.
+#
+# Only an environment with the right stamp is used. The stamp is written last and holds the lock and this
+# folder's name, since an environment does not survive being moved. Anything else called .venv is made again;
+# if it is a link, what it points to is refilled, so that it may lie on another disk.
+
+flatpatch_root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+flatpatch_venv=$flatpatch_root/.venv
+flatpatch_lock=$flatpatch_root/requirements.lock
+
+flatpatch_stamp() {
+  printf '# %s\n' "$flatpatch_root"
+  cat "$flatpatch_lock"
+}
+
+# The stamp is right, Python starts, and every package that the lock gives to all machines is there.
+flatpatch_is_healthy() {
+  flatpatch_stamp | cmp -s - "$flatpatch_venv/flatpatch-stamp" || return 1
+  "$flatpatch_venv/bin/python" -I - "$flatpatch_lock" 2>/dev/null <<'PYTHON'
+import importlib.metadata, re, sys
+for line in open(sys.argv[1]):
+    pin = re.match(r"([\w.-]+)==[^;]*$", line)
+    if pin:
+        importlib.metadata.distribution(pin[1])
+PYTHON
+}
+
+# Sets python to one that will do, or else seen to what there is.
+flatpatch_find_python() {
+  local modules=$1 candidate candidates version
+  seen=""
+  if [ -n "${FLATPATCH_PYTHON:-}" ]; then
+    candidates=$(type -P -- "$FLATPATCH_PYTHON") || seen="  FLATPATCH_PYTHON=$FLATPATCH_PYTHON is not a program"$'\n'
+  else
+    candidates=$(type -aP python3.11 python3.10 python3 python) || true
+  fi
+  while IFS= read -r candidate; do
+    [ -n "$candidate" ] || continue
+    version=$("$candidate" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || version=""
+    case $version in
+      3.10 | 3.11)
+        if "$candidate" -I -c "import $modules" 2>/dev/null </dev/null; then
+          python=$candidate
+          return 0
+        fi
+        seen+="  $candidate: $version, but no venv module (Debian, Ubuntu: apt install python$version-venv)"$'\n'
+        ;;
+      "") seen+="  $candidate: does not start"$'\n' ;;
+      *) seen+="  $candidate: $version"$'\n' ;;
+    esac
+  done <<<"$candidates"
+  return 1
+}
+
+flatpatch_no_python() {
+  cat <<MESSAGE
+flatpatch makes its environment with Python 3.10 or 3.11. Found:
+${seen:-  no Python on PATH
+}Install one of the two, or uv (docs.astral.sh/uv), which fetches its own; or name one that is elsewhere:
+  FLATPATCH_PYTHON=/path/to/python3.11 bash $0
+MESSAGE
+  return 2
+}
+
+flatpatch_install() {
+  local python="" seen setuptools
+  # Settings meant for other installs; the address of a mirror and the like stay.
+  unset PIP_CONSTRAINT PIP_NO_BINARY PIP_ONLY_BINARY PIP_PREFIX PIP_PYTHON PIP_REQUIRE_HASHES PIP_ROOT PIP_TARGET
+  unset UV_CONSTRAINT UV_NO_BINARY UV_NO_BUILD UV_ONLY_BINARY UV_OVERRIDE UV_REQUIRE_HASHES UV_SYSTEM_PYTHON
+  export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 DS_BUILD_OPS=0
+  # The two packages without a wheel are built by the locked setuptools, not by whatever is newest today.
+  setuptools=$(grep '^setuptools==' "$flatpatch_lock")
+  if uv --version >/dev/null 2>&1; then
+    if ! flatpatch_find_python sys; then
+      [ -z "${FLATPATCH_PYTHON:-}" ] || flatpatch_no_python || return
+      python=3.11
+    fi
+    uv venv --quiet --no-project --python "$python" "$flatpatch_venv" || return 1
+    set -- uv pip install --python "$flatpatch_venv/bin/python"
+  else
+    flatpatch_find_python ensurepip,venv || flatpatch_no_python || return
+    "$python" -I -m venv "$flatpatch_venv" || return 1
+    set -- "$flatpatch_venv/bin/python" -I -m pip install --disable-pip-version-check --use-pep517
+  fi
+  "$@" --quiet --no-deps "$setuptools" && "$@" --no-deps --no-build-isolation -r "$flatpatch_lock" || return 1
+  # Lets any folder's `python -m flatpatch` find the package.
+  printf '%s\n' "$flatpatch_root" >"$("$flatpatch_venv/bin/python" -I -c 'import site; print(site.getsitepackages()[0])')/flatpatch.pth"
+  flatpatch_stamp >"$flatpatch_venv/flatpatch-stamp"
+}
+
+flatpatch_make_environment() (
+  # Held until this subshell ends, however it ends. Where files cannot be locked, two first uses may clash.
+  exec 9>>"$flatpatch_root/.venv.lock"
+  if command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
+    echo "Waiting for another script that is making .venv ..."
+    flock 9 || true
+    ! flatpatch_is_healthy || return 0
+  fi
+  echo "Making .venv, once: about 7 GB on disk, a few minutes ..."
+  rm -f -- "$flatpatch_venv/flatpatch-stamp"
+  mkdir -p -- "$(readlink -f -- "$flatpatch_venv")" && find "$flatpatch_venv/" -mindepth 1 -delete || return 1
+  status=0
+  flatpatch_install || status=$?
+  case $status in
+    0)
+      if ! flatpatch_is_healthy; then
+        echo "The packages are not in .venv. Is there a target or a prefix in: pip config list ?"
+        return 1
+      fi
+      echo "Made .venv in $SECONDS s."
+      ;;
+    2) ;; # flatpatch_no_python has said why
+    *) echo "Making .venv failed, see above. The next call starts it again." ;;
+  esac
+  return "$status"
+)
+
+unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH # another environment's packages would come before ours
+if ! flatpatch_is_healthy; then
+  case " $* " in
+    *" --help "* | *" -h "*) # the script's own comment; no reason to wait for an installation
+      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+      exit 0
+      ;;
+  esac
+  flatpatch_make_environment >&2 || exit
+fi
+export PATH=$flatpatch_venv/bin:$PATH VIRTUAL_ENV=$flatpatch_venv
+cd -- "$flatpatch_root"
