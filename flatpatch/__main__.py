@@ -1,0 +1,125 @@
+"""The command line: ``python -m flatpatch <verb> key=value ...``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+
+USAGE = """usage: python -m flatpatch <verb> key=value ...
+
+verbs:
+  run      train one method over its tasks; stops and continues with the same command
+  sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
+  report   show a finished run's table again and redraw its figures: report run=FOLDER
+  patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
+  doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
+
+examples:
+  python -m flatpatch run method=nlora sam=sam rho=0.05
+  python -m flatpatch run method=olora order=2 profile=upstream model=models/t5-large --dry-run
+  python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
+  python -m flatpatch run --help
+"""
+
+RUN_USAGE = """usage: python -m flatpatch run key=value ... [--dry-run]
+
+Trains one method over its tasks and ends with an accuracy matrix, a record and figures in runs/<run>/.
+--dry-run prints the exact commands and their difference from upstream's own script, and starts nothing.
+
+settings:
+{settings}
+
+examples:
+  bash run_scripts/nlora_sam.sh rho=0.05
+  bash run_scripts/nlora_sam.sh order=1 profile=upstream --dry-run
+  bash run_scripts/olora_sam.sh sam=asam rho=0.5 seed=1 run=asam-try
+  bash run_scripts/nlora_sam.sh profile=upstream model=models/t5-large upstream.num_train_epochs=1
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; a FlatpatchError becomes one message."""
+    arguments = list(sys.argv[1:] if words is None else words)
+    try:
+        return _dispatch(arguments)
+    except FlatpatchError as error:
+        print(f"flatpatch: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("flatpatch: interrupted.", file=sys.stderr)
+        return 85
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "sweep": _sweep,
+        "report": _report,
+        "patches": _patches,
+        "doctor": _doctor,
+    }
+    if verb not in verbs:
+        raise UserError(f"unknown verb '{verb}'.{did_you_mean(verb, verbs)} Verbs: {', '.join(verbs)}. See --help.")
+    return verbs[verb](rest)
+
+
+def _asks_for_help(words: list[str]) -> bool:
+    return "--help" in words or "-h" in words
+
+
+def _run(words: list[str]) -> int:
+    from flatpatch import settings
+
+    if _asks_for_help(words):
+        print(RUN_USAGE.format(settings=settings.describe()))
+        return 0
+    dry_run = "--dry-run" in words
+    request = settings.parse([word for word in words if word != "--dry-run"])
+    from flatpatch.runs.plan import make_plan, render
+
+    plan = make_plan(request, dry_run=dry_run)
+    if dry_run:
+        print(render(plan))
+        return 0
+    from flatpatch.runs.execute import execute
+
+    execute(plan)
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    from flatpatch import settings
+    from flatpatch.runs import sweep
+
+    if _asks_for_help(words):
+        print(sweep.USAGE.format(settings=settings.describe()))
+        return 0
+    return sweep.sweep(words)
+
+
+def _report(words: list[str]) -> int:
+    from flatpatch.runs import sweep
+
+    return sweep.show(words)
+
+
+def _patches(words: list[str]) -> int:
+    from flatpatch import patches
+
+    return patches.cli(words)
+
+
+def _doctor(words: list[str]) -> int:
+    from flatpatch.runs import doctor
+
+    return doctor.doctor(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Carry out a plan: one subprocess per task, resumable at every task's end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from flatpatch import patches
+from flatpatch.continual import metrics, quick
+from flatpatch.continual.results import read_results
+from flatpatch.errors import FlatpatchError, Interrupted, UserError
+from flatpatch.report.figures import draw_run
+from flatpatch.report.table import summary_table
+from flatpatch.runs.changes import TaskPlan
+from flatpatch.runs.plan import Plan, headline
+from flatpatch.runs.record import (
+    check_continues,
+    finish_record,
+    new_record,
+    read_json,
+    write_atomically,
+    write_record,
+)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LOG_LINES_SHOWN = 15
+
+
+def execute(plan: Plan) -> dict[str, Any]:
+    """Run every task of a plan that is not finished yet, then write the record, the table and the figures.
+
+    Returns:
+        The finished record.
+
+    Raises:
+        UserError: If the run folder holds another run.
+        FlatpatchError: If a task fails.
+        Interrupted: If a signal asks to stop; the same command continues the run.
+    """
+    old = check_continues(plan.folder, plan)
+    if old is not None and old["status"] == "finished":
+        print(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
+        print(summary_table(old))
+        return old
+    print(headline(plan), flush=True)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with _only_runner(plan.folder), _Stop() as stop:
+        record = new_record(plan)
+        if old is not None:
+            record["restarts"] = old["restarts"] + 1
+            record["timing"]["started"] = old["timing"]["started"]
+        write_record(plan.folder, record)
+        try:
+            _run_tasks(plan, record, stop)
+            finish_record(record, "finished")
+        except Interrupted:
+            finish_record(record, "interrupted")
+            raise
+        except BaseException:
+            finish_record(record, "failed")
+            raise
+        finally:
+            write_record(plan.folder, record)
+    steps = read_metrics(plan.folder)
+    drawn = draw_run(record, steps, plan.folder / "figures")
+    print()
+    print(summary_table(record))
+    print(f"\nrecord   {plan.folder / 'record.json'}\nsteps    {plan.folder / 'metrics.jsonl'}")
+    for path in drawn:
+        print(f"figure   {path}")
+    return record
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read a run's ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
+    _prepare_work(plan)
+    redo = False
+    for index, task in enumerate(plan.tasks):
+        own = _task_folder(plan, task)
+        if not redo and _is_done(plan, task):
+            print(f"task {index + 1}/{len(plan.tasks)} {task.name}: finished before, kept", flush=True)
+        else:
+            redo = True
+            _run_task(plan, index, task, stop)
+        record["timing"]["tasks"].append({"task": task.name, **read_json(own / "done.json")["timing"]})
+        _collect(plan, record, index + 1)
+        write_record(plan.folder, record)
+
+
+def _prepare_work(plan: Plan) -> None:
+    """Lay out the working directory in which upstream's own relative arguments are right."""
+    work = plan.folder / "work"
+    work.mkdir(exist_ok=True)
+    links = dict(plan.links)
+    if plan.verified is not None:
+        built = patches.build(plan.verified.repo)
+        for entry in sorted(built.path.iterdir()):
+            if entry.name.startswith((".", "logs_and_outputs")) or entry.name == "initial_model":
+                continue
+            links.setdefault(entry.name, entry)
+    for name, target in links.items():
+        path = work / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            path.unlink()
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    if plan.profile == "quick" and "CL_Benchmark" not in plan.links and not (work / "quick_benchmark").is_dir():
+        partial = work / "quick_benchmark.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        quick.write_benchmark(partial)
+        partial.rename(work / "quick_benchmark")
+    for name, splits in plan.task_configs.items():
+        target = work / "task_configs" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for split, pairs in splits.items():
+            config: dict[str, list[dict[str, str]]] = {}
+            for kind, dataset in pairs:
+                config.setdefault(kind, []).append({"sampling strategy": "full", "dataset name": dataset})
+            write_atomically(target / f"{split}_tasks.json", json.dumps(config, indent=2))
+
+
+def _task_folder(plan: Plan, task: TaskPlan) -> Path:
+    return plan.folder / "tasks" / task.folder
+
+
+def _output(plan: Plan, task: TaskPlan) -> Path:
+    return plan.folder / "work" / task.invocation.get("output_dir")
+
+
+def _is_done(plan: Plan, task: TaskPlan) -> bool:
+    """Tell whether a task ended well and what it left is still whole."""
+    marker = _task_folder(plan, task) / "done.json"
+    if not marker.is_file():
+        return False
+    try:
+        files = json.loads(marker.read_text(encoding="utf-8"))["files"]
+        output = _output(plan, task)
+        return all(_digest(output / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
+    own, output = _task_folder(plan, task), _output(plan, task)
+    hook = own / "hook.json"
+    _end_leftovers(hook)
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
+    own.mkdir(parents=True)
+    write_atomically(hook, json.dumps(_hook_settings(plan, index, task, own), indent=2))
+    command = plan.command(task, sys.executable, plan.request.settings.port or _free_port())
+    variables = {**os.environ, **plan.environment(), "FLATPATCH_RUN": str(hook)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        variables.pop(name, None)
+    started = time.monotonic()
+    with (own / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=plan.folder / "work",
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _watch(process, f"task {index + 1}/{len(plan.tasks)} {task.name}", own / "progress.json", stop)
+        finally:
+            _end(process)
+    if process.returncode != 0:
+        raise FlatpatchError(_failure(task, process.returncode, own / "log.txt"))
+    if not (own / "summary.json").is_file():
+        raise FlatpatchError(
+            f"task {task.name} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
+            f"See {own / 'log.txt'}, and check the patches: python -m flatpatch patches verify"
+        )
+    seconds = time.monotonic() - started
+    files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
+    kept = {str(path.relative_to(output)): _digest(path) for path in [output / "all_results.json", *files]}
+    timing = {"seconds": round(seconds, 2)}
+    write_atomically(own / "done.json", json.dumps({"files": kept, "timing": timing}, indent=2))
+
+
+def _hook_settings(plan: Plan, index: int, task: TaskPlan, own: Path) -> dict[str, Any]:
+    settings = plan.request.settings
+    return {
+        "schema": 1,
+        "task_index": index,
+        "task": task.name,
+        "metrics": str(own / "metrics.jsonl"),
+        "progress": str(own / "progress.json"),
+        "summary": str(own / "summary.json"),
+        "sam": {
+            "kind": settings.sam,
+            "rho": settings.rho,
+            "eta": settings.eta,
+            "scope": settings.scope,
+            "sync": settings.sync,
+            "ascent_loss": settings.ascent_loss,
+        },
+        "adapters": settings.adapters,
+    }
+
+
+def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop) -> None:
+    """Show the task's progress until it ends; stop it when asked to."""
+    started = time.monotonic()
+    with tqdm(desc=f"{title}: starting", unit="step", file=sys.stderr, disable=None, leave=True) as bar:
+        phase = ""
+        while process.poll() is None:
+            if stop.asked:
+                _end(process)
+                raise Interrupted(f"stopped by {stop.asked} during {title}. The same command continues the run.")
+            with contextlib.suppress(OSError, ValueError):
+                state = json.loads(progress.read_text(encoding="utf-8"))
+                if state["phase"] != phase:
+                    phase = state["phase"]
+                    bar.reset(total=state["total"])
+                    bar.set_description(f"{title}: {phase}")
+                bar.total, bar.n = state["total"], state["step"]
+                if state.get("loss") is not None:
+                    bar.set_postfix_str(f"loss {state['loss']:.3f}", refresh=False)
+                bar.refresh()
+            time.sleep(0.2)
+        bar.set_description(f"{title}: ended")
+    print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _failure(task: TaskPlan, code: int, log: Path) -> str:
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    shown = "\n".join(f"  | {line}" for line in tail)
+    reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    advice = "Finished tasks are kept: the same command goes on from here."
+    return f"task {task.name} {reason}. The end of {log}:\n{shown}\n{advice}"
+
+
+def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
+    """Put what the first ``count`` tasks measured into the record and into ``metrics.jsonl``."""
+    lines = []
+    for task in plan.tasks[:count]:
+        path = _task_folder(plan, task) / "metrics.jsonl"
+        if path.is_file():
+            lines.append(path.read_text(encoding="utf-8"))
+    write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
+    outputs = _output(plan, plan.tasks[0]).parent
+    results = read_results(outputs, [task.name for task in plan.tasks], partial=True)
+    record["accuracy_matrix"] = [
+        [None if value != value else float(value) for value in row] for row in results.accuracy.tolist()
+    ]
+    if count < len(plan.tasks):
+        return
+    accuracy = results.accuracy
+    record["metrics"] = {
+        "average_accuracy": metrics.average_accuracy(accuracy),
+        "sample_weighted_accuracy": results.sample_weighted[-1],
+        "average_over_steps": metrics.average_over_steps(accuracy),
+        "learning_accuracy": metrics.learning_accuracy(accuracy),
+        "forgetting": metrics.forgetting(accuracy),
+        "backward_transfer": metrics.backward_transfer(accuracy),
+    }
+    summaries = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.tasks]
+    record["steps"] = summaries
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and everything it started."""
+    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+
+
+def _end_leftovers(hook: Path) -> None:
+    """End processes of this task that outlived a runner killed with SIGKILL (Linux; elsewhere none are found)."""
+    mark = f"FLATPATCH_RUN={hook}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _only_runner(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is running {folder}. Wait for it, or choose another run=NAME.") from error
+        yield
+
+
+class _Stop:
+    """Remembers the first signal that asks to stop, and puts the old handlers back."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        self._old: dict[signal.Signals, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or signal.Signals(number).name
+
+    def __enter__(self) -> _Stop:
+        for number in SIGNALS:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,482 @@
+"""Decide what a run will do, before anything is started or written.
+
+A plan holds one command per task. Its arguments are upstream's own, read from upstream's script; whatever differs is
+a :class:`Deviation`, with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flatpatch import patches
+from flatpatch.continual import quick
+from flatpatch.continual.tasks import check_benchmark
+from flatpatch.errors import UserError, did_you_mean
+from flatpatch.methods import METHODS, STANDARD_ORDERS, Method
+from flatpatch.runs.changes import Datasets, Deviation, Editor, TaskPlan, dataset_of
+from flatpatch.runs.choices import (
+    choose_device,
+    choose_engine,
+    choose_launcher,
+    choose_profile,
+    choose_world_size,
+    cuda_devices,
+)
+from flatpatch.runs.scripts import Invocation, parse_script
+from flatpatch.settings import TELLING_WORDS, Request
+
+ROOT = Path(__file__).resolve().parents[2]
+# Settings of ours that stand for an argument of upstream's; overriding the argument itself would bypass the record.
+OURS = {
+    "model_name_or_path": "model=",
+    "data_dir": "data=",
+    "output_dir": "output= and run=",
+    "task_config_dir": "tasks=",
+    "seed": "seed=",
+    "local_rank": "processes=",
+    "deepspeed": "launcher=",
+    "no_cuda": "device=",
+}
+# Room for the patched copy, the adapters, the predictions and the datasets cache of a run.
+BYTES_NEEDED = 300 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do."""
+
+    request: Request
+    method: Method
+    profile: str
+    profile_reason: str
+    engine: str
+    engine_reason: str
+    device: str
+    devices: tuple[str, ...]
+    world_size: int
+    launcher: str
+    tasks: tuple[TaskPlan, ...]
+    deviations: tuple[Deviation, ...]
+    links: Mapping[str, Path]
+    task_configs: Mapping[str, Mapping[str, list[tuple[str, str]]]]
+    verified: patches.Verified | None
+    folder: Path
+    notes: tuple[str, ...] = ()
+    off_reference: bool = False
+    benchmark: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Why this run's numbers must not stand beside a paper's; empty if they may."""
+        labels = []
+        if self.profile == "quick":
+            labels.append("quick")
+        if self.engine == "reference":
+            labels.append("reference")
+        if self.off_reference:
+            labels.append("off-reference")
+        return tuple(labels)
+
+    def command(self, task: TaskPlan, python: str, port: int) -> list[str]:
+        """Return the words of the command that runs one task."""
+        words = task.invocation.words()
+        if self.engine == "reference":
+            return [python, "-m", "flatpatch.runs.reference_task", *words[1:]]
+        if self.launcher == "deepspeed" and self.device == "cuda":
+            return [python, "-m", "deepspeed.launcher.runner", "--master_port", str(port), *words]
+        if self.launcher == "deepspeed" or self.world_size > 1:
+            launch = [
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={self.world_size}",
+                f"--master_port={port}",
+            ]
+            return [python, *launch, *words]
+        return [python, *words]
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that every task's command gets beside the caller's own."""
+        variables = {
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "WANDB_DISABLED": "true",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "pycache"),
+            "CUDA_VISIBLE_DEVICES": ",".join(self.devices) if self.device == "cuda" else "",
+        }
+        if self.device == "cpu" and self.launcher == "deepspeed":
+            variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(self.world_size)}
+        return variables
+
+
+def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
+    """Resolve every ``auto``, read upstream's script, and check whatever can be checked without starting.
+
+    Args:
+        request: The parsed settings.
+        dry_run: Plan for a machine that has what is missing here (CUDA, the model's weights).
+
+    Raises:
+        UserError: With all the reasons why this run cannot start as asked.
+    """
+    settings = request.settings
+    method = METHODS[settings.method]
+    available = cuda_devices()
+    profile, profile_reason = choose_profile(settings.profile, method, available)
+    engine, engine_reason = choose_engine(settings.engine, method, profile)
+    notes: list[str] = []
+    device, devices = choose_device(request, profile, available, dry_run, notes)
+    verified = patches.verify(method.repository) if engine == "upstream" and method.repository else None
+    originals = _read_invocations(request, method, profile, engine, verified)
+
+    editor = Editor(originals)
+    task_configs: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
+    if settings.tasks:
+        evaluates = editor.select(settings.tasks, evaluates, task_configs)
+    if profile == "quick" and engine == "upstream":
+        values = {**quick.PRESET, **quick.METHOD_PRESETS.get(settings.method, {})}
+        for name, value in values.items():
+            editor.set(name, str(value), "profile quick: minutes on two CPU cores")
+    if profile == "paper":
+        for argument in method.paper:
+            if settings.order in argument.orders:
+                editor.set(argument.argument, argument.value, f"profile paper: {argument.source}")
+        notes += [f"paper and code differ: {note}" for note in method.paper_notes]
+    launcher = choose_launcher(settings.launcher, device, engine)
+    world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
+    off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
+    if engine == "upstream":
+        editor.fit_launcher(launcher, device, world_size)
+    if settings.seed != 42:
+        editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
+    links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
+    _check_overrides(request, verified, originals[0], engine)
+    for name, value in request.overrides.items():
+        editor.set(name, value, f"setting upstream.{name}=")
+        off_reference = True
+
+    plan = Plan(
+        request=request,
+        method=method,
+        profile=profile,
+        profile_reason=profile_reason,
+        engine=engine,
+        engine_reason=engine_reason,
+        device=device,
+        devices=devices,
+        world_size=world_size,
+        launcher=launcher,
+        tasks=editor.tasks(evaluates),
+        deviations=(*editor.deviations(), *_library_deviations(verified, engine)),
+        links=links,
+        task_configs=task_configs,
+        verified=verified,
+        folder=_run_folder(request, profile, engine),
+        notes=tuple(notes),
+        off_reference=off_reference,
+        benchmark=_benchmark_name(request, profile),
+    )
+    if not dry_run:
+        _check_start(plan)
+    return plan
+
+
+def _read_invocations(
+    request: Request, method: Method, profile: str, engine: str, verified: patches.Verified | None
+) -> list[Invocation]:
+    order = request.settings.order
+    if profile == "quick" and order not in STANDARD_ORDERS:
+        raise UserError(
+            f"profile quick has the four tasks of orders {', '.join(STANDARD_ORDERS)} (got order={order}). "
+            f"Use one of those, or profile=upstream."
+        )
+    if engine == "upstream":
+        assert verified is not None
+        return parse_script(verified.checkout / method.scripts[order])
+    preset = {**quick.PRESET, **quick.METHOD_PRESETS.get(request.settings.method, {})}
+    tasks = STANDARD_ORDERS[order]
+    invocations = []
+    for index, name in enumerate(tasks):
+        outputs = f"logs_and_outputs/order_{order}/outputs"
+        model = f"{outputs}/{index}-{tasks[index - 1]}/adapter" if index else f"initial_model/{quick.MODEL_FOLDER.name}"
+        arguments = {
+            "method": request.settings.method,
+            "model_name_or_path": model,
+            "data_dir": "quick_benchmark",
+            "task_config_dir": f"task_configs/{name}",
+            "output_dir": f"{outputs}/{index + 1}-{name}",
+            **{key: str(value) for key, value in preset.items()},
+        }
+        invocations.append(Invocation((), (), "reference", tuple(arguments.items())))
+    return invocations
+
+
+def _evaluated(
+    invocation: Invocation, index: int, invocations: Sequence[Invocation], verified: patches.Verified | None
+) -> Datasets:
+    """Return the (type, dataset) pairs that a task tests, in the order of training."""
+    if verified is None:
+        return tuple((quick.TASKS[dataset_of(inv)], dataset_of(inv)) for inv in invocations[: index + 1])
+    config = verified.checkout / invocation.get("task_config_dir") / "test_tasks.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    types = {entry["dataset name"]: kind for kind, entries in content.items() for entry in entries}
+    order = [dataset_of(inv) for inv in invocations]
+    return tuple(
+        (types[name], name) for name in sorted(types, key=lambda name: order.index(name) if name in order else 99)
+    )
+
+
+def _find_places(
+    request: Request,
+    editor: Editor,
+    verified: patches.Verified | None,
+    profile: str,
+    engine: str,
+    dry_run: bool,
+    notes: list[str],
+) -> dict[str, Path]:
+    """Find the model and the data; return the links the working directory needs, and set the arguments that differ."""
+    settings = request.settings
+    links: dict[str, Path] = {}
+    asked = editor.originals[0].get("model_name_or_path") if engine == "upstream" else ""
+    if settings.model:
+        model = Path(settings.model).expanduser().absolute()
+    elif profile == "quick":
+        model = quick.MODEL_FOLDER
+    else:
+        assert verified is not None
+        model = verified.checkout / asked
+    if not (model / "config.json").is_file():
+        lack = (
+            f"the pretrained model is missing: {model} has no config.json. "
+            f"Put the weights there or name their folder with model=FOLDER, "
+            f"e.g. `huggingface-cli download google-t5/t5-large --local-dir models/t5-large` and model=models/t5-large."
+        )
+        if not dry_run:
+            raise UserError(lack)
+        notes.append(lack)
+    name = model.name.lower()
+    telling = [word for word in (*TELLING_WORDS, "codegen", "bloomz", "gpt-neox") if word in name]
+    if not settings.order.startswith("llama") and ("t5" not in name or telling):
+        raise UserError(
+            f"model={model}: upstream's code tells a model by its folder's name, which must hold 't5'"
+            + (f" and not '{telling[0]}'" if telling else "")
+            + f" (got '{model.name}'). Rename or link the folder."
+        )
+    argument = f"initial_model/{model.name}"
+    links[argument] = model
+    if argument != asked:
+        why = f"profile {profile}'s own small model" if profile == "quick" and not settings.model else "setting model="
+        models = [argument, *(inv.get("model_name_or_path") for inv in editor.current[1:])]
+        editor.set_each("model_name_or_path", models, why)
+
+    if settings.data:
+        links["CL_Benchmark"] = Path(settings.data).expanduser().absolute()
+        editor.note("benchmark data", "the repository's CL_Benchmark", str(links["CL_Benchmark"]), "setting data=")
+        if profile == "quick" and engine == "reference":
+            editor.set("data_dir", "CL_Benchmark", "setting data=")
+    elif profile == "quick":
+        editor.set("data_dir", "quick_benchmark", "profile quick's own data, made by a seeded generator")
+    return links
+
+
+def _check_overrides(request: Request, verified: patches.Verified | None, invocation: Invocation, engine: str) -> None:
+    if not request.overrides:
+        return
+    problems = []
+    known = {name for name, _ in invocation.arguments}
+    if engine == "upstream":
+        assert verified is not None
+        known |= _declared_arguments(verified.checkout / invocation.entry)
+        from transformers import Seq2SeqTrainingArguments
+
+        known |= set(Seq2SeqTrainingArguments.__dataclass_fields__)
+    for name in request.overrides:
+        if name in OURS:
+            problems.append(f"upstream.{name}: use the setting {OURS[name]} instead, so that the record stays true.")
+        elif name not in known:
+            problems.append(f"upstream.{name}: upstream has no argument '{name}'.{did_you_mean(name, known)}")
+    if problems:
+        raise UserError.collect(problems)
+
+
+def _declared_arguments(entry: Path) -> set[str]:
+    """Return the names of the dataclass fields that upstream's entry script declares."""
+    tree = ast.parse(entry.read_text(encoding="utf-8"))
+    return {
+        item.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+
+
+def _library_deviations(verified: patches.Verified | None, engine: str) -> list[Deviation]:
+    """Compare what upstream's requirements pin with what is installed."""
+    if engine == "reference" or verified is None:
+        return []
+    found = []
+    requirements = verified.checkout / "requirements.txt"
+    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    for line in lines:
+        match = re.fullmatch(r"\s*([A-Za-z0-9_.-]+)==([^\s;#]+)\s*", line)
+        if not match:
+            continue
+        name, theirs = match.groups()
+        try:
+            ours: str | None = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            ours = None
+        if ours != theirs:
+            why = "one environment serves every upstream" if ours else "not imported by what runs here"
+            found.append(Deviation(f"library {name}", theirs, ours, why))
+    return found
+
+
+def _run_folder(request: Request, profile: str, engine: str) -> Path:
+    settings = request.settings
+    name = settings.run
+    if not name:
+        parts = [
+            settings.method,
+            f"order{settings.order.replace('llama', 'L')}",
+            profile,
+            engine,
+            settings.sam,
+        ]
+        if settings.sam != "off":
+            parts.append(f"rho{settings.rho:g}")
+        changed = {
+            key: getattr(settings, key)
+            for key in ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes")
+            if request.sources[key] == "command line"
+        }
+        parts += [f"{key}{value}".replace(",", "+") for key, value in changed.items()]
+        parts += [f"{key}{value}" for key, value in request.overrides.items()]
+        name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join([*parts, f"seed{settings.seed}"]))
+    return (Path(settings.output).expanduser() / name).absolute()
+
+
+def _benchmark_name(request: Request, profile: str) -> str:
+    if profile == "quick":
+        return f"quick, order {request.settings.order}"
+    kind = "standard" if request.settings.order in ("1", "2", "3") or "llama" in request.settings.order else "long"
+    return f"{kind} CL benchmark, order {request.settings.order}"
+
+
+def _check_start(plan: Plan) -> None:
+    """Check data, folder and disk: all that would otherwise fail after the start."""
+    problems = []
+    data = plan.links.get("CL_Benchmark")
+    if data is None and plan.profile != "quick":
+        assert plan.verified is not None
+        data = plan.verified.checkout / plan.tasks[0].invocation.get("data_dir")
+    if data is not None:
+        wanted = [
+            (kind, name, split)
+            for task in plan.tasks
+            for kind, name in task.evaluates
+            for split in (("train", "dev", "test") if name == task.name else ("dev", "test"))
+        ]
+        try:
+            check_benchmark(data, sorted(set(wanted)))
+        except UserError as error:
+            problems.append(str(error))
+    parent = plan.folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        problems.append(
+            f"the run folder {plan.folder} cannot be made: {parent} is a file. Choose another place with output=FOLDER."
+        )
+    elif problem := _unwritable(parent):
+        problems.append(
+            f"the run folder {plan.folder} cannot be written: {problem}. Choose another place with output=FOLDER."
+        )
+    elif (free := shutil.disk_usage(parent).free) < BYTES_NEEDED:
+        problems.append(
+            f"the disk of {parent} is full: {free / 2**20:.0f} MiB free, {BYTES_NEEDED / 2**20:.0f} MiB needed. "
+            f"Free some space or choose another place with output=FOLDER."
+        )
+    if problems:
+        raise UserError.collect(problems)
+
+
+def _unwritable(folder: Path) -> str:
+    """Try to write, because root may write where the mode bits say no and a full or read-only disk may not."""
+    import os
+    import tempfile
+
+    try:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".flatpatch-")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def render(plan: Plan, python: str = "python") -> str:
+    """Return the plan as text: the exact commands, and their difference from upstream's own."""
+    lines = [headline(plan), ""]
+    for index, task in enumerate(plan.tasks, 1):
+        variables = f"CUDA_VISIBLE_DEVICES={','.join(plan.devices)} " if plan.device == "cuda" else ""
+        command = plan.command(task, python, plan.request.settings.port or 29500)
+        lines += [f"# task {index}/{len(plan.tasks)}: {task.name}", variables + shlex.join(command), ""]
+    if plan.engine == "upstream":
+        lines.append("Differences from upstream's own script and requirements:")
+        for deviation in plan.deviations:
+            where = f" [{', '.join(deviation.tasks)}]" if deviation.tasks else ""
+            lines.append(
+                f"  {deviation.what}{where}: {deviation.upstream or '-'} -> {deviation.here or '-'}  ({deviation.why})"
+            )
+        if not plan.deviations:
+            lines.append("  none")
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def headline(plan: Plan) -> str:
+    """Return what will run and why, in a few lines."""
+    settings = plan.request.settings
+    sam = (
+        "without SAM"
+        if settings.sam == "off"
+        else f"with {settings.sam.upper()} rho={settings.rho:g} scope={settings.scope}"
+    )
+    names = " > ".join(task.name for task in plan.tasks)
+    lines = [
+        f"{plan.method.title}, order {settings.order} ({names}), {sam}, seed {settings.seed}",
+        f"  profile {plan.profile}: {plan.profile_reason}",
+        f"  engine {plan.engine}: {plan.engine_reason}",
+        f"  device {plan.device}{':' + ','.join(plan.devices) if plan.devices else ''}, "
+        f"{plan.world_size} process(es), launcher {plan.launcher}",
+        f"  folder {plan.folder}",
+    ]
+    if plan.labels:
+        lines.append(f"  {' and '.join(plan.labels)} run: its numbers are not comparable with a paper's")
+    return "\n".join(lines)
+
+
+def deviations_as_record(plan: Plan) -> list[dict[str, object]]:
+    """Return the deviations in the record's form."""
+    rows = []
+    for deviation in plan.deviations:
+        row: dict[str, object] = asdict(deviation)
+        if not deviation.tasks:
+            del row["tasks"]
+        else:
+            row["tasks"] = list(deviation.tasks)
+        rows.append(row)
+    return rows

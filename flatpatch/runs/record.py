@@ -1,0 +1,195 @@
+"""The run's record: written before the start, finished after, always whole."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
+
+SCHEMA = 1
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
+# Variables of the caller that can change a number.
+TELLING_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTHONHASHSEED",
+)
+# What may differ between two calls that continue the same run.
+NOT_COMPARED = ("output", "run", "port")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between.
+
+    Raises:
+        UserError: If the disk is full.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: {path} was not written. Free some space and run the same command again."
+            ) from error
+        raise
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``record.json`` into a run folder."""
+    write_atomically(folder / "record.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def new_record(plan: Plan) -> dict[str, Any]:
+    """Return the record of a run that is about to start."""
+    verified = plan.verified
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "method": plan.request.settings.method,
+        "benchmark": plan.benchmark,
+        "profile": plan.profile,
+        "profile_reason": plan.profile_reason,
+        "engine": plan.engine,
+        "engine_reason": plan.engine_reason,
+        "labels": list(plan.labels),
+        "settings": plan.request.as_record(),
+        "upstream": None
+        if verified is None
+        else {
+            "repo": verified.repo,
+            "url": verified.url,
+            "pin": verified.pin,
+            "base_tree": verified.base_tree,
+            "patched_tree": verified.patched_tree,
+            "absent_files": list(verified.absent),
+        },
+        "deviations": deviations_as_record(plan),
+        "notes": list(plan.notes),
+        "environment": environment(plan),
+        "seeds": [plan.request.settings.seed],
+        "tasks": [task.name for task in plan.tasks],
+        "accuracy_matrix": [[None] * len(plan.tasks) for _ in plan.tasks],
+        "metrics": {},
+        "flatness": [],
+        "timing": {"started": _now(), "finished": None, "tasks": []},
+        "restarts": 0,
+    }
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """Return what the numbers may depend on: versions, hardware, variables."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(int(number)) for number in plan.devices] if torch.cuda.is_available() else []
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "device": plan.device,
+        "world_size": plan.world_size,
+        "launcher": plan.launcher,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "flatpatch": {"version": _version("flatpatch"), "commit": _commit()},
+        "variables": {name: os.environ[name] for name in TELLING_VARIABLES if name in os.environ},
+    }
+
+
+def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
+    """Return the record that this plan continues, or None for a new run.
+
+    Raises:
+        UserError: If the folder holds something else.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    path = folder / "record.json"
+    advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
+    if not path.is_file():
+        raise UserError(f"the run folder {folder} is occupied: it has files but no record.json. {advice}")
+    try:
+        old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        theirs = {key: entry["value"] for key, entry in old["settings"].items() if key not in NOT_COMPARED}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the run folder {folder} is occupied: its record.json cannot be read ({error}). {advice}"
+        ) from error
+    ours = {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in NOT_COMPARED}
+    different = [
+        f"{key} is {theirs.get(key, '(not given)')!r} there and {ours.get(key, '(not given)')!r} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    for name in ("profile", "engine"):
+        mine = getattr(plan, name)
+        if old.get(name) != mine:
+            different.append(f"{name} is {old.get(name)!r} there and {mine!r} here")
+    tree = plan.verified.patched_tree if plan.verified else None
+    if (old.get("upstream") or {}).get("patched_tree") != tree:
+        different.append("it was made with another patched tree")
+    if different:
+        raise UserError(f"the run folder {folder} is occupied by another run: {'; '.join(different)}. {advice}")
+    return old
+
+
+def finish_record(record: dict[str, Any], status: str) -> None:
+    """Set the status and the time it was reached."""
+    record["status"] = status
+    record["timing"]["finished"] = _now()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return flatpatch's own commit, marked where the tree has edits."""
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this program wrote.
+
+    Raises:
+        FlatpatchError: If it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FlatpatchError(f"{path} cannot be read ({error}). Remove it and run the same command again.") from error

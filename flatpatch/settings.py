@@ -1,0 +1,190 @@
+"""Settings as ``key=value`` words: the one parser, with where each value came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flatpatch.errors import UserError, did_you_mean
+from flatpatch.methods import METHODS
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "profile": ("auto", "upstream", "paper", "quick"),
+    "engine": ("auto", "upstream", "reference"),
+    "sam": ("off", "sam", "asam"),
+    "scope": ("lora", "A", "B", "head", "all"),
+    "sync": ("local", "global"),
+    "ascent_loss": ("total", "task"),
+    "adapters": ("upstream", "fp32"),
+    "launcher": ("auto", "deepspeed", "python"),
+}
+# Names of places: a comma in them is part of the name, not a list of values to sweep over.
+PLACES = ("model", "data", "run", "output", "device", "tasks")
+# Words that upstream's code looks for in paths, changing what it does (run_N_lora.py, uie_collator.py).
+TELLING_WORDS = ("adapter", "llama")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one run is asked for; the texts are shown by ``--help``."""
+
+    method: str = _setting("nlora", "which method's repository to run")
+    order: str = _setting("1", "task order: 1 to 6 (T5), llama1 to llama3")
+    profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
+    engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
+    sam: str = _setting("off", "off, sam, or asam (adaptive)")
+    rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)")
+    eta: float = _setting(0.01, "asam: added to |w| in its normaliser")
+    scope: str = _setting("lora", "which trainable parameters are perturbed")
+    sync: str = _setting("local", "several ranks: each its own perturbation, or one for all")
+    ascent_loss: str = _setting("total", "climb the whole loss, or the task loss without the method's penalty")
+    adapters: str = _setting("upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16")
+    seed: int = _setting(42, "random seed (42 is what upstream's scripts run with)")
+    tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-reference)")
+    device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1")
+    processes: int = _setting(0, "number of processes; 0: one on the CPU, one per GPU named in device")
+    launcher: str = _setting(
+        "auto", "deepspeed as upstream, or plain python; auto: deepspeed on GPUs, python on the CPU"
+    )
+    port: int = _setting(0, "port of the launcher; 0: a free one")
+    model: str = _setting("", "folder of the pretrained model; default: what the profile needs")
+    data: str = _setting("", "folder of the benchmark; default: what the profile needs")
+    run: str = _setting("", "name of the run's folder; default: made from the settings")
+    output: str = _setting("runs", "where run folders are made")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Parsed words: the settings, who set them, and the upstream arguments to override."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+    overrides: Mapping[str, str]
+
+    def as_record(self) -> dict[str, dict[str, Any]]:
+        """Return ``{key: {value, source}}`` for the run's record."""
+        values = dataclasses.asdict(self.settings)
+        record = {key: {"value": value, "source": self.sources[key]} for key, value in values.items()}
+        for name, value in self.overrides.items():
+            record[f"upstream.{name}"] = {"value": value, "source": "command line"}
+        return record
+
+    def replace(self, source: str, **changes: Any) -> Request:
+        """Return a copy with some settings decided by ``source``."""
+        sources = {**self.sources, **dict.fromkeys(changes, source)}
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **changes), sources=sources)
+
+
+def describe() -> str:
+    """Return the list of settings, their defaults, choices and meaning, for ``--help``."""
+    lines = []
+    for item in dataclasses.fields(Settings):
+        choices = f" [{'|'.join(CHOICES[item.name])}]" if item.name in CHOICES else ""
+        default = f"={item.default}" if item.default != "" else "="
+        lines.append(f"  {item.name + default:<18} {item.metadata['help']}{choices}")
+    lines.append(f"  {'upstream.<arg>=':<18} override one argument of upstream's script (recorded)")
+    return "\n".join(lines)
+
+
+def split_word(word: str) -> tuple[str, str]:
+    """Split ``key=value`` at its first ``=``; the value may hold more of them.
+
+    Raises:
+        UserError: If the word is not of that form.
+    """
+    if word.startswith("-"):
+        bare = word.lstrip("-")
+        example = bare if "=" in bare else f"{bare}=VALUE"
+        raise UserError(f"'{word}' is not a setting. Settings are written key=value: {example}. See --help.")
+    if "=" not in word:
+        raise UserError(f"'{word}' is not a setting. Settings are written key=value, e.g. rho=0.05. See --help.")
+    key, value = word.split("=", 1)
+    return key, value
+
+
+def parse(words: Sequence[str]) -> Request:
+    """Turn ``key=value`` words into a checked request; a later word wins over an earlier one.
+
+    Raises:
+        UserError: With every mistake found, each saying what was expected.
+    """
+    known = {item.name: item for item in dataclasses.fields(Settings)}
+    config = OmegaConf.structured(Settings())
+    OmegaConf.set_readonly(config, False)
+    sources = dict.fromkeys(known, "default")
+    overrides: dict[str, str] = {}
+    problems: list[str] = []
+    for word in words:
+        try:
+            key, value = split_word(word)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if key.startswith("upstream."):
+            overrides[key.removeprefix("upstream.")] = value
+            continue
+        if key not in known:
+            problems.append(f"unknown setting '{key}'.{did_you_mean(key, known)} Known settings: {', '.join(known)}.")
+            continue
+        try:
+            OmegaConf.update(config, key, value.strip(), force_add=False)
+        except (OmegaConfBaseException, ValueError):
+            problems.append(_wrong_type(key, value, known[key].default))
+            continue
+        sources[key] = "command line"
+    settings = Settings(**{name: config[name] for name in known})
+    problems += _check(settings)
+    if problems:
+        raise UserError.collect(problems)
+    return Request(settings, sources, overrides)
+
+
+def _wrong_type(key: str, value: str, default: Any) -> str:
+    kind = "a whole number" if isinstance(default, int) else "a number"
+    hint = " To run several values, use: python -m flatpatch sweep" if "," in value else ""
+    return f"{key}='{value}' is not {kind} (expected e.g. {key}={default}).{hint}"
+
+
+def _check(settings: Settings) -> list[str]:
+    problems = []
+    for key, choices in CHOICES.items():
+        value = getattr(settings, key)
+        if value not in choices:
+            problems.append(f"unknown {key} '{value}'.{did_you_mean(value, choices)} Expected: {', '.join(choices)}.")
+    for key in ("rho", "eta"):
+        value = getattr(settings, key)
+        if not (math.isfinite(value) and value >= 0):
+            problems.append(f"{key}={value:g} is out of range (expected a finite number >= 0, e.g. {key}=0.05).")
+    for key in ("seed", "processes", "port"):
+        if getattr(settings, key) < 0:
+            problems.append(f"{key}={getattr(settings, key)} is out of range (expected a whole number >= 0).")
+    method = METHODS.get(settings.method)
+    if method and settings.order not in method.orders:
+        problems.append(
+            f"unknown order '{settings.order}' for method {settings.method}. Expected: {', '.join(method.orders)}."
+            + (f" {method.orders_note}" if method.orders_note else "")
+        )
+    if method and settings.engine == "upstream" and method.repository is None:
+        problems.append(f"method {settings.method} has no repository of its own: use engine=reference.")
+    if settings.run and (Path(settings.run).name != settings.run or settings.run in (".", "..")):
+        problems.append(f"run='{settings.run}' is not a plain name; choose the place with output=FOLDER.")
+    folder = str((Path(settings.output) / settings.run).absolute()).lower()
+    for word in TELLING_WORDS:
+        if word in folder:
+            problems.append(
+                f"the run folder {folder} has '{word}' in its path, and upstream's code changes what it does when it "
+                f"sees that word in a path. Choose another folder with output=FOLDER and run=NAME."
+            )
+    return problems

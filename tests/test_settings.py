@@ -1,0 +1,107 @@
+"""Settings as key=value words: what is accepted, and what a mistake is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from flatpatch.errors import UserError
+from flatpatch.runs.sweep import expand
+from flatpatch.settings import CHOICES, Settings, describe, parse, split_word
+
+
+def message(*words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(words)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_defaults_are_taken_where_nothing_is_said() -> None:
+    request = parse([])
+    assert request.settings == Settings()
+    assert set(request.sources.values()) == {"default"}
+
+
+def test_integer_is_accepted_for_a_float() -> None:
+    assert parse(["rho=1"]).settings.rho == 1.0
+
+
+def test_value_may_contain_an_equals_sign() -> None:
+    assert split_word("name=a=b") == ("name", "a=b")
+    assert parse(["upstream.run_name=a=b"]).overrides == {"run_name": "a=b"}
+
+
+def test_later_word_wins() -> None:
+    assert parse(["sam=sam", "sam=off"]).settings.sam == "off"
+
+
+def test_record_says_where_each_value_came_from() -> None:
+    record = parse(["rho=0.1", "upstream.lamda_1=0.2"]).as_record()
+    assert record["rho"] == {"value": 0.1, "source": "command line"}
+    assert record["seed"] == {"value": 42, "source": "default"}
+    assert record["upstream.lamda_1"] == {"value": "0.2", "source": "command line"}
+
+
+def test_unknown_setting_is_told_the_nearest_one() -> None:
+    assert "unknown setting 'sed'. Did you mean 'seed'?" in message("sed=3")
+
+
+def test_stray_flag_is_told_the_form_to_use() -> None:
+    assert "key=value: rho=0.1" in message("--rho=0.1")
+    assert "key=value, e.g. rho=0.05" in message("rho")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("rho=-1", "rho=-1 is out of range (expected a finite number >= 0"),
+        ("rho=abc", "rho='abc' is not a number (expected e.g. rho=0.05)"),
+        ("rho=nan", "rho=nan is out of range"),
+        ("rho=inf", "rho=inf is out of range"),
+        ("rho=0,0.1", "use: python -m flatpatch sweep"),
+        ("seed=1.5", "seed='1.5' is not a whole number"),
+        ("seed=-1", "seed=-1 is out of range"),
+        ("method=nlor", "unknown method 'nlor'. Did you mean 'nlora'? Expected: nlora, olora"),
+        ("order=9", "unknown order '9' for method nlora. Expected: 1, 2, 3, 4, 5, 6, llama1"),
+        ("profile=fast", "unknown profile 'fast'. Expected: auto, upstream, paper, quick"),
+        ("run=a/b", "is not a plain name; choose the place with output=FOLDER"),
+        ("run=my-Adapter", "has 'adapter' in its path"),
+        ("output=llama-runs", "has 'llama' in its path"),
+    ],
+)
+def test_bad_value_is_told_what_was_expected(word: str, expected: str) -> None:
+    assert expected in message(word)
+
+
+def test_olora_without_a_script_for_an_order_says_so() -> None:
+    assert "O-LoRA ships no script for orders 4 and 5" in message("method=olora", "order=4")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = message("rho=abc", "sed=3", "profile=fast")
+    assert text.startswith("3 problems, nothing was started:")
+    assert all(part in text for part in ("rho='abc'", "'sed'", "'fast'"))
+
+
+def test_help_names_every_setting_and_its_choices() -> None:
+    text = describe()
+    for name in Settings.__dataclass_fields__:
+        assert f"  {name}=" in text
+    assert "|".join(CHOICES["scope"]) in text
+
+
+def test_sweep_takes_every_combination_of_lists_and_ranges() -> None:
+    assert expand(["sam=off,sam", "seed=0..2"]) == [
+        [f"sam={kind}", f"seed={seed}"] for kind in ("off", "sam") for seed in (0, 1, 2)
+    ]
+
+
+def test_sweep_leaves_names_of_places_whole() -> None:
+    assert expand(["device=0,1", "upstream.x=a,b", "tasks=amazon,agnews"]) == [
+        ["device=0,1", "upstream.x=a,b", "tasks=amazon,agnews"]
+    ]
+
+
+def test_sweep_refuses_an_empty_range() -> None:
+    with pytest.raises(UserError, match=r"the range is empty .* seed=1\.\.3"):
+        expand(["seed=3..1"])
