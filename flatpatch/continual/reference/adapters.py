@@ -1,0 +1,165 @@
+"""LoRA adapters of a sequence of tasks: one that learns, and a frozen one that holds all earlier tasks.
+
+A layer computes ``W x + s (B_old A_old + B A) dropout(x)`` with ``s = alpha / r``. The adapters of earlier
+tasks are kept side by side in one pair, A_old ``(r_old, in)`` and B_old ``(out, r_old)``: the product of
+the two is the sum of theirs. Both paths see the same dropped-out input (as in the code of O-LoRA and
+N-LoRA), so there is one dropout draw per layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners import lora
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flatpatch.errors import UserError
+
+OLD, NEW = "old", "new"
+FILE_NAME = "adapter.safetensors"
+
+
+class Pair(NamedTuple):
+    """The two factors of one layer's update B A."""
+
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+
+
+class Adapter(NamedTuple):
+    """A saved adapter: its factors by layer name, and how it was made."""
+
+    pairs: Mapping[str, Pair]
+    made: Mapping[str, str | int]  # method, lora_r, lora_alpha
+
+
+class LayerMatrices(NamedTuple):
+    """What a penalty may look at in one layer."""
+
+    A: Tensor  # (r, in), trained
+    B: Tensor  # (out, r), trained
+    A_old: Tensor | None  # (r_old, in), frozen; None on the first task
+
+
+class TwoPathLinear(lora.Linear):  # type: ignore[misc]
+    """peft's LoRA layer with all of its adapters active at once, on one dropped-out input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x plus every adapter's update: x ``(..., in)`` to ``(..., out)``."""
+        dropped = self.lora_dropout[NEW](x)
+        result = F.linear(x, self.weight, self.bias)
+        for name in self.lora_A:  # old before new, as upstream adds them
+            result = result + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[NEW]
+        return result
+
+
+def attach(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    old: Mapping[str, Pair] | None = None,
+    new: Mapping[str, Pair] | None = None,
+) -> None:
+    """Give a model its adapters, in place; only the new one can be trained.
+
+    Args:
+        model: A T5; peft adapts its attention's query and value projections, as both papers do.
+        r: Rank of the new adapter.
+        alpha: LoRA's alpha; both paths are scaled by alpha / r.
+        dropout: Probability of dropping an entry of an adapter's input.
+        old: The earlier tasks' factors, to be added and kept frozen.
+        new: The new adapter's start; default: A random, B zero, so that it changes nothing at first.
+
+    Raises:
+        ValueError: If given factors do not belong to this model.
+    """
+    ranks = {NEW: r}
+    if old is not None:
+        # The old path comes first, and its draws shift those of the new A: each task starts from another A.
+        ranks = {OLD: len(next(iter(old.values())).A), NEW: r}
+    for name, rank in ranks.items():
+        lora.LoraModel(model, {name: LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout)}, name)
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            module.__class__ = TwoPathLinear
+    for name, pairs in ((OLD, old), (NEW, new)):
+        if pairs is not None:
+            _fill(model, name, pairs)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{NEW}." in name)
+
+
+def _fill(model: nn.Module, name: str, pairs: Mapping[str, Pair]) -> None:
+    layers = _layers(model)
+    if layers.keys() != pairs.keys():
+        raise ValueError(f"the adapter has layers {sorted(pairs)}, the model {sorted(layers)}")
+    with torch.no_grad():
+        for key, layer in layers.items():
+            for weight, value in zip((layer.lora_A[name].weight, layer.lora_B[name].weight), pairs[key], strict=True):
+                if weight.shape != value.shape:
+                    raise ValueError(f"{key}: the adapter has {tuple(value.shape)}, the model {tuple(weight.shape)}")
+                weight.copy_(value)
+
+
+def _layers(model: nn.Module) -> dict[str, TwoPathLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, TwoPathLinear)}
+
+
+def layer_matrices(model: nn.Module) -> list[LayerMatrices]:
+    """Return the live adapter matrices, layer by layer in the model's order."""
+    return [
+        LayerMatrices(
+            layer.lora_A[NEW].weight,
+            layer.lora_B[NEW].weight,
+            layer.lora_A[OLD].weight if OLD in layer.lora_A else None,
+        )
+        for layer in _layers(model).values()
+    ]
+
+
+def joined(model: nn.Module) -> dict[str, Pair]:
+    """Return copies of old and new as one pair per layer: what the next task starts from."""
+    return {
+        key: Pair(
+            torch.cat([module.weight.detach().cpu() for module in layer.lora_A.values()], dim=0),
+            torch.cat([module.weight.detach().cpu() for module in layer.lora_B.values()], dim=1),
+        )
+        for key, layer in _layers(model).items()
+    }
+
+
+def save(folder: Path, adapter: Adapter) -> None:
+    """Write an adapter into a folder; a reader finds either the whole file or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{key}.{part}": value for key, pair in adapter.pairs.items() for part, value in pair._asdict().items()}
+    unfinished = folder / f"{FILE_NAME}.unfinished"
+    save_file(tensors, unfinished, metadata={"made": json.dumps(dict(adapter.made))})
+    os.replace(unfinished, folder / FILE_NAME)
+
+
+def load(folder: Path) -> Adapter:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: If there is no whole adapter in the folder.
+    """
+    path = folder / FILE_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            made = json.loads(file.metadata()["made"])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"no adapter of an earlier task at {path}: {error}. Run that task again.") from None
+    keys = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
+    return Adapter({key: Pair(tensors[f"{key}.A"], tensors[f"{key}.B"]) for key in keys}, made)
