@@ -71,7 +71,8 @@ def execute(plan: Plan) -> dict[str, Any]:
         except Interrupted:
             finish_record(record, "interrupted")
             raise
-        except BaseException:
+        except BaseException as error:
+            record["error"] = str(error)
             finish_record(record, "failed")
             raise
         finally:
@@ -104,7 +105,7 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
         else:
             redo = True
             _run_task(plan, index, task, stop)
-        record["timing"]["tasks"].append({"task": task.name, **read_json(own / "done.json")["timing"]})
+        record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
         write_record(plan.folder, record)
 
@@ -203,8 +204,7 @@ def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
     seconds = time.monotonic() - started
     files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
     kept = {str(path.relative_to(output)): _digest(path) for path in [output / "all_results.json", *files]}
-    timing = {"seconds": round(seconds, 2)}
-    write_atomically(own / "done.json", json.dumps({"files": kept, "timing": timing}, indent=2))
+    write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
 
 def _hook_settings(plan: Plan, index: int, task: TaskPlan, own: Path) -> dict[str, Any]:
@@ -270,22 +270,12 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
     outputs = _output(plan, plan.tasks[0]).parent
     results = read_results(outputs, [task.name for task in plan.tasks], partial=True)
-    record["accuracy_matrix"] = [
-        [None if value != value else float(value) for value in row] for row in results.accuracy.tolist()
-    ]
-    if count < len(plan.tasks):
-        return
-    accuracy = results.accuracy
-    record["metrics"] = {
-        "average_accuracy": metrics.average_accuracy(accuracy),
-        "sample_weighted_accuracy": results.sample_weighted[-1],
-        "average_over_steps": metrics.average_over_steps(accuracy),
-        "learning_accuracy": metrics.learning_accuracy(accuracy),
-        "forgetting": metrics.forgetting(accuracy),
-        "backward_transfer": metrics.backward_transfer(accuracy),
-    }
-    summaries = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.tasks]
-    record["steps"] = summaries
+    record["accuracy_matrix"] = metrics.to_lists(results.accuracy)
+    record["timing"]["train_seconds"] = list(results.train_seconds)
+    record["timing"]["predict_seconds"] = list(results.predict_seconds)
+    record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.tasks[:count]]
+    if count == len(plan.tasks):
+        record["metrics"] = metrics.summarise(results.accuracy, sample_weighted=results.sample_weighted)
 
 
 def _free_port() -> int:

@@ -143,6 +143,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
     if settings.tasks:
         evaluates = editor.select(settings.tasks, evaluates, task_configs)
+    elif engine == "reference":
+        for original, seen in zip(originals, evaluates, strict=True):
+            task_configs[dataset_of(original)] = {"train": [seen[-1]], "dev": list(seen), "test": list(seen)}
     if profile == "quick" and engine == "upstream":
         values = {**quick.PRESET, **quick.METHOD_PRESETS.get(settings.method, {})}
         for name, value in values.items():
@@ -211,6 +214,7 @@ def _read_invocations(
         model = f"{outputs}/{index}-{tasks[index - 1]}/adapter" if index else f"initial_model/{quick.MODEL_FOLDER.name}"
         arguments = {
             "method": request.settings.method,
+            "base_model": f"initial_model/{quick.MODEL_FOLDER.name}",
             "model_name_or_path": model,
             "data_dir": "quick_benchmark",
             "task_config_dir": f"task_configs/{name}",

@@ -92,7 +92,8 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "accuracy_matrix": [[None] * len(plan.tasks) for _ in plan.tasks],
         "metrics": {},
         "flatness": [],
-        "timing": {"started": _now(), "finished": None, "tasks": []},
+        "training": [],
+        "timing": {"started": _now(), "finished": None, "total_seconds": 0.0},
         "restarts": 0,
     }
 

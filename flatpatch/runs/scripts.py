@@ -101,10 +101,10 @@ def _parse_command(words: list[str]) -> Invocation | None:
     entry = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if entry is None:
         return None
-    return Invocation(tuple(environment), tuple(words[:entry]), words[entry], tuple(_pairs(words[entry + 1 :])))
+    return Invocation(tuple(environment), tuple(words[:entry]), words[entry], tuple(pairs(words[entry + 1 :])))
 
 
-def _pairs(words: list[str]) -> Iterator[tuple[str, str | None]]:
+def pairs(words: list[str]) -> Iterator[tuple[str, str | None]]:
     position = 0
     while position < len(words):
         name = words[position].removeprefix("--")
