@@ -1,0 +1,24 @@
+"""Patches on pinned upstream repositories: check them, build the patched copy, look after them. Knows only git."""
+
+from flatpatch.patches.checks import Verified, verify, verify_patches
+from flatpatch.patches.cli import cli
+from flatpatch.patches.copies import Built, build
+from flatpatch.patches.upkeep import Drift, drift, refresh, show
+from flatpatch.patches.workspace import PROJECT, Workspace, find_checkout, is_available
+
+__all__ = [
+    "PROJECT",
+    "Built",
+    "Drift",
+    "Verified",
+    "Workspace",
+    "build",
+    "cli",
+    "drift",
+    "find_checkout",
+    "is_available",
+    "refresh",
+    "show",
+    "verify",
+    "verify_patches",
+]

@@ -1,0 +1,155 @@
+"""Where things lie: the patches and their lock file in this project, and the checkouts they belong to."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatpatch.errors import UserError, did_you_mean
+from flatpatch.patches.gitcalls import GitFailed, run_git
+
+VARIABLE = "FLATPATCH_THIRD_PARTY"
+CONFIG = "flatpatch.thirdParty"
+# An unreachable host answers nothing; a big repository on a slow line takes its time.
+PROBE_SECONDS = 15
+CLONE_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The project folder that holds ``patches/``, ``third_party/`` and ``build/``."""
+
+    root: Path
+
+    @property
+    def lock_file(self) -> Path:
+        """The file with each repository's pin and hashes."""
+        return self.root / "patches" / "lock.json"
+
+    def folder(self, repo: str) -> Path:
+        """Return the folder with a repository's series and patches."""
+        return self.root / "patches" / repo
+
+    def repositories(self) -> list[str]:
+        """Return the names of the repositories that have a series."""
+        return sorted(series.parent.name for series in (self.root / "patches").glob("*/series"))
+
+    def lock(self) -> dict[str, dict[str, Any]]:
+        """Return what ``patches/lock.json`` says of each repository."""
+        if not self.lock_file.exists():
+            return {}
+        try:
+            content: dict[str, dict[str, Any]] = json.loads(self.lock_file.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{self.lock_file}:{error.lineno} is not JSON: {error.msg}. Run: git checkout patches/lock.json"
+            ) from error
+        return content
+
+    def recorded_url(self, repo: str) -> str:
+        """Return the address in ``.gitmodules``, or an empty string."""
+        return _config(self.root, "--file", ".gitmodules", f"submodule.third_party/{repo}.url")
+
+    def recorded_pin(self, repo: str) -> str:
+        """Return the commit that this project's git records for the submodule, or an empty string."""
+        try:
+            listed = run_git("ls-files", "-s", "--", f"third_party/{repo}", folder=self.root).decode()
+        except GitFailed:  # not a clone, for instance an unpacked archive
+            return ""
+        return listed.split()[1] if listed.startswith("160000 ") else ""
+
+
+PROJECT = Workspace(Path(__file__).resolve().parents[2])
+
+
+def check_name(repo: str, workspace: Workspace) -> None:
+    """Refuse a repository for which there is no folder in ``patches/``."""
+    known = workspace.repositories()
+    if repo not in known:
+        raise UserError(
+            f"unknown repository {repo!r}.{did_you_mean(repo, known)} "
+            f"Known repositories: {', '.join(known)} (folders of {workspace.root / 'patches'} with a series file)."
+        )
+
+
+def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
+    """Return the checkout of a repository.
+
+    Looks in the folder that ``FLATPATCH_THIRD_PARTY`` names, then in that of ``git config flatpatch.thirdParty``, then
+    in ``third_party/``, where an empty folder is filled with ``git submodule update --init``.
+
+    Args:
+        repo: Name of the repository, for instance ``N-LoRA``.
+        workspace: The project.
+
+    Returns:
+        Absolute path of the checkout. What is in it has not been verified.
+
+    Raises:
+        UserError: If there is none; says where it was looked for and what to run.
+    """
+    check_name(repo, workspace)
+    tried = []
+    for source, folder in (
+        (VARIABLE, os.environ.get(VARIABLE, "")),
+        (f"git config {CONFIG}", _config(workspace.root, "--type=path", CONFIG)),
+    ):
+        if not folder:
+            tried.append(f"{source}: not set")
+            continue
+        checkout = (workspace.root / Path(folder).expanduser() / repo).resolve()
+        if (checkout / ".git").exists():
+            return checkout
+        what = "is not a git checkout" if checkout.exists() else "does not exist"
+        tried.append(f"{source}={folder}: {checkout} {what}")
+    checkout = workspace.root / "third_party" / repo
+    if not (checkout / ".git").exists():
+        if checkout.is_dir() and any(checkout.iterdir()):
+            tried.append(f"{checkout}: is not a git checkout")
+        elif complaint := _fill_submodule(workspace, repo):
+            tried.append(f"{checkout}: empty, and it could not be filled: {complaint}")
+    if (checkout / ".git").exists():
+        return checkout.resolve()
+    places = "\n".join(f"    {place}" for place in tried)
+    raise UserError(
+        f"{repo} is not here. Looked in\n{places}\n"
+        f"  With network, run: git -C {workspace.root} submodule update --init --depth 1 third_party/{repo}\n"
+        f"  If there is a checkout on this machine, run: export {VARIABLE}=<the folder that holds {repo}/>\n"
+        f"  or, once for all: git config --global {CONFIG} <the folder that holds {repo}/>"
+    )
+
+
+def is_available(repo: str, *, workspace: Workspace = PROJECT) -> tuple[bool, str]:
+    """Say whether a checkout is here, and where, or why not. May try to fill the submodule; never raises."""
+    try:
+        return True, str(find_checkout(repo, workspace=workspace))
+    except Exception as error:
+        return False, str(error)
+
+
+def _config(root: Path, *arguments: str) -> str:
+    # Status 1: not set. Anything else (no such file, not a repository) means the same here.
+    return run_git("config", "--get", *arguments, folder=root, allowed=range(256)).decode().strip()
+
+
+@functools.cache
+def _fill_submodule(workspace: Workspace, repo: str) -> str:
+    """Clone the pinned commit into ``third_party/``; return what went wrong, if anything. Tried once per process."""
+    name = f"third_party/{repo}"
+    url = _config(workspace.root, f"submodule.{name}.url") or workspace.recorded_url(repo)
+    if not url or not workspace.recorded_pin(repo):
+        return f"{name} is not recorded as a submodule of {workspace.root}"
+    try:
+        run_git("ls-remote", "--quiet", url, "HEAD", folder=workspace.root, seconds=PROBE_SECONDS)
+        run_git(
+            *("submodule", "--quiet", "update", "--init", "--depth", "1", "--", name),
+            folder=workspace.root,
+            seconds=CLONE_SECONDS,
+        )
+    except GitFailed as error:
+        return str(error).splitlines()[-1]
+    return ""
