@@ -1,0 +1,325 @@
+"""All that a patched upstream may call. Without ``FLATPATCH_RUN`` in the environment every hook does nothing.
+
+``FLATPATCH_RUN`` names a JSON file, written by the run that started this process::
+
+    {"schema": 1, "task_index": 0, "task": "dbpedia",
+     "metrics": "/.../metrics.jsonl", "progress": "/.../progress.json", "summary": "/.../summary.json",
+     "sam": {"kind": "off" | "sam" | "asam", "rho": 0.05, "eta": 0.01, "scope": "lora" | "A" | "B" | "head" | "all",
+             "sync": "local" | "global", "ascent_loss": "total" | "task"},
+     "adapters": "upstream" | "fp32"}
+
+Importing this module needs the standard library alone; torch is used only once a hook has work to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+
+VARIABLE = "FLATPATCH_RUN"
+SCHEMA = 1
+
+# Steps whose measurements wait on the device until they are fetched and written together.
+_BUFFERED_STEPS = 10
+_SECONDS_BETWEEN_PROGRESS = 0.5
+
+_CHOICES = {
+    "kind": ("off", "sam", "asam"),
+    "scope": ("lora", "A", "B", "head", "all"),
+    "sync": ("local", "global"),
+    "ascent_loss": ("total", "task"),
+}
+_RADII = ("rho", "eta")
+_TOP = ("schema", "task_index", "task", "metrics", "progress", "summary", "sam", "adapters")
+# Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
+_SUMMED = ("loss", "perturbed_loss", "grad_norm")
+_MEASURED = (*_SUMMED, "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
+
+
+def attach_trainer(trainer: Any) -> None:
+    """Make a Hugging Face Trainer train with SAM, as the run says, and record each step.
+
+    With ``"kind": "off"`` training stays bit for bit as it was, and is only recorded.
+
+    Args:
+        trainer: A ``transformers.Trainer`` (4.28) or subclass, built and not yet training.
+
+    Raises:
+        UserError: If the run's description is not valid.
+        FlatpatchError: If the trainer lacks what this hook attaches to.
+    """
+    path = os.environ.get(VARIABLE)
+    if path is None:
+        return
+    run = _read(Path(path))
+    missing = [
+        name
+        for name in ("training_step", "compute_loss", "add_callback", "is_world_process_zero")
+        if not callable(getattr(trainer, name, None))
+    ]
+    if missing:
+        raise FlatpatchError(
+            f"flatpatch.hooks.attach_trainer: {type(trainer).__name__} has no {', '.join(missing)}. Expected a "
+            "transformers 4.28 Trainer; the upstream or its library has changed, so the patch needs a refresh."
+        )
+    from flatpatch import sam
+
+    if run["adapters"] == "fp32":
+        sam.keep_adapters_fp32(trainer.model)
+    settings = dict(run["sam"])
+    kind = settings.pop("kind")
+    step = None if kind == "off" else sam.SAMTrainingStep(trainer, adaptive=kind == "asam", **settings)
+    recorder = _Recorder(trainer, run, step)
+    trainer.training_step = recorder.training_step
+    trainer.add_callback(recorder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read and check a run's description, reporting all its mistakes at once."""
+    where = f"{VARIABLE}={path}"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{where} cannot be read as JSON: {error}. Unset {VARIABLE} to train without flatpatch."
+        ) from None
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        found = run.get("schema") if isinstance(run, dict) else type(run).__name__
+        raise UserError(f"{where} has schema {found!r}, expected {SCHEMA}. Start the run again with this flatpatch.")
+    problems = _differences(run, _TOP, where)
+    settings = run.get("sam")
+    if isinstance(settings, dict):
+        problems += _differences(settings, (*_CHOICES, *_RADII), f"{where}: sam")
+        for name, allowed in _CHOICES.items():
+            if name in settings and settings[name] not in allowed:
+                problems.append(f"{where}: sam.{name}={settings[name]!r} is not one of {', '.join(allowed)}")
+        for name in _RADII:
+            value = settings.get(name, 0.0)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and value >= 0):
+                problems.append(f"{where}: sam.{name}={value!r} is not a number >= 0")
+    elif "sam" in run:
+        problems.append(f"{where}: sam is not an object")
+    if run.get("adapters", "upstream") not in ("upstream", "fp32"):
+        problems.append(f"{where}: adapters={run['adapters']!r} is not one of upstream, fp32")
+    if problems:
+        raise UserError.collect(problems)
+    return run
+
+
+def _differences(given: Mapping[str, Any], expected: tuple[str, ...], where: str) -> list[str]:
+    unknown = [
+        f"{where} has an unknown key {key!r}.{did_you_mean(key, expected)}" for key in given if key not in expected
+    ]
+    return unknown + [f"{where} has no {key!r}" for key in expected if key not in given]
+
+
+class _Recorder:
+    """Stands in for ``training_step`` and listens as a trainer callback; writes what happens, on the first process.
+
+    Changes nothing of the training: results are kept as tensors and fetched from the device a few steps at a time.
+    """
+
+    def __init__(self, trainer: Any, run: Mapping[str, Any], step: Any) -> None:
+        self._trainer = trainer
+        self._run = run
+        self._sam = step
+        self._plain_step: Callable[..., Any] = trainer.training_step if step is None else step
+        self._writes = bool(trainer.is_world_process_zero())
+        self._metrics, self._progress, self._summary = (Path(run[name]) for name in ("metrics", "progress", "summary"))
+        self._waiting: list[tuple[dict[str, Any], list[Any]]] = []
+        self._micro_steps: list[dict[str, Any]] = []
+        self._learning_rate: float | None = None
+        self._step_began = 0.0
+        self._progress_written = -math.inf
+        self._last_loss: float | None = None
+        self._steps = 0
+        self._predicted = 0
+        self._predicting: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Ignore the callback events that are not listened to."""
+        if name.startswith("on_"):
+            return _ignore
+        raise AttributeError(name)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the step and keep its loss and measurements."""
+        if self._learning_rate is None:
+            self._learning_rate = _learning_rate(self._trainer)
+        loss = self._plain_step(*args, **kwargs)
+        if self._writes:
+            measured = {"loss": loss.detach()}
+            if self._sam is not None:
+                last = self._sam.last_step
+                measured["perturbed_loss"] = self._sam.perturbed_loss.detach()
+                measured |= {name: getattr(last, name) for name in _MEASURED if hasattr(last, name)}
+            self._micro_steps.append(measured)
+        return loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say what is about to happen, and start or continue the record."""
+        perturbed = [] if self._sam is None else self._sam.parameters()
+        trainable = [p for p in self._trainer.model.parameters() if p.requires_grad]
+        self._counts = {
+            "trainable_parameters": sum(p.numel() for p in trainable),
+            "perturbed_parameters": sum(p.numel() for p in perturbed),
+        }
+        self._dtype = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in perturbed or trainable}))
+        if not self._writes:
+            return
+        print(f"flatpatch: {self._liveness()}", flush=True)
+        kept = [] if state.global_step == 0 else _records_until(self._metrics, state.global_step)
+        _write_atomically(self._metrics, "".join(kept))
+        self._write_progress("train", state.global_step, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the step's clock."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put the step's measurements in the queue."""
+        self._steps = state.global_step
+        micro_steps, self._micro_steps = self._micro_steps, []
+        learning_rate, self._learning_rate = self._learning_rate, None
+        if not self._writes:
+            return
+        record = {
+            "task": self._run["task"],
+            "step": state.global_step,
+            "learning_rate": learning_rate,
+            "seconds": time.perf_counter() - self._step_began,
+        }
+        self._waiting.append((record, micro_steps))
+        due = self._progress_due()
+        if due or len(self._waiting) >= _BUFFERED_STEPS:
+            self._flush()
+        if due:
+            self._write_progress("train", state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write what is left, and the summary."""
+        if not self._writes:
+            return
+        self._flush()
+        fallbacks = None if self._sam is None else self._sam.fallbacks
+        summary = {
+            "steps": self._steps,
+            "ascent_fallbacks": 0 if fallbacks is None else int(fallbacks),
+            **self._counts,
+            "sam": self._describe(),
+            "launcher": _launcher(self._trainer),
+            "dtype": self._dtype,
+        }
+        _write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
+        self._write_progress("train", state.global_step, state.max_steps)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        """Count the batches of an evaluation or prediction."""
+        if eval_dataloader is not self._predicting:
+            self._predicting, self._predicted = eval_dataloader, 0
+        self._predicted += 1
+        total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+        if self._writes and (self._progress_due() or self._predicted == total):
+            self._write_progress("predict", self._predicted, total)
+
+    def _liveness(self) -> str:
+        perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
+        where = f"task {self._run['task_index'] + 1} {self._run['task']}"
+        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sam is not None else ""
+        return f"{self._describe()}{on} ({self._dtype}), {where}"
+
+    def _describe(self) -> str:
+        settings = self._run["sam"]
+        if settings["kind"] == "off":
+            return "SAM off"
+        eta = f" eta={settings['eta']:g}" if settings["kind"] == "asam" else ""
+        words = f"{settings['kind'].upper()} rho={settings['rho']:g}{eta} scope={settings['scope']}"
+        return f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}"
+
+    def _flush(self) -> None:
+        """Fetch the waiting measurements from the device at once, and append them."""
+        import torch
+
+        device = self._trainer.args.device
+        rows = [torch.stack(_combined(micro_steps, device)) for _, micro_steps in self._waiting if micro_steps]
+        fetched = iter(torch.stack(rows).tolist() if rows else [])
+        lines = []
+        for record, micro_steps in self._waiting:
+            values = next(fetched) if micro_steps else [math.nan] * len(_MEASURED)
+            measured = {
+                name: value if math.isfinite(value) else None for name, value in zip(_MEASURED, values, strict=True)
+            }
+            self._last_loss = measured["loss"]
+            lines.append(json.dumps({"task": record["task"], "step": record["step"], **measured} | record) + "\n")
+        self._waiting = []
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write("".join(lines))
+
+    def _progress_due(self) -> bool:
+        return time.monotonic() - self._progress_written >= _SECONDS_BETWEEN_PROGRESS
+
+    def _write_progress(self, phase: str, step: int, total: int | None) -> None:
+        self._progress_written = time.monotonic()
+        progress = {"phase": phase, "step": step, "total": total, "loss": self._last_loss if phase == "train" else None}
+        _write_atomically(self._progress, json.dumps(progress) + "\n")
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _learning_rate(trainer: Any) -> float | None:
+    groups = getattr(trainer.optimizer, "param_groups", None)
+    return float(groups[0]["lr"]) if groups else None
+
+
+def _combined(micro_steps: list[dict[str, Any]], device: Any) -> list[Any]:
+    """One 0-dimensional float64 tensor per measurement of a step: sums of losses, means of the others."""
+    import torch
+
+    combined = []
+    for name in _MEASURED:
+        values = [step[name].to(device, torch.float64) for step in micro_steps if name in step]
+        if not values:
+            combined.append(torch.full((), math.nan, dtype=torch.float64, device=device))
+        else:
+            total = torch.stack(values).sum()
+            combined.append(total if name in _SUMMED else total / len(values))
+    return combined
+
+
+def _records_until(path: Path, step: int) -> list[str]:
+    """The lines of an interrupted record up to a step; a torn last line is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    return kept
+
+
+def _launcher(trainer: Any) -> str:
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is not None:
+        return f"deepspeed-zero{engine.zero_optimization_stage()}"
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(getattr(trainer, "model_wrapped", None), DistributedDataParallel):
+        return "ddp"
+    return "data-parallel" if getattr(trainer.args, "n_gpu", 0) > 1 else "plain"
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

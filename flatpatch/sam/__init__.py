@@ -1,0 +1,20 @@
+"""Sharpness-aware minimisation: the perturbation, an optimizer wrapper and a Trainer adapter."""
+
+from flatpatch.sam.optimizer import SAM
+from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
+from flatpatch.sam.perturbation import AscentStep, perturbed
+from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
+from flatpatch.sam.trainer import SAMTrainingStep, keep_adapters_fp32
+
+__all__ = [
+    "SAM",
+    "SCOPES",
+    "AscentStep",
+    "RandomState",
+    "SAMTrainingStep",
+    "batch_norm_statistics_kept",
+    "is_adapter",
+    "keep_adapters_fp32",
+    "perturbed",
+    "select_parameters",
+]

@@ -1,0 +1,311 @@
+"""SAM for a Hugging Face Trainer (4.28), its own ``training_step`` unchanged, with or without DeepSpeed.
+
+The step calls the trainer's ``training_step`` twice. In the first pass the backward call is intercepted and
+replaced by ``torch.autograd.grad`` over the perturbed parameters. That runs no AccumulateGrad node, so no
+``.grad`` is written, no hook of DistributedDataParallel or ZeRO fires, nothing is reduced, and DeepSpeed
+counts no micro-step. The second pass is the trainer's own step, at the perturbed weights, which are put back
+before it returns: whatever saves, evaluates or updates the weights afterwards sees the unperturbed ones.
+
+With gradient accumulation every micro-batch has its own perturbation. Two traces of the first pass remain:
+whatever ``training_step`` logs itself appears twice, and DeepSpeed's own monitor shows the perturbed loss.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatpatch.errors import UserError
+from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
+from flatpatch.sam.perturbation import AscentStep, check_settings, perturbed
+from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
+
+ASCENT_LOSSES = ("total", "task")
+
+_NO_GRADIENT = (
+    "the ascent pass found no gradient for any perturbed parameter. Reentrant gradient checkpointing does "
+    "this, because torch.autograd.grad cannot see through it. Train without gradient_checkpointing, or "
+    "checkpoint with use_reentrant=False."
+)
+
+
+class SAMTrainingStep:
+    """A sharpness-aware ``training_step``: ``trainer.training_step = SAMTrainingStep(trainer)``.
+
+    Attributes:
+        last_step: What the latest ascent step did, with ``grad_norm`` that of the loss as ``training_step``
+            returns it (divided by the gradient accumulation steps, any loss scale removed).
+        perturbed_loss: What the latest second pass returned.
+        fallbacks: How many ascent gradients were not finite and gave a plain step; a tensor on the device.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.01,
+        scope: str = "lora",
+        sync: str = "local",
+        ascent_loss: str = "total",
+    ) -> None:
+        """Wrap ``trainer.training_step``, without assigning it.
+
+        Args:
+            trainer: Has ``training_step(model, inputs)``, ``compute_loss``, ``model`` and ``args``.
+            rho: Radius in weight units; 0 trains bit for bit as without SAM.
+            adaptive: ASAM instead of SAM.
+            eta: ASAM's addition to ``|w|``.
+            scope: Which trainable weights to perturb: "lora", "A", "B", "head" or "all".
+            sync: "local": each process perturbs along its own gradient; "global": along the average.
+            ascent_loss: "total": ascend the loss that ``training_step`` descends; "task": only what
+                ``compute_loss`` returns, without the penalties added inside ``training_step``.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        check_settings(rho, eta, sync)
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+        if ascent_loss not in ASCENT_LOSSES:
+            raise ValueError(f"ascent_loss must be one of {', '.join(ASCENT_LOSSES)}, got {ascent_loss!r}")
+        self.trainer = trainer
+        self.rho = rho
+        self.adaptive = adaptive
+        self.eta = eta
+        self.scope = scope
+        self.sync = sync
+        self.ascent_loss = ascent_loss
+        self.last_step: AscentStep | None = None
+        self.perturbed_loss: Tensor | None = None
+        self.fallbacks: Tensor | None = None
+        self._plain_step = trainer.training_step
+        self._prepared: tuple[nn.Module, list[Tensor]] | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """Return the weights that are perturbed, after checking that this trainer can be served.
+
+        Returns:
+            Trainable parameters of ``trainer.model``, in its order.
+
+        Raises:
+            UserError: If the scope is empty, or the trainer shards or scales in a way SAM cannot follow.
+        """
+        if self._prepared is None or self._prepared[0] is not self.trainer.model:
+            _refuse_unsupported(self.trainer)
+            chosen = select_parameters(self.trainer.model.named_parameters(), self.scope)
+            self._prepared = (self.trainer.model, [parameter for _, parameter in chosen])
+        return self._prepared[1]
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Take one step's two passes, leaving the SAM gradient where ``training_step`` leaves its own.
+
+        Args:
+            model: As the trainer's loop passes it.
+            inputs: One micro-batch.
+
+        Returns:
+            The unperturbed loss, scaled as ``training_step`` returns it.
+        """
+        parameters = self.parameters()
+        random_state = RandomState()
+        ascent = _AscentPass(self.trainer, parameters, task_only=self.ascent_loss == "task")
+        # DistributedDataParallel's reducer must learn nothing of this pass, so it gets the bare module.
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        with ascent.intercepted():
+            loss: Tensor = self._plain_step(bare, inputs)
+        random_state.restore()
+        step = perturbed(
+            parameters,
+            ascent.take_gradients(),
+            rho=self.rho,
+            adaptive=self.adaptive,
+            eta=self.eta,
+            sync=self.sync,
+        )
+        with step as report, batch_norm_statistics_kept(self.trainer.model):
+            self.perturbed_loss = self._plain_step(model, inputs)
+        self._keep(report, ascent.scale)
+        return loss
+
+    def _keep(self, report: AscentStep, scale: Tensor | float) -> None:
+        grad_norm = report.grad_norm / scale
+        self.last_step = AscentStep(
+            grad_norm,
+            report.perturbation_norm,
+            report.effective_perturbation_norm,
+            report.perturbation_cosine,
+            report.finite,
+        )
+        if self.fallbacks is None:
+            self.fallbacks = torch.zeros((), dtype=torch.int64, device=report.finite.device)
+        self.fallbacks += ~report.finite
+
+
+class _AscentPass:
+    """Lets a backward call differentiate into a list instead of into ``.grad``."""
+
+    def __init__(self, trainer: Any, parameters: list[Tensor], *, task_only: bool) -> None:
+        self.scale: Tensor | float = 1.0
+        self._trainer = trainer
+        self._engine: Any = getattr(trainer, "deepspeed", None)
+        self._parameters = parameters
+        self._task_only = task_only
+        self._task_loss: Tensor | None = None
+        self._gradients: list[Tensor | None] | None = None
+
+    @contextmanager
+    def intercepted(self) -> Iterator[None]:
+        """Stand in for the backward call inside the block."""
+        with ExitStack() as stack:
+            if self._engine is not None:
+                stack.enter_context(_replaced(self._engine, "backward", self._engine_backward))
+            else:
+                stack.enter_context(_replaced(torch.Tensor, "backward", self._for_this_thread()))
+            if self._task_only:
+                kept = self._kept_loss(self._trainer.compute_loss)
+                stack.enter_context(_replaced(self._trainer, "compute_loss", kept))
+            try:
+                yield
+            finally:
+                self._task_loss = None
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """Hand over the gradients, keeping no reference, so that their memory is free in the second pass."""
+        gradients, self._gradients = self._gradients, None
+        if gradients is None:
+            raise RuntimeError("training_step made no backward call, so SAM has no loss to ascend")
+        if all(gradient is None for gradient in gradients):
+            raise UserError(_NO_GRADIENT)
+        return gradients
+
+    def _for_this_thread(self) -> Callable[..., None]:
+        original: Callable[..., None] = torch.Tensor.backward
+        thread = threading.get_ident()
+
+        def backward(
+            loss: Tensor,
+            gradient: Tensor | None = None,
+            retain_graph: bool | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
+            if threading.get_ident() == thread:
+                self._tensor_backward(loss, gradient, retain_graph)
+            else:
+                original(loss, gradient, retain_graph, *args, **kwargs)
+
+        return backward
+
+    def _kept_loss(self, compute_loss: Any) -> Any:
+        def compute_and_keep(*args: Any, **kwargs: Any) -> Any:
+            result = compute_loss(*args, **kwargs)
+            loss = result[0] if isinstance(result, tuple) else result
+            self._task_loss = loss.mean()
+            return result
+
+        return compute_and_keep
+
+    def _tensor_backward(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool | None) -> None:
+        if getattr(self._trainer, "do_grad_scaling", False):
+            self.scale = self._trainer.scaler.scale(torch.ones((), device=loss.device))
+        if self._task_only:
+            loss = self._task() / self._trainer.args.gradient_accumulation_steps * self.scale
+        self._differentiate(loss, gradient, retain_graph)
+
+    def _engine_backward(
+        self,
+        loss: Tensor,
+        allreduce_gradients: bool = True,
+        release_loss: bool = False,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+    ) -> Tensor:
+        """What ``DeepSpeedEngine.backward`` (0.15.4) returns, with its scales but none of its effects."""
+        engine = self._engine
+        accumulation = engine.gradient_accumulation_steps()
+        if accumulation > 1 and (scale_wrt_gas if engine.scale_wrt_gas is None else engine.scale_wrt_gas):
+            loss = loss.float() / accumulation
+        self.scale = getattr(engine.optimizer, "loss_scale", 1.0)
+        ascended = self._task() / accumulation if self._task_only else loss
+        self._differentiate(ascended.float() * self.scale, None, retain_graph)
+        return loss
+
+    def _task(self) -> Tensor:
+        if self._task_loss is None:
+            raise RuntimeError("ascent_loss=task needs training_step to call compute_loss, and it did not")
+        return self._task_loss
+
+    def _differentiate(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool | None) -> None:
+        if not loss.requires_grad:
+            raise UserError(_NO_GRADIENT)
+        try:
+            new = torch.autograd.grad(loss, self._parameters, gradient, retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "heckpoint" in str(error):
+                raise UserError(_NO_GRADIENT) from error
+            raise
+        if self._gradients is None:
+            self._gradients = list(new)
+        else:
+            pairs = zip(self._gradients, new, strict=True)
+            self._gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object or class; afterwards it is as before, down to whether it existed."""
+    existed = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if existed:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _refuse_unsupported(trainer: Any) -> None:
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is not None and engine.zero_optimization_stage() >= 3:
+        raise UserError(
+            "SAM cannot perturb weights that ZeRO-3 has partitioned over the processes. Use a stage 2 "
+            "configuration (configs/ds_configs/stage2.config upstream)."
+        )
+    for name, what in (("use_apex", "apex"), ("fsdp", "FSDP"), ("sharded_ddp", "sharded DDP")):
+        if getattr(trainer, name, None):
+            raise UserError(f"SAM does not work with {what}. Use plain torch, DDP or DeepSpeed ZeRO 0-2.")
+
+
+def keep_adapters_fp32(model: nn.Module) -> None:
+    """Let ``model.half()`` and ``model.bfloat16()`` leave trainable and LoRA weights in their present type.
+
+    DeepSpeed's engine casts the whole model with one of these; in 16 bits a small perturbation is partly
+    lost to rounding. Call it before the engine is built. The first cast removes the exception again.
+    Frozen LoRA weights are kept too, because upstream's layers feed all factors of a layer the same input.
+
+    Args:
+        model: The module that will be handed to the engine.
+    """
+    casts = ("half", "bfloat16")
+
+    def cast_the_rest(name: str) -> nn.Module:
+        for cast in casts:
+            delattr(model, cast)
+        kept = [(p, p.data) for n, p in model.named_parameters() if p.requires_grad or is_adapter(n)]
+        getattr(model, name)()
+        for parameter, data in kept:
+            parameter.data = data
+        return model
+
+    for cast in casts:
+        setattr(model, cast, lambda name=cast: cast_the_rest(name))
