@@ -158,6 +158,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
     off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
+    if settings.adapters != "upstream":
+        editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
+        off_reference = True
     if engine == "upstream":
         editor.fit_launcher(launcher, device, world_size)
     if settings.seed != 42:

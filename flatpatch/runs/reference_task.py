@@ -4,42 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from flatpatch import hooks
 from flatpatch.continual import reference
 from flatpatch.continual.reference import ReferenceTask
+from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
+from flatpatch.sam import SAM
+
+SECONDS_BETWEEN_PROGRESS = 0.5
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> int:
     """Train and evaluate one task as the arguments say, with the SAM of the hook's settings."""
     arguments = {name: value or "" for name, value in pairs(list(words))}
-    recorder = hooks.Recorder.from_environment()
-    task = read_task(arguments)
-    task.output_dir.mkdir(parents=True, exist_ok=True)
-    reference.run_task(
-        task,
-        make_gradients=recorder.make_gradients,
-        on_step=recorder.on_step,
-        on_predict=recorder.on_predict,
-    )
+    try:
+        task = read_task(arguments)
+        task.output_dir.mkdir(parents=True, exist_ok=True)
+        with _Recorder(json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))) as recorder:
+            reference.run_task(
+                task,
+                make_gradients=recorder.make_gradients,
+                on_step=recorder.on_step,
+                on_predict=recorder.on_predict,
+            )
+    except FlatpatchError as error:
+        print(f"flatpatch: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def read_task(arguments: dict[str, str]) -> ReferenceTask:
     """Turn upstream-style arguments into the reference engine's own, ignoring those it has no use for."""
     configs = Path(arguments["task_config_dir"])
     previous = Path(arguments["model_name_or_path"])
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ReferenceTask)}
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     plain = {
-        name: {"int": int, "float": float, "str": str}.get(str(kind).split(" ")[0], str)(arguments[name])
-        for name, kind in types.items()
-        if name in arguments and str(kind).split(" ")[0] in ("int", "float", "str")
+        field.name: kinds[str(field.type)](arguments[field.name])
+        for field in dataclasses.fields(ReferenceTask)
+        if field.name in arguments and str(field.type) in kinds
     }
     return ReferenceTask(
         model=Path(arguments["base_model"]),
@@ -58,5 +70,102 @@ def _datasets(path: Path) -> tuple[tuple[str, str], ...]:
     return tuple((kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries)
 
 
+class _Recorder:
+    """Gives the training loop its SAM and writes the same files as the hook in upstream's code."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+        self.sam: SAM | None = None
+        self.perturbed_loss: float | None = None
+        self.steps = self.fallbacks = self.trainable = self.perturbed = 0
+        self._written = 0.0
+        self._metrics = Path(run["metrics"]).open("w", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._metrics.close()
+        if kind is None:
+            summary = {
+                "steps": self.steps,
+                "ascent_fallbacks": self.fallbacks,
+                "trainable_parameters": self.trainable,
+                "perturbed_parameters": self.perturbed,
+                "sam": self.run["sam"]["kind"],
+                "launcher": "plain",
+                "dtype": "float32",
+            }
+            write_atomically(Path(self.run["summary"]), json.dumps(summary, indent=2))
+
+    def make_gradients(self, optimizer: torch.optim.Optimizer) -> Callable[[Callable[..., Tensor]], Tensor]:
+        """Return the function that leaves the gradient to descend along in ``.grad``."""
+        settings = self.run["sam"]
+        groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+        everything = [parameter for group in groups.values() for parameter in group]
+        self.trainable = sum(parameter.numel() for parameter in everything)
+        if settings["kind"] == "off":
+            return lambda closure: closure()
+        scope = settings["scope"]
+        if scope not in ("lora", "all", *groups):
+            raise UserError(f"scope={scope}: this model trains no such weights. It has: lora, {', '.join(groups)}.")
+        chosen = groups.get(scope, everything)
+        self.perturbed = sum(parameter.numel() for parameter in chosen)
+        adaptive = settings["kind"] == "asam"
+        self.sam = SAM(optimizer, rho=settings["rho"], adaptive=adaptive, eta=settings["eta"], parameters=chosen)
+        task_only = settings["ascent_loss"] == "task"
+
+        def gradients(closure: Callable[..., Tensor]) -> Tensor:
+            assert self.sam is not None
+            passes = 0
+
+            def one_pass() -> Tensor:
+                nonlocal passes
+                passes += 1
+                loss = closure(penalised=passes == 2 or not task_only)
+                if passes == 2:
+                    self.perturbed_loss = loss.item()
+                return loss
+
+            result: Tensor = self.sam.gradients(one_pass)
+            return result
+
+        return gradients
+
+    def on_step(self, state: dict[str, Any]) -> None:
+        """Write one line of measurements."""
+        self.steps = state["step"]
+        measured = dict.fromkeys(
+            ("grad_norm", "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
+        )
+        line = {
+            "task": self.run["task"],
+            "step": state["step"],
+            "loss": state["loss"],
+            "perturbed_loss": None,
+            **measured,
+        }
+        if self.sam is not None and self.sam.last_step is not None:
+            report = self.sam.last_step
+            self.fallbacks += not bool(report.finite)
+            line["perturbed_loss"] = self.perturbed_loss
+            for name in measured:
+                value = float(getattr(report, name))
+                line[name] = value if torch.isfinite(torch.tensor(value)) else None
+        line |= {"learning_rate": state["learning_rate"], "seconds": state["seconds"]}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._progress("train", state["step"], state["total"], state["loss"])
+
+    def on_predict(self, state: dict[str, int]) -> None:
+        """Say how far the prediction is."""
+        self._progress("predict", state["step"], state["total"], None)
+
+    def _progress(self, phase: str, step: int, total: int, loss: float | None) -> None:
+        if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
+            self._written = time.monotonic()
+            text = json.dumps({"phase": phase, "step": step, "total": total, "loss": loss})
+            write_atomically(Path(self.run["progress"]), text)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
