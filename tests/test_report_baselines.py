@@ -40,9 +40,7 @@ def test_paper_rows_have_a_number_a_known_verification_level_and_a_source(name):
 
 
 def test_the_numbers_quoted_most_are_as_printed():
-    rows = {
-        (r["method"], r["benchmark"]): r["mean"] for r in load_baseline("paper_nlora")["tables"][0]["rows"]
-    }
+    rows = {(r["method"], r["benchmark"]): r["mean"] for r in load_baseline("paper_nlora")["tables"][0]["rows"]}
     assert rows["N-LoRA", "T5-large, order-1"] == 79.2
     assert load_baseline("olora_order1")["metrics"]["final_accuracy"]["mean"] == 78.3651
 

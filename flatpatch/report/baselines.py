@@ -18,9 +18,7 @@ _FOLDER = files("flatpatch") / "baselines"
 
 def list_baselines() -> list[str]:
     """Return the names ``load_baseline`` knows, sorted."""
-    return sorted(
-        item.name.removesuffix(".json") for item in _FOLDER.iterdir() if item.name.endswith(".json")
-    )
+    return sorted(item.name.removesuffix(".json") for item in _FOLDER.iterdir() if item.name.endswith(".json"))
 
 
 def load_baseline(name: str) -> dict[str, Any]:

@@ -1,0 +1,364 @@
+"""Figures of one run, drawn from its record and step metrics.
+
+Each ``make_..._figure`` returns a matplotlib ``Figure`` (no window, no global state), or None where there is
+nothing to show; ``draw_run`` saves those there are. Colours are Okabe and Ito's, told apart by most
+colour-blind readers, and never the only difference between two lines.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from flatpatch.report.titles import describe, short_warning
+
+FloatArray = NDArray[np.float64]
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLES = ("-", "--", ":")
+_BLUE, _VERMILION, _GREY, _WARNING = "#0072B2", "#D55E00", "0.45", "#A33B00"
+_NORMS = ("perturbation_norm", "effective_perturbation_norm")
+_LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8.5, "framealpha": 0.9, "edgecolor": "none"}
+_DPI = 150
+# A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
+_LOG_RATIO = 30.0
+
+
+def draw_run(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Draw every figure the run has data for, as PNG files.
+
+    Args:
+        record: The run's record.
+        metrics: Its step metrics, as ``read_step_metrics`` returns them; may be empty.
+        folder: Where to write; made if needed. Figures of the same names are replaced.
+
+    Returns:
+        The files written: of ``accuracy_matrix.png``, ``accuracy_over_tasks.png``, ``loss.png`` and
+        ``perturbation.png``.
+    """
+    figures = {
+        "accuracy_matrix": make_matrix_figure(record),
+        "accuracy_over_tasks": make_accuracy_figure(record),
+        "loss": make_loss_figure(record, metrics),
+        "perturbation": make_perturbation_figure(record, metrics),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        if figure is None:
+            # One left from an earlier state of the run would tell of data that is no longer there.
+            path.unlink(missing_ok=True)
+            continue
+        figure.savefig(path, dpi=_DPI)
+        written.append(path)
+    return written
+
+
+def make_matrix_figure(record: Mapping[str, Any]) -> Figure | None:
+    """Return the accuracy matrix as an annotated heat map; None before the first result."""
+    accuracy = _matrix(record)
+    if np.isnan(accuracy).all():
+        return None
+    tasks = record["tasks"]
+    size = len(tasks)
+    cell = 0.8 if size <= 6 else 0.58
+    figure = _figure(max(6.0, size * cell + 2.6), max(4.2, size * cell * 0.8 + 2.2))
+    axes = figure.subplots()
+    image = axes.imshow(accuracy, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    axes.set_facecolor("0.95")
+    decimals = 2 if size <= 6 else 1
+    for i, j in zip(*np.nonzero(~np.isnan(accuracy)), strict=True):
+        ink = "black" if accuracy[i, j] > 50 else "white"
+        text = f"{accuracy[i, j]:.{decimals}f}"
+        axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=10 if size <= 6 else 8)
+    axes.set_xticks(range(size), tasks, rotation=0 if size <= 6 else 45, ha="center" if size <= 6 else "right")
+    axes.set_yticks(range(size), [f"{i + 1} {task}" for i, task in enumerate(tasks)])
+    axes.set_xlabel("tested on")
+    axes.set_ylabel("after training")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label="accuracy (%)", fraction=0.05, pad=0.02)
+    bar.outline.set_visible(False)
+    _title(figure, "Accuracy after each task", record)
+    return figure
+
+
+def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
+    """Return each task's accuracy as training goes on, and their mean; None before two tasks are evaluated."""
+    accuracy = _matrix(record)
+    rows = np.nonzero(~np.isnan(accuracy).all(axis=1))[0]
+    if len(rows) < 2:
+        return None
+    tasks = record["tasks"]
+    size = len(tasks)
+    figure = _figure(7.5 if size <= 6 else 10.5, 4.6 if size <= 6 else 6.0)
+    axes = figure.subplots()
+    ends: list[tuple[float, str, str]] = []
+    for j, task in enumerate(tasks):
+        seen = rows[~np.isnan(accuracy[rows, j])]
+        if not seen.size:
+            continue
+        colour = _COLOURS[j % len(_COLOURS)]
+        axes.plot(
+            seen,
+            accuracy[seen, j],
+            color=colour,
+            marker=_MARKERS[j % len(_MARKERS)],
+            linestyle=_STYLES[j // len(_COLOURS) % len(_STYLES)],
+            markersize=4.5,
+            linewidth=1.3,
+            label=task,
+        )
+        ends.append((float(accuracy[seen[-1], j]), task, colour))
+    means = np.array([np.mean(accuracy[i, : i + 1]) for i in rows])
+    axes.plot(rows, means, color="black", linewidth=2.8, label="mean of tasks seen")
+    if not math.isnan(means[-1]):
+        ends.append((float(means[-1]), "mean of tasks seen", "black"))
+    axes.set_ylim(*_percent_limits(accuracy))
+    axes.set_xlim(-0.2, rows[-1] + 0.15)
+    axes.set_xticks(range(rows[-1] + 1), [f"{i + 1}\n{tasks[i]}" for i in range(rows[-1] + 1)])
+    if size > 6:
+        axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("after training task")
+    axes.set_ylabel("accuracy (%)")
+    _label_ends(figure, axes, ends, fontsize=9 if size <= 6 else 8.5)
+    _title(figure, "Accuracy of each task as training goes on", record)
+    return figure
+
+
+def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Return the training loss, and under SAM the perturbed loss, over all steps; None if none was logged."""
+    curves = _curves(record["tasks"], metrics)
+    if not curves.has("loss"):
+        return None
+    figure = _figure(9.0, 4.6)
+    axes = figure.subplots()
+    shown = [("loss", "loss", _BLUE, "-")]
+    if curves.has("perturbed_loss"):
+        shown.append(("perturbed_loss", "perturbed loss (at the ascent step)", _VERMILION, "--"))
+    for key, name, colour, style in shown:
+        _draw_curve(axes, curves, key, name, colour, style)
+    _log_if_wide(axes, np.concatenate([curves.values[key] for key, *_ in shown]))
+    axes.set_ylabel("training loss")
+    axes.legend(**_LEGEND)
+    _mark_tasks(axes, curves)
+    _finish_steps(figure, axes, curves, "Training loss", record)
+    return figure
+
+
+def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Return how SAM's perturbation fared: gradient norm, norms of the step, and their cosine.
+
+    The effective perturbation is what the weights moved after rounding to their number format. None if no
+    perturbation was logged (SAM off).
+    """
+    curves = _curves(record["tasks"], metrics)
+    norms = [key for key in _NORMS if curves.has(key)]
+    panels = [key for key in ("grad_norm", "norms", "perturbation_cosine") if key == "norms" or curves.has(key)]
+    if not norms:
+        return None
+    figure = _figure(9.0, 1.5 + 1.9 * len(panels))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(all_axes, panels, strict=True):
+        if panel == "norms":
+            names = {"perturbation_norm": "intended", "effective_perturbation_norm": "effective (after rounding)"}
+            for key, colour, style in zip(norms, (_BLUE, _VERMILION), ("-", "--"), strict=False):
+                _draw_curve(axes, curves, key, names[key], colour, style)
+            axes.set_ylabel("perturbation\nnorm")
+            axes.legend(**_LEGEND)
+        else:
+            _draw_curve(axes, curves, panel, "", _BLUE, "-")
+        if panel == "grad_norm":
+            axes.set_ylabel("gradient norm")
+            _log_if_wide(axes, curves.values[panel])
+        if panel == "perturbation_cosine":
+            axes.set_ylabel("cosine, effective\nto intended")
+            axes.set_ylim(top=1 + 0.05 * max(1e-6, 1 - axes.get_ylim()[0]))
+        _mark_tasks(axes, curves, names=panel == panels[0])
+    _finish_steps(figure, all_axes[-1], curves, "SAM's perturbation", record)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """Step metrics of all tasks laid end to end."""
+
+    x: FloatArray  # (n,) steps counted over the whole run
+    starts: tuple[float, ...]  # one per task that logged: where it begins, in steps
+    first: tuple[int, ...]  # one per start: the task's first place in x
+    names: tuple[str, ...]  # one per start
+    values: Mapping[str, FloatArray]  # each (n,), NaN where not logged
+
+    @property
+    def window(self) -> int:
+        """Steps to average over: a twentieth of a task, so that what happens within a task stays visible."""
+        return min(25, max(1, len(self.x) // len(self.starts) // 20))
+
+    @property
+    def parts(self) -> list[slice]:
+        """Each task's place in ``x``."""
+        ends = (*self.first[1:], len(self.x))
+        return [slice(low, high) for low, high in zip(self.first, ends, strict=True)]
+
+    def has(self, key: str) -> bool:
+        """Tell whether anything can be drawn of a measurement."""
+        return bool(np.isfinite(self.values[key]).any())
+
+    def smooth(self, key: str) -> FloatArray:
+        """Return the mean of up to ``window`` steps around each step, never across tasks."""
+        back, ahead = (self.window - 1) // 2, self.window // 2 + 1
+        smoothed = np.empty_like(self.x)
+        for part in self.parts:
+            y = self.values[key][part]
+            smoothed[part] = [y[max(0, k - back) : k + ahead].mean() for k in range(len(y))]
+        return smoothed
+
+
+def _curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> _Curves:
+    """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts."""
+    lines: dict[tuple[int, float], Mapping[str, Any]] = {}
+    for row in metrics:
+        task = row.get("task")
+        number = tasks.index(task) if task in tasks else task
+        if isinstance(number, int) and 0 <= number < len(tasks) and row.get("step") is not None:
+            lines[number, float(row["step"])] = row
+    x: list[float] = []
+    starts, first, names = [], [], []
+    offset = last = 0.0
+    current = -1
+    for number, step in sorted(lines):
+        if number != current:
+            current, offset = number, last
+            starts.append(offset)
+            first.append(len(x))
+            names.append(tasks[number])
+        last = offset + step
+        x.append(last)
+    ordered = [lines[key] for key in sorted(lines)]
+    values = {
+        key: np.array([math.nan if row.get(key) is None else float(row[key]) for row in ordered])
+        for key in ("loss", "perturbed_loss", "grad_norm", *_NORMS, "perturbation_cosine")
+    }
+    return _Curves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), values)
+
+
+def _draw_curve(axes: Axes, curves: _Curves, key: str, name: str, colour: str, style: str) -> None:
+    smoothed = curves.smooth(key)
+    # One line per task: a line across two would suggest training that never happened.
+    for part in curves.parts:
+        x = curves.x[part]
+        if curves.window > 1:
+            axes.plot(x, curves.values[key][part], color=colour, alpha=0.22, linewidth=0.8)
+        axes.plot(x, smoothed[part], color=colour, linestyle=style, linewidth=1.6, label=name)
+        name = "_"  # matplotlib's mark for a line that is not in the legend
+
+
+def _mark_tasks(axes: Axes, curves: _Curves, *, names: bool = True) -> None:
+    for start in curves.starts[1:]:
+        axes.axvline(start, color=_GREY, linewidth=0.8, linestyle=":")
+    if not names:
+        return
+    crowded = len(curves.starts) > 6
+    ends = [*curves.starts[1:], curves.x[-1]]
+    for start, end, name in zip(curves.starts, ends, curves.names, strict=True):
+        axes.annotate(
+            name,
+            ((start + end) / 2, 1.0),
+            xytext=(0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="left" if crowded else "center",
+            va="bottom",
+            rotation=40 if crowded else 0,
+            rotation_mode="anchor",
+            fontsize=8,
+            color="0.3",
+        )
+
+
+def _finish_steps(figure: Figure, axes: Axes, curves: _Curves, heading: str, record: Mapping[str, Any]) -> None:
+    window = curves.window
+    note = f"thin: each step; thick: mean of {window} steps" if window > 1 else "each step"
+    axes.set_xlabel(f"optimizer steps over all tasks ({note})")
+    axes.set_xlim(0, max(1.0, curves.x[-1]))
+    _title(figure, heading, record)
+
+
+def _log_if_wide(axes: Axes, values: FloatArray) -> None:
+    finite = values[np.isfinite(values)]
+    if finite.min() > 0 and finite.max() > _LOG_RATIO * finite.min():
+        axes.set_yscale("log")
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, str]], fontsize: float) -> None:
+    """Name each line at its right end, pushed apart so that no two names overlap."""
+    low, high = axes.get_ylim()
+    # The axes take about seven tenths of the figure's height, at 72 points an inch.
+    gap = (high - low) * 1.25 * fontsize / (figure.get_size_inches()[1] * 72 * 0.7)
+    ordered = sorted(ends)
+    heights = [value for value, *_ in ordered]
+    for _ in range(100):
+        for k in range(len(heights) - 1):
+            overlap = max(0.0, gap - (heights[k + 1] - heights[k]))
+            heights[k] -= overlap / 2
+            heights[k + 1] += overlap / 2
+        heights[-1] = min(heights[-1], high)
+    right = axes.get_xlim()[1]
+    for height, (value, name, colour) in zip(heights, ordered, strict=True):
+        axes.annotate(
+            f"{name} {value:.1f}",
+            (right, value),
+            xytext=(right * 1.03, height),
+            va="center",
+            fontsize=fontsize,
+            color=colour,
+            fontweight="bold" if colour == "black" else "normal",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+
+
+def _percent_limits(accuracy: FloatArray) -> tuple[float, float]:
+    """Cut off what is empty below, in steps of ten; 100 always stays in sight."""
+    low = 10 * math.floor(float(np.nanmin(accuracy)) / 10)
+    return max(-2.0, low - 2.0), 102.0
+
+
+def _matrix(record: Mapping[str, Any]) -> FloatArray:
+    rows = record["accuracy_matrix"]
+    return np.array([[math.nan if x is None else x for x in row] for row in rows], dtype=np.float64)
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _title(figure: Figure, heading: str, record: Mapping[str, Any]) -> None:
+    """Head a figure with what it shows, which run it is, and, in capitals, why it must not be compared."""
+    columns = int(figure.get_size_inches()[0] * 12)  # a character is about 6 points wide at this size
+    lines = [heading, *textwrap.wrap(describe(record), columns)]
+    if label := short_warning(record):
+        lines += textwrap.wrap(label, columns)
+    figure.suptitle("\n".join(lines), fontsize=10.5, color=_WARNING if label else "black")
+    for axes in figure.axes:
+        if axes.get_label() != "<colorbar>":
+            axes.spines[["top", "right"]].set_visible(False)

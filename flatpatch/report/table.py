@@ -1,0 +1,107 @@
+"""A run's results as text for the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flatpatch.report.titles import describe, warning
+
+# The two averages upstream's readers know, then the transfer measures; names as in the record.
+_METRICS = {
+    "average_accuracy": "average accuracy (mean over tasks; the papers' AA)",
+    "sample_weighted_accuracy": "sample-weighted accuracy (upstream's predict_exact_match)",
+    "forgetting": "forgetting (best earlier minus last, old tasks)",
+    "backward_transfer": "backward transfer (last minus just trained, old tasks)",
+}
+_NUMBER_WIDTH = len("100.00")
+
+
+def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
+    """Return a run's results in lines of at most ``width`` characters.
+
+    Args:
+        record: A run's record, as ``read_record`` returns it.
+        width: Characters per line, at least 70; the accuracy matrix is cut into blocks of columns to fit.
+
+    Returns:
+        Plain text (no colours), ending with a newline. Percentages have two decimals, ``-`` where not evaluated.
+    """
+    lines: list[str] = []
+    if label := warning(record):
+        lines += ["*" * width, *_wrapped(label, width, "* "), "*" * width]
+    lines += [*_wrapped(describe(record), width), *_wrapped(record["benchmark"], width)]
+    for key in ("profile", "engine"):
+        if reason := record.get(f"{key}_reason"):
+            lines += _wrapped(f"{key} {record[key]}: {reason}", width)
+    lines += _wrapped(_departures(record), width)
+    lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
+    for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):
+        lines += [*block, ""]
+    values = record["metrics"]
+    title_width = max(map(len, _METRICS.values()))
+    lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in _METRICS.items()]
+    lines += ["", _times(record["timing"]), *_status(record)]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, width: int, start: str = "") -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=start or "  ")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _departures(record: Mapping[str, Any]) -> str:
+    names = list(dict.fromkeys(row["what"] for row in record["deviations"]))
+    if not names:
+        return "no departures from upstream's own run" if record["upstream"] else ""
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"{len(names)} departure{'s' if len(names) > 1 else ''} from upstream's own run: {shown} (record.json)"
+
+
+def _matrix_blocks(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]], width: int) -> Iterator[list[str]]:
+    names = [f"{i + 1} {task}" for i, task in enumerate(tasks)]
+    first = max(map(len, names)) + 1
+    column = max(_NUMBER_WIDTH, *map(len, tasks)) + 1
+    per_block = max(1, (width - first) // column)
+    for start in range(0, len(tasks), per_block):
+        columns = range(start, min(start + per_block, len(tasks)))
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("", no_wrap=True, min_width=first - 1)
+        for j in columns:
+            table.add_column(tasks[j], justify="right", no_wrap=True, min_width=column - 1)
+        for i, row in enumerate(matrix):
+            if i >= start or any(row[j] is not None for j in columns):
+                table.add_row(names[i], *(_number(row[j]) for j in columns))
+        console = Console(file=StringIO(), width=max(width, first + column), color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        yield [line.rstrip() for line in capture.get().splitlines()]
+
+
+def _times(timing: Mapping[str, Any]) -> str:
+    parts = []
+    for key, name in (("train_seconds", "training"), ("predict_seconds", "prediction")):
+        known = [seconds for seconds in timing.get(key, ()) if seconds is not None]
+        if known:
+            parts.append(f"{name} {sum(known):.0f} s")
+    if timing.get("total_seconds") is not None:
+        parts.append(f"in all {timing['total_seconds']:.0f} s")
+    return ", ".join(parts) or "no times recorded"
+
+
+def _status(record: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if record["status"] != "finished":
+        done = sum(any(x is not None for x in row) for row in record["accuracy_matrix"])
+        lines.append(f"{record['status'].upper()}: results of {done} of {len(record['tasks'])} tasks")
+    if record["restarts"]:
+        lines.append(f"resumed {record['restarts']} time{'s' if record['restarts'] > 1 else ''}")
+    return lines

@@ -1,0 +1,55 @@
+"""What a table or figure says about the run it shows: which run it is, and how far its numbers carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flatpatch.report.records import setting
+
+_LABEL_TEXTS = {
+    "quick": "small model and data",
+    "reference": "our own small implementation, not upstream's code",
+    "off-reference": "not upstream's own set-up; the departures are in record.json",
+}
+
+
+def labels(record: Mapping[str, Any]) -> list[str]:
+    """Return why the run's numbers must not stand beside a paper's; empty if they may.
+
+    Quick and reference runs are labelled whatever the record's own ``labels`` say.
+    """
+    found = {*record.get("labels", ()), record["profile"], record["engine"]}
+    return [label for label in _LABEL_TEXTS if label in found]
+
+
+def warning(record: Mapping[str, Any]) -> str:
+    """Return the label to print loudly with the run's numbers, or an empty string if it needs none."""
+    found = labels(record)
+    if not found:
+        return ""
+    texts = "; ".join(_LABEL_TEXTS[label] for label in found)
+    return f"{_capitals(found)} RUN ({texts}). Not comparable with the paper's numbers."
+
+
+def short_warning(record: Mapping[str, Any]) -> str:
+    """Return the label in a few words, for a figure's title."""
+    found = labels(record)
+    return f"{_capitals(found)} RUN, not comparable with the paper's numbers" if found else ""
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """Return one line that names the run: method, order, optimiser, seed, profile and engine."""
+    sam = setting(record, "sam", "off")
+    parts = [record["method"]]
+    if (order := setting(record, "order")) is not None:
+        parts.append(f"order {order}")
+    parts.append("SAM off" if sam == "off" else f"{str(sam).upper()} rho={setting(record, 'rho')}")
+    if seeds := record["seeds"]:
+        parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    parts += [f"profile {record['profile']}", f"engine {record['engine']}"]
+    return ", ".join(parts)
+
+
+def _capitals(found: Sequence[str]) -> str:
+    return " AND ".join(found).upper()

@@ -1,0 +1,146 @@
+"""The record's schema, its validator, and what a reader meets after kills and hand edits."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from report_records import LONG, make_quick_record, make_record
+
+from flatpatch.errors import UserError
+from flatpatch.report.records import (
+    RECORD_SCHEMA,
+    read_record,
+    read_step_metrics,
+    setting,
+    validate_record,
+)
+
+
+def written(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        make_record(),
+        make_record(LONG),
+        make_record(done=2),
+        make_record(done=0, metrics={}),
+        make_quick_record(),
+    ],
+    ids=["finished", "fifteen tasks", "interrupted", "just begun", "quick"],
+)
+def test_records_of_all_kinds_are_valid_and_read_back_the_same(tmp_path, record):
+    validate_record(record)
+    assert read_record(written(tmp_path, record)) == record
+
+
+def test_a_runs_folder_is_as_good_as_its_record(tmp_path):
+    written(tmp_path, make_record())
+    assert read_record(tmp_path) == make_record()
+
+
+@pytest.mark.parametrize("key", RECORD_SCHEMA["required"])
+def test_each_required_key_is_required(key):
+    record = make_record()
+    del record[key]
+    with pytest.raises(ValueError, match=f"the record lacks {key}"):
+        validate_record(record)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": {}}, "unknown key 'metric'. Did you mean 'metrics'?"),
+        ({"schema": 2}, "schema is 2, expected 1"),
+        (
+            {"status": "done"},
+            "status is 'done', expected 'running' or 'finished' or 'failed' or 'interrupted'",
+        ),
+        ({"profile": "auto"}, "profile is 'auto'"),
+        ({"engine": None}, "engine is None"),
+        ({"labels": ["fast"]}, r"labels[0] is 'fast'"),
+        ({"settings": {"rho": 0.05}}, "settings.rho is 0.05, expected object"),
+        ({"settings": {"rho": {"value": 0.05}}}, "settings.rho lacks source"),
+        ({"upstream": {"repo": "N-LoRA"}}, "upstream lacks pin, base_tree, patched_tree"),
+        ({"deviations": [{"what": "seed"}]}, "deviations[0] lacks upstream, here, why"),
+        ({"seeds": ["42"]}, "seeds[0] is '42', expected integer"),
+        ({"seeds": [True]}, "seeds[0] is True, expected integer"),
+        ({"tasks": []}, "tasks has 0 items, expected at least 1"),
+        ({"metrics": {"forgetting": math.nan}}, "metrics.forgetting is nan, expected number or null"),
+        ({"metrics": {"forgetting": "1.2"}}, "metrics.forgetting is '1.2'"),
+        ({"restarts": -1}, "restarts is -1, expected 0 to inf"),
+        ({"accuracy_matrix": [[1.0]]}, "rows of [1] entries, expected 4 rows of 4"),
+        (
+            {"accuracy_matrix": [[1.0, 2.0, 3.0, 100.5]] * 4},
+            "accuracy_matrix[0][3] is 100.5, expected 0 to 100",
+        ),
+        ({"timing": {"train_seconds": [1.0]}}, "timing.train_seconds has 1 entries, expected 4"),
+    ],
+)
+def test_wrong_content_is_named_with_its_place(changes, message):
+    with pytest.raises(ValueError) as caught:
+        validate_record(make_record() | changes)
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ValueError, match=r"(?s)status is .*restarts is "):
+        validate_record(make_record(status="done", restarts=None))
+
+
+def test_something_else_than_an_object_is_refused():
+    with pytest.raises(ValueError, match="the record is \\[\\], expected object"):
+        validate_record([])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"schema": 1, "stat', "is cut short or not JSON"),
+        ('{"schema": 7}', "has schema 7; this version of flatpatch reads 1"),
+        ("[]", "is not a run's record:\nthe record is []"),
+        ("{}", "is not a run's record:\nthe record lacks schema"),
+    ],
+)
+def test_damaged_record_is_a_users_error_with_its_path(tmp_path, content, message):
+    path = written(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        read_record(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["record.json", "gone/record.json", "."])
+def test_missing_record_is_a_users_error(tmp_path, name):
+    with pytest.raises(UserError, match=r"no record .*record\.json\. Expected a run's folder"):
+        read_record(tmp_path / name)
+
+
+def test_step_metrics_are_read_in_order(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": NaN}\n', encoding="utf-8")
+    rows = read_step_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert math.isnan(rows[1]["loss"])
+
+
+def test_step_metrics_cut_short_by_a_kill_lose_only_that_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    assert read_step_metrics(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_step_metrics_of_a_run_that_logged_nothing_are_empty(tmp_path):
+    assert read_step_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_setting_returns_its_value_or_the_default():
+    assert setting(make_record(), "rho") == 0.05
+    assert setting(make_record(), "eta", 1) == 1
