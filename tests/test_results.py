@@ -142,9 +142,9 @@ def test_forgetting_of_the_tasks_with_an_earlier_evaluation_matches_the_packaged
     results = read_results(outputs, ORDER_1, partial=True)
     per_task = metrics.forgetting_per_task(results.accuracy)
     assert math.isnan(per_task[2])
-    assert [round(x, 4) for x in per_task[:2]] == baseline("olora_order1_seqlora")["metrics"][
-        "forgetting_partial"
-    ]["per_task"]
+    assert [round(x, 4) for x in per_task[:2]] == baseline("olora_order1_seqlora")["metrics"]["forgetting_partial"][
+        "per_task"
+    ]
 
 
 @pytest.mark.third_party
@@ -194,9 +194,7 @@ def test_files_beside_the_steps_are_left_alone(outputs):
 
 
 def test_missing_folder_is_a_users_error_that_names_the_first_file_expected(tmp_path):
-    with pytest.raises(
-        UserError, match=r"no results folder .*gone\. Expected it to hold 1-dbpedia/all_results\.json"
-    ):
+    with pytest.raises(UserError, match=r"no results folder .*gone\. Expected it to hold 1-dbpedia/all_results\.json"):
         read_results(tmp_path / "gone", ORDER_1)
 
 
@@ -252,9 +250,7 @@ def test_damaged_file_is_a_users_error(outputs, content, message, partial):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 100.1, "78.1", True, [78.1]])
 def test_accuracy_that_is_no_percentage_is_refused(outputs, bad):
     edit(outputs, 1, predict_exact_match_for_amazon=bad)
-    with pytest.raises(
-        UserError, match="predict_exact_match_for_amazon is .*expected a percentage from 0 to 100"
-    ):
+    with pytest.raises(UserError, match="predict_exact_match_for_amazon is .*expected a percentage from 0 to 100"):
         read_results(outputs, ORDER_1)
 
 

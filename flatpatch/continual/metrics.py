@@ -326,6 +326,4 @@ def _checked(accuracy: ArrayLike) -> FloatArray:
 def _check_percent(values: FloatArray, name: str) -> None:
     known = values[~np.isnan(values)]
     if known.size and (known.min() < 0 or known.max() > 100):
-        raise ValueError(
-            f"{name} is in percent, 0 to 100; got values from {known.min():g} to {known.max():g}."
-        )
+        raise ValueError(f"{name} is in percent, 0 to 100; got values from {known.min():g} to {known.max():g}.")

@@ -71,9 +71,7 @@ def read_results(outputs: Path, tasks: Sequence[str], *, partial: bool = False) 
     if not outputs.is_dir():
         if partial and not outputs.exists():
             return _collect(names, [{} for _ in names])
-        raise UserError(
-            f"no results folder {outputs}. Expected it to hold {_folder(0, names)}/{RESULT_FILE}."
-        )
+        raise UserError(f"no results folder {outputs}. Expected it to hold {_folder(0, names)}/{RESULT_FILE}.")
     _check_order(outputs, names)
     problems = []
     steps: list[dict[str, Any]] = []
@@ -109,9 +107,7 @@ def read_task_results(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"no result file {path}: the task has not finished, or failed before its results."
-        ) from None
+        raise UserError(f"no result file {path}: the task has not finished, or failed before its results.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}. {again}") from None
     if not text.strip():
@@ -121,9 +117,7 @@ def read_task_results(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is cut short or not JSON ({error}). {again}") from None
     if not isinstance(results, dict):
-        raise UserError(
-            f"{path} holds a {type(results).__name__}, expected an object of result names and numbers."
-        )
+        raise UserError(f"{path} holds a {type(results).__name__}, expected an object of result names and numbers.")
     problems = [
         f"{path}: {key} is {results[key]!r}, expected {expected}. {again}"
         for key in results
@@ -140,9 +134,7 @@ def _folder(i: int, tasks: Sequence[str]) -> str:
 
 def _check_order(outputs: Path, tasks: Sequence[str]) -> None:
     """Refuse results of other tasks: a matrix read in the wrong order would look plausible."""
-    found = [
-        (int(match[1]), match[0]) for p in outputs.iterdir() if (match := re.fullmatch(r"(\d+)-.+", p.name))
-    ]
+    found = [(int(match[1]), match[0]) for p in outputs.iterdir() if (match := re.fullmatch(r"(\d+)-.+", p.name))]
     expected = {_folder(i, tasks) for i in range(len(tasks))}
     strange = [name for _, name in sorted(found) if name not in expected]
     if strange:
@@ -158,9 +150,7 @@ def _check_predictions(path: Path, results: Mapping[str, Any], seen: Sequence[st
     if SAMPLE_WEIGHTED not in results and not datasets:
         if partial:
             return
-        raise UserError(
-            f"{path} has no predictions: it was trained, but {SAMPLE_WEIGHTED} is missing. Predict again."
-        )
+        raise UserError(f"{path} has no predictions: it was trained, but {SAMPLE_WEIGHTED} is missing. Predict again.")
     known = ", ".join(datasets) or "none"
     problems = [
         f"{path} has no {DATASET_PREFIX}{task}.{did_you_mean(task, datasets)} It has: {known}."
