@@ -9,7 +9,7 @@
 # if it is a link, what it points to is refilled, so that it may lie on another disk.
 
 flatpatch_root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-flatpatch_venv=$flatpatch_root/.venv
+flatpatch_venv=$(readlink -m -- "$flatpatch_root/.venv") # python -m venv takes no link
 flatpatch_lock=$flatpatch_root/requirements.lock
 
 flatpatch_stamp() {
@@ -66,33 +66,49 @@ MESSAGE
   return 2
 }
 
+# The hundreds of lines of an installation, as one line on a terminal and none elsewhere; all go to a log.
+flatpatch_progress() {
+  local line
+  while IFS= read -r line; do
+    printf '%s\n' "$line" >>"$flatpatch_venv/install.log"
+    [ ! -t 2 ] || printf '\r\033[K%4d s  %s' "$SECONDS" "${line:0:70}" >&2
+  done
+  [ ! -t 2 ] || printf '\r\033[K' >&2
+}
+
 flatpatch_install() {
-  local python="" seen setuptools
+  local python="" seen site setuptools
   # Settings meant for other installs; the address of a mirror and the like stay.
   unset PIP_CONSTRAINT PIP_NO_BINARY PIP_ONLY_BINARY PIP_PREFIX PIP_PYTHON PIP_REQUIRE_HASHES PIP_ROOT PIP_TARGET
   unset UV_CONSTRAINT UV_NO_BINARY UV_NO_BUILD UV_ONLY_BINARY UV_OVERRIDE UV_REQUIRE_HASHES UV_SYSTEM_PYTHON
   export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 DS_BUILD_OPS=0
-  # The two packages without a wheel are built by the locked setuptools, not by whatever is newest today.
-  setuptools=$(grep '^setuptools==' "$flatpatch_lock")
   if uv --version >/dev/null 2>&1; then
-    if ! flatpatch_find_python sys; then
-      [ -z "${FLATPATCH_PYTHON:-}" ] || flatpatch_no_python || return
-      python=3.11
+    if flatpatch_find_python sys; then
+      uv venv --quiet --no-project --python "$python" "$flatpatch_venv" || return 1
+    elif [ -n "${FLATPATCH_PYTHON:-}" ] || ! uv venv --quiet --no-project --python 3.11 "$flatpatch_venv"; then
+      flatpatch_no_python || return
     fi
-    uv venv --quiet --no-project --python "$python" "$flatpatch_venv" || return 1
-    set -- uv pip install --python "$flatpatch_venv/bin/python"
+    set -- uv pip install --python "$flatpatch_venv/bin/python" --no-deps
   else
     flatpatch_find_python ensurepip,venv || flatpatch_no_python || return
     "$python" -I -m venv "$flatpatch_venv" || return 1
-    set -- "$flatpatch_venv/bin/python" -I -m pip install --disable-pip-version-check --use-pep517
+    set -- "$flatpatch_venv/bin/python" -I -m pip install --no-deps --use-pep517 --progress-bar off
   fi
-  "$@" --quiet --no-deps "$setuptools" && "$@" --no-deps --no-build-isolation -r "$flatpatch_lock" || return 1
-  # Lets any folder's `python -m flatpatch` find the package.
-  printf '%s\n' "$flatpatch_root" >"$("$flatpatch_venv/bin/python" -I -c 'import site; print(site.getsitepackages()[0])')/flatpatch.pth"
+  # The two packages without a wheel are built by the locked setuptools, not by whatever is newest today.
+  setuptools=$(grep '^setuptools==' "$flatpatch_lock")
+  if ! { "$@" "$setuptools" && "$@" --no-build-isolation -r "$flatpatch_lock"; } 2>&1 | flatpatch_progress; then
+    tail -n 15 "$flatpatch_venv/install.log"
+    echo "That is the end of .venv/install.log."
+    return 1
+  fi
+  # Lets `python -m flatpatch` find the package from any folder.
+  site=$("$flatpatch_venv/bin/python" -I -c 'import site; print(site.getsitepackages()[0])')
+  printf '%s\n' "$flatpatch_root" >"$site/flatpatch.pth"
   flatpatch_stamp >"$flatpatch_venv/flatpatch-stamp"
 }
 
 flatpatch_make_environment() (
+  set -o pipefail
   # Held until this subshell ends, however it ends. Where files cannot be locked, two first uses may clash.
   exec 9>>"$flatpatch_root/.venv.lock"
   if command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
@@ -102,19 +118,19 @@ flatpatch_make_environment() (
   fi
   echo "Making .venv, once: about 7 GB on disk, a few minutes ..."
   rm -f -- "$flatpatch_venv/flatpatch-stamp"
-  mkdir -p -- "$(readlink -f -- "$flatpatch_venv")" && find "$flatpatch_venv/" -mindepth 1 -delete || return 1
+  mkdir -p -- "$flatpatch_venv" && find "$flatpatch_venv/" -mindepth 1 -delete || return 1
   status=0
   flatpatch_install || status=$?
   case $status in
     0)
       if ! flatpatch_is_healthy; then
-        echo "The packages are not in .venv. Is there a target or a prefix in: pip config list ?"
+        echo "The packages did not end up in .venv. Is there a target or a prefix in: pip config list ?"
         return 1
       fi
       echo "Made .venv in $SECONDS s."
       ;;
     2) ;; # flatpatch_no_python has said why
-    *) echo "Making .venv failed, see above. The next call starts it again." ;;
+    *) echo "Making .venv failed. The next call starts it again." ;;
   esac
   return "$status"
 )
