@@ -63,7 +63,7 @@ def third_party_folders() -> list[Path]:
         check=False,
     ).stdout.strip()
     named = [os.environ.get("FLATPATCH_THIRD_PARTY", ""), configured]
-    return [Path(folder).expanduser() for folder in named if folder] + [ROOT / "third_party"]
+    return [ROOT / Path(folder).expanduser() for folder in [*named, "third_party"] if folder]
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def upstream() -> Callable[[str], Path]:
     def find(name: str) -> Path:
         for folder in third_party_folders():
             checkout = folder / name
-            if checkout.is_dir() and any(checkout.iterdir()):
+            if (checkout / ".git").exists():
                 return checkout
         pytest.skip(f"no checkout of {name}; run: git submodule update --init third_party/{name}")
 
