@@ -138,7 +138,6 @@ def test_two_joined_adapters_act_as_the_sum_of_both(model: Path, data: Path, tmp
 
 def test_both_paths_see_the_same_dropped_input() -> None:
     base = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 6, bias=False)})
-    base.config = {"model_type": "t5"}  # by which peft chooses the layers to adapt
     pairs = {"q": adapters.Pair(torch.randn(2, 6), torch.randn(6, 2))}
     opposite = {"q": adapters.Pair(pairs["q"].A, -pairs["q"].B)}
     adapters.attach(base, r=2, alpha=4, dropout=0.5, old=pairs, new=opposite)
@@ -172,7 +171,7 @@ def test_saved_rank_after_two_tasks(method: str, rank: int, model: Path, data: P
         )
 
 
-def test_each_task_starts_from_another_a(model: Path, data: Path, tmp_path: Path) -> None:
+def test_each_tasks_a_starts_from_other_numbers(model: Path, data: Path, tmp_path: Path) -> None:
     run_task(make_task(model, data, tmp_path / "1"))
     first, _ = prepare(make_task(model, data, tmp_path / "1"))
     second, _ = prepare(make_task(model, data, tmp_path / "2", 1, previous=tmp_path / "1" / "adapter"))

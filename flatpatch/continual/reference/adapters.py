@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from flatpatch.errors import UserError
 
 OLD, NEW = "old", "new"
+ADAPTED = ("q", "v")  # the names of T5's query and value projections
 FILE_NAME = "adapter.safetensors"
 
 
@@ -51,15 +51,20 @@ class LayerMatrices(NamedTuple):
 
 
 class TwoPathLinear(lora.Linear):  # type: ignore[misc]
-    """peft's LoRA layer with all of its adapters active at once, on one dropped-out input."""
+    """peft's LoRA layer with a frozen second adapter, both on one dropped-out input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x plus every adapter's update: x ``(..., in)`` to ``(..., out)``."""
         dropped = self.lora_dropout[NEW](x)
         result = F.linear(x, self.weight, self.bias)
-        for name in self.lora_A:  # old before new, as upstream adds them
+        for name in self.paths:
             result = result + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[NEW]
         return result
+
+    @property
+    def paths(self) -> list[str]:
+        """The adapters there are, old before new: the order in which upstream adds and saves them."""
+        return [name for name in (OLD, NEW) if name in self.lora_A]
 
 
 def attach(
@@ -73,8 +78,11 @@ def attach(
 ) -> None:
     """Give a model its adapters, in place; only the new one can be trained.
 
+    The random numbers are drawn in the order in which O-LoRA's and N-LoRA's copies of peft draw them, so that one
+    seed gives their new adapter and ours the same start.
+
     Args:
-        model: A T5; peft adapts its attention's query and value projections, as both papers do.
+        model: A T5; its attention's query and value projections are adapted, as in both papers.
         r: Rank of the new adapter.
         alpha: LoRA's alpha; both paths are scaled by alpha / r.
         dropout: Probability of dropping an entry of an adapter's input.
@@ -84,18 +92,24 @@ def attach(
     Raises:
         ValueError: If given factors do not belong to this model.
     """
-    ranks = {NEW: r}
-    if old is not None:
-        # The old path comes first, and its draws shift those of the new A: each task starts from another A.
-        ranks = {OLD: len(next(iter(old.values())).A), NEW: r}
-    for name, rank in ranks.items():
-        lora.LoraModel(model, {name: LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout)}, name)
-    for module in model.modules():
-        if isinstance(module, lora.Linear):
-            module.__class__ = TwoPathLinear
-    for name, pairs in ((OLD, old), (NEW, new)):
+    for name, linear in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last not in ADAPTED:
+            continue
+        size = (linear.in_features, linear.out_features)
+        layer = TwoPathLinear(
+            NEW, *size, r=r, lora_alpha=alpha, lora_dropout=dropout, bias=False, init_lora_weights=False
+        )
+        if old is not None:
+            rank_old = len(next(iter(old.values())).A)
+            layer.lora_A[OLD] = nn.Linear(size[0], rank_old, bias=False)
+            layer.lora_B[OLD] = nn.Linear(rank_old, size[1], bias=False)
+        layer.reset_lora_parameters(NEW)
+        layer.weight = linear.weight
+        setattr(model.get_submodule(parent), last, layer)
+    for path, pairs in ((OLD, old), (NEW, new)):
         if pairs is not None:
-            _fill(model, name, pairs)
+            _fill(model, path, pairs)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{NEW}." in name)
 
@@ -132,8 +146,8 @@ def joined(model: nn.Module) -> dict[str, Pair]:
     """Return copies of old and new as one pair per layer: what the next task starts from."""
     return {
         key: Pair(
-            torch.cat([module.weight.detach().cpu() for module in layer.lora_A.values()], dim=0),
-            torch.cat([module.weight.detach().cpu() for module in layer.lora_B.values()], dim=1),
+            torch.cat([layer.lora_A[name].weight.detach().cpu() for name in layer.paths], dim=0),
+            torch.cat([layer.lora_B[name].weight.detach().cpu() for name in layer.paths], dim=1),
         )
         for key, layer in _layers(model).items()
     }
