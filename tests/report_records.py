@@ -57,7 +57,10 @@ def make_record(tasks: tuple[str, ...] = ORDER_1, *, done: int | None = None, **
             "forward_transfer": None,
         },
         "flatness": [],
+        "training": [{"steps": 100, "ascent_fallbacks": 0} for _ in range(done)],
         "timing": {
+            "started": "2026-01-01T10:00:00+0000",
+            "finished": None,
             "total_seconds": 3725.4,
             "train_seconds": [100.0 + i for i in range(size)],
             "predict_seconds": [20.0 + i for i in range(size)],

@@ -219,6 +219,22 @@ def test_perturbation_leaves_out_panels_without_data():
     assert set(named_lines(figure.axes[1])) == {"intended"}
 
 
+def test_rounding_noise_of_the_perturbation_is_not_blown_up():
+    exact = {"perturbation_norm": 0.05, "effective_perturbation_norm": 0.05 + 1e-9, "perturbation_cosine": 1 - 1e-12}
+    figure = make_perturbation_figure(make_record(), [{**row, **exact} for row in make_steps()])
+    norms, cosine = figure.axes[1].get_ylim(), figure.axes[2].get_ylim()
+    assert norms[1] - norms[0] > 0.001
+    assert cosine[0] < 0.991
+    assert cosine[1] > 1
+
+
+def test_perturbation_of_rho_zero_is_drawn_flat():
+    zero = {"perturbation_norm": 0.0, "effective_perturbation_norm": 0.0, "perturbation_cosine": None}
+    figure = make_perturbation_figure(make_record(), [{**row, **zero} for row in make_steps()])
+    figure.canvas.draw()
+    assert figure.axes[1].get_ylim()[1] > 0
+
+
 def names(paths):
     return [path.name for path in paths]
 

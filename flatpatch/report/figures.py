@@ -177,6 +177,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
             for key, colour, style in zip(norms, (_BLUE, _VERMILION), ("-", "--"), strict=False):
                 _draw_curve(axes, curves, key, names[key], colour, style)
             axes.set_ylabel("perturbation\nnorm")
+            _set_limits(axes, np.concatenate([curves.values[key] for key in norms]), least=0.04)
             axes.legend(**_LEGEND)
         else:
             _draw_curve(axes, curves, panel, "", _BLUE, "-")
@@ -185,7 +186,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
             _log_if_wide(axes, curves.values[panel])
         if panel == "perturbation_cosine":
             axes.set_ylabel("cosine, effective\nto intended")
-            axes.set_ylim(top=1 + 0.05 * max(1e-6, 1 - axes.get_ylim()[0]))
+            _set_limits(axes, np.append(curves.values[panel], 1.0), least=0.01)
         _mark_tasks(axes, curves, names=panel == panels[0])
     _finish_steps(figure, all_axes[-1], curves, "SAM's perturbation", record)
     return figure
@@ -300,6 +301,14 @@ def _log_if_wide(axes: Axes, values: FloatArray) -> None:
     finite = values[np.isfinite(values)]
     if finite.min() > 0 and finite.max() > _LOG_RATIO * finite.min():
         axes.set_yscale("log")
+
+
+def _set_limits(axes: Axes, values: FloatArray, *, least: float) -> None:
+    """Show at least a given share of the largest value, so that rounding noise does not look like a signal."""
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min()), float(finite.max())
+    span = max(high - low, least * high) or 1.0
+    axes.set_ylim(min(low, high - span) - 0.05 * span, high + 0.05 * span)
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, str]], fontsize: float) -> None:

@@ -100,9 +100,13 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "accuracy_matrix": {"type": "array", "items": {"type": "array", "items": _PERCENT}},
         "metrics": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
         "flatness": {"type": "array", "items": {"type": "object"}},
+        # What each finished task's training counted: steps, perturbed parameters and the like.
+        "training": {"type": "array", "items": {"type": "object"}},
         "timing": {
             "type": "object",
             "properties": {
+                "started": _TEXT,
+                "finished": _MAYBE_TEXT,
                 "total_seconds": _SECONDS,
                 "train_seconds": {"type": "array", "items": _SECONDS},
                 "predict_seconds": {"type": "array", "items": _SECONDS},
