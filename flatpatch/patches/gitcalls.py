@@ -6,7 +6,6 @@ own objects, which borrows the checkout's objects. So a shared, read-only or par
 
 from __future__ import annotations
 
-import functools
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -72,13 +71,10 @@ def run_git(
     return printed
 
 
-@functools.lru_cache(maxsize=64)
-def _git_directory(checkout: Path) -> str:
-    return (
-        run_git("--git-dir", str(checkout / ".git"), "rev-parse", "--absolute-git-dir", folder=checkout)
-        .decode()
-        .strip()
-    )
+def _git_directory(checkout: Path) -> Path:
+    marker = checkout / ".git"
+    # In a submodule and in a linked work tree, .git is a file that names the directory.
+    return checkout / marker.read_text().removeprefix("gitdir: ").strip() if marker.is_file() else marker
 
 
 def in_checkout(checkout: Path, *arguments: str) -> str:
@@ -89,7 +85,7 @@ def in_checkout(checkout: Path, *arguments: str) -> str:
     """
     git_directory = _git_directory(checkout)
     return run_git(
-        *("--git-dir", git_directory, "--work-tree", str(checkout), *arguments),
+        *("--git-dir", str(git_directory), "--work-tree", str(checkout), *arguments),
         folder=checkout,
         environment={"GIT_INDEX_FILE": f"{git_directory}/index"},
     ).decode(errors="surrogateescape")

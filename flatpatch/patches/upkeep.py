@@ -214,7 +214,8 @@ def _take_edits(
     if not patches:
         raise UserError(
             f"{copy} was edited, but {repo} has no patch to put it into. Write patches/{repo}/<verb-what>.patch "
-            f"with a header alone (Why, Touches, Remove when), name it in patches/{repo}/series, run: {refresh_command(repo)}"
+            f"with a header alone (Why, Touches, Remove when), name it in patches/{repo}/series, then run: "
+            f"{refresh_command(repo)}"
         )
     last = patches[-1]
     changes = {change.path: change for change in last.changes}
@@ -262,6 +263,7 @@ def _fetch(git: Scratch, repo: str, url: str, commit: str) -> str:
     except GitFailed as error:
         raise FlatpatchError(
             f"{repo}: could not fetch {commit} from {url}: {str(error).splitlines()[-1]}. This needs network; "
-            f"without it, name a commit that the checkout has: python -m flatpatch patches drift repo={repo} commit=<hash>"
+            f"without it, name a commit that the checkout has: "
+            f"python -m flatpatch patches drift repo={repo} commit=<hash>"
         ) from error
     return git.git("rev-parse", "FETCH_HEAD").strip()
