@@ -25,6 +25,7 @@ from flatpatch.continual import metrics, quick
 from flatpatch.continual.results import read_results
 from flatpatch.errors import FlatpatchError, Interrupted, UserError
 from flatpatch.report.figures import draw_run
+from flatpatch.report.records import read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.changes import TaskPlan
 from flatpatch.runs.plan import Plan, headline
@@ -77,7 +78,7 @@ def execute(plan: Plan) -> dict[str, Any]:
             raise
         finally:
             write_record(plan.folder, record)
-    steps = read_metrics(plan.folder)
+    steps = read_step_metrics(plan.folder / "metrics.jsonl")
     drawn = draw_run(record, steps, plan.folder / "figures")
     print()
     print(summary_table(record))
@@ -87,16 +88,8 @@ def execute(plan: Plan) -> dict[str, Any]:
     return record
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read a run's ``metrics.jsonl``."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
 def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
-    _prepare_work(plan)
+    prepare_work(plan, plan.folder / "work")
     redo = False
     for index, task in enumerate(plan.tasks):
         own = _task_folder(plan, task)
@@ -110,13 +103,18 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
         write_record(plan.folder, record)
 
 
-def _prepare_work(plan: Plan) -> None:
-    """Lay out the working directory in which upstream's own relative arguments are right."""
-    work = plan.folder / "work"
-    work.mkdir(exist_ok=True)
+def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
+    """Lay out a working directory in which upstream's own relative arguments are right.
+
+    Args:
+        plan: What is to run there.
+        work: The directory; made if it is missing.
+        patched: False lays out upstream's code as its authors wrote it, for comparisons.
+    """
+    work.mkdir(parents=True, exist_ok=True)
     links = dict(plan.links)
     if plan.verified is not None:
-        built = patches.build(plan.verified.repo)
+        built = patches.build(plan.verified.repo, patched=patched)
         for entry in sorted(built.path.iterdir()):
             if entry.name.startswith((".", "logs_and_outputs")) or entry.name == "initial_model":
                 continue

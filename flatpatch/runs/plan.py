@@ -110,7 +110,6 @@ class Plan:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
-            "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "pycache"),
             "CUDA_VISIBLE_DEVICES": ",".join(self.devices) if self.device == "cuda" else "",
         }
         if self.device == "cpu" and self.launcher == "deepspeed":

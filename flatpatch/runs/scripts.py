@@ -105,6 +105,7 @@ def _parse_command(words: list[str]) -> Invocation | None:
 
 
 def pairs(words: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield each ``--name [value]`` of a command line; a flag has no value."""
     position = 0
     while position < len(words):
         name = words[position].removeprefix("--")

@@ -11,9 +11,9 @@ from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.figures import draw_run
-from flatpatch.report.records import read_record
+from flatpatch.report.records import read_record, read_step_metrics
 from flatpatch.report.table import summary_table
-from flatpatch.runs.execute import execute, read_metrics
+from flatpatch.runs.execute import execute
 from flatpatch.runs.plan import make_plan, render
 from flatpatch.settings import PLACES, parse, split_word
 
@@ -134,7 +134,7 @@ def show(words: Sequence[str]) -> int:
         record = read_record(folder / "record.json")
         print(summary_table(record), "\n")
         if record["status"] == "finished":
-            for path in draw_run(record, read_metrics(folder), folder / "figures"):
+            for path in draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures"):
                 print(f"figure   {path}")
             records.append(record)
     if len(records) > 1:
