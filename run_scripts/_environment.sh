@@ -68,10 +68,14 @@ MESSAGE
 
 # The hundreds of lines of an installation, as one line on a terminal and none elsewhere; all go to a log.
 flatpatch_progress() {
-  local line
-  while IFS= read -r line; do
-    printf '%s\n' "$line" >>"$flatpatch_venv/install.log"
-    [ ! -t 2 ] || printf '\r\033[K%4d s  %s' "$SECONDS" "${line:0:70}" >&2
+  local line last=""
+  # Each second the clock moves on, also while one big package is unpacked (read ends with 142: nothing new).
+  while IFS= read -r -t 1 line || [ $? -gt 128 ]; do
+    if [ -n "$line" ]; then
+      last=${line:0:70}
+      printf '%s\n' "$line" >>"$flatpatch_venv/install.log"
+    fi
+    [ ! -t 2 ] || printf '\r\033[K%4d s  %s' "$SECONDS" "$last" >&2
   done
   [ ! -t 2 ] || printf '\r\033[K' >&2
 }
