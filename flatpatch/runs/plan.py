@@ -143,6 +143,8 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if settings.tasks:
         evaluates = editor.select(settings.tasks, evaluates, task_configs)
     elif engine == "reference":
+        if method.repository:
+            editor.note("engine", f"the authors' {method.repository}", "our reference implementation", engine_reason)
         for original, seen in zip(originals, evaluates, strict=True):
             task_configs[dataset_of(original)] = {"train": [seen[-1]], "dev": list(seen), "test": list(seen)}
     if profile == "quick" and engine == "upstream":
@@ -307,6 +309,10 @@ def _check_overrides(request: Request, verified: patches.Verified | None, invoca
         from transformers import Seq2SeqTrainingArguments
 
         known |= set(Seq2SeqTrainingArguments.__dataclass_fields__)
+    else:
+        from flatpatch.continual.reference import ReferenceTask
+
+        known |= set(ReferenceTask.__dataclass_fields__)
     for name in request.overrides:
         if name in OURS:
             problems.append(f"upstream.{name}: use the setting {OURS[name]} instead, so that the record stays true.")

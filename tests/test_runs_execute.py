@@ -1,0 +1,252 @@
+"""Whole runs with the reference engine: what they leave, and that neither kill nor repetition changes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatpatch.__main__ import main
+from flatpatch.continual import quick
+from flatpatch.report.records import validate_record
+from flatpatch.runs.plan import ROOT, make_plan
+from flatpatch.runs.record import new_record
+from flatpatch.settings import parse
+
+pytestmark = pytest.mark.timeout(300)
+TASKS = ("dbpedia", "amazon")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark") / "data"
+    quick.write_benchmark(folder)
+    for path in folder.rglob("*.json"):
+        if path.name != "labels.json":
+            rows = json.loads(path.read_text())
+            path.write_text(json.dumps(rows[: 48 if path.name == "train.json" else 8]))
+    return folder
+
+
+def words(data: Path, output: Path, run: str, *more: str) -> list[str]:
+    return [
+        "run",
+        "profile=quick",
+        "engine=reference",
+        "device=cpu",
+        f"tasks={','.join(TASKS)}",
+        f"data={data}",
+        f"output={output}",
+        f"run={run}",
+        "upstream.num_train_epochs=1",
+        "upstream.per_device_train_batch_size=8",
+        "sam=sam",
+        "rho=0.05",
+        *more,
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flatpatch", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def in_training(folder: Path, task: str) -> Callable[[], bool]:
+    def check() -> bool:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            progress = next((folder / "tasks").glob(f"*-{task}/progress.json"))
+            return bool(json.loads(progress.read_text())["step"] >= 1)
+        return False
+
+    def safe() -> bool:
+        try:
+            return check()
+        except StopIteration:
+            return False
+
+    return safe
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return all that a run measured, without its times."""
+    record = json.loads((folder / "record.json").read_text())
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        del step["seconds"]
+    adapters = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted((folder / "work").rglob("adapter/*"))
+        if path.suffix in (".safetensors", ".bin", ".pt")
+    }
+    assert adapters
+    return {
+        "status": record["status"],
+        "matrix": record["accuracy_matrix"],
+        "metrics": record["metrics"],
+        "steps": steps,
+        "adapters": adapters,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    output = tmp_path_factory.mktemp("runs")
+    assert main(words(data, output, "undisturbed")) == 0
+    yield output / "undisturbed"
+
+
+def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
+    record = json.loads((undisturbed / "record.json").read_text())
+    validate_record(record)
+    assert record["status"] == "finished"
+    assert record["tasks"] == list(TASKS)
+    assert record["labels"] == ["quick", "reference", "off-reference"]
+    assert record["settings"]["rho"] == {"value": 0.05, "source": "command line"}
+    assert record["restarts"] == 0
+    matrix = record["accuracy_matrix"]
+    assert matrix[0][1] is None
+    assert all(0 <= matrix[i][j] <= 100 for i in range(2) for j in range(i + 1))
+    steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [step["task"] for step in steps] == ["dbpedia"] * 6 + ["amazon"] * 6
+    for step in steps:
+        assert step["perturbation_norm"] == pytest.approx(0.05, rel=1e-4)
+        assert step["perturbed_loss"] > step["loss"]
+    names = {path.name for path in (undisturbed / "figures").iterdir()}
+    assert {"accuracy_matrix.png", "accuracy_over_tasks.png", "loss.png", "perturbation.png"} <= names
+
+
+def test_same_command_on_a_finished_run_does_nothing(
+    undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (undisturbed / "record.json").stat().st_mtime_ns
+    assert main(words(data, undisturbed.parent, "undisturbed")) == 0
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert (undisturbed / "record.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    command = words(data, tmp_path, "killed")
+    process = start(command)
+    wait_until(in_training(tmp_path / "killed", task), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((tmp_path / "killed" / "record.json").read_text())["status"] == "running"
+    # The child may have outlived its parent: the second call must end it before it starts the task again.
+    again = start(command)
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, output
+    assert results(tmp_path / "killed") == results(undisturbed)
+    assert json.loads((tmp_path / "killed" / "record.json").read_text())["restarts"] == 1
+    assert ("finished before, kept" in output) == (task == "amazon")
+
+
+def test_terminated_run_says_it_can_go_on(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    command = words(data, tmp_path, "stopped")
+    process = start(command)
+    wait_until(in_training(tmp_path / "stopped", "amazon"), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 85
+    assert "stopped by SIGTERM" in output
+    assert "The same command continues the run" in output
+    record = json.loads((tmp_path / "stopped" / "record.json").read_text())
+    validate_record(record)
+    assert record["status"] == "interrupted"
+    assert record["accuracy_matrix"][0][0] is not None
+    assert main(command) == 0
+    assert results(tmp_path / "stopped") == results(undisturbed)
+
+
+def test_same_settings_give_the_same_numbers_in_another_folder(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    assert main(words(data, tmp_path, "repeated")) == 0
+    assert results(tmp_path / "repeated") == results(undisturbed)
+
+
+def test_damaged_adapter_of_a_finished_task_is_made_again(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    command = words(data, tmp_path, "damaged")
+    process = start(command)
+    wait_until(in_training(tmp_path / "damaged", "amazon"), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    weights = next(path for path in (tmp_path / "damaged" / "work").rglob("1-dbpedia/adapter/*") if path.is_file())
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(command) == 0
+    assert results(tmp_path / "damaged") == results(undisturbed)
+
+
+def test_second_runner_in_the_same_folder_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = words(data, tmp_path, "shared")
+    process = start(command)
+    try:
+        wait_until((tmp_path / "shared" / "record.json").is_file, process)
+        assert main(command) == 2
+        assert "another process is running" in capsys.readouterr().err
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "t5-broken"
+    model.mkdir()
+    for path in quick.MODEL_FOLDER.iterdir():
+        if path.suffix == ".json":
+            (model / path.name).write_bytes(path.read_bytes())
+    assert main(words(data, tmp_path, "failing", f"model={model}")) == 1
+    said = capsys.readouterr().err
+    assert "task dbpedia failed with exit code" in said
+    assert "  | " in said
+    assert "Finished tasks are kept" in said
+    record = json.loads((tmp_path / "failing" / "record.json").read_text())
+    validate_record(record)
+    assert record["status"] == "failed"
+    assert "dbpedia" in record["error"]
+
+
+def test_sweep_runs_every_combination_and_averages_over_seeds(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [word for word in words(data, tmp_path, "x") if not word.startswith(("run", "tasks="))]
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0..1"]) == 0
+    shown = capsys.readouterr().out
+    assert "run 2/2" in shown
+    assert " ±" in shown
+    assert len(list(tmp_path.glob("*/record.json"))) == 2
+
+
+def test_new_record_is_valid_before_anything_ran(data: Path, tmp_path: Path) -> None:
+    request = parse(words(data, tmp_path, "planned")[1:])
+    validate_record(new_record(make_plan(request)))
+    assert not (tmp_path / "planned").exists()
+
+
+def test_report_draws_a_finished_run_again(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (undisturbed / "figures" / "loss.png").unlink()
+    assert main(["report", f"run={undisturbed}"]) == 0
+    assert (undisturbed / "figures" / "loss.png").is_file()
+    assert "accuracy in percent" in capsys.readouterr().out

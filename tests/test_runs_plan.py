@@ -1,0 +1,178 @@
+"""Promise P2: every argument comes from upstream's script, and every departure is recorded."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flatpatch.__main__ import main
+from flatpatch.methods import METHODS
+from flatpatch.runs.plan import Plan, make_plan
+from flatpatch.settings import parse
+
+ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
+
+
+def script_arguments(path: Path) -> list[dict[str, str | None]]:
+    """Read a script's commands a second way: shlex over the joined lines, values by position."""
+    commands = []
+    for line in path.read_text().replace("\\\n", " ").splitlines():
+        if "deepspeed --master_port" not in line or line.lstrip().startswith("#"):
+            continue
+        words = shlex.split(line)
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+        commands.append(arguments(words))
+    return commands
+
+
+def arguments(words: list[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for position, word in enumerate(words):
+        if word.startswith("--"):
+            following = words[position + 1] if position + 1 < len(words) else "--"
+            found[word] = None if following.startswith("--") else following
+    return found
+
+
+def printed_commands(text: str) -> list[dict[str, str | None]]:
+    found = []
+    for line in text.splitlines():
+        if ".py --" in line:
+            words = shlex.split(line)
+            found.append(arguments(words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]))
+    return found
+
+
+def assert_differences_are_recorded(plan: Plan, script: Path) -> None:
+    """The difference between upstream's command and ours is exactly what the deviations say, task by task."""
+    for task, theirs in zip(plan.tasks, script_arguments(script), strict=True):
+        ours = arguments(task.invocation.words())
+        recorded = {d.what: (d.upstream, d.here) for d in plan.deviations if not d.tasks or task.name in d.tasks}
+        recorded = {name: change for name, change in recorded.items() if name.startswith("--")}
+
+        def shown(given: dict[str, str | None], name: str) -> str | None:
+            return (given[name] or "(given)") if name in given else None
+
+        different = {
+            name: (shown(theirs, name), shown(ours, name))
+            for name in {*theirs, *ours}
+            if shown(theirs, name) != shown(ours, name)
+        }
+        assert different == recorded
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "order"), ORDERS)
+def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
+    method: str,
+    order: str,
+    upstream: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkout = upstream(str(METHODS[method].repository))
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 8)
+    assert main(["run", f"method={method}", f"order={order}", "profile=upstream", "--dry-run"]) == 0
+    printed = printed_commands(capsys.readouterr().out)
+    theirs = script_arguments(checkout / METHODS[method].scripts[order])
+    assert len(theirs) in (4, 15)
+    # `--master_port` belongs to the launcher; all that follows the entry script is upstream's, to the letter.
+    assert printed == theirs
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "order"), ORDERS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["device=cpu"],
+        ["device=0"],
+        ["device=0", "seed=1", "upstream.num_train_epochs=1"],
+        ["profile=paper", "device=0"],
+        ["device=cpu", "launcher=deepspeed", "processes=2"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_every_departure_from_the_script_is_recorded(
+    method: str, order: str, words: list[str], upstream: Callable[[str], Path]
+) -> None:
+    checkout = upstream(str(METHODS[method].repository))
+    given = [f"method={method}", f"order={order}", "profile=upstream", "sam=sam", *words]
+    plan = make_plan(parse(given), dry_run=True)
+    assert_differences_are_recorded(plan, checkout / METHODS[method].scripts[order])
+
+
+@pytest.mark.third_party
+def test_quick_profile_differs_from_the_script_by_what_it_records(upstream: Callable[[str], Path]) -> None:
+    checkout = upstream("N-LoRA")
+    plan = make_plan(parse(["method=nlora", "profile=quick", "engine=upstream", "device=cpu"]))
+    assert_differences_are_recorded(plan, checkout / "scripts/order_1.sh")
+    assert plan.labels == ("quick",)
+
+
+@pytest.mark.third_party
+def test_dry_run_from_the_readme_prints_four_commands_and_starts_nothing(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("N-LoRA")
+    words = ["method=nlora", "sam=sam", "order=1", "profile=upstream", f"output={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    text = capsys.readouterr().out
+    assert len(printed_commands(text)) == 4
+    assert "Differences from upstream's own script and requirements:" in text
+    assert "library torch: 2.0.1+cu118 -> " in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.third_party
+def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_reference(upstream: Callable[[str], Path]) -> None:
+    upstream("O-LoRA")
+    plan = make_plan(parse(["method=olora", "profile=upstream", "device=0,1"]), dry_run=True)
+    for task in plan.tasks:
+        assert task.upstream is not None
+        sizes = [
+            int(i.get("per_device_train_batch_size")) * int(i.get("gradient_accumulation_steps"))
+            for i in (task.upstream, task.invocation)
+        ]
+        assert sizes[0] * 8 == sizes[1] * 2 == 64
+    assert plan.labels == ("off-reference",)
+
+
+@pytest.mark.third_party
+def test_edited_patch_is_refused_with_exit_code_2(
+    upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flatpatch import patches
+    from flatpatch.errors import UserError
+
+    upstream("N-LoRA")
+
+    def edited(repo: str) -> None:
+        raise UserError(f"patches/{repo} was edited")
+
+    monkeypatch.setattr(patches, "verify", edited)
+    assert main(["run", "method=nlora", "profile=quick", "engine=upstream"]) == 2
+    assert "was edited" in capsys.readouterr().err
+
+
+def test_auto_says_which_profile_and_engine_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatpatch import patches
+
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/N-LoRA"))
+    plan = make_plan(parse(["method=nlora"]))
+    assert (plan.profile, plan.profile_reason) == ("quick", "no CUDA device here")
+    assert plan.engine == "reference"
+    assert plan.engine_reason == "N-LoRA cannot be had: nothing under third_party/N-LoRA"
+    assert plan.labels == ("quick", "reference")
+
+
+def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    plan = make_plan(parse(["method=seqlora", "order=3"]))
+    assert [task.name for task in plan.tasks] == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert plan.tasks[2].evaluates == (("TC", "yahoo"), ("SC", "amazon"), ("TC", "agnews"))
+    assert plan.tasks[2].invocation.get("model_name_or_path").endswith("2-amazon/adapter")
