@@ -57,6 +57,18 @@ def test_show_prints_header_insertion_and_upstreams_lines_around_it(project: Pro
     assert files_of_patches(project) == before
 
 
+def test_the_users_configuration_of_git_changes_nothing(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = show(REPO, workspace=project.workspace)
+    (tmp_path / "gitconfig").write_text("[diff]\n\texternal = false\n\tnoprefix = true\n[color]\n\tui = always\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    assert show(REPO, workspace=project.workspace) == shown
+    new_pin(project, b"# licence\n" + UPSTREAM["run.py"])
+    project.refresh()
+    assert "@@ -6,0 +7,2 @@" in patch_of(project).read_text()
+
+
 # refresh
 
 

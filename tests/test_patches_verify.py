@@ -122,6 +122,11 @@ def test_a_patch_in_no_series_is_refused(project: Project) -> None:
     )
 
 
+def test_a_patch_that_is_not_utf_8_is_refused(project: Project) -> None:
+    (project.folder / "attach-the-trainer.patch").write_bytes(b"Why: caf\xe9\n")
+    assert "attach-the-trainer.patch is not UTF-8 text (byte 8)." in refusal(project)
+
+
 def test_a_series_with_a_missing_patch_is_refused(project: Project) -> None:
     (project.folder / "attach-the-trainer.patch").unlink()
     assert f"patches/{REPO}/series:1 names attach-the-trainer.patch, but there is no" in refusal(project)
@@ -232,8 +237,9 @@ def delete_object(project: Project, path: str) -> None:
 def test_a_partial_copy_with_missing_objects_verifies_and_names_what_is_absent(project: Project) -> None:
     git("sparse-checkout", "set", "--no-cone", "/*", "!/data/", folder=project.checkout)
     delete_object(project, "data/big.json")
+    delete_object(project, "open-end.py")  # beside the patched file
     assert not (project.checkout / "data").exists()
-    assert verify(REPO, workspace=project.workspace).absent == ("data/big.json",)
+    assert verify(REPO, workspace=project.workspace).absent == ("data/big.json", "open-end.py")
 
 
 def test_a_sparse_checkout_that_has_all_objects_lacks_nothing(project: Project) -> None:

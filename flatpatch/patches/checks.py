@@ -122,7 +122,10 @@ def load_patches(repo: str, workspace: Workspace) -> tuple[list[Patch], list[str
 
 def read_text(path: Path) -> str:
     """Read a text file, keeping its line ends as they are."""
-    return path.read_bytes().decode()
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
 
 
 def digest(text: str) -> str:
@@ -186,7 +189,7 @@ def checkout_problems(checkout: Path, pin: str) -> list[str]:
     untracked = in_checkout(
         checkout,
         *("-c", "core.excludesFile=/dev/null", "ls-files", "-z", "--others", "--directory", "--no-empty-directory"),
-        *("--exclude-standard", "--exclude=__pycache__/", "--exclude=*.py[co]"),
+        *("--exclude-standard", "--exclude=__pycache__/"),
     )
     changed = [("deleted" if "D" in line[:2] else "edited", line[3:]) for line in status.split("\0")[:-1]]
     if changed:
@@ -232,7 +235,7 @@ def apply_series(git: Scratch, patches: list[Patch], pin: str) -> list[str]:
             elif git.missing([entry.blob]):
                 problems.append(
                     f"{where} does not apply: this partial checkout lacks the content of {change.path} (blob "
-                    f"{entry.blob} of pin {pin}). Fetch it: git -C <checkout> fetch --refetch --depth 1 origin {pin}"
+                    f"{entry.blob} of pin {pin}). In the checkout, run: git fetch --refetch --depth 1 origin {pin}"
                 )
         if problems:
             return problems

@@ -130,7 +130,6 @@ class Scratch:
             "GIT_DIR": f"{self.folder}/git",
             "GIT_INDEX_FILE": f"{self.folder}/index",
             "GIT_WORK_TREE": f"{self.folder}",
-            "GIT_OBJECT_DIRECTORY": f"{self.folder}/git/objects",
             **({} if self.user_config else NO_USER_CONFIG),
         }
         return run_git(
@@ -204,7 +203,7 @@ class Scratch:
         Raises:
             ValueError: If a line of ``before`` was changed or deleted, or a line is no text; says which.
         """
-        diff = self.git("diff", "--unified=0", "--minimal", "--no-color", "--text", before, after)
+        diff = self.git("diff", "--unified=0", "--minimal", "--no-color", "--no-ext-diff", "--text", before, after)
         lines = self.content(after).split(b"\n")
         found = []
         for hunk in re.finditer(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", diff, re.MULTILINE):
