@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatpatch.sam import perturbed
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
 from flatpatch.errors import UserError
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
@@ -29,9 +30,12 @@ from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
 ASCENT_LOSSES = ("total", "task")
 
 _NO_GRADIENT = (
-    "the ascent pass found no gradient for any perturbed parameter. Reentrant gradient checkpointing does "
-    "this, because torch.autograd.grad cannot see through it. Train without gradient_checkpointing, or "
-    "checkpoint with use_reentrant=False."
+    "the ascent pass found no gradient for any of the {count} perturbed tensors: the loss that training_step "
+    "differentiates does not depend on them. Choose a scope that it depends on."
+)
+_REENTRANT = (
+    "SAM cannot follow reentrant gradient checkpointing: torch.autograd.grad does not see the weights inside it. "
+    "Train without gradient_checkpointing, or checkpoint with use_reentrant=False."
 )
 
 
@@ -169,6 +173,8 @@ class _AscentPass:
                 stack.enter_context(_replaced(self._engine, "backward", self._engine_backward))
             else:
                 stack.enter_context(_replaced(torch.Tensor, "backward", self._for_this_thread()))
+            # Its weights would silently count as unused, and the step follow the penalties alone.
+            stack.enter_context(_replaced(CheckpointFunction, "apply", _refuse_reentrant))
             if self._task_only:
                 kept = self._kept_loss(self._trainer.compute_loss)
                 stack.enter_context(_replaced(self._trainer, "compute_loss", kept))
@@ -183,7 +189,7 @@ class _AscentPass:
         if gradients is None:
             raise RuntimeError("training_step made no backward call, so SAM has no loss to ascend")
         if all(gradient is None for gradient in gradients):
-            raise UserError(_NO_GRADIENT)
+            raise UserError(_NO_GRADIENT.format(count=len(gradients)))
         return gradients
 
     def _for_this_thread(self) -> Callable[..., None]:
@@ -245,18 +251,17 @@ class _AscentPass:
 
     def _differentiate(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool | None) -> None:
         if not loss.requires_grad:
-            raise UserError(_NO_GRADIENT)
-        try:
-            new = torch.autograd.grad(loss, self._parameters, gradient, retain_graph, allow_unused=True)
-        except RuntimeError as error:
-            if "heckpoint" in str(error):
-                raise UserError(_NO_GRADIENT) from error
-            raise
+            raise UserError(_NO_GRADIENT.format(count=len(self._parameters)))
+        new = torch.autograd.grad(loss, self._parameters, gradient, retain_graph, allow_unused=True)
         if self._gradients is None:
             self._gradients = list(new)
         else:
             pairs = zip(self._gradients, new, strict=True)
             self._gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
+
+
+def _refuse_reentrant(*_: Any) -> None:
+    raise UserError(_REENTRANT)
 
 
 @contextmanager

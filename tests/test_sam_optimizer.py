@@ -1,0 +1,427 @@
+"""The SAM optimizer: closed forms, the promises of its checkpoints and restores, and another library's SAM."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from flatpatch.sam import SAM
+
+
+def quadratic(H, start):
+    """A weight, and a closure factory for 1/2 w'Hw, whose gradient is Hw."""
+    weight = nn.Parameter(start.clone())
+
+    def closure_for(optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = weight @ H @ weight / 2
+            loss.backward()
+            return loss
+
+        return closure
+
+    return weight, closure_for
+
+
+def positive_definite(size):
+    root = torch.randn(size, size, dtype=torch.float64)
+    return root @ root.T + torch.eye(size, dtype=torch.float64)
+
+
+class Network(nn.Module):
+    """Two layers with dropout; ``unused`` takes part in no loss."""
+
+    def __init__(self, dropout=0.3, dtype=torch.float64):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).to(dtype)
+        self.unused = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def forward(self, inputs):
+        return self.body(inputs)
+
+
+def batch(size=6, dtype=torch.float64):
+    return torch.randn(size, 5, dtype=dtype), torch.randint(3, (size,))
+
+
+def closure_of(model, optimizer, inputs, targets):
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_step_matches_closed_form_on_a_quadratic():
+    """w - lr H (w + rho H w / |H w|), for g = H w and the SAM gradient H (w + e)."""
+    H, start = positive_definite(6), torch.randn(6, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    sam.step(closure_for(sam))
+    g = H @ start
+    torch.testing.assert_close(weight.detach(), start - 0.03 * H @ (start + 0.4 * g / g.norm()), rtol=1e-12, atol=1e-12)
+
+
+def test_adaptive_step_matches_closed_form_on_a_quadratic():
+    """w - lr H (w + rho T^2 g / |T g|), with g = H w and T = diag(|w| + eta)."""
+    H, start = positive_definite(6), torch.randn(6, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4, adaptive=True, eta=0.2)
+    sam.step(closure_for(sam))
+    g, T = H @ start, torch.diag(start.abs() + 0.2)
+    e = 0.4 * T @ T @ g / (T @ g).norm()
+    torch.testing.assert_close(weight.detach(), start - 0.03 * H @ (start + e), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_norm_runs_over_all_parameter_groups_together(adaptive):
+    H, start = positive_definite(6), torch.randn(6, dtype=torch.float64)
+    joined, joined_closure = quadratic(H, start)
+    one = SAM(torch.optim.SGD([joined], lr=0.03), rho=0.4, adaptive=adaptive)
+    one.step(joined_closure(one))
+    parts = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+    two = SAM(torch.optim.SGD([{"params": parts[:1]}, {"params": parts[1:]}], lr=0.03), rho=0.4, adaptive=adaptive)
+
+    def closure():
+        two.zero_grad()
+        weight = torch.cat(parts)
+        loss = weight @ H @ weight / 2
+        loss.backward()
+        return loss
+
+    two.step(closure)
+    torch.testing.assert_close(torch.cat(parts).detach(), joined.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_step_returns_unperturbed_loss():
+    H, start = positive_definite(4), torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    loss = sam.step(closure_for(sam))
+    assert loss.item() == pytest.approx((start @ H @ start / 2).item(), rel=1e-12)
+    assert not loss.requires_grad
+    # Ascending g by rho raises 1/2 w'Hw by rho |g| + rho^2 g'Hg / (2 |g|^2).
+    g = H @ start
+    rise = 0.4 * g.norm() + 0.08 * g @ H @ g / g.square().sum()
+    assert (sam.perturbed_loss - loss).item() == pytest.approx(rise.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_rho_zero_equals_base_optimizer_bit_for_bit_with_dropout(adaptive):
+    model = Network(dtype=torch.float32)
+    twin = copy.deepcopy(model)
+    base = torch.optim.AdamW(twin.parameters(), lr=0.05)
+    sam = SAM(torch.optim.AdamW(model.parameters(), lr=0.05), rho=0.0, adaptive=adaptive)
+    batches = [batch(dtype=torch.float32) for _ in range(5)]
+    states = []
+    for optimizer, trained in ((base, twin), (sam, model)):
+        torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
+        losses = [optimizer.step(closure_of(trained, optimizer, *each)).item() for each in batches]
+        states.append((losses, torch.get_rng_state(), random.random(), numpy.random.rand()))
+    assert states[0][0] == states[1][0]
+    assert torch.equal(states[0][1], states[1][1])
+    assert states[0][2:] == states[1][2:]
+    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), model.parameters(), strict=True))
+    for ours, theirs in zip(sam.state.values(), base.state.values(), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_both_passes_draw_the_same_random_numbers():
+    model = Network()
+    drawn = []
+
+    def closure():
+        drawn.append((torch.rand(3).tolist(), random.random(), numpy.random.rand()))
+        return closure_of(model, sam, *batch())()
+
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    sam.step(closure)
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("failing_pass", [1, 2])
+def test_weights_are_restored_when_a_closure_raises(failing_pass):
+    H, start = positive_definite(4), torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == failing_pass:
+            raise RuntimeError("out of memory")
+        return closure_for(sam)()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sam.step(closure)
+    assert len(calls) == failing_pass
+    assert torch.equal(weight.detach(), start)
+
+
+def test_weights_are_restored_when_the_second_closure_raises():
+    test_weights_are_restored_when_a_closure_raises(2)
+
+
+def test_weights_without_a_second_gradient_are_restored():
+    weights = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))]
+    sam = SAM(torch.optim.SGD(weights, lr=0.0), rho=0.4)
+    passes = []
+
+    def closure():
+        passes.append(1)
+        sam.zero_grad()
+        loss = weights[0].square() + (weights[1].square() if len(passes) == 1 else 0)
+        loss.sum().backward()
+        return loss
+
+    sam.step(closure)
+    assert [weight.item() for weight in weights] == [1.0, 1.0]
+    assert weights[1].grad is None
+
+
+def test_unused_parameters_are_left_to_the_base_optimizer():
+    model = Network()
+    sam = SAM(torch.optim.AdamW(model.parameters(), lr=0.1), rho=0.1)
+    sam.step(closure_of(model, sam, *batch()))
+    assert model.unused.tolist() == [1.0, 1.0]
+
+
+def test_checkpoint_resumes_bitwise():
+    batches = [batch() for _ in range(6)]
+
+    def trained(model, optimizer, steps):
+        for each in steps:
+            optimizer.step(closure_of(model, optimizer, *each))
+            optimizer.scheduler.step()
+        return model
+
+    def fresh(seed):
+        torch.manual_seed(seed)
+        model = Network()
+        sam = SAM(torch.optim.AdamW(model.parameters(), lr=0.05), rho=0.2)
+        sam.scheduler = torch.optim.lr_scheduler.ExponentialLR(sam, 0.9)
+        return model, sam
+
+    model, sam = fresh(0)
+    torch.manual_seed(7)
+    trained(model, sam, batches[:3])
+    checkpoint = copy.deepcopy(
+        (model.state_dict(), sam.state_dict(), sam.scheduler.state_dict(), torch.get_rng_state())
+    )
+    whole = trained(model, sam, batches[3:])
+
+    resumed, other = fresh(99)
+    resumed.load_state_dict(checkpoint[0])
+    other.load_state_dict(checkpoint[1])
+    other.scheduler.load_state_dict(checkpoint[2])
+    torch.set_rng_state(checkpoint[3])
+    trained(resumed, other, batches[3:])
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_checkpoint_is_that_of_the_base_optimizer():
+    model = Network()
+    sam = SAM(torch.optim.AdamW(model.parameters(), lr=0.05), rho=0.2)
+    sam.step(closure_of(model, sam, *batch()))
+    checkpoint = sam.state_dict()
+    assert checkpoint.keys() == {"state", "param_groups"}
+    assert all(entry.keys() == {"step", "exp_avg", "exp_avg_sq"} for entry in checkpoint["state"].values())
+    torch.optim.AdamW(model.parameters(), lr=1.0).load_state_dict(checkpoint)
+
+
+def test_groups_and_state_follow_the_base_optimizer_through_loading():
+    # A wrapper that kept references would go on showing (and scheduling) the groups from before.
+    model = Network()
+    sam = SAM(torch.optim.AdamW(model.parameters(), lr=0.05), rho=0.2)
+    sam.load_state_dict(sam.state_dict())
+    assert sam.param_groups is sam.base_optimizer.param_groups
+    assert sam.state is sam.base_optimizer.state
+
+
+def test_schedulers_change_the_rate_that_the_base_optimizer_uses():
+    H, start = torch.eye(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.5), rho=0.0)
+    scheduler = torch.optim.lr_scheduler.MultiplicativeLR(sam, lambda epoch: 0.0)
+    sam.step(closure_for(sam))
+    scheduler.step()
+    sam.step(closure_for(sam))
+    assert weight.item() == 0.5
+    assert scheduler.get_last_lr() == [0.0]
+
+
+def test_added_groups_are_perturbed_and_trained():
+    weights = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    sam = SAM(torch.optim.SGD(weights[:1], lr=0.1), rho=math.sqrt(2))
+    sam.add_param_group({"params": weights[1:]})
+
+    def closure():
+        sam.zero_grad()
+        loss = (weights[0] * weights[1]).sum()
+        loss.backward()
+        return loss
+
+    sam.step(closure)  # g = (1, 1), e = (1, 1), SAM gradient (2, 2)
+    assert [weight.item() for weight in weights] == pytest.approx([0.8, 0.8])
+
+
+def test_only_the_given_parameters_are_perturbed():
+    weights = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    sam = SAM(torch.optim.SGD(weights, lr=0.1), rho=1.0, parameters=weights[1:])
+
+    def closure():
+        sam.zero_grad()
+        loss = (weights[0] * weights[1]).sum()
+        loss.backward()
+        return loss
+
+    sam.step(closure)  # e = (0, 1), so the gradient is (2, 1)
+    assert [weight.item() for weight in weights] == pytest.approx([0.8, 0.9])
+
+
+def test_clipping_sees_only_the_final_gradient():
+    H, start = positive_definite(4) * 10, torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=1.0), rho=0.4)
+    sam.gradients(closure_for(sam))
+    g = H @ start
+    sam_gradient = H @ (start + 0.4 * g / g.norm())
+    torch.testing.assert_close(weight.grad, sam_gradient, rtol=1e-12, atol=0)
+    torch.nn.utils.clip_grad_norm_([weight], 0.5)
+    sam.base_optimizer.step()
+    expected = start - 0.5 * sam_gradient / sam_gradient.norm()
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_gradient_accumulation_in_the_closure_equals_the_full_batch():
+    model = Network(dropout=0.0)
+    twin = copy.deepcopy(model)
+    inputs, targets = batch(8)
+    whole = SAM(torch.optim.SGD(twin.parameters(), lr=0.5), rho=0.3)
+    whole.step(closure_of(twin, whole, inputs, targets))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.3)
+
+    def closure():
+        sam.zero_grad()
+        losses = []
+        for part in range(4):
+            chosen = slice(2 * part, 2 * part + 2)
+            loss = nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]) / 4
+            loss.backward()
+            losses.append(loss.detach())
+        return sum(losses)
+
+    sam.step(closure)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_grad_scaler_changes_nothing_but_the_scale_of_the_passes():
+    model = Network(dropout=0.0)
+    twin = copy.deepcopy(model)
+    inputs, targets = batch()
+    plain = SAM(torch.optim.SGD(twin.parameters(), lr=0.5), rho=0.3)
+    plain.step(closure_of(twin, plain, inputs, targets))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+    def closure():
+        sam.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        scaler.scale(loss).backward()
+        return loss
+
+    sam.gradients(closure)
+    scaler.unscale_(sam.base_optimizer)
+    scaler.step(sam.base_optimizer)
+    scaler.update()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_statistics_come_from_the_unperturbed_pass_alone(momentum):
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, momentum=momentum)).double()
+    inputs, _ = batch()
+    twin = copy.deepcopy(model)
+    twin(inputs)
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+
+    def closure():
+        sam.zero_grad()
+        loss = model(inputs).pow(3).sum()
+        loss.backward()
+        return loss
+
+    loss = sam.step(closure)
+    assert sam.perturbed_loss > loss
+    for ours, theirs in zip(model[1].buffers(), twin[1].buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert model[1].track_running_stats
+
+
+def test_first_pass_without_any_gradient_is_refused():
+    weight = nn.Parameter(torch.ones(1))
+    sam = SAM(torch.optim.SGD([weight], lr=0.1))
+    with pytest.raises(ValueError, match="left no gradient on any of the 1 perturbed parameters"):
+        sam.step(lambda: torch.zeros(()))
+
+
+def test_step_without_a_closure_is_refused():
+    sam = SAM(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    with pytest.raises(ValueError, match="needs a closure"):
+        sam.step()
+
+
+def test_optimizer_class_instead_of_an_instance_is_refused():
+    with pytest.raises(TypeError, match="must be an optimizer instance"):
+        SAM(torch.optim.SGD)
+
+
+@pytest.mark.parametrize("setting", [{"rho": -1.0}, {"eta": math.inf}, {"sync": "all"}])
+def test_settings_out_of_range_are_refused_when_made(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        SAM(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **setting)
+
+
+def test_copies_and_hooks_work_as_on_any_optimizer():
+    model = Network()
+    sam = SAM(torch.optim.AdamW(model.parameters(), lr=0.05), rho=0.2)
+    seen = []
+    sam.register_step_post_hook(lambda *_: seen.append("stepped"))
+    sam.step(closure_of(model, sam, *batch()))
+    assert seen == ["stepped"]
+    twin = copy.deepcopy(sam)
+    assert twin.rho == 0.2
+    assert twin.base_optimizer is not sam.base_optimizer
+    assert "SAM(rho=0.2) around AdamW" in repr(sam)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_update_equals_that_of_pytorch_optimizer(base):
+    # Its norm is a float32, so agreement ends near 6e-8; its ASAM is ours with eta = 0.
+    library = pytest.importorskip("pytorch_optimizer", exc_type=ImportError)
+    for adaptive in (False, True):
+        model = Network(dropout=0.0)
+        twin = copy.deepcopy(model)
+        del model.unused, twin.unused
+        ours = SAM(base(model.parameters(), lr=0.05), rho=0.3, adaptive=adaptive, eta=0.0)
+        theirs = library.SAM(twin.parameters(), base, rho=0.3, adaptive=adaptive, lr=0.05)
+        for _ in range(4):
+            each = batch()
+            ours.step(closure_of(model, ours, *each))
+            closure = closure_of(twin, theirs, *each)
+            closure()
+            theirs.step(closure)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
