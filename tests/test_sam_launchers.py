@@ -11,7 +11,7 @@ from sam_training import assert_same
 
 ZERO = {
     "zero_allow_untested_optimizer": True,
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
@@ -127,7 +127,7 @@ ONE_RANK = {
         (
             "2 offload",
             ZERO
-            | {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+            | {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}
             | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         ),
     )
