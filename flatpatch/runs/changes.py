@@ -192,9 +192,3 @@ def _shown(invocation: Invocation, name: str) -> str | None:
 def dataset_of(invocation: Invocation) -> str:
     """Return the dataset that an invocation trains on."""
     return Path(invocation.get("task_config_dir")).name
-
-
-def _shown(invocation: Invocation, name: str) -> str | None:
-    if not invocation.has(name):
-        return None
-    return invocation.get(name) or "(given)"
