@@ -24,7 +24,7 @@ from torch import Tensor
 from flatpatch.continual.reference import METHODS, ReferenceTask, adapters, learn, prepare, run_task
 from flatpatch.continual.reference.adapters import LayerMatrices
 from flatpatch.continual.reference.data import Example, load_examples, make_collate, read_instructions
-from flatpatch.continual.reference.evaluate import exact_match, normalise
+from flatpatch.continual.reference.evaluate import exact_match, normalise, predict
 from flatpatch.continual.tasks import check_benchmark
 from flatpatch.errors import FlatpatchError, UserError
 
@@ -270,16 +270,36 @@ def test_one_example_and_rank_one_train(model: Path, data: Path, tmp_path: Path)
     assert len(losses) == 30 and losses[-1] < losses[0]
 
 
-def test_accumulated_equal_batches_give_the_loss_and_step_of_one_large_batch(tmp_path: Path, data: Path) -> None:
+def test_accumulated_batches_give_the_mean_of_their_gradients(data: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "t5", dropout=0.0)
-    common = {"lora_dropout": 0.0, "max_train_samples": 8, "num_train_epochs": 3, "method": "olora", "lamda_2": 0.1}
-    answers = tmp_path / "same-length-answers"
-    make_data(answers, instances=8)
-    whole = make_task(model, answers, tmp_path / "a", per_device_train_batch_size=8, **common)
-    parts = make_task(
-        model, answers, tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **common
+    found: list[list[Tensor]] = []
+
+    def make_gradients(optimizer: torch.optim.Optimizer) -> Callable[[Callable[..., Tensor]], Tensor]:
+        def gradients(closure: Callable[..., Tensor]) -> Tensor:
+            loss = closure()
+            found.append([loss, *(p.grad.clone() for group in optimizer.param_groups for p in group["params"])])
+            return loss
+
+        return gradients
+
+    common = {"lora_dropout": 0.0, "max_train_samples": 8, "method": "olora", "lamda_2": 0.1}
+    whole = make_task(model, data, tmp_path / "a", per_device_train_batch_size=8, **common)
+    parts = make_task(model, data, tmp_path / "b", gradient_accumulation_steps=2, **common)
+    assert losses_of(whole, make_gradients=make_gradients) == pytest.approx(
+        losses_of(parts, make_gradients=make_gradients)
     )
-    assert losses_of(whole) == pytest.approx(losses_of(parts), rel=1e-5)
+    # Each answer is a word and its closing token: batches of four weigh the same, and so does the penalty, once.
+    assert len(found) == 2
+    torch.testing.assert_close(*found)
+
+
+def test_training_has_dropout_and_depends_on_the_seed_alone(model: Path, data: Path, tmp_path: Path) -> None:
+    task = make_task(model, data, tmp_path)
+    adapted, tokenizer = prepare(task)
+    torch.manual_seed(0)
+    steps: list[tuple[float, bool]] = []
+    learn(adapted, tokenizer, task, on_step=lambda step: steps.append((step["loss"], adapted.training)))
+    assert steps == [(loss, True) for loss in losses_of(task)]
 
 
 def test_gradients_may_call_the_closure_twice(model: Path, data: Path, tmp_path: Path) -> None:
@@ -501,6 +521,15 @@ def test_a_task_that_is_learned_is_answered(data: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     right = [normalise(row["label"]) == normalise(row["prediction"]) for row in rows]
     assert results["predict_exact_match"] == round(100 * sum(right) / 22, 4)
+
+
+def test_prediction_draws_no_random_numbers(model: Path, data: Path, tmp_path: Path) -> None:
+    task = make_task(model, data, tmp_path)
+    adapted, tokenizer = prepare(task)
+    adapted.train()  # as training leaves it
+    before = torch.get_rng_state()
+    predict(adapted, tokenizer, load_examples(data, [TASKS[0]], "test", limit=2), task)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_unknown_method_is_told_the_known_ones(model: Path, data: Path, tmp_path: Path) -> None:

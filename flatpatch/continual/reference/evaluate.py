@@ -45,8 +45,7 @@ def exact_match(examples: Sequence[Example], predictions: Sequence[str]) -> dict
     for example, prediction in zip(examples, predictions, strict=True):
         right = normalise(prediction) == normalise(example.label)
         groups["exact_match"].append(right)
-        # A set: a dataset named like its task type (BoolQA, COPA, QQP...) is one group, not counted twice.
-        for name in {example.task_type, example.dataset}:
+        for name in (example.task_type, example.dataset):
             groups.setdefault(f"exact_match_for_{name}", []).append(right)
     return {name: round(100.0 * sum(right) / len(right), 4) for name, right in groups.items()}
 
