@@ -83,7 +83,7 @@ def _verify(settings: dict[str, str], workspace: Workspace) -> None:
     named = settings.get("repo")
     for repo in [named] if named else workspace.repositories():
         try:
-            here, reason = is_available(repo, workspace=workspace)
+            here, _ = is_available(repo, workspace=workspace)
             if here or named:
                 found = verify(repo, workspace=workspace)
                 lacking = f", a partial checkout that lacks {len(found.absent)} files" if found.absent else ""
@@ -91,10 +91,10 @@ def _verify(settings: dict[str, str], workspace: Workspace) -> None:
                 print(f"{repo}: ok, {trees}, {found.checkout}{lacking}")
             else:
                 verify_patches(repo, workspace=workspace)
-                print(f"{repo}: not here, patches checked alone and ok ({reason.splitlines()[-1].strip()})")
+                print(f"{repo}: not here, patches checked alone and ok (to see why not: patches verify repo={repo})")
         except FlatpatchError as error:
             print(f"{repo}: refused")
-            problems.append(f"{repo}: {error}")
+            problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
