@@ -22,15 +22,11 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {NEXT_STEP}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. {NEXT_STEP}"
-        ) from None
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. {NEXT_STEP}") from None
     if not text.strip():
         raise UserError(f"{path} is empty, expected a JSON list. {NEXT_STEP}")
     if text.startswith("version https://git-lfs"):
-        raise UserError(
-            f"{path} is a Git LFS pointer, not the file itself. Run in its repository: git lfs pull"
-        )
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself. Run in its repository: git lfs pull")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -80,9 +76,7 @@ def read_split(data_dir: Path, task_type: str, dataset: str, split: str) -> list
     for index, instance in enumerate(instances):
         for key in ("sentence", "label"):
             if not isinstance(instance, dict) or not isinstance(instance.get(key), str):
-                raise UserError(
-                    f"{path}, instance {index}: expected an object with the text '{key}'. {NEXT_STEP}"
-                )
+                raise UserError(f"{path}, instance {index}: expected an object with the text '{key}'. {NEXT_STEP}")
         if split == "train" and instance["label"] not in labels:
             raise UserError(
                 f"{path}, instance {index}: label '{instance['label']}' is not in labels.json"
