@@ -263,7 +263,8 @@ def _find_places(
         model = quick.MODEL_FOLDER
     else:
         assert verified is not None
-        model = verified.checkout / asked
+        places = (ROOT / "models" / Path(asked).name, verified.checkout / asked)
+        model = next((place for place in places if (place / "config.json").is_file()), places[0])
     if not (model / "config.json").is_file():
         lack = (
             f"the pretrained model is missing: {model} has no config.json. "
