@@ -112,7 +112,6 @@ flatpatch_install() {
 }
 
 flatpatch_make_environment() (
-  set -o pipefail
   # Held until this subshell ends, however it ends. Where files cannot be locked, two first uses may clash.
   exec 9>>"$flatpatch_root/.venv.lock"
   if command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then

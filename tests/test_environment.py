@@ -104,17 +104,20 @@ class Project:
         path.chmod(0o755)
         return path
 
-    def start(self, *arguments: str, script: str = "nlora_sam.sh", **variables: str) -> subprocess.Popen[str]:
-        environment = {
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
             "PATH": str(self.programs),
             "CALLS": str(self.calls_file),
             "PIP_STAND_IN": str(self.pip),
             "HOME": str(self.programs),
         }
+
+    def start(self, *arguments: str, script: str = "nlora_sam.sh", **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             ["bash", str(self.root / "run_scripts" / script), *arguments],
             cwd=self.programs,
-            env={**environment, **variables},
+            env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -169,6 +172,22 @@ def test_first_use_makes_the_environment_and_forwards_the_arguments(project: Pro
     assert said["folder"] == str(project.root)
     assert said["python"] == str(project.venv / "bin" / "python")
     assert "Making .venv" in err
+
+
+def test_script_is_found_by_a_relative_name_whatever_cdpath_says(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "run_scripts").mkdir()
+    command = ["bash", "run_scripts/nlora_sam.sh"]
+    variables = {**project.environment, "CDPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=project.root, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == str(project.root)
+
+
+def test_environments_python_finds_the_package_from_any_folder(project: Project) -> None:
+    project.run()
+    command = [str(project.venv / "bin" / "python"), "-m", "flatpatch", "doctor"]
+    done = subprocess.run(command, cwd=project.programs, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["arguments"] == ["doctor"]
 
 
 def test_pip_gets_the_lock_and_the_locked_build_tool(project: Project) -> None:
