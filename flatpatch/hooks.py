@@ -175,7 +175,8 @@ class _Recorder:
         self._dtype = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in perturbed or trainable}))
         if not self._writes:
             return
-        print(f"flatpatch: {self._liveness()}", flush=True)
+        # On a line of its own, although a progress bar may already stand in this one.
+        print(f"\nflatpatch: {self._liveness()}", flush=True)
         kept = [] if state.global_step == 0 else _records_until(self._metrics, state.global_step)
         _write_atomically(self._metrics, "".join(kept))
         self._write_progress("train", state.global_step, state.max_steps)
