@@ -79,7 +79,7 @@ def train_task(
 
     The closure given to the gradients clears the gradients, computes the mean over the step's batches of
     (task loss + penalty) and its gradient, and returns it; ``closure(penalised=False)`` leaves the penalty
-    out. With upstream under DeepSpeed the penalty also counts once per step; its plain loop would add it
+    out of the gradient alone. With upstream under DeepSpeed the penalty also counts once per step; its plain loop would add it
     once per accumulated batch.
 
     Args:
@@ -129,10 +129,9 @@ def train_task(
             optimizer.zero_grad()
             loss_sum = torch.zeros((), device=task.device)
             for batch in inputs:
-                loss = model(**batch).loss
-                if penalised:
-                    loss = loss + penalty()
-                (loss / len(inputs)).backward()
+                task_loss = model(**batch).loss
+                loss = task_loss + penalty()
+                ((loss if penalised else task_loss) / len(inputs)).backward()
                 loss_sum += loss.detach() / len(inputs)
             return loss_sum
 
