@@ -92,7 +92,7 @@ flatpatch_install() {
     elif [ -n "${FLATPATCH_PYTHON:-}" ] || ! uv venv --quiet --no-project --python 3.11 "$flatpatch_venv"; then
       flatpatch_no_python || return
     fi
-    set -- uv pip install --python "$flatpatch_venv/bin/python" --no-deps
+    set -- uv pip install --python "$flatpatch_venv/bin/python" --no-deps --compile-bytecode
   else
     flatpatch_find_python ensurepip,venv || flatpatch_no_python || return
     "$python" -I -m venv "$flatpatch_venv" || return 1
