@@ -30,6 +30,7 @@ from flatpatch.report.table import summary_table
 from flatpatch.runs.changes import TaskPlan
 from flatpatch.runs.plan import Plan, headline
 from flatpatch.runs.record import (
+    LOCK,
     check_continues,
     finish_record,
     new_record,
@@ -58,7 +59,7 @@ def execute(plan: Plan) -> dict[str, Any]:
         print(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
         print(summary_table(old))
         return old
-    print(headline(plan), flush=True)
+    print("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]), flush=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _only_runner(plan.folder), _Stop() as stop:
         record = new_record(plan)
@@ -305,7 +306,7 @@ def _end_leftovers(hook: Path) -> None:
 @contextlib.contextmanager
 def _only_runner(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

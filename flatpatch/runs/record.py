@@ -18,6 +18,7 @@ from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
 
 SCHEMA = 1
+LOCK = ".lock"
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 # Variables of the caller that can change a number.
 TELLING_VARIABLES = (
@@ -125,7 +126,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     Raises:
         UserError: If the folder holds something else.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
