@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flatpatch import __version__
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
 
@@ -115,7 +116,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "world_size": plan.world_size,
         "launcher": plan.launcher,
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "flatpatch": {"version": _version("flatpatch"), "commit": _commit()},
+        "flatpatch": {"version": __version__, "commit": _commit()},
         "variables": {name: os.environ[name] for name in TELLING_VARIABLES if name in os.environ},
     }
 
