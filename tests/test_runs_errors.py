@@ -51,7 +51,9 @@ def test_unknown_setting_is_refused(refused: Refused) -> None:
     assert "unknown setting 'rh'. Did you mean 'rho'?" in refused("rh=1")
 
 
-@pytest.mark.parametrize("word", ["rho=-1", "rho=abc", "method=nope", "order=7", "profile=nope", "sam=yes", "device=tpu"])
+@pytest.mark.parametrize(
+    "word", ["rho=-1", "rho=abc", "method=nope", "order=7", "profile=nope", "sam=yes", "device=tpu"]
+)
 def test_value_out_of_range_is_refused(word: str, refused: Refused) -> None:
     value = word.split("=")[1]
     text = refused(word)
