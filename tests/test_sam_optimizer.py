@@ -425,3 +425,15 @@ def test_update_equals_that_of_pytorch_optimizer(base):
             theirs.step(closure)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_dropout_masks_agree_on_a_gpu():
+    model, masks = Network().cuda(), []
+    model.body[2].register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+    inputs, targets = (tensor.cuda() for tensor in batch(64))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=1e-6)
+    sam.step(closure_of(model, sam, inputs, targets))
+    assert torch.equal(masks[0], masks[1])
+    sam.step(closure_of(model, sam, inputs, targets))
+    assert not torch.equal(masks[0], masks[2])

@@ -274,3 +274,25 @@ def test_only_one_copy_of_the_weights_is_held_inside_the_block():
     held = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     context.__exit__(None, None, None)
     assert 4_000_000 <= held < 4_100_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_on_a_gpu_equals_the_cpu_and_never_waits_for_it(adaptive, dtype):
+    weights, gradients = random_problem((300, 40), (7,), dtype=dtype)
+    on_gpu = [nn.Parameter(weight.detach().cuda()) for weight in weights]
+    gradients_on_gpu = [gradient.cuda() for gradient in gradients]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with perturbed(on_gpu, gradients_on_gpu, rho=0.5, adaptive=adaptive) as report:
+            inside = [weight.detach().clone() for weight in on_gpu]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with perturbed(weights, gradients, rho=0.5, adaptive=adaptive) as expected:
+        for ours, theirs in zip(inside, weights, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs.detach())
+    assert report.perturbation_norm.item() == pytest.approx(expected.perturbation_norm.item(), rel=1e-5)
+    for ours, theirs in zip(on_gpu, weights, strict=True):
+        assert torch.equal(ours.cpu(), theirs)

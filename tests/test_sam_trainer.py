@@ -402,3 +402,43 @@ def test_adapters_stay_in_float32_through_one_cast_of_the_model(cast):
     assert not {"half", "bfloat16"} & vars(model).keys()
     getattr(model, cast)()
     assert {p.dtype for p in model.parameters()} == {getattr(torch, cast)}
+
+
+class FakeEngine:
+    """What the step asks of a DeepSpeed engine, with a loss scale as fp16 has one."""
+
+    scale_wrt_gas = None
+
+    def __init__(self, loss_scale, accumulation):
+        self.optimizer = SimpleNamespace(loss_scale=loss_scale)
+        self.accumulation = accumulation
+
+    def zero_optimization_stage(self):
+        return 2
+
+    def gradient_accumulation_steps(self):
+        return self.accumulation
+
+    def backward(self, loss):
+        loss = loss / self.accumulation
+        (loss * self.optimizer.loss_scale).backward()
+        return loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ascent_loss", ["total", "task"])
+def test_loss_scale_of_an_engine_cancels(tmp_path, accumulation, ascent_loss):
+    steps = []
+    for loss_scale in (1.0, 2.0**16):
+        trainer, step, inputs = prepared(tmp_path, {"ascent_loss": ascent_loss}, dropout=0.0)
+        trainer.deepspeed = FakeEngine(loss_scale, accumulation)
+        trainer.state_before_pass = dict
+        trainer._prepare_inputs = lambda inputs: inputs
+        returned = step(trainer.model, inputs)
+        assert "backward" not in vars(trainer.deepspeed)
+        steps.append((returned, step.perturbed_loss, step.last_step.grad_norm, step.last_step.perturbation_norm))
+    assert steps[0] == steps[1]
+    plain = make_trainer(tmp_path, dropout=0.0)
+    plain.deepspeed = FakeEngine(1.0, accumulation)
+    plain.state_before_pass, plain._prepare_inputs = dict, lambda inputs: inputs
+    assert plain.training_step(plain.model, inputs) == steps[0][0]
