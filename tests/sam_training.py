@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +172,32 @@ def train(folder, *, sam=None, adapters="upstream", penalty=PENALTY, shuffled=Tr
     }
 
 
+def train_with_closure(*, sam, share_model=False, whole_batch=False):
+    """Train two layers with a closure; under ``torch.distributed`` every rank takes its half of the batch."""
+    from flatpatch.sam import SAM
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = torch.randn(3, 8, 5, dtype=torch.float64)
+    if not whole_batch:
+        rank = torch.distributed.get_rank()
+        data = data[:, rank * 4 : rank * 4 + 4]
+        model = DistributedDataParallel(model)
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model if share_model else None, **sam)
+    norms = []
+    for inputs in data:
+
+        def closure(inputs=inputs):
+            sam.zero_grad()
+            loss = model(inputs).pow(4).mean()
+            loss.backward()
+            return loss
+
+        sam.step(closure)
+        norms.append(sam.last_step.grad_norm.item())
+    return {"weights": [p.detach().clone() for p in model.parameters()], "norms": norms}
+
+
 def assert_same(ours, theirs):
     """Bit for bit the same training: losses, weights, optimizer state, random state."""
     assert ours["losses"] == theirs["losses"]
@@ -219,6 +247,9 @@ def main():
     torch.set_num_threads(1)
     results = {}
     for name, settings in runs.items():
+        if "closure" in settings:
+            results[name] = train_with_closure(**settings["closure"])
+            continue
         with tempfile.TemporaryDirectory() as folder:
             results[name] = train(folder, xpu_backend="gloo", local_rank=int(os.environ["LOCAL_RANK"]), **settings)
     torch.save(results, path)

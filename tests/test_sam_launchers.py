@@ -44,6 +44,13 @@ TWO_RANKS = {
     "zero 2, local": LOCAL | {"deepspeed": zero(2)},
 }
 
+# After the others, which start the processes' communication.
+TWO_RANKS |= {
+    "closure, global": {"closure": {"sam": {"sync": "global"}, "share_model": True}},
+    "closure, local": {"closure": {"sam": {"sync": "local"}, "share_model": True}},
+    "closure, model not given": {"closure": {"sam": {"sync": "local"}}},
+}
+
 pytestmark = pytest.mark.slow
 
 
@@ -78,6 +85,23 @@ def test_local_and_global_perturbations_differ(two_ranks):
     assert local[0]["report"]["grad_norm"] != local[1]["report"]["grad_norm"]
     assert together[0]["report"] == together[1]["report"]
     assert local[0]["losses"] != together[0]["losses"]
+
+
+@pytest.mark.parametrize("name", ["closure, global", "closure, model not given"])
+def test_closure_on_synchronised_ranks_equals_one_process_with_the_full_batch(two_ranks, name):
+    # Without the model, DistributedDataParallel averages the ascent gradient before SAM sees it.
+    whole = sam_training.train_with_closure(sam={}, whole_batch=True)
+    for rank in two_ranks[name]:
+        torch.testing.assert_close(rank["weights"], whole["weights"], rtol=1e-10, atol=1e-12)
+        assert rank["norms"] == pytest.approx(whole["norms"], rel=1e-10)
+
+
+def test_closure_keeps_the_ascent_of_a_rank_to_itself_when_given_the_model(two_ranks):
+    first, second = two_ranks["closure, local"]
+    together = two_ranks["closure, global"][0]
+    assert first["norms"][0] != second["norms"][0]
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    assert not torch.allclose(first["weights"][0], together["weights"][0], rtol=1e-6)
 
 
 def assert_close_weights(ranks, reference):

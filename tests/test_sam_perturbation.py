@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
+from sam_memory import allocations, peak_bytes
 from torch import nn
 
 from flatpatch.sam import perturbed
@@ -237,18 +239,6 @@ def test_settings_out_of_range_are_refused(settings, message):
         pass
 
 
-def peak_bytes(work):
-    """The most bytes that ``work`` had allocated and not yet freed, from torch's own allocation events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_three_float32_copies_of_the_weights(adaptive, dtype):
@@ -267,13 +257,14 @@ def test_peak_memory_is_three_float32_copies_of_the_weights(adaptive, dtype):
 
 
 def test_only_one_copy_of_the_weights_is_held_inside_the_block():
-    weights, gradients = [nn.Parameter(torch.randn(1_000_000))], [torch.randn(1_000_000)]
-    context = perturbed(weights, gradients, rho=0.05)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        context.__enter__()
-    held = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    weight, gradient = nn.Parameter(torch.randn(1_000_000)), torch.randn(1_000_000)
+    gradient_alive = weakref.ref(gradient)
+    context = perturbed([weight], [gradient], rho=0.05)
+    del gradient
+    held = sum(allocations(context.__enter__))
     context.__exit__(None, None, None)
     assert 4_000_000 <= held < 4_100_000
+    assert gradient_alive() is None
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import sam_training
 import torch
+from sam_memory import peak_bytes
 from sam_training import PENALTY, assert_same, make_trainer
 from torch import nn
 from transformers import TrainerCallback
@@ -179,6 +180,21 @@ def test_empty_scope_is_refused_with_what_there_is(tmp_path):
     trainer, step, inputs = prepared(tmp_path, {"scope": "head"})
     with pytest.raises(UserError, match=r"scope=head chooses no weight: of 12 trainable .* there are A 6, B 6, head 0"):
         step(trainer.model, inputs)
+
+
+@pytest.mark.parametrize("ascent_loss", ["total", "task"])
+def test_peak_memory_is_that_of_the_plain_step_and_three_copies(tmp_path, ascent_loss):
+    # A graph or gradient of the first pass that lived on in the second would nearly double it.
+    trainer, step, inputs = prepared(tmp_path, {"ascent_loss": ascent_loss}, batch=32)
+    trainer.state_before_pass = dict
+    plain = peak_bytes(lambda: trainer.training_step(trainer.model, inputs))
+    trainer.model.zero_grad()
+    size = sum(parameter.numel() for parameter in adapters(trainer))
+    random_states_and_rounding_of_allocations = 30_000
+    work_area = 8 * size
+    peak = peak_bytes(lambda: step(trainer.model, inputs))
+    assert plain > 300_000
+    assert peak <= plain + 3 * 4 * size + work_area + random_states_and_rounding_of_allocations
 
 
 def test_accumulation_perturbs_every_micro_batch_on_its_own(tmp_path):
