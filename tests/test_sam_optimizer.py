@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import math
 import random
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import flatpatch.sam.optimizer
 from flatpatch.sam import SAM
 
 
@@ -437,3 +439,9 @@ def test_dropout_masks_agree_on_a_gpu():
     assert torch.equal(masks[0], masks[1])
     sam.step(closure_of(model, sam, inputs, targets))
     assert not torch.equal(masks[0], masks[2])
+
+
+def test_example_of_the_docstring_runs():
+    results = doctest.testmod(flatpatch.sam.optimizer)
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -70,7 +70,8 @@ class SAM(Optimizer):
             rho: Radius in weight units (ASAM's is on another scale); may be changed between steps.
             adaptive: ASAM instead of SAM.
             eta: ASAM's addition to ``|w|``.
-            parameters: What to perturb; by default every trainable parameter of the base optimizer.
+            parameters: What to perturb; by default all parameters of the base optimizer; those without a
+                gradient do not move.
             sync: "local" or "global", see ``perturbed``. Plain DistributedDataParallel averages the ascent
                 gradient anyway; give ``model`` to keep it local.
             model: If given, its BatchNorm statistics come from the unperturbed pass alone; and if it is a
@@ -156,7 +157,7 @@ class SAM(Optimizer):
     def _parameters(self) -> list[Tensor]:
         if self._chosen is not None:
             return self._chosen
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return [p for group in self.param_groups for p in group["params"]]
 
     # Everything below is the base optimizer's. Properties rather than shared references, because loading a
     # checkpoint replaces the base optimizer's groups and state by new objects.

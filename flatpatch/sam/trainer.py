@@ -297,6 +297,7 @@ def keep_adapters_fp32(model: nn.Module) -> None:
     DeepSpeed's engine casts the whole model with one of these; in 16 bits a small perturbation is partly
     lost to rounding. Call it before the engine is built. The first cast removes the exception again.
     Frozen LoRA weights are kept too, because upstream's layers feed all factors of a layer the same input.
+    Gradients are still reduced in the engine's ``communication_data_type``, by default its own 16 bits.
 
     Args:
         model: The module that will be handed to the engine.
