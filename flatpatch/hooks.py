@@ -177,8 +177,7 @@ class _Recorder:
             return
         # On a line of its own, although a progress bar may already stand in this one.
         print(f"\nflatpatch: {self._liveness()}", flush=True)
-        kept = [] if state.global_step == 0 else _records_until(self._metrics, state.global_step)
-        _write_atomically(self._metrics, "".join(kept))
+        _write_atomically(self._metrics, "".join(_records_until(self._metrics, state.global_step)))
         self._write_progress("train", state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
