@@ -152,7 +152,7 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     process = start(command)
     wait_until(in_training(tmp_path / "killed", task), process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=60)
     assert json.loads((tmp_path / "killed" / "record.json").read_text())["status"] == "running"
     # The child may have outlived its parent: the second call must end it before it starts the task again.
     again = start(command)
@@ -185,7 +185,7 @@ def test_same_settings_give_the_same_numbers_in_another_folder(undisturbed: Path
     assert results(tmp_path / "repeated") == results(undisturbed)
 
 
-def test_damaged_adapter_of_a_finished_task_is_made_again(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+def test_damaged_weights_of_a_finished_task_are_made_again(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     command = words(data, tmp_path, "damaged")
     process = start(command)
     wait_until(in_training(tmp_path / "damaged", "amazon"), process)
