@@ -151,3 +151,10 @@ def test_real_scripts_parse_for_every_order(method: str, upstream: Callable[[str
         total = sum(len(invocation.arguments) for invocation in found)
         body = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
         assert total == body.count(" --") - sum(" --master_port" in line for line in body.splitlines())
+
+
+def test_number_spelled_another_way_is_no_deviation(invocations: list[Invocation]) -> None:
+    editor = Editor([invocation.with_argument("learning_rate", "1e-03") for invocation in invocations])
+    editor.set("learning_rate", "0.001", "the same")
+    assert editor.deviations() == []
+    assert editor.current[0].get("learning_rate") == "1e-03"

@@ -52,8 +52,11 @@ class Editor:
         self.set_each(name, [value] * len(self.current), why)
 
     def set_each(self, name: str, values: Sequence[str | None], why: str) -> None:
-        """Set one argument of every task, each to its own value."""
-        self.current = [inv.with_argument(name, value) for inv, value in zip(self.current, values, strict=True)]
+        """Set one argument of every task, each to its own value; an equal number keeps upstream's spelling."""
+        self.current = [
+            inv if inv.has(name) and _same(inv.get(name), value) else inv.with_argument(name, value)
+            for inv, value in zip(self.current, values, strict=True)
+        ]
         self.reasons[name] = why
 
     def drop(self, name: str, why: str) -> None:
@@ -187,6 +190,13 @@ def _shown(invocation: Invocation, name: str) -> str | None:
     if not invocation.has(name):
         return None
     return invocation.get(name) or "(given)"
+
+
+def _same(old: str, new: str | None) -> bool:
+    try:
+        return float(old) == float(new or "")
+    except ValueError:
+        return old == (new or "")
 
 
 def dataset_of(invocation: Invocation) -> str:
