@@ -121,6 +121,7 @@ def test_selected_tasks_start_from_the_base_model_and_follow_each_other(invocati
     configs: dict[str, dict[str, list[tuple[str, str]]]] = {}
     seen = editor.select("second", [(("TC", "first"),), (("TC", "first"), ("SC", "second"))], configs)
     assert [inv.get("model_name_or_path") for inv in editor.current] == ["initial_model/t5-large"]
+    assert [inv.get("output_dir") for inv in editor.current] == ["out/1-second"]
     assert seen == [(("SC", "second"),)]
     assert configs["second"]["test"] == [("SC", "second")]
 

@@ -92,7 +92,12 @@ class Editor:
         types = dict((dataset, kind) for pairs in evaluates for kind, dataset in pairs)
         kept_names = [names[index] for index in kept]
         why = "setting tasks=: only some tasks of the order"
-        models = [first_model] + [f"{inv.get('output_dir')}/adapter" for inv in self.originals[:-1]]
+        outputs = [
+            f"{Path(inv.get('output_dir')).parent}/{number}-{name}"
+            for number, (inv, name) in enumerate(zip(self.originals, kept_names, strict=True), 1)
+        ]
+        models = [first_model] + [f"{output}/adapter" for output in outputs[:-1]]
+        self.set_each("output_dir", outputs, why)
         self.set_each("model_name_or_path", models, why)
         self.set_each("task_config_dir", [f"task_configs/{name}" for name in kept_names], why)
         chosen = []
