@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -47,6 +48,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"flatpatch: the disk is full: {error}. Free some space and run the same command again.", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("flatpatch: interrupted.", file=sys.stderr)
         return 85

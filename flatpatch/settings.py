@@ -81,11 +81,6 @@ class Request:
             record[f"upstream.{name}"] = {"value": value, "source": "command line"}
         return record
 
-    def replace(self, source: str, **changes: Any) -> Request:
-        """Return a copy with some settings decided by ``source``."""
-        sources = {**self.sources, **dict.fromkeys(changes, source)}
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **changes), sources=sources)
-
 
 def describe() -> str:
     """Return the list of settings, their defaults, choices and meaning, for ``--help``."""
@@ -123,6 +118,7 @@ def parse(words: Sequence[str]) -> Request:
     known = {item.name: item for item in dataclasses.fields(Settings)}
     config = OmegaConf.structured(Settings())
     OmegaConf.set_readonly(config, False)
+    texts: dict[str, str] = {}
     sources = dict.fromkeys(known, "default")
     overrides: dict[str, str] = {}
     problems: list[str] = []
@@ -138,13 +134,19 @@ def parse(words: Sequence[str]) -> Request:
         if key not in known:
             problems.append(f"unknown setting '{key}'.{did_you_mean(key, known)} Known settings: {', '.join(known)}.")
             continue
+        if isinstance(known[key].default, str):
+            texts[key] = value.strip()  # as it is: OmegaConf would expand ${...} in it
+            sources[key] = "command line"
+            continue
         try:
+            if "$" in value or "?" in value:
+                raise ValueError(value)
             OmegaConf.update(config, key, value.strip(), force_add=False)
         except (OmegaConfBaseException, ValueError):
             problems.append(_wrong_type(key, value, known[key].default))
             continue
         sources[key] = "command line"
-    settings = Settings(**{name: config[name] for name in known})
+    settings = Settings(**{**{name: config[name] for name in known}, **texts})
     problems += _check(settings)
     if problems:
         raise UserError.collect(problems)
@@ -167,9 +169,11 @@ def _check(settings: Settings) -> list[str]:
         value = getattr(settings, key)
         if not (math.isfinite(value) and value >= 0):
             problems.append(f"{key}={value:g} is out of range (expected a finite number >= 0, e.g. {key}=0.05).")
-    for key in ("seed", "processes", "port"):
-        if getattr(settings, key) < 0:
-            problems.append(f"{key}={getattr(settings, key)} is out of range (expected a whole number >= 0).")
+    for key, highest in (("seed", 2**32 - 1), ("processes", 1024), ("port", 65535)):
+        if not 0 <= getattr(settings, key) <= highest:
+            problems.append(
+                f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
+            )
     method = METHODS.get(settings.method)
     if method and settings.order not in method.orders:
         problems.append(

@@ -90,6 +90,20 @@ def test_unwritable_run_folder_is_refused(refused: Refused, tmp_path: Path) -> N
     assert "cannot be written: " in refused("output=/proc/flatpatch")
 
 
+def test_run_folder_below_one_that_may_not_be_entered_is_refused(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("flatpatch.runs.plan.tempfile.mkstemp", denied)
+    assert "cannot be written: Permission denied" in refused()
+
+
+def test_name_too_long_for_a_folder_is_refused(refused: Refused) -> None:
+    assert "is too long for a folder" in refused(f"run={'x' * 300}")
+
+
 @pytest.mark.parametrize("word", ["adapter", "llama"])
 def test_run_folder_that_upstream_would_misread_is_refused(word: str, refused: Refused, tmp_path: Path) -> None:
     assert f"has '{word}' in its path" in refused(f"run=my-{word}")
@@ -100,6 +114,13 @@ def test_missing_model_is_told_what_to_fetch(refused: Refused, tmp_path: Path) -
     text = refused(f"model={tmp_path / 't5-nowhere'}")
     assert f"the pretrained model is missing: {tmp_path / 't5-nowhere'} has no config.json" in text
     assert "huggingface-cli download" in text
+
+
+@pytest.mark.parametrize(("name", "what"), [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")])
+def test_model_folder_without_a_part_is_refused(name: str, what: str, refused: Refused, tmp_path: Path) -> None:
+    shutil.copytree(quick.MODEL_FOLDER, tmp_path / "t5-partial")
+    (tmp_path / "t5-partial" / name).unlink()
+    assert f"has no {what}" in refused(f"model={tmp_path / 't5-partial'}")
 
 
 def test_model_folder_that_upstream_would_misread_is_refused(refused: Refused, tmp_path: Path) -> None:

@@ -211,16 +211,45 @@ def test_second_runner_in_the_same_folder_is_refused(
         process.communicate(timeout=60)
 
 
+def test_half_written_results_of_a_later_task_do_not_block_the_run(
+    undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
+    command = words(data, tmp_path, "torn")
+    process = start(command)
+    wait_until(in_training(tmp_path / "torn", "amazon"), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    output = next((tmp_path / "torn" / "work").rglob("1-dbpedia/all_results.json")).parent.parent / "2-amazon"
+    output.mkdir(exist_ok=True)
+    (output / "all_results.json").write_text('{"predict_exact')
+    assert main(command) == 0
+    assert results(tmp_path / "torn") == results(undisturbed)
+
+
+def test_run_made_with_other_libraries_is_not_continued(
+    undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "undisturbed"
+    copy.mkdir()
+    record = json.loads((undisturbed / "record.json").read_text())
+    record["environment"]["libraries"]["torch"] = "1.0"
+    (copy / "record.json").write_text(json.dumps(record))
+    assert main(words(data, tmp_path, "undisturbed")) == 2
+    assert "libraries is " in capsys.readouterr().err
+
+
 def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "t5-broken"
     model.mkdir()
     for path in quick.MODEL_FOLDER.iterdir():
-        if path.suffix == ".json":
-            (model / path.name).write_bytes(path.read_bytes())
+        (model / path.name).write_bytes(path.read_bytes())
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     assert main(words(data, tmp_path, "failing", f"model={model}")) == 1
     said = capsys.readouterr().err
     assert "task dbpedia failed with exit code" in said
     assert "  | " in said
+    assert "safetensors" in said.lower()  # the cause
     assert "Finished tasks are kept" in said
     record = json.loads((tmp_path / "failing" / "record.json").read_text())
     validate_record(record)
@@ -237,6 +266,12 @@ def test_sweep_runs_every_combination_and_averages_over_seeds(
     assert "run 2/2" in shown
     assert " ±" in shown
     assert len(list(tmp_path.glob("*/record.json"))) == 2
+
+
+def test_sweep_runs_once_without_sam_whatever_the_radius(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["profile=quick", "engine=reference", f"output={tmp_path}", "sam=off,sam", "rho=0.01,0.05", "--dry-run"]
+    assert main(["sweep", *words]) == 0
+    assert capsys.readouterr().out.count("N-LoRA, order 1") == 3
 
 
 def test_new_record_is_valid_before_anything_ran(data: Path, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.methods import METHODS
-from flatpatch.runs.plan import Plan, make_plan
+from flatpatch.runs.plan import Plan, make_plan, visible_devices
 from flatpatch.settings import parse
 
 ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
@@ -76,7 +77,14 @@ def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
     checkout = upstream(str(METHODS[method].repository))
     monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 8)
     assert main(["run", f"method={method}", f"order={order}", "profile=upstream", "--dry-run"]) == 0
-    printed = printed_commands(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    printed = printed_commands(text)
+    # As many GPUs as upstream names, no more: the launcher starts one process on each that it sees.
+    script = (checkout / METHODS[method].scripts[order]).read_text()
+    named = next(line for line in script.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")).split(" ")[0]
+    count = named.count(",") + 1
+    visible = {line.split(" ")[0] for line in text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")}
+    assert visible == {"CUDA_VISIBLE_DEVICES=" + ",".join(str(number) for number in range(count))}
     theirs = script_arguments(checkout / METHODS[method].scripts[order])
     assert len(theirs) in (4, 15)
     # `--master_port` belongs to the launcher; all that follows the entry script is upstream's, to the letter.
@@ -139,6 +147,55 @@ def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_reference(upstrea
         ]
         assert sizes[0] * 8 == sizes[1] * 2 == 64
     assert plan.labels == ("off-reference",)
+
+
+def test_gpus_are_chosen_among_those_the_caller_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc,7")
+    assert visible_devices(("0", "2")) == "4,7"
+    assert visible_devices(("1",)) == "GPU-abc"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices(("0", "2")) == "0,2"
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("words", [["device=cpu"], ["device=0", "launcher=python"], ["device=0", "data=somewhere"]])
+def test_run_that_left_upstreams_setup_is_off_reference(words: list[str], upstream: Callable[[str], Path]) -> None:
+    upstream("N-LoRA")
+    plan = make_plan(parse(["method=nlora", "profile=upstream", *words]), dry_run=True)
+    assert plan.labels == ("off-reference",)
+
+
+@pytest.mark.third_party
+def test_selected_tasks_start_from_the_base_model(upstream: Callable[[str], Path]) -> None:
+    upstream("N-LoRA")
+    plan = make_plan(parse(["profile=upstream", "tasks=amazon,agnews", "device=0"]), dry_run=True)
+    assert [task.folder for task in plan.tasks] == ["1-amazon", "2-agnews"]
+    models = [task.invocation.get("model_name_or_path") for task in plan.tasks]
+    assert models == ["initial_model/t5-large", "logs_and_outputs/order_1/outputs/1-amazon/adapter"]
+
+
+@pytest.mark.third_party
+def test_penalty_counted_per_batch_without_deepspeed_is_recorded(upstream: Callable[[str], Path]) -> None:
+    upstream("N-LoRA")
+    words = ["order=llama1", "profile=upstream", "device=0", "launcher=python"]
+    plan = make_plan(parse(words), dry_run=True)
+    assert ("weight of the penalty in a step", "1", "8") in [(d.what, d.upstream, d.here) for d in plan.deviations]
+
+
+@pytest.mark.third_party
+def test_file_that_a_partial_checkout_lacks_is_refused(
+    upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flatpatch import patches
+    from flatpatch.continual import quick
+    from flatpatch.errors import UserError
+
+    upstream("N-LoRA")
+    verified = replace(patches.verify("N-LoRA"), absent=("CL_Benchmark/TC/agnews/test.json",))
+    monkeypatch.setattr(patches, "verify", lambda _: verified)
+    words = ["profile=upstream", "tasks=agnews", "device=cpu", f"model={quick.MODEL_FOLDER}"]
+    with pytest.raises(UserError, match="is partial and lacks TC/agnews/test.json.* data=FOLDER"):
+        make_plan(parse(words))
 
 
 @pytest.mark.third_party

@@ -31,6 +31,10 @@ def test_value_may_contain_an_equals_sign() -> None:
     assert parse(["upstream.run_name=a=b"]).overrides == {"run_name": "a=b"}
 
 
+def test_text_is_taken_as_it_is() -> None:
+    assert parse(["output=${oc.env:HOME}", "run=???"]).settings.output == "${oc.env:HOME}"
+
+
 def test_later_word_wins() -> None:
     assert parse(["sam=sam", "sam=off"]).settings.sam == "off"
 
@@ -61,6 +65,10 @@ def test_stray_flag_is_told_the_form_to_use() -> None:
         ("rho=0,0.1", "use: python -m flatpatch sweep"),
         ("seed=1.5", "seed='1.5' is not a whole number"),
         ("seed=-1", "seed=-1 is out of range"),
+        ("seed=99999999999", "from 0 to 4294967295"),
+        ("port=99999", "from 0 to 65535"),
+        ("rho=${seed}", "is not a number"),
+        ("seed=???", "is not a whole number"),
         ("method=nlor", "unknown method 'nlor'. Did you mean 'nlora'? Expected: nlora, olora"),
         ("order=9", "unknown order '9' for method nlora. Expected: 1, 2, 3, 4, 5, 6, llama1"),
         ("profile=fast", "unknown profile 'fast'. Expected: auto, upstream, paper, quick"),

@@ -96,6 +96,8 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "environment": {"type": "object"},
         "seeds": {"type": "array", "items": {"type": "integer"}},
         "tasks": {"type": "array", "items": _TEXT, "minItems": 1},
+        # Hashes of the folders the run read: model and data.
+        "inputs": {"type": "object", "additionalProperties": _MAYBE_TEXT},
         # [after task i][on task j], percent, null where not evaluated.
         "accuracy_matrix": {"type": "array", "items": {"type": "array", "items": _PERCENT}},
         "metrics": {"type": "object", "additionalProperties": _MAYBE_NUMBER},

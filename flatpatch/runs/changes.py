@@ -44,7 +44,7 @@ class Editor:
     def __init__(self, originals: Sequence[Invocation]) -> None:
         self.originals: list[Invocation] = list(originals)
         self.current: list[Invocation] = list(originals)
-        self.reasons: dict[str, str] = {}
+        self.reasons: dict[tuple[str, str], str] = {}
         self.extra: list[Deviation] = []
 
     def set(self, name: str, value: str | None, why: str) -> None:
@@ -53,16 +53,15 @@ class Editor:
 
     def set_each(self, name: str, values: Sequence[str | None], why: str) -> None:
         """Set one argument of every task, each to its own value; an equal number keeps upstream's spelling."""
-        self.current = [
-            inv if inv.has(name) and _same(inv.get(name), value) else inv.with_argument(name, value)
-            for inv, value in zip(self.current, values, strict=True)
-        ]
-        self.reasons[name] = why
+        for position, (inv, value) in enumerate(zip(self.current, values, strict=True)):
+            if not (inv.has(name) and _same(inv.get(name), value)):
+                self.current[position] = inv.with_argument(name, value)
+                self.reasons[name, dataset_of(self.originals[position])] = why
 
     def drop(self, name: str, why: str) -> None:
         """Take one argument away from every task."""
         self.current = [inv.without(name) for inv in self.current]
-        self.reasons[name] = why
+        self.reasons |= {(name, dataset_of(inv)): why for inv in self.originals if inv.has(name)}
 
     def note(self, what: str, upstream: str | None, here: str | None, why: str) -> None:
         """Record a difference that is not an argument."""
@@ -145,11 +144,19 @@ class Editor:
             self.set_each("gradient_accumulation_steps", steps, why)
         return True
 
-    def fit_launcher(self, launcher: str, device: str, world_size: int) -> None:
-        """Drop and add the arguments that another launcher or the CPU needs."""
+    def fit_launcher(self, launcher: str, device: str, world_size: int, *, asked: bool) -> bool:
+        """Drop and add what another launcher or the CPU needs; tell whether upstream's launcher was left.
+
+        Args:
+            launcher: The launcher chosen.
+            device: The device chosen.
+            world_size: The number of processes.
+            asked: Whether the device was asked for, rather than what this machine has.
+        """
         theirs = f"deepspeed on {self.originals[0].world_size} GPU(s)"
         if launcher == "python":
-            why = "launcher python" + (": no GPU here" if device == "cpu" else "")
+            cpu = "device cpu" if asked else "no GPU here"
+            why = f"launcher python: {cpu}" if device == "cpu" else "launcher python, as asked"
             self.note("launcher", theirs, "python" + (f", {world_size} processes" if world_size > 1 else ""), why)
             self.drop(
                 "deepspeed",
@@ -161,6 +168,15 @@ class Editor:
             self.set("no_cuda", None, "device cpu")
             if world_size > 1 or launcher == "deepspeed":
                 self.set("xpu_backend", "gloo", "device cpu: the processes talk over gloo")
+        steps = max(int(inv.get("gradient_accumulation_steps", "1")) for inv in self.current)
+        if launcher == "python" and steps > 1:
+            why = "without DeepSpeed upstream adds its penalty undivided to each of the accumulated batches"
+            self.note("weight of the penalty in a step", "1", str(steps), why)
+        return launcher == "python" or device == "cpu"
+
+    def changes(self, name: str) -> bool:
+        """Tell whether an argument differs from upstream's in any task."""
+        return any(a.get(name) != b.get(name) for a, b in zip(self.originals, self.current, strict=True))
 
     def tasks(self, evaluates: Sequence[Datasets]) -> tuple[TaskPlan, ...]:
         """Return the finished tasks."""
@@ -179,13 +195,13 @@ class Editor:
         found = list(self.extra)
         if not self.originals[0].launcher:
             return found
-        for name, why in self.reasons.items():
-            groups: dict[tuple[str | None, str | None], list[str]] = {}
+        for name in dict.fromkeys(name for name, _ in self.reasons):
+            groups: dict[tuple[str | None, str | None, str], list[str]] = {}
             for original, inv in zip(self.originals, self.current, strict=True):
-                before, after = _shown(original, name), _shown(inv, name)
+                before, after, task = _shown(original, name), _shown(inv, name), dataset_of(original)
                 if before != after:
-                    groups.setdefault((before, after), []).append(dataset_of(original))
-            for (before, after), names in groups.items():
+                    groups.setdefault((before, after, self.reasons[name, task]), []).append(task)
+            for (before, after, why), names in groups.items():
                 tasks = () if len(names) == len(self.originals) else tuple(names)
                 found.append(Deviation(f"--{name}", before, after, why, tasks))
         return found

@@ -39,7 +39,7 @@ from flatpatch.runs.record import (
     write_record,
 )
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 
 
@@ -57,7 +57,7 @@ def execute(plan: Plan) -> dict[str, Any]:
     old = check_continues(plan.folder, plan)
     if old is not None and old["status"] == "finished":
         print(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
-        print(summary_table(old))
+        _show(plan.folder, old)
         return old
     print("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]), flush=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -79,25 +79,37 @@ def execute(plan: Plan) -> dict[str, Any]:
             raise
         finally:
             write_record(plan.folder, record)
-    steps = read_step_metrics(plan.folder / "metrics.jsonl")
-    drawn = draw_run(record, steps, plan.folder / "figures")
     print()
+    _show(plan.folder, record)
+    return record
+
+
+def _show(folder: Path, record: dict[str, Any]) -> None:
+    """Print the table and draw the figures."""
     print(summary_table(record))
-    print(f"\nrecord   {plan.folder / 'record.json'}\nsteps    {plan.folder / 'metrics.jsonl'}")
+    drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
+    print(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
     for path in drawn:
         print(f"figure   {path}")
-    return record
 
 
 def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
     prepare_work(plan, plan.folder / "work")
-    redo = False
+    kept = 0
+    while kept < len(plan.tasks) and _is_done(plan, plan.tasks[kept]):
+        kept += 1
+    # From the first task that is not whole, later ones started from something else: none of their files may stay.
+    for task in plan.tasks[kept:]:
+        _end_leftovers(_task_folder(plan, task) / "hook.json")
+        (_task_folder(plan, task) / "done.json").unlink(missing_ok=True)
+    for task in plan.tasks[kept:]:
+        shutil.rmtree(_task_folder(plan, task), ignore_errors=True)
+        shutil.rmtree(_output(plan, task), ignore_errors=True)
     for index, task in enumerate(plan.tasks):
         own = _task_folder(plan, task)
-        if not redo and _is_done(plan, task):
+        if index < kept:
             print(f"task {index + 1}/{len(plan.tasks)} {task.name}: finished before, kept", flush=True)
         else:
-            redo = True
             _run_task(plan, index, task, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
@@ -156,8 +168,7 @@ def _is_done(plan: Plan, task: TaskPlan) -> bool:
         return False
     try:
         files = json.loads(marker.read_text(encoding="utf-8"))["files"]
-        output = _output(plan, task)
-        return all(_digest(output / name) == digest for name, digest in files.items())
+        return all(_digest(plan.folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
 
@@ -169,9 +180,6 @@ def _digest(path: Path) -> str:
 def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
     own, output = _task_folder(plan, task), _output(plan, task)
     hook = own / "hook.json"
-    _end_leftovers(hook)
-    shutil.rmtree(own, ignore_errors=True)
-    shutil.rmtree(output, ignore_errors=True)
     own.mkdir(parents=True)
     write_atomically(hook, json.dumps(_hook_settings(plan, index, task, own), indent=2))
     command = plan.command(task, sys.executable, plan.request.settings.port or _free_port())
@@ -193,6 +201,7 @@ def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
             _watch(process, f"task {index + 1}/{len(plan.tasks)} {task.name}", own / "progress.json", stop)
         finally:
             _end(process)
+            _end_leftovers(hook)
     if process.returncode != 0:
         raise FlatpatchError(_failure(task, process.returncode, own / "log.txt"))
     if not (own / "summary.json").is_file():
@@ -202,7 +211,8 @@ def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
         )
     seconds = time.monotonic() - started
     files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
-    kept = {str(path.relative_to(output)): _digest(path) for path in [output / "all_results.json", *files]}
+    files += [output / "all_results.json", own / "metrics.jsonl", own / "summary.json"]
+    kept = {str(path.relative_to(plan.folder)): _digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
 
@@ -297,10 +307,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _end_leftovers(hook: Path) -> None:
     """End processes of this task that outlived a runner killed with SIGKILL (Linux; elsewhere none are found)."""
     mark = f"FLATPATCH_RUN={hook}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
+    for _ in range(50):  # one that is being ended may still have started another
+        found = False
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found = True
+                    os.kill(int(entry.name), signal.SIGKILL)
+        if not found:
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ OURS = {
 }
 # Room for the patched copy, the adapters, the predictions and the datasets cache of a run.
 BYTES_NEEDED = 300 * 2**20
+LONGEST_NAME = 240
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,18 @@ class Plan:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": ",".join(self.devices) if self.device == "cuda" else "",
+            "CUDA_VISIBLE_DEVICES": visible_devices(self.devices) if self.device == "cuda" else "",
+            "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
         }
         if self.device == "cpu" and self.launcher == "deepspeed":
             variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(self.world_size)}
         return variables
+
+
+def visible_devices(numbers: Sequence[str]) -> str:
+    """Return ``CUDA_VISIBLE_DEVICES`` for some of the GPUs this process sees, itself perhaps a choice."""
+    own = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return ",".join(own[int(number)] if int(number) < len(own) else number for number in numbers)
 
 
 def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
@@ -142,9 +152,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
     if settings.tasks:
         evaluates = editor.select(settings.tasks, evaluates, task_configs)
-    elif engine == "reference":
-        if method.repository:
-            editor.note("engine", f"the authors' {method.repository}", "our reference implementation", engine_reason)
+    if engine == "reference" and method.repository:
+        editor.note("engine", f"the authors' {method.repository}", "our reference implementation", engine_reason)
+    if engine == "reference" and not settings.tasks:
         for original, seen in zip(originals, evaluates, strict=True):
             task_configs[dataset_of(original)] = {"train": [seen[-1]], "dev": list(seen), "test": list(seen)}
     if profile == "quick" and engine == "upstream":
@@ -158,15 +168,17 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         notes += [f"paper and code differ: {note}" for note in method.paper_notes]
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
+    devices = devices[:world_size]
     off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
-    if settings.adapters != "upstream":
+    if settings.adapters != "upstream" and launcher == "deepspeed":
         editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
         off_reference = True
     if engine == "upstream":
-        editor.fit_launcher(launcher, device, world_size)
+        off_reference |= editor.fit_launcher(launcher, device, world_size, asked=settings.device != "auto")
     if settings.seed != 42:
         editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
     links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
+    off_reference |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     _check_overrides(request, verified, originals[0], engine)
     for name, value in request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
@@ -256,7 +268,7 @@ def _find_places(
     """Find the model and the data; return the links the working directory needs, and set the arguments that differ."""
     settings = request.settings
     links: dict[str, Path] = {}
-    asked = editor.originals[0].get("model_name_or_path") if engine == "upstream" else ""
+    asked = editor.current[0].get("model_name_or_path") if engine == "upstream" else ""
     if settings.model:
         model = Path(settings.model).expanduser().absolute()
     elif profile == "quick":
@@ -265,11 +277,13 @@ def _find_places(
         assert verified is not None
         places = (ROOT / "models" / Path(asked).name, verified.checkout / asked)
         model = next((place for place in places if (place / "config.json").is_file()), places[0])
-    if not (model / "config.json").is_file():
+    if lacking := _lacking(model):
+        hub = "huggyllama/llama-7b" if settings.order.startswith("llama") else "google-t5/t5-large"
         lack = (
-            f"the pretrained model is missing: {model} has no config.json. "
+            f"the pretrained model is missing: {model} has no {lacking}. "
             f"Put the weights there or name their folder with model=FOLDER, "
-            f"e.g. `huggingface-cli download google-t5/t5-large --local-dir models/t5-large` and model=models/t5-large."
+            f"e.g. `huggingface-cli download {hub} --local-dir models/{Path(asked).name or model.name}`. "
+            f"profile=quick needs none."
         )
         if not dry_run:
             raise UserError(lack)
@@ -288,6 +302,8 @@ def _find_places(
         why = f"profile {profile}'s own small model" if profile == "quick" and not settings.model else "setting model="
         models = [argument, *(inv.get("model_name_or_path") for inv in editor.current[1:])]
         editor.set_each("model_name_or_path", models, why)
+        if engine == "reference":
+            editor.set("base_model", argument, why)
 
     if settings.data:
         links["CL_Benchmark"] = Path(settings.data).expanduser().absolute()
@@ -297,6 +313,17 @@ def _find_places(
     elif profile == "quick":
         editor.set("data_dir", "quick_benchmark", "profile quick's own data, made by a seeded generator")
     return links
+
+
+def _lacking(model: Path) -> str:
+    """Return what a model folder lacks, or an empty string."""
+    if not (model / "config.json").is_file():
+        return "config.json"
+    if not any((model / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")):
+        return "tokenizer (tokenizer.json or spiece.model)"
+    if not any(model.glob("*.safetensors")) and not any(model.glob("pytorch_model*.bin")):
+        return "weights (*.safetensors or pytorch_model*.bin)"
+    return ""
 
 
 def _check_overrides(request: Request, verified: patches.Verified | None, invocation: Invocation, engine: str) -> None:
@@ -313,7 +340,8 @@ def _check_overrides(request: Request, verified: patches.Verified | None, invoca
     else:
         from flatpatch.continual.reference import ReferenceTask
 
-        known |= set(ReferenceTask.__dataclass_fields__)
+        fields = ReferenceTask.__dataclass_fields__.values()
+        known = {field.name for field in fields if str(field.type).startswith(("int", "float"))}
     for name in request.overrides:
         if name in OURS:
             problems.append(f"upstream.{name}: use the setting {OURS[name]} instead, so that the record stays true.")
@@ -372,10 +400,11 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
             parts.append(f"rho{settings.rho:g}")
         changed = {
             key: getattr(settings, key)
-            for key in ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes")
+            for key in ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes", "device", "launcher")
             if request.sources[key] == "command line"
         }
-        parts += [f"{key}{value}".replace(",", "+") for key, value in changed.items()]
+        # "adapters" in the name would itself be one of the words that upstream misreads.
+        parts += [f"{key}{value}".replace(",", "+").replace("adapters", "lora") for key, value in changed.items()]
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join([*parts, f"seed{settings.seed}"]))
     return (Path(settings.output).expanduser() / name).absolute()
@@ -402,14 +431,25 @@ def _check_start(plan: Plan) -> None:
             for kind, name in task.evaluates
             for split in (("train", "dev", "test") if name == task.name else ("dev", "test"))
         ]
+        absent = plan.verified.absent if plan.verified and "CL_Benchmark" not in plan.links else ()
+        lacking = [f"{kind}/{name}/{split}.json" for kind, name, split in sorted(set(wanted))]
+        lacking = [path for path in lacking if any(lost.endswith(path) for lost in absent)]
+        if lacking:
+            problems.append(
+                f"the checkout {data.parent} is partial and lacks {', '.join(lacking)}. Fetch the whole repository, "
+                f"or name a complete benchmark folder with data=FOLDER."
+            )
+            wanted = []
         try:
             check_benchmark(data, sorted(set(wanted)))
         except UserError as error:
             problems.append(str(error))
     parent = plan.folder
-    while not parent.exists():
+    while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
-    if not parent.is_dir():
+    if len(plan.folder.name.encode()) > LONGEST_NAME:
+        problems.append(f"the run's name {plan.folder.name[:40]}... is too long for a folder. Give one with run=NAME.")
+    elif not parent.is_dir():
         problems.append(
             f"the run folder {plan.folder} cannot be made: {parent} is a file. Choose another place with output=FOLDER."
         )
@@ -417,20 +457,21 @@ def _check_start(plan: Plan) -> None:
         problems.append(
             f"the run folder {plan.folder} cannot be written: {problem}. Choose another place with output=FOLDER."
         )
-    elif (free := shutil.disk_usage(parent).free) < BYTES_NEEDED:
+    elif (place := _fullest(parent, ROOT)) and (free := shutil.disk_usage(place).free) < BYTES_NEEDED:
         problems.append(
-            f"the disk of {parent} is full: {free / 2**20:.0f} MiB free, {BYTES_NEEDED / 2**20:.0f} MiB needed. "
+            f"the disk of {place} is full: {free / 2**20:.0f} MiB free, {BYTES_NEEDED / 2**20:.0f} MiB needed. "
             f"Free some space or choose another place with output=FOLDER."
         )
     if problems:
         raise UserError.collect(problems)
 
 
+def _fullest(*places: Path) -> Path:
+    return min(places, key=lambda place: shutil.disk_usage(place).free)
+
+
 def _unwritable(folder: Path) -> str:
     """Try to write, because root may write where the mode bits say no and a full or read-only disk may not."""
-    import os
-    import tempfile
-
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".flatpatch-")
         os.close(handle)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,8 +30,6 @@ TELLING_VARIABLES = (
     "MKL_NUM_THREADS",
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTHONHASHSEED",
 )
 # What may differ between two calls that continue the same run.
 NOT_COMPARED = ("output", "run", "port")
@@ -91,6 +92,7 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "environment": environment(plan),
         "seeds": [plan.request.settings.seed],
         "tasks": [task.name for task in plan.tasks],
+        "inputs": {name: _digest(place) for name, place in sorted(plan.links.items())},
         "accuracy_matrix": [[None] * len(plan.tasks) for _ in plan.tasks],
         "metrics": {},
         "flatness": [],
@@ -108,7 +110,8 @@ def environment(plan: Plan) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
@@ -117,7 +120,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "launcher": plan.launcher,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "flatpatch": {"version": __version__, "commit": _commit()},
-        "variables": {name: os.environ[name] for name in TELLING_VARIABLES if name in os.environ},
+        "variables": {**{n: os.environ[n] for n in TELLING_VARIABLES if n in os.environ}, **plan.environment()},
     }
 
 
@@ -127,7 +130,13 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     Raises:
         UserError: If the folder holds something else.
     """
-    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER.") from error
+    if all(path.name == LOCK for path in folder.iterdir()):
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
@@ -150,6 +159,14 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         mine = getattr(plan, name)
         if old.get(name) != mine:
             different.append(f"{name} is {old.get(name)!r} there and {mine!r} here")
+    here = new_record(plan)
+    for name in ("device", "world_size", "launcher", "libraries", "flatpatch"):
+        if old.get("environment", {}).get(name) != here["environment"][name]:
+            different.append(f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here")
+    if old.get("deviations") != here["deviations"]:
+        different.append("its commands departed from upstream's in another way")
+    if old.get("inputs") != here["inputs"]:
+        different.append("its model or data were other files")
     tree = plan.verified.patched_tree if plan.verified else None
     if (old.get("upstream") or {}).get("patched_tree") != tree:
         different.append("it was made with another patched tree")
@@ -162,6 +179,28 @@ def finish_record(record: dict[str, Any], status: str) -> None:
     """Set the status and the time it was reached."""
     record["status"] = status
     record["timing"]["finished"] = _now()
+
+
+@functools.cache
+def _digest(place: Path) -> str | None:
+    """Return a hash over the names and contents of a folder's files, None where there is no such folder."""
+    if not place.is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
+        total.update(str(path.relative_to(place)).encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                total.update(chunk)
+    return total.hexdigest()
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -148,10 +149,9 @@ class _Recorder:
         if self.sam is not None and self.sam.last_step is not None:
             report = self.sam.last_step
             self.fallbacks += not bool(report.finite)
-            line["perturbed_loss"] = self.perturbed_loss
-            for name in measured:
-                value = float(getattr(report, name))
-                line[name] = value if torch.isfinite(torch.tensor(value)) else None
+            values = {name: float(getattr(report, name)) for name in measured}
+            values["perturbed_loss"] = math.nan if self.perturbed_loss is None else self.perturbed_loss
+            line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         line |= {"learning_rate": state["learning_rate"], "seconds": state["seconds"]}
         self._metrics.write(json.dumps(line) + "\n")
         self._progress("train", state["step"], state["total"], state["loss"])

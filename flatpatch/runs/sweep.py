@@ -6,6 +6,7 @@ import itertools
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flatpatch.report.records import read_record, read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.plan import make_plan, render
+from flatpatch.runs.record import check_continues
 from flatpatch.settings import PLACES, parse, split_word
 
 USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
@@ -59,14 +61,27 @@ def sweep(words: Sequence[str]) -> int:
     dry_run = "--dry-run" in words
     combinations = expand([word for word in words if word != "--dry-run"])
     requests = [parse(combination) for combination in combinations]
+    # Without SAM its radius changes nothing: one run stands for all.
+    seen: list[object] = []
+    for request in list(requests):
+        settings = request.settings
+        key = replace(settings, rho=0.0, eta=0.0, scope="lora") if settings.sam == "off" else settings
+        if key in seen:
+            requests.remove(request)
+        seen.append(key)
     if len(requests) > 1 and any(request.settings.run for request in requests):
         raise UserError(
             "run=NAME would put every run of the sweep into one folder. Leave run= out, or set output=FOLDER."
         )
     plans = [make_plan(request, dry_run=dry_run) for request in requests]
+    folders = [plan.folder for plan in plans]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise UserError(f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each.")
     if dry_run:
         print("\n\n".join(render(plan) for plan in plans))
         return 0
+    for plan in plans:
+        check_continues(plan.folder, plan)
     records, failures = [], []
     for number, plan in enumerate(plans, 1):
         print(f"\nrun {number}/{len(plans)}: {plan.folder.name}", flush=True)

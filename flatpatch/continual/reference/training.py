@@ -79,8 +79,8 @@ def train_task(
 
     The closure given to the gradients clears the gradients, computes the mean over the step's batches of
     (task loss + penalty) and its gradient, and returns it; ``closure(penalised=False)`` leaves the penalty
-    out of the gradient alone. With upstream under DeepSpeed the penalty also counts once per step; its plain loop would add it
-    once per accumulated batch.
+    out of the gradient alone. With upstream under DeepSpeed the penalty also counts once per step; its
+    plain loop would add it once per accumulated batch.
 
     Args:
         model: A sequence-to-sequence model with its adapters attached.
