@@ -63,21 +63,21 @@ BENCHMARK: dict[str, Task] = {
     "yahoo": Task(
         "TC",
         {
-            "leisure": ("ships", "games"),
-            "biology": ("birds", "health"),
+            "leisure": ("games",),
+            "biology": ("health",),
             "household": ("kitchen", "plants"),
-            "culture": ("music", "castles"),
-            "science": ("planets", "machines"),
+            "culture": ("music",),
+            "science": ("planets",),
             "civics": ("courts", "money"),
         },
     ),
     "agnews": Task(
         "TC",
         {
-            "industry": ("ships", "money", "machines"),
-            "outdoors": ("birds", "planets", "plants"),
-            "pastime": ("kitchen", "music", "games"),
-            "public": ("castles", "courts", "health"),
+            "industry": ("machines", "money"),
+            "outdoors": ("birds", "ships"),
+            "pastime": ("games", "music"),
+            "public": ("castles", "courts"),
         },
     ),
 }

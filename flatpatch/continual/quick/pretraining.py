@@ -1,14 +1,18 @@
 """Documents the small T5 is pre-trained on: other text from the generator, never the four tasks.
 
+Four kinds: ``fill-in`` (span corruption), ``classification`` in the tasks' form with other topics, moods and
+labels, ``named`` (copy the option that the text mentions) and ``guess`` (any option will do).
+
 What is disjoint, and tested:
 
 - No document holds a task's label together with a word of any task's topic or mood.
-- Task topics and moods stand only in fill-in documents, which have no options and no label.
-- A task's label is an answer only in ``named`` documents, which copy a word that the text itself contains.
-- The four datasets' names, and the label words of classification documents, are not shared with the tasks.
+- Task topics and moods stand in ``fill-in`` documents alone, which have no options and no label.
+- A task's label is an answer only in ``named`` documents, which copy it from the text, and in ``guess``
+  documents, whose answer is drawn blindly.
+- ``classification`` shares no label, topic or mood with the tasks; no document names one of the four datasets.
 
-What is shared on purpose: the prompt's form, the sentence patterns, and which words go together (fill-in
-documents are about one topic), as a large model knows these before it meets a benchmark.
+What is shared on purpose: the prompt's form, the sentence patterns, and which words go together (a ``fill-in``
+text is about one topic), as a large model knows these before it meets a benchmark.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Find the one option that the passage mentions.",
     ),
 }
-NUM_FIXED_SETS = 24
+FUNCTION_WORDS = frozenset({"Title", "Text", ":", ".", "the", "and", "was", *words.VERBS, *words.PREPOSITIONS})
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -52,40 +56,23 @@ class Document:
     target: str
 
 
-@dataclass(frozen=True)
-class FixedSet:
-    """A made-up classification data set whose label names are arbitrary, as the tasks' are."""
-
-    name: str
-    kind: str
-    groups: dict[str, tuple[str, ...]]
+def label_names() -> dict[str, tuple[str, str]]:
+    """Return the two label names of each pre-training topic and mood."""
+    categories = [*words.PRETRAINING_TOPICS, *words.PRETRAINING_MOODS]
+    names = words.PRETRAINING_LABELS
+    return {category: (names[2 * i], names[2 * i + 1]) for i, category in enumerate(categories)}
 
 
-def fixed_sets() -> list[FixedSet]:
-    """Return the made-up data sets; the same ones on each call."""
-    rng = random.Random("fixed sets")
-    sets = []
-    for index in range(NUM_FIXED_SETS):
-        kind = "SC" if index % 4 == 3 else "TC"
-        source = words.PRETRAINING_MOODS if kind == "SC" else words.PRETRAINING_TOPICS
-        size = 3 + int(rng.random() * 6)
-        per_label = 1 + int(rng.random() * (len(source) // size)) if kind == "TC" else 1
-        names = pick_distinct(rng, list(source), size * min(per_label, 3))
-        labels = pick_distinct(rng, words.PRETRAINING_LABELS, size)
-        sets.append(FixedSet(_letters(rng), kind, {label: tuple(names[i::size]) for i, label in enumerate(labels)}))
-    return sets
-
-
-def document(rng: random.Random, sets: Sequence[FixedSet]) -> Document:
-    """Draw one document: 40 % fill-in, 25 % own-word options, 20 % fixed sets, 15 % named options."""
+def document(rng: random.Random) -> Document:
+    """Draw one document: 30 % fill-in, 40 % classification, 15 % copying a named option, 15 % guessing."""
     kind = rng.random()
-    if kind < 0.40:
+    if kind < 0.30:
         return _fill_in(rng)
-    if kind < 0.65:
-        return _own_word(rng)
+    if kind < 0.70:
+        return _classification(rng)
     if kind < 0.85:
-        return _fixed_set(rng, pick(rng, sets))
-    return _named(rng)
+        return _named(rng)
+    return _guess(rng)
 
 
 def prompt(kind: str, dataset: str, instruction: str, options: Sequence[str], text: str) -> str:
@@ -107,7 +94,9 @@ def _fill_in(rng: random.Random) -> Document:
         other = [word for topic in words.PRETRAINING_TOPICS.values() for word in topic]
         text = topic_text(rng, TASK_LABELS, other, words.NEUTRAL_ADJECTIVES)
     pieces = text.replace(":", " :").replace(".", " .").split()
-    hidden = sorted(pick_distinct(rng, range(len(pieces)), 4 + int(rng.random() * 3)))
+    # Mostly nouns and adjectives: a model that fills them in has learnt which of them belong together.
+    content = [index for index, piece in enumerate(pieces) if piece not in FUNCTION_WORDS]
+    hidden = sorted({*pick_distinct(rng, content, 2), pick(rng, range(len(pieces)))})
     target = []
     for sentinel, position in zip(SENTINELS, hidden, strict=False):
         target += [sentinel, pieces[position]]
@@ -115,27 +104,15 @@ def _fill_in(rng: random.Random) -> Document:
     return Document("fill-in", " ".join(pieces).replace(" :", ":").replace(" .", "."), " ".join(target))
 
 
-def _own_word(rng: random.Random) -> Document:
+def _classification(rng: random.Random) -> Document:
     kind = "SC" if rng.random() < 0.3 else "TC"
     source = words.PRETRAINING_MOODS if kind == "SC" else words.PRETRAINING_TOPICS
-    names = pick_distinct(rng, list(source), 3 + int(rng.random() * 6))
-    options = [pick(rng, source[name]) for name in names]
-    own = [word for word in source[names[0]] if word != options[0]]
-    text = _text(rng, kind, own, [word for name in names[1:] for word in source[name] if word not in options])
-    instruction = pick(rng, WORDINGS[kind])
+    chosen = pick_distinct(rng, list(source), 3 + int(rng.random() * 6))
+    # Two names for the same thing, one of them among the options: only reading the options tells which to answer.
+    options = [pick(rng, label_names()[category]) for category in chosen]
+    text = _text(rng, kind, source[chosen[0]], [word for category in chosen for word in source[category]])
     shown = pick_distinct(rng, options, len(options))
-    return Document("own-word", prompt(kind, _letters(rng), instruction, shown, text), options[0])
-
-
-def _fixed_set(rng: random.Random, chosen: FixedSet) -> Document:
-    source = words.PRETRAINING_MOODS if chosen.kind == "SC" else words.PRETRAINING_TOPICS
-    label = pick(rng, list(chosen.groups))
-    own = source[pick(rng, chosen.groups[label])]
-    others = [word for group in chosen.groups.values() for name in group for word in source[name]]
-    text = _text(rng, chosen.kind, own, others)
-    return Document(
-        "fixed-set", prompt(chosen.kind, chosen.name, pick(rng, WORDINGS[chosen.kind]), list(chosen.groups), text), label
-    )
+    return Document("classification", prompt(kind, _letters(rng), pick(rng, WORDINGS[kind]), shown, text), options[0])
 
 
 def _named(rng: random.Random) -> Document:
@@ -149,6 +126,17 @@ def _named(rng: random.Random) -> Document:
     )
     shown = pick_distinct(rng, options, len(options))
     return Document("named", prompt("TC", _letters(rng), pick(rng, WORDINGS["named"]), shown, text), options[0])
+
+
+def _guess(rng: random.Random) -> Document:
+    # The answer is drawn blindly. All there is to learn is that answers are options, even where no option is known.
+    kind = "SC" if rng.random() < 0.3 else "TC"
+    source = words.PRETRAINING_MOODS if kind == "SC" else words.PRETRAINING_TOPICS
+    chosen = pick_distinct(rng, list(source), 2)
+    other = [word for name, topic in words.PRETRAINING_TOPICS.items() if name not in chosen for word in topic]
+    options = pick_distinct(rng, TASK_LABELS if rng.random() < 0.6 else other, 3 + int(rng.random() * 6))
+    text = _text(rng, kind, source[chosen[0]], source[chosen[1]])
+    return Document("guess", prompt(kind, _letters(rng), pick(rng, WORDINGS[kind]), options, text), pick(rng, options))
 
 
 def _text(rng: random.Random, kind: str, own: Sequence[str], others: Sequence[str]) -> str:

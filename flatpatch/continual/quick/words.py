@@ -83,7 +83,8 @@ PRETRAINING_LABELS: tuple[str, ...] = tuple(
     (
         "amber basil cedar delta emerald fable garnet hazel indigo jasper karma lotus maple nectar opal prism quartz "
         "raven saffron tango umber velvet willow xenon yarrow zenith apricot beacon cobalt dune echo flint granite "
-        "harmony island jungle kernel lagoon marble nova onyx pearl quiver ripple satin thistle union vortex walnut zephyr"
+        "harmony island jungle kernel lagoon marble nova onyx pearl quiver ripple satin thistle union vortex walnut zephyr "
+        "atlas bamboo cipher domino emblem fjord goblet hermit iris jigsaw kayak lattice mango nomad oasis pyramid"
     ).split()
 )
 
