@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -13,6 +14,8 @@ import pytest
 
 from flatpatch.continual import quick
 from flatpatch.continual.quick import generator, pretraining, words
+from flatpatch.continual.quick.build import SEED
+from flatpatch.continual.quick.build import documents as documents_of_build
 from flatpatch.continual.quick.pretraining import Document
 from flatpatch.continual.reference.data import load_examples
 
@@ -135,6 +138,15 @@ def words_of(document: Document) -> set[str]:
 
 def test_pretraining_has_all_kinds_of_documents(documents: list[Document]) -> None:
     assert {item.kind for item in documents} == {"fill-in", "classification", "named", "guess"}
+
+
+def test_pretraining_documents_are_those_the_shipped_model_was_made_from() -> None:
+    """A changed word list or sentence pattern needs a new model: rebuild it, then pin the new value."""
+    stream = documents_of_build(f"{SEED}/model")
+    text = "\n".join(f"{item.kind}|{item.source}|{item.target}" for item in itertools.islice(stream, 2000))
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "6c6fe2f21029d3bc6570fdd273e48e21ba5576278b9a471a1f50775ced7afe64"
+    )
 
 
 def test_no_pretraining_document_holds_a_task_label_and_a_task_word(documents: list[Document]) -> None:

@@ -98,7 +98,7 @@ def pick_distinct(rng: random.Random, items: Sequence[T], count: int) -> list[T]
 
 
 def topic_text(rng: random.Random, topic: Sequence[str], others: Sequence[str], adjectives: Sequence[str]) -> str:
-    """Write a title and two clauses; each noun is from ``topic`` with probability ``SIGNAL``, else from ``others``."""
+    """Write a title and two clauses; each noun is from ``topic`` with chance ``SIGNAL``, else ``others``."""
 
     def noun() -> str:
         return pick(rng, topic if rng.random() < SIGNAL else others)
@@ -113,13 +113,16 @@ def topic_text(rng: random.Random, topic: Sequence[str], others: Sequence[str], 
 
 
 def mood_text(rng: random.Random, mood: Sequence[str], others: Sequence[str], nouns: Sequence[str]) -> str:
-    """Write a title and two clauses; each adjective is from ``mood`` with probability ``SIGNAL``, else from ``others``."""
+    """Write a title and two clauses; each adjective is from ``mood`` with chance ``SIGNAL``, else ``others``."""
 
     def adjective() -> str:
         return pick(rng, mood if rng.random() < SIGNAL else others)
 
     def clause() -> str:
-        return f"the {pick(rng, nouns)} {pick(rng, words.PREPOSITIONS)} the {pick(rng, nouns)} was {adjective()} and {adjective()}"
+        return (
+            f"the {pick(rng, nouns)} {pick(rng, words.PREPOSITIONS)} the {pick(rng, nouns)} "
+            f"was {adjective()} and {adjective()}"
+        )
 
     return f"Title: {pick(rng, mood)} {pick(rng, nouns)}\nText: {clause()} and {clause()}.\n"
 
