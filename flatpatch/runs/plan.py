@@ -174,7 +174,8 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
         off_reference = True
     if engine == "upstream":
-        off_reference |= editor.fit_launcher(launcher, device, world_size, asked=settings.device != "auto")
+        left = editor.fit_launcher(launcher, device, world_size, asked=settings.device != "auto")
+        off_reference |= left and profile != "quick"  # quick runs are not upstream's in any case
     if settings.seed != 42:
         editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
     links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
