@@ -158,9 +158,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         for original, seen in zip(originals, evaluates, strict=True):
             task_configs[dataset_of(original)] = {"train": [seen[-1]], "dev": list(seen), "test": list(seen)}
     if profile == "quick" and engine == "upstream":
-        values = {**quick.PRESET, **quick.METHOD_PRESETS.get(settings.method, {})}
-        for name, value in values.items():
-            editor.set(name, str(value), "profile quick: minutes on two CPU cores")
+        preset = {**quick.PRESET, **quick.METHOD_PRESETS.get(settings.method, {})}
+        for name, number in preset.items():
+            editor.set(name, str(number), "profile quick: minutes on two CPU cores")
     if profile == "paper":
         for argument in method.paper:
             if settings.order in argument.orders:
