@@ -90,7 +90,7 @@ def make_matrix_figure(record: Mapping[str, Any]) -> Figure | None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, label="accuracy (%)", fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
     _title(figure, "Accuracy after each task", record)
     return figure
 
