@@ -278,7 +278,7 @@ class _Search:
         last = S[len(S) - len(self.gram) :]
         return theta, S, np.sqrt(np.maximum(np.einsum("ik,ij,jk->k", last, self.gram, last), 0))
 
-    def restart(self, theta: Array, S: Array, chosen: Array) -> None:
+    def restart(self, theta: Array, S: Array, chosen: npt.NDArray[np.intp]) -> None:
         self.basis.replace(torch.from_numpy(np.ascontiguousarray(S[:, chosen])))
         self.T = np.diag(theta[chosen])
 
