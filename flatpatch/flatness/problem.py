@@ -225,7 +225,8 @@ class Problem:
         return math.fsum(w * value for w, value in zip(self.weights, values, strict=True)), total
 
     def _check(self) -> None:
-        first, second = self.loss(), self.loss()
+        with self.active():  # once around both: leaving it puts the generators back, and dropout would repeat
+            first, second = self.loss(), self.loss()
         if not math.isfinite(first):
             raise UserError(
                 f"the loss is {first}. Curvature needs a finite loss: check the weights, batches and dtype."
