@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -163,13 +162,6 @@ def random_vectors(
             column = torch.randn(n, generator=generator, dtype=torch.float64)
         columns.append(column * scale)
     return torch.stack(columns, dim=1).to(device)
-
-
-def relative_error(value: float, error: float) -> float:
-    """Divide an error by the size of its value: 0 for 0/0, infinite for a value of zero alone."""
-    if error == 0:
-        return 0.0
-    return error / abs(value) if value else math.inf
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
