@@ -310,8 +310,8 @@ def test_plane_of_float32_models_is_orthonormal_and_holds_them_in_float64():
 
 def test_plane_of_nearly_collinear_models_is_still_orthogonal():
     u, w = torch.randn(2, 1000, dtype=torch.float64)
-    plane = plane_through(0 * u, u, 2 * u + 1e-5 * w)
-    assert abs(float(plane.basis[0] @ plane.basis[1])) < 1e-10
+    plane = plane_through(0 * u, u, 2 * u + 4e-6 * w)
+    assert abs(float(plane.basis[0] @ plane.basis[1])) < 1e-14
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from flatpatch.flatness.problem import Problem, supervised_loss
 from flatpatch.flatness.sharpness import ball_sharpness, keskar_sharpness, m_sharpness
@@ -92,6 +93,36 @@ def test_keskar_lower_bound_is_the_exact_maximum_of_a_small_convex_quadratic():
     result = keskar_sharpness(problem, epsilon=1e-2, random_starts=8)
     assert result.rise == pytest.approx(exact, rel=1e-9)
     assert result.phi <= result.phi_lower_bound
+
+
+@pytest.mark.parametrize("dimensions", [None, 7])
+def test_keskar_is_ten_iterations_of_l_bfgs_b_on_the_papers_problem(dimensions):
+    """Written out once more as in the paper, in y, with scipy and no other search."""
+    n = 30
+    H, _ = symmetric(np.linspace(-1.0, 2.0, n).tolist())
+    x, g = torch.randn(n), torch.randn(n) * 1e-2
+    problem = Quadratic(x, H, g, c=0.3)
+    A = torch.eye(n)
+    if dimensions:
+        A = torch.randn(n, dimensions, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    half = (0.5 * ((torch.linalg.pinv(A) @ x).abs() + 1)).numpy()
+
+    def negative(y):
+        value, gradient = problem.loss_and_gradient(x + A @ torch.from_numpy(y))
+        return -value, -(A.T @ gradient).numpy()
+
+    outcome = minimize(
+        negative,
+        np.zeros(len(half)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=list(zip(-half, half, strict=True)),
+        options={"maxiter": 10, "gtol": 0.0, "ftol": 0.0},
+    )
+    result = keskar_sharpness(problem, epsilon=0.5, dimensions=dimensions, seed=2)
+    assert result.phi == pytest.approx(100 * (-outcome.fun - 0.3) / 1.3, rel=1e-6)
+    assert result.paper_evaluations == outcome.nfev
+    assert result.iterations == outcome.nit
 
 
 def test_keskar_sign_step_and_ascent_find_what_ten_iterations_miss():
@@ -213,6 +244,16 @@ def test_ball_at_a_minimum_is_half_rho_squared_times_the_top_eigenvalue():
     assert with_vector.best_start.startswith("direction 1")
 
 
+def test_ball_starts_from_a_direction_both_ways():
+    problem = Quadratic(torch.zeros(2), torch.diag(torch.tensor([5.0, 0.0])), [-0.001, 0.1])
+    ways = [
+        ball_sharpness(problem, 0.1, ascent_steps=0, random_starts=0, directions=[torch.tensor([s, 0.0])])
+        for s in (1.0, -1.0)
+    ]
+    assert [way.best_start for way in ways] == ["direction 1 -", "direction 1 +"]
+    assert [way.ascent for way in ways] == pytest.approx([0.5 * 0.01 * 5 + 0.0001] * 2)
+
+
 def test_ball_at_a_saddle_rises_along_the_positive_side():
     """The dominant eigenvalue is negative: plain power iteration would go there, where the loss falls."""
     H, _ = symmetric([-9.0, 1.0, 0.5])
@@ -243,7 +284,7 @@ def test_ball_one_step_may_fall_and_the_ascent_never_does():
     assert result.ascent >= 0.0
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_ball_step_has_norm_rho_whatever_the_gradients_scale(size):
     result = ball_sharpness(Quadratic(torch.zeros(3), g=torch.full((3,), size)), 0.1, ascent_steps=0)
     assert result.norm == pytest.approx(0.1, rel=1e-12)
