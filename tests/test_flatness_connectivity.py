@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -157,6 +158,14 @@ def test_file_says_what_was_interpolated(tmp_path):
     np.testing.assert_array_equal(read.losses, result.losses)
 
 
+def test_result_can_be_written_as_json_whatever_the_losses():
+    result = linear_connectivity(Wave(math.inf), ZERO, ONE, points=3)
+    written = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert written["losses"][1] is None
+    assert written["barrier"] is None
+    assert (written["space"], written["alphas"], written["distance"]) == ("weight space", [0, 0.5, 1], 1)
+
+
 # Checkpoints as points
 
 
@@ -172,6 +181,13 @@ def test_checkpoint_is_the_point_of_a_model_that_holds_it(scope):
     assert torch.equal(point, other.flatten(other.variables))
     assert torch.equal(point, model_point(problem, other))
     assert_same_state(problem.model, before)
+
+
+def test_checkpoint_is_not_read_while_merged_layers_are_installed():
+    """It would silently give the weights installed, whatever the checkpoint."""
+    problem = make_problem(make_model(), "merged")
+    with problem.active(), pytest.raises(ValueError, match="before the problem is active"):
+        checkpoint_point(problem, adapter_state(make_model(seed=2)))
 
 
 def test_checkpoint_with_the_same_base_is_accepted():

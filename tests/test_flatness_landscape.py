@@ -29,6 +29,7 @@ from flatpatch.flatness.landscape import (
     plane_through,
     save_landscape,
 )
+from flatpatch.flatness.operator import HessianOperator
 from flatpatch.flatness.problem import Problem, supervised_loss
 
 
@@ -374,6 +375,16 @@ def test_a_landscape_leaves_the_model_bit_for_bit_as_it_was(scope, dtype):
     landscape(problem, [random_direction(problem)], [np.linspace(-1, 1, 5)])
     assert_same_state(model, before)
     assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("scope", ["adapter", "merged"])
+def test_an_operator_made_before_multiplies_alike_after_a_landscape(scope):
+    problem = make_problem(make_model(), scope)
+    operator, V = HessianOperator(problem), torch.randn(problem.size, 1, dtype=torch.float64)
+    operator.matmat(V)
+    before = operator.matmat(V)
+    landscape(problem, [random_direction(problem)], [[0.0, 1.0]])
+    assert torch.equal(operator.matmat(V), before)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -359,6 +360,16 @@ def test_m_sharpness_is_at_least_the_sharpness_of_the_whole():
     batches = [Quadratic(torch.zeros(2), g=torch.tensor([s, 0.0])) for s in (1.0, -1.0)]
     assert m_sharpness(batches, 0.1, m=1).one_step == pytest.approx(0.1)
     assert ball_sharpness(Quadratic(torch.zeros(2)), 0.1).ascent == 0.0
+
+
+def test_results_can_be_written_as_json():
+    problem = Quadratic(torch.ones(2), torch.eye(2), [1.0, 0.0])
+    keskar, ball, m = keskar_sharpness(problem), ball_sharpness(problem, 0.1), m_sharpness([problem], 0.1, m=1)
+    for result in (keskar, ball):
+        assert json.loads(json.dumps(result.as_dict(), allow_nan=False)) == dataclasses.asdict(result)
+    assert json.loads(json.dumps(m.as_dict(), allow_nan=False))["batches"][0]["one_step"] == m.one_step
+    infinite = dataclasses.replace(ball, one_step=math.inf)
+    assert infinite.as_dict()["one_step"] is None
 
 
 # Losses that are not finite, and bad arguments

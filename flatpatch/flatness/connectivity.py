@@ -12,8 +12,9 @@ is split into factors, the second does not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from flatpatch.errors import UserError
 from flatpatch.flatness.landscape import FloatArray, Landscape, Mark, Progress, describe, evaluate_grid
-from flatpatch.flatness.points import Objective, moving
+from flatpatch.flatness.points import Objective, moving, plain
 from flatpatch.flatness.problem import Problem
 from flatpatch.flatness.scope import adapter_factor, find_scope
 
@@ -52,6 +53,12 @@ class Connectivity:
     barrier_above_mean: float
     distance: float
     landscape: Landscape
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for a file, but the landscape, which is a file of its own."""
+        whole = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "landscape"}
+        as_plain: dict[str, Any] = plain({**whole, "alphas": self.alphas.tolist(), "losses": self.losses.tolist()})
+        return as_plain
 
 
 def linear_connectivity(
@@ -154,7 +161,10 @@ def checkpoint_point(problem: Problem, state: Mapping[str, Tensor], *, name: str
 
     Raises:
         UserError: If tensors are missing, unknown, of another shape (another rank), or of another base.
+        ValueError: If called inside ``problem.active()``, where merged layers do not compute with their factors.
     """
+    if any("forward" in vars(layer) for layer in problem.scope.layers):
+        raise ValueError("a checkpoint must be read before the problem is active")
     parameters = dict(problem.model.named_parameters())
     merged = problem.scope.name == "merged"
     wanted = [key for key in parameters if adapter_factor(key)] if merged else list(problem.scope.names)

@@ -2,7 +2,8 @@ r"""The loss along one or two directions, and on the plane through three models.
 
 Each point is built anew from the base, :math:`x + a\,d_1 + b\,d_2` in float64, and rounded once to the weights'
 number format, so that no rounding adds up over a walk. A cell holds the loss that was found, infinite and NaN too;
-which cells have been evaluated is kept apart, in a mask, by which an interrupted landscape goes on.
+which cells have been evaluated is kept apart, in a mask, by which an interrupted landscape goes on. Buffers, such as
+the running statistics of batch normalisation, are neither varied nor computed anew.
 
 The file (``.npz``) holds ``losses`` and ``done``, shaped as the grid; ``axis_0`` and, in two dimensions, ``axis_1``,
 the coordinates; ``marks`` (k, d) and ``mark_losses`` (k,), points evaluated besides; ``origin_loss`` (), the loss

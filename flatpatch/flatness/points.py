@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,3 +71,12 @@ def moving(problem: Problem | Objective) -> Iterator[Objective]:
         with torch.no_grad():
             for variable, value in zip(problem.variables, saved, strict=True):
                 variable.copy_(value)
+
+
+def plain(value: Any) -> Any:
+    """Return a value for a JSON file, which has no number for infinity and NaN: they become None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

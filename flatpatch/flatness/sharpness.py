@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from flatpatch.flatness.points import Objective, moving
+from flatpatch.flatness.points import Objective, moving, plain
 from flatpatch.flatness.problem import Problem
 
 _PAPER_ITERATIONS = 10
@@ -73,6 +74,11 @@ class KeskarSharpness:
     non_finite: int
     rounding: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for a file."""
+        as_plain: dict[str, Any] = plain(asdict(self))
+        return as_plain
+
 
 @dataclass(frozen=True)
 class BallSharpness:
@@ -107,6 +113,11 @@ class BallSharpness:
     non_finite: int
     seed: int
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for a file."""
+        as_plain: dict[str, Any] = plain(asdict(self))
+        return as_plain
+
 
 @dataclass(frozen=True)
 class MSharpness:
@@ -123,6 +134,11 @@ class MSharpness:
     ascent: float
     m: int
     batches: tuple[BallSharpness, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for a file."""
+        as_plain: dict[str, Any] = plain(asdict(self))
+        return as_plain
 
 
 def keskar_sharpness(
@@ -142,7 +158,7 @@ def keskar_sharpness(
         problem: The loss; the weights are put back afterwards, bit for bit.
         epsilon: The box's relative size; the paper uses 1e-3 and 5e-4.
         dimensions: None for the full space (A = I); else the number p of random directions, 100 in the paper. A's
-            entries are independent standard normal numbers, and A takes 8 n p bytes.
+            entries are independent standard normal numbers; A takes 8 n p bytes, for a moment twice that.
         ascent_steps: Steps of each of the further searches.
         random_starts: How many corners of the box, drawn at random, to search from besides.
         seed: Of A and the random starts.
