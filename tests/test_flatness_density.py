@@ -273,8 +273,9 @@ def test_statistics_from_a_quadrature_agree_with_those_of_the_spectrum() -> None
     assert estimate.largest == pytest.approx(exact.largest)
     assert estimate.outliers == pytest.approx(3, abs=0.5)
     assert estimate.negative_mass == pytest.approx(exact.negative_mass, abs=0.03)
-    assert estimate.effective_rank == pytest.approx(exact.effective_rank, rel=0.05)
-    assert estimate.trace == pytest.approx(exact.trace, rel=0.05)
+    # The largest eigenvalue has most of the sum of squares, and its weight varies by sqrt(2) between probes.
+    assert estimate.effective_rank == pytest.approx(exact.effective_rank, rel=0.25)
+    assert estimate.trace == pytest.approx(exact.trace, rel=0.1)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])

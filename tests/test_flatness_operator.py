@@ -6,6 +6,7 @@ gradient stand beside the dense Hessians.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -232,6 +233,54 @@ def test_weights_do_not_count_as_memory_of_a_graph() -> None:
     operator.matvec(torch.ones(operator.size))
     # Gradients of the size of the weights may be held, the weights themselves are there anyway.
     assert operator.kept_bytes < 8 * operator.size + 20 * 1000 * 8
+
+
+@pytest.mark.slow
+def test_compiled_products_match_the_dense_hessian_and_are_compiled_once_per_shape() -> None:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    problem = Problem(TinyTransformer(lora=False), token_batches(2, 1, 2), token_loss)
+    operator = HessianOperator(problem, compile=True)
+    expected = dense_hessian(problem)
+    for _ in range(2):  # the first product is the plain one
+        torch.testing.assert_close(all_products(operator), expected, rtol=1e-9, atol=1e-12)
+    assert operator.kept_batches == len(operator._compiled) == 3
+    assert operator._compiler is not None
+    assert operator._compiler.compiled == 2
+    assert operator.compile_seconds > 0
+    operator.problem.model.first.weight.data += 1
+    with pytest.raises(ValueError, match="weights have changed"):
+        operator.matvec(torch.ones(operator.size))
+
+
+def test_compiling_that_fails_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    operator = HessianOperator(Problem(mlp(), rows(4), CROSS_ENTROPY), compile=True)
+    with pytest.raises(UserError, match=r"RuntimeError: no compiler here\). Leave out compile=True"):
+        operator.matvec(torch.ones(operator.size))
+
+
+def test_compiled_code_that_gives_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda code, inputs: lambda v, *rest: 1.001 * code(v, *rest))
+    operator = HessianOperator(Problem(mlp(), rows(4), CROSS_ENTROPY), compile=True)
+    with pytest.raises(UserError, match="gives other products"):
+        operator.matvec(torch.ones(operator.size))
+
+
+def test_recorded_operations_give_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of compiling but the compiler."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda code, inputs: code)
+    problem = Problem(TinyTransformer(lora=False), token_batches(2, 1, 2), token_loss)
+    operator = HessianOperator(problem, compile=True)
+    expected = dense_hessian(problem)
+    for _ in range(2):
+        torch.testing.assert_close(all_products(operator), expected, rtol=1e-9, atol=1e-12)
+    assert operator._compiler is not None
+    assert operator._compiler.compiled == 2
+    assert not operator._graphs
 
 
 def test_an_operation_that_cannot_be_batched_is_done_vector_by_vector() -> None:

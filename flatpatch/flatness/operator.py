@@ -8,6 +8,7 @@ product to product for as many batches as a memory budget allows, and rebuilt fo
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.flatness.compiled import Compiler, Product
 from flatpatch.flatness.problem import Problem, differentiate
 
 MODES = ("autograd", "finite-difference")
@@ -85,11 +87,15 @@ class HessianOperator:
             is about 1e-3. It moves the weights during a product and puts them back bit for bit.
         memory_budget: Bytes that may be used for kept graphs and, on a GPU, for products with several vectors at
             once. By default half of what is free at the first product (on a CPU 8 GiB at most). Zero keeps nothing.
+        compile: Whether to compile the products of kept batches: about half as fast again on a CPU, after half a
+            minute or more, so for hundreds of products. Needs a C++ compiler (on a GPU Triton). The compiled code is
+            compared with the plain product once.
         vectors_per_pass: How many vectors one backward pass takes. By default one on a CPU, where batching gains
             nothing, and on a GPU as many as fit the budget, 16 at most.
 
     Attributes:
         products: Number of matrix-vector products so far.
+        compile_seconds: Time spent on compiling so far.
 
     Raises:
         ValueError: If the mode or a number is not one of those allowed.
@@ -101,6 +107,7 @@ class HessianOperator:
         *,
         mode: str = "autograd",
         memory_budget: int | None = None,
+        compile: bool = False,
         vectors_per_pass: int | None = None,
     ) -> None:
         if mode not in MODES:
@@ -115,6 +122,9 @@ class HessianOperator:
         self.device = problem.device
         self.dtype = problem.dtype
         self.products = 0
+        self.compile_seconds = 0.0
+        self._compiler = Compiler() if compile else None
+        self._compiled: dict[int, Product] = {}
         self._budget = memory_budget
         self._vectors = vectors_per_pass if self.device.type == "cuda" else vectors_per_pass or 1
         self._graphs: dict[int, list[Tensor]] = {}
@@ -126,7 +136,7 @@ class HessianOperator:
     @property
     def kept_batches(self) -> int:
         """For how many batches the graph of the gradient is being kept."""
-        return len(self._graphs)
+        return len(self._bytes)
 
     @property
     def kept_bytes(self) -> int:
@@ -144,6 +154,7 @@ class HessianOperator:
     def release(self) -> None:
         """Free the kept graphs. Later products build them anew."""
         self._graphs.clear()
+        self._compiled.clear()
         self._bytes.clear()
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -199,9 +210,15 @@ class HessianOperator:
         total = torch.zeros_like(rows, dtype=torch.float64)
         with _explaining_missing_derivatives():
             for index, weight in enumerate(self.problem.weights):
+                if index in self._compiled:
+                    for row, result in zip(rows, total, strict=True):
+                        result.add_(self._compiled[index](row), alpha=weight)
+                    continue
                 gradients = self._graphs.get(index)
                 if gradients is None:
                     gradients = self._build(index)
+                    if self._compiler and index in self._graphs:
+                        self._compile(index, gradients)
                 if self._vectors is None and len(rows) > 1:
                     self._vectors = self._fitting_vectors(gradients)
                 self._add_products(total, rows, gradients, weight)
@@ -273,9 +290,24 @@ class HessianOperator:
             self._may_keep = False
         return gradients
 
+    def _compile(self, index: int, gradients: list[Tensor]) -> None:
+        """Let compiled code take over from a batch's next product on; it holds what it needs of the graph."""
+        assert self._compiler
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.size, generator=generator).to(self.device, self.dtype)
+
+        def product(vector: Tensor) -> Tensor:
+            return self._vector_products(gradients, vector.unsqueeze(0)).squeeze(0)
+
+        if any(gradient.requires_grad for gradient in gradients):
+            self._compiled[index] = self._compiler.compile(product, v)
+            del self._graphs[index]
+        self.compile_seconds += time.perf_counter() - start
+
     def _make_room(self, error: RuntimeError) -> bool:
         """Give up the kept graphs when memory ran out; False if that was not the error, or there were none."""
-        if not isinstance(error, torch.OutOfMemoryError) or not self._graphs:
+        if not isinstance(error, torch.OutOfMemoryError) or not self._bytes:
             return False
         self.release()
         self._may_keep = False
