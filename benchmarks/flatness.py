@@ -7,9 +7,9 @@
 All measure the same loss, weights and samples in float32: 256 sequences of 32 tokens, labels of 2 classes; the weights
 have had 20 steps of Adam on 32 of them. Every round runs each tool once, in a changing order, so that whatever else
 the machine does falls on all alike; the ratios are of medians. With compile=1 our compiled products are a tool of
-their own, whose time for compiling is printed apart and not part of its seconds. Accuracy is printed beside the time, since a time alone says nothing: for eigenvalues the largest relative
-residual |H x - theta x| / |theta| of the five, by our own operator in float64, and the largest relative error of the
-five values; for the trace the estimate and its error.
+their own, whose time for compiling is printed apart and not part of its seconds. Accuracy is printed beside the time,
+since a time alone says nothing: for eigenvalues the largest relative residual |H x - theta x| / |theta| of the five,
+by our own operator in float64, and the largest relative error of the five values; for the trace the estimate.
 
 - eigenvalues: the five of largest magnitude, which all can find. Ours: Lanczos to a residual of 1e-3. curvlinops:
   scipy's eigsh with tol=1e-3. hessian-eigenthings: 50 Lanczos steps, the most it reorthogonalises (its default of 10

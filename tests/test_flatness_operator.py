@@ -222,6 +222,9 @@ def test_as_many_graphs_are_kept_as_the_budget_allows() -> None:
     assert torch.equal(all_products(operator), expected)
     assert operator.kept_batches == 2
     assert operator.kept_bytes <= 2.5 * each
+    small = HessianOperator(problem, memory_budget=each // 2)
+    assert torch.equal(all_products(small), expected)
+    assert small.kept_batches == 0
     operator.release()
     assert (operator.kept_batches, operator.kept_bytes) == (0, 0)
     assert torch.equal(all_products(operator), expected)
