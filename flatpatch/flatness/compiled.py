@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from flatpatch.errors import UserError
 
@@ -52,6 +51,7 @@ class Compiler:
         try:
             # Imported here, as it takes seconds, and there may be no compiler.
             from torch._inductor.decomposition import select_decomp_table
+            from torch.fx.experimental.proxy_tensor import make_fx
 
             recorded = make_fx(product, decomposition_table=select_decomp_table())(v)
             constants = _make_inputs_of_constants(recorded)
