@@ -201,6 +201,64 @@ def test_peft_is_measured_in_both_spaces() -> None:
     check_peft(model, lambda layer: 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
 
 
+def tiny_t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def t5_batches() -> list[dict[str, Tensor]]:
+    labels = torch.randint(1, 12, (5, 3))
+    labels[3:, 1:] = -100
+    tokens = torch.randint(1, 12, (5, 4))
+    return [{"input_ids": tokens[i], "labels": labels[i]} for i in (slice(0, 2), slice(2, 5))]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_t5_with_peft_agrees_with_differences_in_every_scope(scope: str) -> None:
+    import peft
+
+    config = peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["q", "v"], inference_mode=False
+    )
+    model = randomised(peft.get_peft_model(tiny_t5(), config)).double().train()
+    operator = HessianOperator(Problem(model, t5_batches(), scope=scope))
+    # T5 computes softmax and norms in float32 even with float64 weights: differences divide its rounding by a step of
+    # 1e-5, while the products themselves stay symmetric to float32's precision.
+    assert operator.disagreement_with_differences() < 3e-2
+    U, V = torch.randn(2, operator.size, 2, dtype=torch.float64)
+    left, right = U * operator.matmat(V), V * operator.matmat(U)
+    assert (left.sum(dim=0) - right.sum(dim=0)).abs().max() < 1e-5 * left.norm(dim=0).max() * operator.size**0.5
+
+
+def test_timm_vit_agrees_with_differences() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3).double()
+    batches = [(torch.randn(n, 3, 8, 8, dtype=torch.float64), torch.randint(3, (n,))) for n in (3, 2)]
+    assert HessianOperator(Problem(model, batches, CROSS_ENTROPY)).disagreement_with_differences() < 1e-5
+
+
+def test_clip_agrees_with_differences() -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=12, max_position_embeddings=4, **sizes)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    model = CLIPModel(CLIPConfig.from_text_vision_configs(text, vision, projection_dim=4)).double()
+    batches = [
+        {
+            "input_ids": torch.randint(1, 12, (n, 4)),
+            "pixel_values": torch.randn(n, 3, 8, 8, dtype=torch.float64),
+            "return_loss": True,
+        }
+        for n in (3, 2)
+    ]
+    problem = Problem(model, batches, terms=lambda batch: len(batch["input_ids"]))
+    assert HessianOperator(problem).disagreement_with_differences() < 1e-5
+
+
 @pytest.mark.third_party
 def test_nlora_is_measured_in_both_spaces_with_its_old_and_new_factors(upstream: Callable[[str], Path]) -> None:
     vendored = import_folder(upstream("N-LoRA") / "src" / "peft", "nlora_peft")

@@ -154,7 +154,7 @@ class Problem:
         """Cut a vector ``(..., n)`` into tensors shaped ``(..., *shape)`` and typed like the variables."""
         pieces = torch.split(vector, self.scope.sizes, dim=-1)
         return [
-            piece.reshape(*vector.shape[:-1], *v.shape).to(v.device, v.dtype)
+            piece.reshape((*vector.shape[:-1], *v.shape)).to(v.device, v.dtype)
             for piece, v in zip(pieces, self.variables, strict=True)
         ]
 
