@@ -1,0 +1,357 @@
+"""Time eigenvalues, trace and density of a Hessian: ours, and those of the peers that are installed, in one run.
+
+    python benchmarks/flatness.py                       # a 1 M-parameter transformer with LoRA, on CPU
+    python benchmarks/flatness.py scope=model           # all of its parameters
+    python benchmarks/flatness.py jobs=eigenvalues rounds=3 compile=1
+
+All measure the same loss, weights and samples in float32: 256 sequences of 32 tokens, labels of 2 classes; the weights
+have had 20 steps of Adam on 32 of them. Every round runs each tool once, in a changing order, so that whatever else
+the machine does falls on all alike; the ratios are of medians. With compile=1 our compiled products are a tool of
+their own, whose time for compiling is printed apart and not part of its seconds. Accuracy is printed beside the time,
+since a time alone says nothing: for eigenvalues the largest relative residual |H x - theta x| / |theta| of the five,
+by our own operator in float64, and the largest relative error of the five values; for the trace the estimate.
+
+- eigenvalues: the five of largest magnitude, which all can find. Ours: Lanczos to a residual of 1e-3. curvlinops:
+  scipy's eigsh with tol=1e-3. hessian-eigenthings: 50 Lanczos steps, the most it reorthogonalises (its default of 10
+  does not converge). PyHessian: its default.
+- trace: 30 random vectors of signs, tol=0, so that all take as many products.
+- density: 4 probes of 50 Lanczos steps. curvlinops looks for the ends of the spectrum first, as it must.
+
+A peer that is missing, or that fails, is named with the reason. PyHessian must be newer than its release 0.1, whose
+density calls a function that torch no longer has.
+
+clock=cpu counts this process's own time, for a CPU shared with others. It cannot be had together with compile=1,
+whose compilers are other processes.
+
+Settings (key=value): jobs=eigenvalues,trace,density  scope=adapter|model  samples=256  length=32  batch=256  layers=4
+training=20  rounds=1  threads=1  compile=0  device=cpu|cuda
+clock=wall|cpu  out=runs/benchmarks/flatness.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import io
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "jobs": "eigenvalues,trace,density",
+    "scope": "adapter",
+    "samples": 256,
+    "length": 32,
+    "batch": 256,
+    "layers": 4,
+    "training": 20,
+    "rounds": 1,
+    "compile": 0,
+    "threads": 1,
+    "clock": "wall",
+    "device": "cpu",
+    "out": "runs/benchmarks/flatness.json",
+}
+WIDTH, HEADS, VOCABULARY, CLASSES, RANK = 128, 4, 1000, 2, 8
+VALUES, PROBES, STEPS, VECTORS = 5, 4, 50, 30
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def read_settings(words: list[str]) -> SimpleNamespace:
+    settings = dict(DEFAULTS)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in DEFAULTS or not equals:
+            sys.exit(f"{word!r} is not one of the settings {', '.join(DEFAULTS)} as key=value.\n\n{__doc__}")
+        settings[key] = type(DEFAULTS[key])(value)
+    return SimpleNamespace(**settings)
+
+
+def make_model(layers: int) -> Any:
+    """Build a small transformer with LoRA on its queries and values; plain attention, which all peers can take."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(WIDTH, WIDTH)
+            self.lora_A = nn.Linear(WIDTH, RANK, bias=False)
+            self.lora_B = nn.Linear(RANK, WIDTH, bias=False)
+            nn.init.normal_(self.lora_B.weight, std=0.1)  # as if trained for a while
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + 2 * self.lora_B(self.lora_A(x))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            self.q, self.k, self.v, self.out = Lora(), nn.Linear(WIDTH, WIDTH), Lora(), nn.Linear(WIDTH, WIDTH)
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            split = (*h.shape[:2], HEADS, WIDTH // HEADS)
+            q, k, v = (layer(h).reshape(split).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            attention = torch.softmax(q @ k.transpose(-1, -2) * split[-1] ** -0.5, dim=-1)
+            x = x + self.out((attention @ v).transpose(1, 2).reshape(h.shape))
+            return x + self.down(F.gelu(self.up(self.second(x))))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
+            self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.blocks(self.embedding(tokens))).mean(dim=1))
+
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+class _Bench:
+    """The problem, and for each job the tools that do it: functions that return products, values and vectors."""
+
+    def __init__(self, settings: SimpleNamespace) -> None:
+        import torch
+        import torch.nn.functional as F
+
+        from flatpatch import flatness
+
+        self.settings, self.torch, self.flatness = settings, torch, flatness
+        self.compile_seconds = 0.0
+        self.model = make_model(settings.layers).to(settings.device)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(settings.scope == "model" or "lora_" in name)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(VOCABULARY, (settings.samples, settings.length), generator=generator)
+        labels = (tokens[:, 0] < VOCABULARY // 2).long()
+        pairs = zip(tokens.split(settings.batch), labels.split(settings.batch), strict=True)
+        self.batches = [(x.to(settings.device), y.to(settings.device)) for x, y in pairs]
+        self.criterion = torch.nn.CrossEntropyLoss()
+        optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(settings.training):  # at random weights the spectrum says nothing
+            x, y = self.batches[0]
+            optimizer.zero_grad()
+            F.cross_entropy(self.model(x[:32]), y[:32]).backward()
+            optimizer.step()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        double = copy.deepcopy(self.model).double()
+        self.exact = flatness.HessianOperator(self.problem(double))
+
+    def problem(self, model: Any) -> Any:
+        return self.flatness.Problem(
+            model, self.batches, self.flatness.supervised_loss(self.criterion), scope="trainable", check=False
+        )
+
+    def operator(self, **options: Any) -> Any:
+        return self.flatness.HessianOperator(self.problem(self.model), **options)
+
+    def eigenthings(self, peer: ModuleType) -> Any:
+        def loss(model: Any, batch: Any) -> Any:
+            return self.criterion(model(batch[0]), batch[1])
+
+        return peer.HessianOperator(self.model, self.batches, loss)
+
+    def curvlinops(self, peer: ModuleType) -> Any:
+        return peer.HessianLinearOperator(
+            self.model, self.criterion, self.parameters, self.batches, check_deterministic=False
+        )
+
+    def pyhessian(self, peer: ModuleType) -> Any:
+        data = {"data": self.batches[0]} if len(self.batches) == 1 else {"dataloader": self.batches}
+        return peer.hessian(self.model, self.criterion, cuda=self.settings.device == "cuda", **data)
+
+    def compiled(self, job: str, peer: ModuleType) -> Any:
+        operator = self.operator(compile=True)
+        result = getattr(self, f"{job}_ours")(peer, operator)
+        self.compile_seconds = operator.compile_seconds
+        return result
+
+    # --- the five largest eigenvalues: (products, values, vectors as columns)
+
+    def eigenvalues_ours(self, peer: ModuleType, operator: Any = None) -> Any:
+        pairs = self.flatness.lanczos(operator or self.operator(), VALUES, which="magnitude", tol=1e-3, seed=3)
+        return pairs.products, pairs.values, pairs.vectors
+
+    def eigenvalues_eigenthings(self, peer: ModuleType) -> Any:
+        found = peer.lanczos(self.eigenthings(peer), k=VALUES, max_iter=50, which="LM", reorthogonalize=True, seed=3)
+        return found.iterations, found.eigenvalues, found.eigenvectors.T
+
+    def eigenvalues_curvlinops(self, peer: ModuleType) -> Any:
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        operator = self.curvlinops(peer).to_scipy(dtype=np.float32)
+        products = [0]
+
+        def multiply(v: Any) -> Any:
+            products[0] += 1
+            return operator @ v
+
+        counted = LinearOperator(operator.shape, matvec=multiply, dtype=np.float32)
+        start = np.random.default_rng(3).standard_normal(operator.shape[0]).astype(np.float32)
+        values, vectors = eigsh(counted, VALUES, which="LM", tol=1e-3, v0=start)
+        return products[0], self.torch.from_numpy(values), self.torch.from_numpy(vectors)
+
+    def eigenvalues_pyhessian(self, peer: ModuleType) -> Any:
+        operator = self.pyhessian(peer)
+        values, vectors = operator.eigenvalues(top_n=VALUES)
+        flat = [self.torch.cat([part.flatten() for part in vector]) for vector in vectors]
+        return None, self.torch.tensor(values), self.torch.stack(flat, dim=1)
+
+    # --- the trace: (products, estimate)
+
+    def trace_ours(self, peer: ModuleType, operator: Any = None) -> Any:
+        found = self.flatness.hutchinson(operator or self.operator(), num_probes=VECTORS, seed=3)
+        return found.products, found.value
+
+    def trace_eigenthings(self, peer: ModuleType) -> Any:
+        return VECTORS, peer.trace(self.eigenthings(peer), num_matvecs=VECTORS, method="hutchinson", seed=3).estimate
+
+    def trace_curvlinops(self, peer: ModuleType) -> Any:
+        return VECTORS, peer.hutchinson_trace(self.curvlinops(peer), VECTORS)
+
+    def trace_pyhessian(self, peer: ModuleType) -> Any:
+        found = self.pyhessian(peer).trace(maxIter=VECTORS, tol=0)
+        return len(found), sum(found) / len(found)
+
+    # --- the density: (products, largest node)
+
+    def density_ours(self, peer: ModuleType, operator: Any = None) -> Any:
+        found = self.flatness.quadrature(operator or self.operator(), num_probes=PROBES, num_steps=STEPS, seed=3)
+        return found.products, found.nodes.max()
+
+    def density_eigenthings(self, peer: ModuleType) -> Any:
+        peer.spectral_density(self.eigenthings(peer), num_runs=PROBES, lanczos_steps=STEPS, seed=3)
+        return PROBES * STEPS, None
+
+    def density_curvlinops(self, peer: ModuleType) -> Any:
+        peer.lanczos_approximate_spectrum(self.curvlinops(peer), STEPS, num_repeats=PROBES)
+        return None, None
+
+    def density_pyhessian(self, peer: ModuleType) -> Any:
+        nodes, _ = self.pyhessian(peer).density(iter=STEPS, n_v=PROBES)
+        return PROBES * STEPS, max(max(complex(x).real for x in row) for row in nodes)
+
+
+TOOLS = {
+    "ours": "flatpatch.flatness",
+    "compiled": "flatpatch.flatness",
+    "eigenthings": "hessian_eigenthings",
+    "curvlinops": "curvlinops",
+    "pyhessian": "pyhessian",
+}
+
+
+def timed(bench: _Bench, job: str, tool: str) -> tuple[float, Any]:
+    peer = importlib.import_module(TOOLS[tool])
+    call: Callable[[ModuleType], Any]
+    call = functools.partial(bench.compiled, job) if tool == "compiled" else getattr(bench, f"{job}_{tool}")
+    bench.compile_seconds = 0.0
+    if bench.settings.device == "cuda":
+        bench.torch.cuda.synchronize()
+    clock = time.process_time if bench.settings.clock == "cpu" else time.perf_counter
+    start = clock()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        result = call(peer)
+    if bench.settings.device == "cuda":
+        bench.torch.cuda.synchronize()
+    seconds = clock() - start - bench.compile_seconds
+    if bench.compile_seconds:
+        print(f"({job}: {bench.compile_seconds:.1f} s of compiling)")
+    for parameter in bench.model.parameters():
+        parameter.grad = None
+    return seconds, result
+
+
+def accuracy(bench: _Bench, job: str, result: Any, reference: Any) -> dict[str, float]:
+    if job == "trace":
+        return {"estimate": float(result[1])}
+    if job == "density":
+        return {} if result[1] is None else {"largest_node": float(result[1])}
+    _, values, vectors = result
+    values, vectors = values.double().cpu(), vectors.detach().double().to(bench.settings.device)
+    order = values.abs().argsort(descending=True)
+    values, vectors = values[order], vectors[:, order] / vectors[:, order].norm(dim=0)
+    rest = (bench.exact.matmat(vectors) - vectors * values.to(vectors.device)).norm(dim=0).cpu()
+    return {
+        "residual": float((rest / values.abs()).max()),
+        "error": float(((values - reference) / reference).abs().max()),
+    }
+
+
+def main(words: list[str]) -> None:
+    settings = read_settings(words)
+    if settings.clock == "cpu" and settings.compile:
+        sys.exit("clock=cpu does not see the compilers' time: leave out compile=1.")
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    bench = _Bench(settings)
+    print(
+        f"{sum(p.numel() for p in bench.model.parameters()):,} parameters, {sum(p.numel() for p in bench.parameters):,}"
+        f" of them varied; {settings.samples} x {settings.length} tokens in {len(bench.batches)} batches; "
+        f"torch {torch.__version__}, {settings.device}, {settings.threads} threads, {settings.rounds} rounds"
+    )
+    rows = []
+    for job in settings.jobs.split(","):
+        reference = None
+        if job == "eigenvalues":
+            reference = bench.flatness.lanczos(bench.exact, VALUES, which="magnitude", tol=1e-5, seed=9).values.cpu()
+            bench.exact.release()
+            print(f"\neigenvalues: {', '.join(f'{v:.5g}' for v in reference)}")
+        seconds: dict[str, list[float]] = {}
+        results, failures = {}, {}
+        for number in range(settings.rounds):
+            tools = [tool for tool in TOOLS if tool != "compiled" or settings.compile]
+            for tool in tools[number % len(tools) :] + tools[: number % len(tools)]:
+                if tool in failures:
+                    continue
+                try:
+                    took, results[tool] = timed(bench, job, tool)
+                    seconds.setdefault(tool, []).append(took)
+                except Exception as error:  # one peer's failure must not lose the others' times
+                    failures[tool] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+        if "ours" in failures:
+            raise RuntimeError(failures["ours"])
+        ours = statistics.median(seconds["ours"])
+        print(f"\n{job:<12} {'seconds':>8} {'ratio':>6} {'products':>9}")
+        for tool, times in sorted(seconds.items(), key=lambda item: statistics.median(item[1])):
+            found = accuracy(bench, job, results[tool], reference)
+            bench.exact.release()
+            row = {
+                "job": job,
+                "tool": tool,
+                "seconds": statistics.median(times),
+                "ratio": statistics.median(times) / ours,
+                "products": results[tool][0],
+                **found,
+            }
+            rows.append(row)
+            extra = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+            products = row["products"] if row["products"] is not None else "-"
+            print(f"{tool:<12} {row['seconds']:8.2f} {row['ratio']:6.2f} {products:>9}  {extra}")
+        for tool, reason in failures.items():
+            print(f"{tool:<12} not measured: {reason}")
+    out = Path(settings.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"settings": vars(settings), "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,199 @@
+"""Orthonormal vectors too long to be joined into float64 at once, and what the algorithms share around them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Progress = Callable[[int, int, str], None]
+"""Called with the products done, the most that will be needed, and one line on how far it has come."""
+
+_CHUNK = 2**22  # elements that are turned into float64 at a time: 32 MiB
+
+
+class Basis:
+    """Orthonormal vectors, kept in the operator's precision and multiplied in float64.
+
+    Args:
+        size: Length of a vector, n.
+        dtype: How the vectors are stored.
+        device: Where they are stored; the vectors given to the methods may be elsewhere.
+        capacity: The most vectors there will be. Memory is taken as they come.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self._store = torch.empty(0, size, dtype=dtype, device=device)
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors as rows, (count, n)."""
+        return self._store[: self.count]
+
+    def append(self, columns: Tensor) -> Tensor:
+        """Add unit vectors (n, p) and return them rounded as they are stored."""
+        needed = self.count + columns.shape[1]
+        if needed > self.capacity:
+            raise ValueError(f"the basis holds {self.capacity} vectors, {needed} were asked for")
+        if needed > len(self._store):
+            grown = min(self.capacity, max(needed, 2 * len(self._store)))
+            store = self._store.new_empty(grown, self._store.shape[1])
+            store[: self.count] = self.rows
+            self._store = store
+        self._store[self.count : needed] = columns.T.to(self._store.device, self._store.dtype)
+        self.count = needed
+        return self._store[needed - columns.shape[1] : needed].T.to(columns.device)
+
+    def coefficients(self, W: Tensor) -> Tensor:
+        """Multiply the vectors with the columns of W (n, p): (count, p) in float64, on W's device."""
+        total = torch.zeros(self.count, W.shape[1], dtype=torch.float64, device=W.device)
+        for part in self._parts():
+            total += self.rows[:, part].to(W.device, torch.float64) @ W[part].double()
+        return total
+
+    def combine(self, C: Tensor) -> Tensor:
+        """Combine the vectors by the columns of C (count, p): (n, p) in float64, on C's device."""
+        result = torch.empty(self._store.shape[1], C.shape[1], dtype=torch.float64, device=C.device)
+        for part in self._parts():
+            result[part] = self.rows[:, part].to(C.device, torch.float64).T @ C
+        return result
+
+    def remove_from(self, W: Tensor) -> Tensor:
+        """Make the columns of W (n, p) orthogonal to the vectors, in place, twice.
+
+        Once is not enough: what is left of a nearly dependent vector is mostly rounding (Giraud et al. 2005).
+
+        Returns:
+            The coefficients that were removed, (count, p).
+        """
+        removed = torch.zeros(self.count, W.shape[1], dtype=torch.float64, device=W.device)
+        for _ in range(2):
+            coefficients = self.coefficients(W)
+            for part in self._parts():
+                W[part] -= self.rows[:, part].to(W.device, torch.float64).T @ coefficients
+            removed += coefficients
+        return removed
+
+    def replace(self, C: Tensor) -> None:
+        """Replace the vectors by the combinations C (count, p) of themselves, p <= count, in place."""
+        for part in self._parts():
+            combined = C.T.to(self._store.device) @ self.rows[:, part].double()
+            self._store[: C.shape[1], part] = combined.to(self._store.dtype)
+        self.count = C.shape[1]
+
+    def _parts(self) -> list[slice]:
+        size = self._store.shape[1]
+        width = max(_CHUNK // max(self.count, 1), 1)
+        return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def orthonormal_columns(W: Tensor, basis: Basis, threshold: float, seed: int) -> tuple[Tensor, int]:
+    """Turn the columns of W into unit vectors orthogonal to each other and to a basis.
+
+    A column of which no more than ``threshold`` is left has no direction of its own: what is left of it is rounding.
+    A random direction takes its place while the space has one left.
+
+    Args:
+        W: Float64 ``(n, p)``, already orthogonal to the basis; overwritten.
+        basis: What the result is to be orthogonal to.
+        threshold: Length below which a column counts as lost.
+        seed: Of the random directions.
+
+    Returns:
+        Unit vectors ``(n, q)``, q <= p, and how many of the p columns were lost.
+    """
+    n, lost = len(W), 0
+    accepted: list[Tensor] = []
+    pending = [W[:, index] for index in range(W.shape[1])]
+    for index, column in enumerate(pending):
+        if basis.count + len(accepted) >= n:
+            lost += len(pending) - index
+            break
+        length = _remove_all(column, accepted, basis) if accepted else float(column.norm())
+        if length <= threshold:
+            lost += 1
+            column = random_vectors(n, [index], seed=seed, device=W.device)[:, 0]
+            length = _remove_all(column, accepted, basis)
+        accepted.append(column / length)
+        # Of a short column, normalising has also scaled up what rounding left of the other vectors.
+        _remove_all(accepted[-1], accepted[:-1], basis)
+        accepted[-1] /= accepted[-1].norm()
+    return torch.stack(accepted, dim=1) if accepted else W[:, :0], lost
+
+
+def _remove_all(column: Tensor, others: list[Tensor], basis: Basis) -> float:
+    """Make a vector orthogonal to unit vectors and a basis, in place, and return the length that is left."""
+    basis.remove_from(column.unsqueeze(1))
+    for _ in range(2):
+        for other in others:
+            column -= (other @ column) * other
+    return float(column.norm())
+
+
+def random_vectors(
+    n: int, indices: list[int], *, seed: int, device: torch.device, law: str = "gaussian", scale: float = 1.0
+) -> Tensor:
+    """Draw vectors that depend on the seed and their index alone, not on what is drawn with them.
+
+    Args:
+        n: Their length.
+        indices: Which ones.
+        seed: Of the whole family.
+        device: Where the result goes. The numbers are drawn on the CPU, so they are the same everywhere.
+        law: "gaussian", or "rademacher": plus or minus one.
+        scale: A factor.
+
+    Returns:
+        One column per index, float64 ``(n, p)``.
+    """
+    columns = []
+    for index in indices:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+        if law == "rademacher":
+            column = torch.randint(2, (n,), generator=generator).double() * 2 - 1
+        else:
+            column = torch.randn(n, generator=generator, dtype=torch.float64)
+        columns.append(column * scale)
+    return torch.stack(columns, dim=1).to(device)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that a kill at any moment leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
+    """Read a checkpoint, if there is one.
+
+    Args:
+        path: Where, or None.
+        key: What it must have been made with: the algorithm's settings and the operator's fingerprint.
+
+    Returns:
+        The state, or None if there is no file.
+
+    Raises:
+        ValueError: If the file was made with other settings or other weights.
+    """
+    if path is None or not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    differing = sorted(name for name in {*key, *state["key"]} if state["key"].get(name) != key.get(name))
+    if differing:
+        raise ValueError(f"{path} was made with another {', '.join(differing)}: delete it, or name another file.")
+    return state

@@ -1,0 +1,263 @@
+r"""Linear mode connectivity: the loss on the straight line between two models, and its barrier.
+
+The barrier (Frankle et al. 2020, arXiv:1912.05671; Entezari et al. 2022, arXiv:2110.06296) is the highest
+:math:`L(a) - [(1 - a) L(0) + a L(1)]` of the line between its ends.
+
+Between two LoRA adapters there are two straight lines. In the scope "adapter" the factors are averaged, and the
+midpoint's update is :math:`(B_1 + B_2)(A_1 + A_2) / 4`, cross terms included; in "merged" the products are:
+:math:`(B_1 A_1 + B_2 A_2) / 2`. The results differ, so each is named. The first line also depends on how each product
+is split into factors, the second does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatpatch.errors import UserError
+from flatpatch.flatness.landscape import FloatArray, Landscape, Mark, Progress, describe, evaluate_grid
+from flatpatch.flatness.points import Objective, moving, plain
+from flatpatch.flatness.problem import Problem
+from flatpatch.flatness.scope import adapter_factor, find_scope
+
+SPACES = {"adapter": "factor space (A and B)", "merged": "merged space (W + s B A)"}
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """The loss on the line between two models.
+
+    Attributes:
+        space: What was interpolated, in words.
+        alphas: (p,) from 0 at the first model to 1 at the second.
+        losses: (p,) as evaluated, infinities and NaN included.
+        barrier: Highest loss above the straight line between the ends' losses, between the ends; negative if the
+            whole line lies below it. NaN if any loss is NaN.
+        barrier_alpha: Where.
+        barrier_above_mean: Highest loss between the ends above the mean of the ends' losses.
+        distance: L2 distance of the two models in this space.
+        landscape: The same as a one-dimensional landscape, as it is written to files.
+    """
+
+    space: str
+    alphas: FloatArray
+    losses: FloatArray
+    barrier: float
+    barrier_alpha: float
+    barrier_above_mean: float
+    distance: float
+    landscape: Landscape
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for a file, but the landscape, which is a file of its own."""
+        whole = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "landscape"}
+        as_plain: dict[str, Any] = plain({**whole, "alphas": self.alphas.tolist(), "losses": self.losses.tolist()})
+        return as_plain
+
+
+def linear_connectivity(
+    problem: Problem | Objective,
+    first: Tensor,
+    second: Tensor,
+    *,
+    points: int = 25,
+    names: tuple[str, str] = ("first", "second"),
+    path: Path | None = None,
+    progress: Progress | None = None,
+) -> Connectivity:
+    """Evaluate the loss on the straight line between two models, in the space of the problem's scope.
+
+    Args:
+        problem: The loss; the weights are put back afterwards, bit for bit.
+        first: (n,) weights at alpha = 0, evaluated exactly.
+        second: (n,) weights at alpha = 1, evaluated exactly.
+        points: How many, both ends included.
+        names: Of the two models.
+        path: As in ``landscape``.
+        progress: As in ``landscape``.
+
+    Returns:
+        The losses and the barrier.
+
+    Raises:
+        ValueError: If the vectors do not fit or there are fewer than three points.
+        UserError: As in ``landscape``.
+    """
+    if points < 3:
+        raise ValueError(f"a barrier needs points between the ends: points must be at least 3, got {points}")
+    alphas = np.linspace(0.0, 1.0, points)
+    with moving(problem) as objective:
+        ends = [end.detach().to(objective.origin.device, torch.float64) for end in (first, second)]
+        if any(end.shape != objective.origin.shape for end in ends):
+            raise ValueError(
+                f"the models have shapes {tuple(first.shape)} and {tuple(second.shape)}, "
+                f"the weights {tuple(objective.origin.shape)}"
+            )
+        distance = float(torch.linalg.vector_norm(ends[1] - ends[0]))
+
+        def point(coordinates: tuple[float, ...]) -> Tensor:
+            (alpha,) = coordinates
+            # Both shares written out: either end is met exactly.
+            return torch.add((1 - alpha) * ends[0], ends[1], alpha=alpha)
+
+        about = describe(problem)
+        space = SPACES.get(str(about["scope"]), "weight space")
+        axis = {"label": f"from {names[0]} to {names[1]}", "normalisation": "between models", "seed": None}
+        result = evaluate_grid(
+            objective,
+            point,
+            (alphas,),
+            about={"kind": "connectivity", **about, "space": space, "distance": distance, "axes": [axis]},
+            identity=ends,
+            marks=[
+                Mark(name, (alpha,), end) for name, alpha, end in zip(names, (0.0, 1.0), (first, second), strict=True)
+            ],
+            path=path,
+            progress=progress,
+        )
+    barrier, barrier_alpha, above_mean = find_barrier(alphas, result.losses)
+    return Connectivity(space, alphas, result.losses, barrier, barrier_alpha, above_mean, distance, result)
+
+
+def find_barrier(alphas: FloatArray, losses: FloatArray) -> tuple[float, float, float]:
+    """Return the barrier above the line between the ends, where it is, and the one above the ends' mean.
+
+    Args:
+        alphas: (p,) increasing from 0 to 1.
+        losses: (p,) at these points.
+
+    Returns:
+        Highest loss between the ends above the straight line through them (signed); its alpha; highest loss between
+        the ends above their mean. NaN, each, if any loss is NaN.
+    """
+    if np.isnan(losses).any():
+        return float("nan"), float("nan"), float("nan")
+    inner = slice(1, -1)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity, at an infinite end
+        above = (losses - (1 - alphas) * losses[0] - alphas * losses[-1])[inner]
+        above_mean = float(np.max(losses[inner]) - (losses[0] + losses[-1]) / 2)
+    highest = int(np.argmax(above))
+    return float(above[highest]), float(alphas[inner][highest]), above_mean
+
+
+def checkpoint_point(problem: Problem, state: Mapping[str, Tensor], *, name: str = "the checkpoint") -> Tensor:
+    """Read a checkpoint as a point in a problem's space: its factors, its weights, or W + s B A of its factors.
+
+    Args:
+        problem: Whose variables are meant. In the scope "merged" the checkpoint's factors are put into the model
+            for a moment; the model is put back, bit for bit.
+        state: Tensors by the names of the model's parameters. Others than the variables (in "merged": than the LoRA
+            factors) may be there, and must then equal the model's: they are the base.
+        name: What to call it in an error.
+
+    Returns:
+        (n,) float64.
+
+    Raises:
+        UserError: If tensors are missing, unknown, of another shape (another rank), or of another base.
+        ValueError: If called inside ``problem.active()``, where merged layers do not compute with their factors.
+    """
+    if any("forward" in vars(layer) for layer in problem.scope.layers):
+        raise ValueError("a checkpoint must be read before the problem is active")
+    parameters = dict(problem.model.named_parameters())
+    merged = problem.scope.name == "merged"
+    wanted = [key for key in parameters if adapter_factor(key)] if merged else list(problem.scope.names)
+    _check_checkpoint(state, parameters, wanted, name)
+    if not merged:
+        return problem.flatten([state[key] for key in wanted], torch.float64)
+    saved = {key: parameters[key].detach().clone() for key in wanted}
+    try:
+        with torch.no_grad():
+            for key in wanted:
+                parameters[key].copy_(state[key])
+        return problem.flatten(find_scope(problem.model, "merged").variables, torch.float64)
+    finally:
+        with torch.no_grad():
+            for key, value in saved.items():
+                parameters[key].copy_(value)
+
+
+def model_point(problem: Problem, other: Problem, *, name: str = "the other model") -> Tensor:
+    """Read another model as a point in a problem's space.
+
+    In the scope "merged" this also takes models whose adapters have another rank, as those of later tasks do.
+
+    Args:
+        problem: Whose space is meant.
+        other: A problem of the other model, of the same scope.
+        name: What to call it in an error.
+
+    Returns:
+        (n,) float64, on the first problem's device.
+
+    Raises:
+        UserError: If the variables differ in name or shape (rank), or the frozen weights differ (base).
+    """
+    mine, others = problem.scope, other.scope
+    if mine.name != others.name or mine.names != others.names:
+        raise UserError(
+            f"{name} varies {len(others.names)} tensors of scope {others.name}, the first model {len(mine.names)} of "
+            f"scope {mine.name}, or by other names. Compare models of one kind over one scope."
+        )
+    shapes = {key: variable.shape for key, variable in zip(mine.names, mine.variables, strict=True)}
+    for key, variable in zip(others.names, others.variables, strict=True):
+        _check_shape(key, variable.shape, shapes[key], name)
+    base = _base(problem)
+    for key, value in _base(other).items():
+        if key in base and (value.shape != base[key].shape or not torch.equal(value.to(base[key].device), base[key])):
+            raise _other_base(key, name)
+    return problem.flatten(other.variables, torch.float64)
+
+
+def _base(problem: Problem) -> dict[str, Tensor]:
+    """Return the weights that the scope does not vary and no adapter does."""
+    varied = {id(variable) for variable in problem.variables}
+    return {
+        key: parameter.detach()
+        for key, parameter in problem.model.named_parameters()
+        if id(parameter) not in varied and not adapter_factor(key)
+    }
+
+
+def _check_checkpoint(
+    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], wanted: list[str], name: str
+) -> None:
+    if missing := [key for key in wanted if key not in state]:
+        raise UserError(
+            f"{name} lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}. Expected the names of the "
+            f"model's parameters; it has {', '.join(list(state)[:2]) or 'none'}, ..."
+        )
+    if unknown := [key for key in state if key not in parameters]:
+        raise UserError(f"{name} has tensors the model has not, such as {unknown[0]}. It belongs to another model.")
+    for key, value in state.items():
+        _check_shape(key, value.shape, parameters[key].shape, name)
+        if key not in wanted and not torch.equal(value.to(parameters[key]), parameters[key].detach()):
+            raise _other_base(key, name)
+    for key in wanted:
+        if not bool(state[key].isfinite().all()):
+            raise UserError(f"{key} of {name} is not finite. Its training diverged.")
+
+
+def _check_shape(key: str, got: torch.Size, expected: torch.Size, name: str) -> None:
+    if got == expected:
+        return
+    factor = adapter_factor(key)
+    axis = {"A": 0, "B": 1}.get(factor or "")
+    if axis is not None and len(got) == len(expected) and got[axis] != expected[axis]:
+        raise UserError(
+            f"{name} has rank {got[axis]} in {key}, the model rank {expected[axis]}: factors of different rank have no "
+            "line between them. Compare them in scope=merged, from a model of each rank."
+        )
+    raise UserError(f"{key} is {tuple(got)} in {name} and {tuple(expected)} in the model. It belongs to another model.")
+
+
+def _other_base(key: str, name: str) -> UserError:
+    return UserError(
+        f"{name} has another base: its {key} is not the model's. Adapters are comparable over the same frozen weights."
+    )

@@ -1,0 +1,334 @@
+r"""The outermost eigenvalues of an operator, each with a residual that says how far it can be trusted.
+
+For a unit vector x and its Rayleigh quotient theta = <x, H x>, some eigenvalue of H lies within the residual
+|H x - theta x| of theta (Parlett 1998, theorem 4.5.1); theta itself is off by no more than residual^2 / gap.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flatpatch.flatness.basis import Basis, Progress, load_state, orthonormal_columns, random_vectors, save_state
+from flatpatch.flatness.operator import LinearOperator
+
+Array = npt.NDArray[np.float64]
+
+ENDS = ("largest", "smallest", "magnitude")
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with their vectors, in the order that was asked for.
+
+    Attributes:
+        values: Rayleigh quotients, signed.
+        vectors: Unit vectors as columns.
+        residuals: Norm of H x - theta x, in eigenvalue units.
+        converged: Whether the residual is at most the tolerance times the value's size (or rounding).
+        products: Matrix-vector products it took.
+        tolerance: The relative residual that was asked for.
+    """
+
+    values: Tensor  # (k,), float64
+    vectors: Tensor  # (n, k), the operator's dtype
+    residuals: Tensor  # (k,), float64
+    converged: Tensor  # (k,), bool
+    products: int
+    tolerance: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the vectors, for a file."""
+        return {
+            "values": self.values.tolist(),
+            "residuals": self.residuals.tolist(),
+            "converged": self.converged.tolist(),
+            "products": self.products,
+            "tolerance": self.tolerance,
+        }
+
+
+def power_iteration(
+    operator: LinearOperator,
+    k: int = 1,
+    *,
+    tol: float = 1e-3,
+    max_products: int = 200,
+    start: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    """Find the eigenvalues of largest magnitude one after the other, by multiplying again and again.
+
+    It stops on the residual, never on the change of the value, which is small long before the value is right. Where
+    the two largest magnitudes are close (in particular lambda and -lambda) it hardly converges and says so; use
+    :func:`lanczos` there, which is faster in any case.
+
+    Args:
+        operator: A symmetric operator.
+        k: How many. Found vectors are projected out, twice a step.
+        tol: Residual to reach, relative to the value.
+        max_products: The most products spent on each.
+        start: First vector ``(n,)`` for the first eigenvalue, such as that of a similar operator; else random.
+        seed: Of the random starts.
+        progress: Called after each product.
+
+    Returns:
+        The eigenvalues by decreasing magnitude, converged or not.
+
+    Raises:
+        ValueError: If k is not between 1 and the dimension, or a setting is out of range.
+    """
+    n = operator.size
+    _check(n, k, tol, max_products)
+    found = Basis(n, operator.dtype, operator.device, k)
+    values, residuals, products = [], [], 0
+    largest = 0.0
+    for index in range(k):
+        random = random_vectors(n, [index], seed=seed, device=operator.device)
+        given = start is not None and index == 0 and float(start.norm()) > 0
+        v = start.to(operator.device).double().unsqueeze(1) if given and start is not None else random
+        found.remove_from(v)
+        if not float(v.norm()) > 0:
+            v = random
+            found.remove_from(v)
+        for step in range(1, max_products + 1):
+            v = (v / v.norm()).to(operator.dtype).double()
+            w = operator.matmat(v)
+            products += 1
+            found.remove_from(w)
+            value = float(v.T @ w)
+            residual = float((w - value * v).norm())
+            largest = max(largest, float(w.norm()))
+            done = residual <= _allowed(value, tol, largest, operator.dtype)
+            if progress:
+                progress(index * max_products + step, k * max_products, f"value {value:.4g}, residual {residual:.1e}")
+            if done or step == max_products:
+                break
+            v = w
+        values.append(value)
+        residuals.append(residual)
+        found.append(v)
+    order = np.argsort([-abs(value) for value in values], kind="stable")
+    return _pairs(np.array(values)[order], np.array(residuals)[order], found.rows[order].T, products, tol, largest)
+
+
+def lanczos(
+    operator: LinearOperator,
+    k: int = 5,
+    *,
+    which: str = "largest",
+    tol: float = 1e-3,
+    block_size: int = 1,
+    max_products: int = 300,
+    basis_size: int | None = None,
+    basis_device: torch.device | str | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    save_every: float = 60.0,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    """Find eigenvalues at one end of the spectrum by block Lanczos with thick restarts.
+
+    Every new vector is made orthogonal to all earlier ones twice, so a converged eigenvalue never comes back as a
+    ghost. A multiple eigenvalue shows as often as the block is wide; with ``block_size=1`` usually once. When a block
+    loses rank - an invariant subspace has been found, as for the identity or a matrix of rank two - random
+    directions take the place of the lost ones.
+
+    Args:
+        operator: A symmetric operator.
+        k: How many eigenvalues.
+        which: "largest" or "smallest" (with sign), or "magnitude".
+        tol: Residual to reach, relative to the value. The value's own error is about its square.
+        block_size: Vectors multiplied at a time: as many as the multiplicity to be seen.
+        max_products: Where to give up; what has not converged is returned and said so.
+        basis_size: The most vectors kept, for large models; beyond it the best are kept and the rest dropped
+            (Wu and Simon 2000). By default as many as ``max_products``: n of them take 4 n bytes each in float32.
+        basis_device: Where they are kept, such as "cpu" for a full GPU; by default the operator's device.
+        seed: Of the starting block.
+        checkpoint: A file from which an interrupted search is continued, and to which it is saved. The result is
+            that of an undisturbed search.
+        save_every: Least seconds between two savings.
+        progress: Called after each step.
+
+    Returns:
+        The k eigenvalues, in the order asked for.
+
+    Raises:
+        ValueError: If k is not between 1 and the dimension, a setting is out of range, or the checkpoint is not of
+            this search.
+    """
+    n = operator.size
+    _check(n, k, tol, max_products)
+    if which not in ENDS:
+        raise ValueError(f"which must be one of {', '.join(ENDS)}, got {which!r}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    block_size = min(block_size, n)
+    capacity = min(n, max(max_products, k) + block_size if basis_size is None else basis_size)
+    if capacity < min(n, k + 2 * block_size):
+        raise ValueError(f"basis_size must be at least k + 2 block_size = {k + 2 * block_size}, got {basis_size}")
+    key = {
+        "algorithm": "lanczos",
+        "settings": [k, which, tol, block_size, capacity, seed],
+        "weights": operator.fingerprint(),
+    }
+    search = _Search(operator, capacity, basis_device, seed)
+    state = load_state(checkpoint, key)
+    if state is None:
+        search.begin(block_size)
+    else:
+        search.load_state_dict(state["search"])
+    saved = time.monotonic()
+    while True:
+        theta, S, residuals = search.ritz_pairs()
+        best = np.argsort(-_rank(theta, which), kind="stable")[:k]
+        allowed = [_allowed(value, tol, search.norm, operator.dtype) for value in theta[best]]
+        good = len(best) == k and bool(np.all(residuals[best] <= allowed))
+        settled = search.has_settled(theta[best], np.array(allowed)) if good else False
+        finished = search.is_complete or settled or (search.products >= max_products and len(best) == k)
+        if progress and search.products:
+            met = int(np.sum(residuals[best] <= allowed)) if len(best) else 0
+            progress(search.products, max_products, f"{met} of {k} converged")
+        if checkpoint and search.products and (finished or time.monotonic() - saved >= save_every):
+            save_state(checkpoint, {"key": key, "search": search.state_dict()})
+            saved = time.monotonic()
+        if finished:
+            break
+        if search.basis.count + search.block.shape[1] > capacity:
+            # Keep what was asked for and half of the rest: fewer would throw away what the next steps need.
+            kept = min(k + (capacity - k) // 2, search.basis.count - 1, capacity - search.block.shape[1])
+            search.restart(theta, S, np.argsort(-_rank(theta, which), kind="stable")[:kept])
+        search.step()
+    vectors = search.basis.combine(torch.from_numpy(np.ascontiguousarray(S[:, best])).to(operator.device))
+    vectors = (vectors / vectors.norm(dim=0)).to(operator.dtype)
+    return _pairs(theta[best], residuals[best], vectors, search.products, tol, search.norm)
+
+
+class _Search:
+    """Rayleigh-Ritz on a growing block Krylov space.
+
+    The projected matrix T is filled with all the coefficients that orthogonalisation removes, not only with the
+    band that exact arithmetic would leave, so restarts and replaced directions need no special form.
+    """
+
+    def __init__(
+        self, operator: LinearOperator, capacity: int, basis_device: torch.device | str | None, seed: int
+    ) -> None:
+        self.operator = operator
+        self.seed = seed
+        self.basis = Basis(operator.size, operator.dtype, torch.device(basis_device or operator.device), capacity)
+        self.T = np.zeros((0, 0))
+        self.gram = np.zeros((0, 0))  # of what the last block's products left outside the basis
+        self.block = torch.empty(0, 0)
+        self.products = 0
+        self.norm = 0.0  # largest |H v| seen, for judging what is rounding
+        self.broke_down = False
+        self.values_at_breakdown: list[float] = []
+
+    def begin(self, block_size: int) -> None:
+        start = random_vectors(self.operator.size, list(range(block_size)), seed=self.seed, device=self.operator.device)
+        self.block, _ = orthonormal_columns(start, self.basis, 0.0, self.seed)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.block.shape[1] == 0
+
+    def step(self) -> None:
+        previous, p = self.basis.count, self.block.shape[1]
+        block = self.basis.append(self.block)
+        W = self.operator.matmat(block).clone()
+        self.products += p
+        self.norm = max(self.norm, float(W.norm(dim=0).max()))
+        C = self.basis.remove_from(W).cpu().numpy()
+        T = np.zeros((previous + p, previous + p))
+        T[:previous, :previous] = self.T
+        T[:, previous:] = C
+        T[previous:, :previous] = C[:previous].T
+        T[previous:, previous:] = (C[previous:] + C[previous:].T) / 2
+        self.T = T
+        self.gram = (W.T @ W).cpu().numpy()
+        threshold = 10 * torch.finfo(self.operator.dtype).eps * self.norm
+        self.block, lost = orthonormal_columns(W, self.basis, threshold, self.seed + 1 + self.products)
+        self.broke_down = lost == p
+
+    def has_settled(self, values: Array, allowed: Array) -> bool:
+        """Whether values that have all converged can be the final ones.
+
+        When an invariant subspace has been found every residual is zero, though other directions may hold larger
+        values: the next one must agree.
+        """
+        if not self.broke_down:
+            return True
+        before, self.values_at_breakdown = self.values_at_breakdown, values.tolist()
+        return len(before) == len(values) and bool(np.all(np.abs(values - before) <= allowed))
+
+    def ritz_pairs(self) -> tuple[Array, Array, Array]:
+        """Return values (m,), coefficient vectors (m, m) and residuals (m,)."""
+        theta, S = np.linalg.eigh(self.T)
+        last = S[len(S) - len(self.gram) :]
+        return theta, S, np.sqrt(np.maximum(np.einsum("ik,ij,jk->k", last, self.gram, last), 0))
+
+    def restart(self, theta: Array, S: Array, chosen: npt.NDArray[np.intp]) -> None:
+        self.basis.replace(torch.from_numpy(np.ascontiguousarray(S[:, chosen])))
+        self.T = np.diag(theta[chosen])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "basis": self.basis.rows.cpu().clone(),
+            "T": torch.from_numpy(self.T),
+            "gram": torch.from_numpy(self.gram),
+            "block": self.block.cpu(),
+            "products": self.products,
+            "norm": self.norm,
+            "broke_down": self.broke_down,
+            "values_at_breakdown": self.values_at_breakdown,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.basis.append(state["basis"].T)
+        self.T, self.gram = state["T"].numpy(), state["gram"].numpy()
+        self.block = state["block"].to(self.operator.device)
+        self.products, self.norm = state["products"], state["norm"]
+        self.broke_down, self.values_at_breakdown = state["broke_down"], state["values_at_breakdown"]
+
+
+def _rank(theta: Array, which: str) -> Array:
+    """What is to be large for a value to be wanted."""
+    ranks: dict[str, Array] = {"largest": theta, "smallest": -theta, "magnitude": np.abs(theta)}
+    return ranks[which]
+
+
+def _allowed(value: float, tol: float, norm: float, dtype: torch.dtype) -> float:
+    """The residual that counts as converged. Below rounding, which for a zero eigenvalue is all there is, none can."""
+    return max(tol * abs(value), 10 * torch.finfo(dtype).eps * norm)
+
+
+def _pairs(values: Array, residuals: Array, vectors: Tensor, products: int, tol: float, norm: float) -> Eigenpairs:
+    allowed = [_allowed(float(value), tol, norm, vectors.dtype) for value in values]
+    return Eigenpairs(
+        values=torch.from_numpy(np.ascontiguousarray(values)),
+        vectors=vectors,
+        residuals=torch.from_numpy(np.ascontiguousarray(residuals)),
+        converged=torch.from_numpy(residuals <= np.array(allowed)),
+        products=products,
+        tolerance=tol,
+    )
+
+
+def _check(n: int, k: int, tol: float, max_products: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the dimension {n}, got {k}")
+    if not tol > 0 or math.isinf(tol):
+        raise ValueError(f"tol must be positive and finite, got {tol}")
+    if max_products < 1:
+        raise ValueError(f"max_products must be at least 1, got {max_products}")

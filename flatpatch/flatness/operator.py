@@ -1,0 +1,426 @@
+r"""The Hessian of a loss as an operator: its products with vectors, without ever forming it.
+
+For a loss :math:`L = \sum_b w_b L_b` over batches, :math:`H v = \sum_b w_b \nabla \langle \nabla L_b, v \rangle`
+(Pearlmutter 1994). Building the graph of :math:`\nabla L_b` costs as much as a product or more, so it is kept from
+product to product for as many batches as a memory budget allows, and rebuilt for the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flatpatch.errors import UserError
+from flatpatch.flatness.compiled import Compiler, Product
+from flatpatch.flatness.problem import Problem, differentiate
+
+MODES = ("autograd", "finite-difference")
+
+_CPU_DEFAULT = 8 * 2**30  # a batch system may grant a job less than the machine has free
+_MAX_VECTORS = 16  # on an H200, 107 ms a vector in batches of 16 and 112 ms in batches of 8
+
+
+class LinearOperator(Protocol):
+    """A real symmetric matrix that is only known by its products. All algorithms here take one."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows and columns, n."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors live."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision products are computed in; vectors are rounded to it."""
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply with the columns of ``V`` ``(n, p)``; the result ``(n, p)`` is float64."""
+
+    def fingerprint(self) -> list[int]:
+        """Return numbers that differ if the matrix has become another one."""
+
+
+class MatrixOperator:
+    """A given symmetric matrix as an operator.
+
+    Args:
+        matrix: Dense and symmetric, ``(n, n)``, float32 or float64.
+
+    Raises:
+        ValueError: If it is not square.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+        self.matrix = matrix
+        self.size = len(matrix)
+        self.device = matrix.device
+        self.dtype = matrix.dtype
+        self.products = 0
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply with the columns of ``V`` ``(n, p)``."""
+        self.products += V.shape[1]
+        return (self.matrix @ V.to(self.dtype)).double()
+
+    def fingerprint(self) -> list[int]:
+        """Return a sum over the matrix's bits."""
+        return [int(_bit_sum(self.matrix))]
+
+
+class HessianOperator:
+    """The Hessian of a problem's loss with respect to its variables, at their present values.
+
+    Args:
+        problem: The loss and its variables.
+        mode: "autograd", or "finite-difference" for models that have no second derivative (fused attention that
+            cannot be replaced, custom kernels): central differences of the gradient, whose relative error in float32
+            is about 1e-3. It moves the weights during a product and puts them back bit for bit.
+        memory_budget: Bytes that may be used for kept graphs and, on a GPU, for products with several vectors at
+            once. By default half of what is free at the first product (on a CPU 8 GiB at most). Zero keeps nothing.
+        compile: Whether to compile the products of kept batches: about half as fast again on a CPU, after half a
+            minute or more, so for hundreds of products. Needs a C++ compiler (on a GPU Triton). The compiled code is
+            compared with the plain product once.
+        vectors_per_pass: How many vectors one backward pass takes. By default one on a CPU, where batching gains
+            nothing, and on a GPU as many as fit the budget, 16 at most.
+
+    Attributes:
+        products: Number of matrix-vector products so far.
+        compile_seconds: Time spent on compiling so far.
+
+    Raises:
+        ValueError: If the mode or a number is not one of those allowed.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        mode: str = "autograd",
+        memory_budget: int | None = None,
+        compile: bool = False,
+        vectors_per_pass: int | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if memory_budget is not None and memory_budget < 0:
+            raise ValueError(f"memory_budget must be at least 0 bytes, got {memory_budget}")
+        if vectors_per_pass is not None and vectors_per_pass < 1:
+            raise ValueError(f"vectors_per_pass must be at least 1, got {vectors_per_pass}")
+        self.problem = problem
+        self.mode = mode
+        self.size = problem.size
+        self.device = problem.device
+        self.dtype = problem.dtype
+        self.products = 0
+        self.compile_seconds = 0.0
+        self._compiler = Compiler() if compile else None
+        self._compiled: dict[int, Product] = {}
+        self._budget = memory_budget
+        self._vectors = vectors_per_pass if self.device.type == "cuda" else vectors_per_pass or 1
+        self._graphs: dict[int, list[Tensor]] = {}
+        self._bytes: dict[int, int] = {}
+        self._may_keep = memory_budget != 0
+        self._is_checked = False
+        self._fingerprint = self.fingerprint()
+
+    @property
+    def kept_batches(self) -> int:
+        """For how many batches the graph of the gradient is being kept."""
+        return len(self._bytes)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the kept graphs in bytes, apart from the weights they refer to."""
+        return sum(self._bytes.values())
+
+    def fingerprint(self) -> list[int]:
+        """Return numbers that change with any weight or buffer, also one written through ``.data``."""
+        model = self.problem.model
+        tensors = {id(t): t for t in (*model.parameters(), *self.problem.variables)}
+        tensors.update((id(b), b) for b in model.buffers() if b.is_floating_point())
+        sums = [_bit_sum(tensor).to(self.device) for tensor in tensors.values()]
+        return torch.stack(sums).tolist()  # one wait for the GPU, not one a tensor
+
+    def release(self) -> None:
+        """Free the kept graphs. Later products build them anew."""
+        self._graphs.clear()
+        self._compiled.clear()
+        self._bytes.clear()
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply with one vector ``(n,)``; the result is float64."""
+        return self.matmat(v.unsqueeze(1)).squeeze(1)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Multiply with several vectors.
+
+        Args:
+            V: The vectors as columns, ``(n, p)``.
+
+        Returns:
+            The products as columns, ``(n, p)``, summed over batches in float64.
+
+        Raises:
+            ValueError: If ``V`` has another shape, if weights have changed since the operator was made, or if a
+                product is not finite.
+            UserError: If the model has no second derivative.
+        """
+        if V.ndim != 2 or V.shape[0] != self.size:
+            raise ValueError(f"V must have shape ({self.size}, p), got {tuple(V.shape)}")
+        if self.fingerprint() != self._fingerprint:
+            self.release()
+            raise ValueError("weights have changed since this operator was made: make a new one (and a new Problem).")
+        rows = V.T.to(self.device, self.dtype).contiguous()
+        with self.problem.active(), torch.set_grad_enabled(True):
+            total = self._by_differences(rows) if self.mode == "finite-difference" else self._by_autograd(rows)
+        self.products += len(rows)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError("a Hessian-vector product is not finite; the loss overflows near these weights.")
+        return total.T
+
+    def disagreement_with_differences(self, seed: int = 0) -> float:
+        """Compare a product with differences of the gradient along a random direction.
+
+        A custom operation whose second derivative is missing or wrong need not raise an error. In float64 the two
+        agree to about 1e-6 and in float32 to about 1e-2; far more is a reason to look for one.
+
+        Args:
+            seed: Of the direction.
+
+        Returns:
+            Length of the difference over that of the differences' product; 0 if both are zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        v = torch.randn(self.size, 1, generator=generator, dtype=torch.float64).to(self.device)
+        differences = HessianOperator(self.problem, mode="finite-difference").matmat(v)
+        error = float((self.matmat(v) - differences).norm())
+        return error / float(differences.norm()) if error else 0.0
+
+    def _by_autograd(self, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows, dtype=torch.float64)
+        with _explaining_missing_derivatives():
+            for index, weight in enumerate(self.problem.weights):
+                if index in self._compiled:
+                    for row, result in zip(rows, total, strict=True):
+                        result.add_(self._compiled[index](row), alpha=weight)
+                    continue
+                gradients = self._graphs.get(index)
+                if gradients is None:
+                    gradients = self._build(index)
+                    if self._compiler and index in self._graphs:
+                        self._compile(index, gradients)
+                if self._vectors is None and len(rows) > 1:
+                    self._vectors = self._fitting_vectors(gradients)
+                self._add_products(total, rows, gradients, weight)
+        return total
+
+    def _add_products(self, total: Tensor, rows: Tensor, gradients: list[Tensor], weight: float) -> None:
+        start = 0
+        while start < len(rows):
+            chosen = slice(start, start + (self._vectors or 1))
+            try:
+                products = self._vector_products(gradients, rows[chosen])
+            except RuntimeError as error:
+                if len(rows[chosen]) > 1:  # too little memory for as many, or an operation that cannot be batched
+                    self._vectors = len(rows[chosen]) // 2
+                elif not self._make_room(error):
+                    raise
+                continue
+            total[chosen].add_(products, alpha=weight)
+            start = chosen.stop
+
+    def _vector_products(self, gradients: list[Tensor], rows: Tensor) -> Tensor:
+        """Differentiate <gradients, row> for every row: (p, n) to (p, n) in float64."""
+        variables = self.problem.variables
+        single = len(rows) == 1
+        pieces = self.problem.unflatten(rows[0] if single else rows)
+        curved = [(g, piece) for g, piece in zip(gradients, pieces, strict=True) if g.requires_grad]
+        if not curved:
+            return torch.zeros_like(rows, dtype=torch.float64)
+        found = torch.autograd.grad(
+            [g for g, _ in curved],
+            variables,
+            [piece for _, piece in curved],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=not single,
+        )
+        flat = [
+            rows.new_zeros(len(rows), variable.numel(), dtype=torch.float64)
+            if product is None
+            else product.detach().reshape(len(rows), -1).to(rows.device, torch.float64)
+            for product, variable in zip(found, variables, strict=True)
+        ]
+        return torch.cat(flat, dim=1)
+
+    def _build(self, index: int) -> list[Tensor]:
+        """Compute one batch's gradient with its graph, and keep it if the budget allows."""
+        if self._budget is None:
+            self._budget = _free_memory(self.device) // 2
+        # On a GPU half of the budget is left for products with several vectors at once.
+        room = self._budget // 2 if self.device.type == "cuda" else self._budget
+        counts = self.problem.num_terms
+        per_term = max((self._bytes[kept] / counts[kept] for kept in self._bytes), default=0.0)
+        expected = self.kept_bytes + per_term * counts[index]
+        keep = self._may_keep and expected <= room
+        try:
+            with _measuring(self.problem) as size:
+                loss = self.problem.batch_loss(index, twice_differentiable=True)
+                gradients = differentiate(loss, self.problem.variables, create_graph=True)
+        except torch.OutOfMemoryError as error:
+            if not self._make_room(error):
+                raise
+            return self._build(index)
+        if not self._is_checked:
+            _refuse_delayed_errors(gradients)
+            self._is_checked = True
+        if keep and self.kept_bytes + size() <= room:
+            self._graphs[index], self._bytes[index] = gradients, size()
+        elif keep:
+            self._may_keep = False
+        return gradients
+
+    def _compile(self, index: int, gradients: list[Tensor]) -> None:
+        """Let compiled code take over from a batch's next product on; it holds what it needs of the graph."""
+        assert self._compiler
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.size, generator=generator).to(self.device, self.dtype)
+
+        def product(vector: Tensor) -> Tensor:
+            return self._vector_products(gradients, vector.unsqueeze(0)).squeeze(0)
+
+        if any(gradient.requires_grad for gradient in gradients):
+            self._compiled[index] = self._compiler.compile(product, v)
+            del self._graphs[index]
+        self.compile_seconds += time.perf_counter() - start
+
+    def _make_room(self, error: RuntimeError) -> bool:
+        """Give up the kept graphs when memory ran out; False if that was not the error, or there were none."""
+        if not isinstance(error, torch.OutOfMemoryError) or not self._bytes:
+            return False
+        self.release()
+        self._may_keep = False
+        torch.cuda.empty_cache()
+        return True
+
+    def _fitting_vectors(self, gradients: list[Tensor]) -> int:
+        """Find how many vectors a backward pass on the GPU can take, from the memory that one and two of them take."""
+        peaks = []
+        before = torch.cuda.memory_allocated(self.device)
+        for count in (1, 2):
+            torch.cuda.reset_peak_memory_stats(self.device)
+            try:
+                self._vector_products(gradients, torch.ones(count, self.size, dtype=self.dtype, device=self.device))
+            except RuntimeError:
+                return 1
+            peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
+        each = max(peaks[1] - peaks[0], 1)
+        room = (self._budget or 0) - self.kept_bytes - peaks[0]
+        return int(min(max(1 + room // each, 1), _MAX_VECTORS))
+
+    def _by_differences(self, rows: Tensor) -> Tensor:
+        variables = self.problem.variables
+        saved = [variable.detach().clone() for variable in variables]
+        precision = max(torch.finfo(variable.dtype).eps for variable in variables)
+        # The step that balances rounding and curvature of the gradient, relative to the size of the weights.
+        scale = precision ** (1 / 3) * (1 + float(self.problem.flatten(saved, torch.float64).norm()))
+        total = torch.zeros_like(rows, dtype=torch.float64)
+        try:
+            for row, result in zip(rows, total, strict=True):
+                norm = float(row.double().norm())
+                if norm == 0:
+                    continue
+                step = scale / norm
+                for sign in (1, -1):
+                    for variable, start, piece in zip(variables, saved, self.problem.unflatten(row), strict=True):
+                        variable.data.copy_(start + sign * step * piece)
+                    result.add_(self.problem.loss_and_gradient()[1], alpha=sign / (2 * step))
+        finally:
+            for variable, start in zip(variables, saved, strict=True):
+                variable.data.copy_(start)
+        return total
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """Add up a tensor's bits as 64-bit integers, with wrapping: fast, and no change is lost to rounding."""
+    words = 8 // tensor.element_size()
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() % words or flat.storage_offset() % words:
+        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % words)]).clone()
+    return flat.view(torch.int64).sum()
+
+
+@contextmanager
+def _measuring(problem: Problem) -> Iterator[Callable[[], int]]:
+    """Measure the memory of the graph that is built inside; the function gives it in bytes afterwards."""
+    device = problem.device
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.memory_allocated(device) - before
+        return
+    weights = (*problem.model.parameters(), *problem.variables)
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would make a circle with the node that it came from
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(storages.values())
+
+
+def _refuse_delayed_errors(gradients: list[Tensor]) -> None:
+    """Look for operations marked as once differentiable.
+
+    Torch leaves an error in the graph for them, but one that is not on the way to any variable, so that it is passed
+    over and the product comes out wrong without a word.
+    """
+    pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("an operation is marked as once_differentiable")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+@contextmanager
+def _explaining_missing_derivatives() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" in str(error) or "once_differentiable" in str(error):
+            raise UserError(
+                f"the model has no second derivative: {error}\nLoad it with plain attention "
+                "(attn_implementation='eager'), or use mode='finite-difference'."
+            ) from error
+        raise
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the memory that can be had on a device, in bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        free = _CPU_DEFAULT
+    return min(free, 2 * _CPU_DEFAULT)

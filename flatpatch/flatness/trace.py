@@ -1,0 +1,167 @@
+"""The trace of an operator, the sum of its eigenvalues, with its standard error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatpatch.flatness.basis import Basis, Progress, load_state, orthonormal_columns, random_vectors, save_state
+from flatpatch.flatness.operator import LinearOperator
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An estimated trace.
+
+    Attributes:
+        value: The estimate, in eigenvalue units.
+        standard_error: Of ``value``, from the spread of the samples; NaN for one sample, 0 if nothing is random.
+        samples: The independent estimates whose mean ``value`` is.
+        products: Matrix-vector products it took.
+    """
+
+    value: float
+    standard_error: float
+    samples: Tensor  # (num_samples,), float64
+    products: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for a file."""
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        return {
+            "value": self.value,
+            "standard_error": error,
+            "samples": self.samples.tolist(),
+            "products": self.products,
+        }
+
+
+def hutchinson(
+    operator: LinearOperator,
+    *,
+    num_probes: int = 30,
+    tol: float | None = None,
+    seed: int = 0,
+    probes_per_pass: int | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Estimate the trace as the mean of <v, H v> over vectors of random signs (Hutchinson 1990).
+
+    The variance of one sample is 2 (|H|_F^2 - sum of the squared diagonal).
+
+    Args:
+        operator: A symmetric operator.
+        num_probes: The most vectors.
+        tol: Stop as soon as the standard error is at most this share of the estimate, after 8 vectors at least. It
+            is never the change of the running mean that stops, which is small by luck sooner or later.
+        seed: Of the vectors; each depends on the seed and its number alone.
+        probes_per_pass: Vectors multiplied at a time, by default one on a CPU and 16 on a GPU.
+        checkpoint: A file from which an interrupted run is continued, and to which samples are saved.
+        progress: Called after each pass.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If a setting is out of range or the checkpoint is not of this run.
+    """
+    _check(num_probes, "num_probes", 1)
+    together = _together(operator, probes_per_pass)
+    key = {"algorithm": "hutchinson", "settings": [seed], "weights": operator.fingerprint()}
+    state = load_state(checkpoint, key)
+    samples: list[float] = state["samples"] if state else []
+    while len(samples) < num_probes and not _is_enough(samples, tol):
+        indices = list(range(len(samples), min(len(samples) + together, num_probes)))
+        V = random_vectors(operator.size, indices, seed=seed, device=operator.device, law="rademacher")
+        samples += (V * operator.matmat(V)).sum(dim=0).tolist()
+        if checkpoint:
+            save_state(checkpoint, {"key": key, "samples": samples})
+        if progress:
+            progress(len(samples), num_probes, f"trace {sum(samples) / len(samples):.4g}")
+    return _trace(torch.tensor(samples, dtype=torch.float64), 0.0, len(samples))
+
+
+def hutch_plus_plus(
+    operator: LinearOperator,
+    *,
+    num_products: int = 30,
+    seed: int = 0,
+    probes_per_pass: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Estimate the trace by Hutch++ (Meyer et al. 2021, arXiv:2010.09649, algorithm 1).
+
+    A third of the products sketches the dominant directions, a third gives the trace over them exactly, and a third
+    estimates the rest like :func:`hutchinson`. It pays where few eigenvalues dominate.
+
+    Args:
+        operator: A symmetric operator.
+        num_products: Matrix-vector products in all, at least 3.
+        seed: Of the random vectors.
+        probes_per_pass: Vectors multiplied at a time, by default one on a CPU and 16 on a GPU.
+        progress: Called after each pass.
+
+    Returns:
+        The estimate; its standard error is that of the last third.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    _check(num_products, "num_products", 3)
+    n, device = operator.size, operator.device
+    together = _together(operator, probes_per_pass)
+    sketches = min(num_products // 3, n)
+    done = 0
+
+    def multiply(V: Tensor) -> Tensor:
+        nonlocal done
+        results = []
+        for part in torch.split(V, together, dim=1):
+            results.append(operator.matmat(part))
+            done += part.shape[1]
+            if progress:
+                progress(done, num_products, "Hutch++")
+        return torch.cat(results, dim=1)
+
+    S = random_vectors(n, list(range(sketches)), seed=seed, device=device, law="rademacher")
+    basis = Basis(n, torch.float64, device, sketches)
+    W = multiply(S)
+    threshold = 10 * torch.finfo(operator.dtype).eps * float(W.norm(dim=0).max()) / math.sqrt(n)
+    Q = basis.append(orthonormal_columns(W, basis, threshold, seed + 1)[0])
+    exact = float((Q * multiply(Q)).sum())
+    if Q.shape[1] == n:
+        return Trace(exact, 0.0, torch.tensor([exact], dtype=torch.float64), done)
+    G = random_vectors(n, list(range(sketches, num_products - sketches)), seed=seed, device=device, law="rademacher")
+    basis.remove_from(G)
+    return _trace((G * multiply(G)).sum(dim=0).cpu(), exact, done)
+
+
+def _trace(samples: Tensor, exact: float, products: int) -> Trace:
+    samples = samples + exact
+    error = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+    return Trace(float(samples.mean()), error, samples, products)
+
+
+def _is_enough(samples: list[float], tol: float | None) -> bool:
+    if tol is None or len(samples) < 8:
+        return False
+    estimate = _trace(torch.tensor(samples, dtype=torch.float64), 0.0, 0)
+    return estimate.standard_error <= tol * abs(estimate.value)
+
+
+def _together(operator: LinearOperator, probes_per_pass: int | None) -> int:
+    if probes_per_pass is None:
+        return 16 if operator.device.type == "cuda" else 1
+    _check(probes_per_pass, "probes_per_pass", 1)
+    return probes_per_pass
+
+
+def _check(value: int, name: str, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

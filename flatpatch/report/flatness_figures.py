@@ -1,0 +1,552 @@
+"""Figures of measured flatness: loss landscapes, lines between models and Hessian spectra.
+
+Each ``make_..._figure`` returns a matplotlib ``Figure`` (no window, no global state) with what was varied written on
+it. Cells that are infinite or NaN are shown as such, never filled in. Landscapes are read from the ``.npz`` files of
+``flatpatch.flatness.landscape``; spectra are mappings as its results' ``as_dict`` give them, read from JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
+from numpy.typing import NDArray
+
+from flatpatch.errors import UserError
+from flatpatch.report.titles import describe, short_warning
+
+FloatArray = NDArray[np.float64]
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLES = ("-", "--", "-.", ":")
+_WARNING = "#A33B00"
+_OUTSIDE: Mapping[str, Any] = {"loc": "outside lower center", "fontsize": 8.5, "frameon": False}
+_LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8.5, "framealpha": 0.9, "edgecolor": "none"}
+_MAP = "cividis"
+_LEVELS = 14
+# Losses whose largest is this many times their smallest are shown on a logarithmic scale.
+_LOG_RATIO = 30.0
+_SCHEMA = 1
+# Kernel width of a density by default, as a share of the spectrum's range.
+_KERNEL = 0.01
+
+_SCOPES = {
+    "adapter": "LoRA factors A and B",
+    "merged": "merged matrices W + s B A",
+    "trainable": "all trainable weights",
+    "model": "all weights of the model",
+}
+_NORMALISATIONS = {
+    "filter": "filter-normalised",
+    "layer": "normalised by layer",
+    "merged_rows": "B normalised by rows of the merged matrix",
+    "l2": "direction of unit length",
+}
+_FACTOR_FILTERS = "filter-normalised (rows of A, columns of B)"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A landscape's file: losses (p,) or (p, q) with their coordinates, marks (k, d), and what was varied."""
+
+    losses: FloatArray
+    done: NDArray[np.bool_]
+    axes: tuple[FloatArray, ...]
+    marks: FloatArray
+    mark_losses: FloatArray
+    origin_loss: float
+    about: Mapping[str, Any]
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a landscape's file.
+
+    Raises:
+        UserError: If it is not one, or of another version.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            grid = Grid(
+                **{name: file[name] for name in ("losses", "done", "marks", "mark_losses")},
+                axes=tuple(file[f"axis_{k}"] for k in range(file["losses"].ndim)),
+                origin_loss=float(file["origin_loss"]),
+                about=json.loads(str(file["about"])),
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a landscape's file: {error}. Measure again.") from None
+    if grid.about.get("schema") != _SCHEMA:
+        raise UserError(f"{path} has schema {grid.about.get('schema')}, this version reads {_SCHEMA}. Measure again.")
+    return grid
+
+
+def make_contour_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) -> Figure:
+    """Return a two-dimensional landscape as filled contours, with its models where they lie.
+
+    Args:
+        grid: Two-dimensional.
+        record: Of the run it was measured on, to be named in the title.
+
+    Returns:
+        The figure. Axes in weight units are drawn to one scale.
+
+    Raises:
+        ValueError: If the grid is not two-dimensional or has fewer than 2 x 2 cells.
+    """
+    _check_two_dimensional(grid)
+    x, y = grid.axes
+    # Axes of one scale need a figure of about their shape.
+    ratio = np.ptp(y) / np.ptp(x) if _in_weight_units(grid) else 1.0
+    figure = Figure(figsize=(7.2, float(np.clip(1.6 + 5.0 * ratio, 4.2, 9.0))), layout="constrained")
+    axes = figure.subplots()
+    missing = ~np.isfinite(grid.losses)
+    shown = np.where(missing, np.nan, grid.losses).T
+    if not missing.all():
+        levels, norm = _levels(grid.losses[~missing])
+        filled = axes.contourf(x, y, shown, levels=levels, norm=norm, cmap=_MAP)
+        axes.contour(x, y, shown, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+        bar = figure.colorbar(filled, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="loss", ticks=levels[::2])
+        bar.ax.set_yticklabels([f"{level:.3g}" for level in levels[::2]])
+        bar.ax.minorticks_off()
+        bar.outline.set_visible(False)
+    _hatch_missing(axes, grid)
+    if grid.marks.size:
+        _draw_marks(axes, grid)
+    else:
+        axes.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2.2)
+        axes.annotate(f"weights: {grid.origin_loss:.4g}", (0, 0), (7, 7), **_LABEL)
+    _name_axes(axes, grid)
+    if _in_weight_units(grid):
+        axes.set_aspect("equal")
+    _title(figure, "Loss landscape", describe_variation(grid.about), record)
+    return figure
+
+
+def make_surface_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) -> Figure:
+    """Return a two-dimensional landscape as a surface; cells that are not finite are holes.
+
+    Args:
+        grid: Two-dimensional.
+        record: Of the run it was measured on.
+
+    Returns:
+        The figure. The height is the logarithm of the loss where losses span more than a factor of thirty.
+
+    Raises:
+        ValueError: If the grid is not two-dimensional or has fewer than 2 x 2 cells.
+    """
+    _check_two_dimensional(grid)
+    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
+    axes: Any = figure.add_subplot(projection="3d")
+    a, b = np.meshgrid(*grid.axes, indexing="ij")
+    heights = np.where(np.isfinite(grid.losses), grid.losses, np.nan)
+    finite = heights[np.isfinite(heights)]
+    logarithmic = _is_wide(finite)
+    if logarithmic:
+        heights = np.log10(heights)
+    if finite.size:
+        low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
+        axes.plot_surface(
+            a,
+            b,
+            heights,
+            cmap=_MAP,
+            norm=Normalize(low, high if high > low else low + 1),
+            rcount=60,
+            ccount=60,
+            linewidth=0.2,
+            edgecolor=(1, 1, 1, 0.25),
+        )
+    _name_axes(axes, grid)
+    axes.set_zlabel("log10 of the loss" if logarithmic else "loss", labelpad=8)
+    axes.view_init(elev=32, azim=-57)
+    axes.set_box_aspect(None, zoom=0.88)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.pane.set_facecolor("0.97")
+    _title(figure, "Loss landscape", describe_variation(grid.about), record)
+    return figure
+
+
+def make_slices_figure(
+    grids: Mapping[str, Grid], *, heading: str = "Loss along one direction", record: Mapping[str, Any] | None = None
+) -> Figure:
+    """Return one-dimensional landscapes in one set of axes.
+
+    Args:
+        grids: By the name of each.
+        heading: What the figure shows.
+        record: Of the run they were measured on.
+
+    Returns:
+        The figure. Infinite cells are marked at the upper edge, NaN cells at the lower one.
+
+    Raises:
+        ValueError: If there is no grid, or one is not one-dimensional.
+    """
+    _check_one_dimensional(grids)
+    variations = {name: describe_variation(grid.about) for name, grid in grids.items()}
+    alike = len(set(variations.values())) == 1
+    # The legend stands below the axes and takes from their height.
+    figure = Figure(figsize=(8.0, 4.8 if alike else 4.4 + 0.4 * len(grids)), layout="constrained")
+    axes = figure.subplots()
+    for k, (name, grid) in enumerate(grids.items()):
+        # Where several things were varied, each line says its own, and else the title does.
+        label = name if alike else textwrap.fill(f"{name}: {variations[name]}", 95, subsequent_indent="    ")
+        _draw_line(axes, grid.axes[0], grid.losses, label, k)
+    _log_if_wide(axes, np.concatenate([grid.losses for grid in grids.values()]))
+    axes.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
+    labels = {grid.about["axes"][0]["label"] for grid in grids.values()}
+    first = next(iter(grids.values()))
+    axes.set_xlabel(_axis_label(first, 0) if len(labels) == 1 else "coordinate along each line's direction")
+    axes.set_ylabel("loss")
+    figure.legend(**_OUTSIDE)
+    _title(figure, heading, variations[next(iter(variations))] if alike else "", record)
+    return figure
+
+
+def make_connectivity_figure(grids: Mapping[str, Grid], *, record: Mapping[str, Any] | None = None) -> Figure:
+    """Return the loss on the straight lines between two models, with each barrier.
+
+    Args:
+        grids: Lines by name, such as one in factor and one in merged space.
+        record: Of the run they were measured on.
+
+    Returns:
+        The figure; thin lines join the ends, the barrier is the highest loss above them.
+
+    Raises:
+        ValueError: If there is no line, or one is not one-dimensional.
+    """
+    _check_one_dimensional(grids)
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for k, (name, grid) in enumerate(grids.items()):
+        alphas, losses = grid.axes[0], grid.losses
+        colour = _COLOURS[k % len(_COLOURS)]
+        straight = losses[0] + alphas * (losses[-1] - losses[0])
+        above = (losses - straight)[1:-1]
+        label = f"{name}: {grid.about['space']}, {grid.about['num_parameters']:,} weights"
+        if np.isfinite(above).all():
+            top = 1 + int(np.argmax(above))
+            label += f", barrier {above[top - 1]:.3g}"
+            axes.plot([alphas[top]] * 2, [straight[top], losses[top]], color=colour, linewidth=1.2, linestyle=":")
+        else:
+            label += ", barrier not finite"
+        _draw_line(axes, alphas, losses, label, k)
+        axes.plot(alphas[[0, -1]], losses[[0, -1]], color=colour, linewidth=0.8, alpha=0.6)
+    axes.set_xlabel("share of the second model")
+    axes.set_ylabel("loss")
+    figure.legend(**_OUTSIDE)
+    lines = dict.fromkeys(grid.about["axes"][0]["label"] for grid in grids.values())
+    _title(figure, "Linear mode connectivity", f"straight lines {', '.join(lines)}", record)
+    return figure
+
+
+def make_density_figure(
+    spectra: Mapping[str, Mapping[str, Any]],
+    *,
+    scope: str | None = None,
+    kernel: float = _KERNEL,
+    record: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Return the density of eigenvalues, and below it how many lie beyond each value, without a kernel.
+
+    Args:
+        spectra: By name, mappings with ``nodes`` and ``weights`` (num_probes, num_steps) and ``size``.
+        scope: What was varied: one of the scopes' names, or other words.
+        kernel: Standard deviation of the density's Gaussian bumps, as a share of the range of all nodes.
+        record: Of the run they were measured on.
+
+    Returns:
+        The figure. The band is the least and greatest over probes.
+
+    Raises:
+        ValueError: If there is no spectrum.
+    """
+    if not spectra:
+        raise ValueError("a figure of densities needs at least one spectrum")
+    nodes = {name: np.asarray(spectrum["nodes"], dtype=np.float64) for name, spectrum in spectra.items()}
+    weights = {name: np.asarray(spectrum["weights"], dtype=np.float64) for name, spectrum in spectra.items()}
+    low, high = min(x.min() for x in nodes.values()), max(x.max() for x in nodes.values())
+    span = (high - low) or abs(high) or 1.0
+    sigma = kernel * span
+    margin = max(0.05 * span, 5 * sigma)
+    grid = np.linspace(low - margin, high + margin, 1201)
+    figure = Figure(figsize=(8.0, 6.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    floors, peaks, sizes = [], [], []
+    for k, (name, spectrum) in enumerate(spectra.items()):
+        size = int(spectrum["size"])
+        colour, style = _COLOURS[k % len(_COLOURS)], _STYLES[k // len(_COLOURS) % len(_STYLES)]
+        bumps = np.exp(-0.5 * ((grid - nodes[name][..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+        per_probe = (weights[name][..., None] * bumps).sum(axis=1)
+        _draw_band(above, grid, per_probe, f"{name} ({size:,} eigenvalues)", colour, style)
+        floors.append(1 / (size * sigma * math.sqrt(2 * math.pi)))
+        peaks.append(float(per_probe.max()))
+        sizes.append(size)
+        _draw_band(below, grid, _counts_beyond(nodes[name], weights[name], grid) * size, name, colour, style)
+    above.axhline(min(floors), color="0.5", linewidth=0.8, linestyle=":")
+    # Lower values are the tails of the kernel and no eigenvalues.
+    above.set_yscale("log")
+    above.set_ylim(0.1 * min(floors), 4 * max(peaks))
+    above.annotate("peak of a single eigenvalue", (1, min(floors)), (-4, 3), **_EDGE_NOTE)
+    above.set_ylabel("density per unit eigenvalue")
+    above.legend(**_LEGEND)
+    below.set_yscale("log")
+    below.set_ylim(0.1, 2 * max(sizes))
+    below.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
+    below.annotate("one eigenvalue", (1, 1), (-4, 3), **_EDGE_NOTE)
+    below.set_ylabel("eigenvalues beyond it,\naway from zero")
+    below.set_xlabel("eigenvalue of the Hessian")
+    for axes in (above, below):
+        axes.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set_xlim(grid[0], grid[-1])
+    probes = {x.shape for x in nodes.values()}
+    made = ", ".join(f"{count} probes x {steps} steps" for count, steps in sorted(probes))
+    note = f"{made}; Gaussian kernel of standard deviation {sigma:.3g} (above), none (below)"
+    note += "; bands: least to greatest over probes"
+    _title(figure, "Hessian spectrum", describe_variation({"scope": scope, "note": note}), record)
+    return figure
+
+
+def make_eigenvalues_figure(
+    spectra: Mapping[str, Mapping[str, Any]], *, scope: str | None = None, record: Mapping[str, Any] | None = None
+) -> Figure:
+    """Return eigenvalues in order, with residuals as error bars; those that did not converge are hollow.
+
+    Args:
+        spectra: By name, mappings with ``values``, ``residuals`` and ``converged``, (k,) each.
+        scope: What was varied: one of the scopes' names, or other words.
+        record: Of the run they were measured on.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no spectrum.
+    """
+    if not spectra:
+        raise ValueError("a figure of eigenvalues needs at least one spectrum")
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    hollow = False
+    everything = np.concatenate([np.asarray(spectrum["values"], dtype=np.float64) for spectrum in spectra.values()])
+    longest = max(len(spectrum["values"]) for spectrum in spectra.values())
+    for k, (name, spectrum) in enumerate(spectra.items()):
+        values, residuals = (np.asarray(spectrum[key], dtype=np.float64) for key in ("values", "residuals"))
+        converged = np.asarray(spectrum["converged"], dtype=bool)
+        # Side by side, so that equal values do not hide one another.
+        places = np.arange(1, len(values) + 1) + 0.5 * ((k + 0.5) / len(spectra) - 0.5)
+        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
+        axes.errorbar(places, values, yerr=residuals, color=colour, linestyle="none", capsize=3, linewidth=1)
+        for chosen, fill in ((converged, colour), (~converged, "white")):
+            # One entry in the legend, of whichever kind comes first.
+            label = name if fill == colour or not converged.any() else "_"
+            if chosen.any():
+                axes.plot(places[chosen], values[chosen], marker, color=colour, markerfacecolor=fill, label=label)
+        hollow = hollow or not converged.all()
+    _log_if_wide(axes, everything)
+    if axes.get_yscale() == "linear":
+        axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(1, longest + 1))
+    axes.set_xlim(0.5, longest + 0.5)
+    axes.set_xlabel("eigenvalue, in the order of the search")
+    axes.set_ylabel("eigenvalue of the Hessian")
+    axes.legend(**_LEGEND)
+    note = "bars: residuals" + ("; hollow: not converged" if hollow else "")
+    _title(figure, "Hessian eigenvalues", describe_variation({"scope": scope, "note": note}), record)
+    return figure
+
+
+def describe_variation(about: Mapping[str, Any]) -> str:
+    """Return in words what was varied: which weights, along what, and where a direction is zero by construction."""
+    parts = []
+    if scope := about.get("scope"):
+        count = about.get("num_parameters")
+        parts.append(_SCOPES.get(scope, scope) + (f" ({count:,} weights)" if count else ""))
+    axes = about.get("axes", [])
+    if marks := about.get("marks"):
+        parts.append(f"plane through {', '.join(marks)}")
+    else:
+        parts += dict.fromkeys(_words(about, axis) for axis in axes)
+    for axis in axes:
+        if zeros := sum(axis.get("zero_units", {}).values()):
+            parts.append(f"{zeros} units have zero weights and do not move along {axis['label']}")
+    if skipped := len({name for axis in axes for name in axis.get("skipped", ())}):
+        parts.append(f"{skipped} biases and norm weights held fixed")
+    if note := about.get("note"):
+        parts.append(note)
+    return "; ".join(part for part in parts if part)
+
+
+_LABEL: Mapping[str, Any] = {
+    "textcoords": "offset points",
+    "fontsize": 8.5,
+    "color": "black",
+    "bbox": {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+}
+_EDGE_NOTE: Mapping[str, Any] = {
+    "xycoords": ("axes fraction", "data"),
+    "textcoords": "offset points",
+    "ha": "right",
+    "fontsize": 7.5,
+    "color": "0.4",
+}
+
+
+def _words(about: Mapping[str, Any], axis: Mapping[str, Any]) -> str:
+    kind = axis.get("normalisation", "")
+    if kind == "filter" and about.get("scope") == "adapter":
+        return _FACTOR_FILTERS
+    return _NORMALISATIONS.get(kind, "")
+
+
+def _levels(values: FloatArray) -> tuple[FloatArray, Normalize]:
+    low, high = float(values.min()), float(values.max())
+    if _is_wide(values):
+        return np.geomspace(low, high, _LEVELS), LogNorm(low, high)
+    # A flat landscape has no levels of its own.
+    high = high if high > low else low + max(abs(low), 1.0) * 1e-6
+    return np.linspace(low, high, _LEVELS), Normalize(low, high)
+
+
+def _is_wide(values: FloatArray) -> bool:
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.min() > 0 and finite.max() > _LOG_RATIO * finite.min())
+
+
+def _log_if_wide(axes: Axes, values: FloatArray) -> None:
+    if _is_wide(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatterSciNotation())
+
+
+def _hatch_missing(axes: Axes, grid: Grid) -> None:
+    """Fill what no contour covers with a hatching, and say in a legend what it is."""
+    kinds = {
+        "NaN": int((grid.done & np.isnan(grid.losses)).sum()),
+        "infinite": int(np.isinf(grid.losses).sum()),
+        "not evaluated": int((~grid.done).sum()),
+    }
+    words = ", ".join(f"{count} {name}" for name, count in kinds.items() if count)
+    axes.set_facecolor("0.9")
+    if not words:
+        return
+    axes.patch.set(hatch="///", edgecolor="0.6", linewidth=0)
+    # The hatching shows through between a missing cell and its neighbours too: contours need all corners.
+    key = Patch(facecolor="0.9", edgecolor="0.6", hatch="///", label=f"cells: {words}")
+    axes.legend(handles=[key], **{**_LEGEND, "loc": "lower right"})
+    for index in zip(*np.nonzero(~np.isfinite(grid.losses) & grid.done), strict=True):
+        symbol = "x" if np.isnan(grid.losses[index]) else "^"
+        place = [axis[k] for axis, k in zip(grid.axes, index, strict=True)]
+        axes.plot(*place, marker=symbol, color="black", markersize=3.5, linestyle="none")
+
+
+def _draw_marks(axes: Axes, grid: Grid) -> None:
+    for k, (name, (x, y), loss) in enumerate(zip(grid.about["marks"], grid.marks, grid.mark_losses, strict=True)):
+        axes.plot(
+            x, y, marker=_MARKERS[k % len(_MARKERS)], color="white", markeredgecolor="black", markersize=8, linestyle=""
+        )
+        low, high = grid.axes[0][[0, -1]]
+        inwards: dict[str, Any] = {"ha": "right"} if x > low + 0.65 * (high - low) else {}
+        axes.annotate(f"{name}: {loss:.4g}", (x, y), (-8 if inwards else 8, 8), **_LABEL, **inwards)
+
+
+def _draw_line(axes: Axes, x: FloatArray, y: FloatArray, label: str, k: int) -> None:
+    colour = _COLOURS[k % len(_COLOURS)]
+    finite = np.where(np.isfinite(y), y, np.nan)
+    axes.plot(
+        x,
+        finite,
+        color=colour,
+        linestyle=_STYLES[k // len(_COLOURS) % len(_STYLES)],
+        marker=_MARKERS[k % len(_MARKERS)],
+        markersize=3.5 if len(x) <= 60 else 0,
+        linewidth=1.6,
+        label=label,
+    )
+    for missing, symbol, height in ((np.isposinf(y), "^", 0.98), (np.isnan(y) | np.isneginf(y), "x", 0.02)):
+        if missing.any():
+            what = "infinite" if symbol == "^" else "NaN"
+            axes.plot(
+                x[missing],
+                np.full(int(missing.sum()), height),
+                transform=axes.get_xaxis_transform(),
+                color=colour,
+                marker=symbol,
+                linestyle="none",
+                label=f"{what} ({int(missing.sum())})",
+            )
+
+
+def _draw_band(axes: Axes, x: FloatArray, per_probe: FloatArray, label: str, colour: str, style: str) -> None:
+    axes.fill_between(x, per_probe.min(axis=0), per_probe.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, per_probe.mean(axis=0), color=colour, linestyle=style, linewidth=1.5, label=label)
+
+
+def _counts_beyond(nodes: FloatArray, weights: FloatArray, grid: FloatArray) -> FloatArray:
+    """Return the share of eigenvalues at least as far from zero as each point, on its side, per probe."""
+    farther = np.where(grid >= 0, nodes[..., None] >= grid, nodes[..., None] <= grid)
+    shares: FloatArray = (weights[..., None] * farther).sum(axis=1)
+    return shares
+
+
+def _in_weight_units(grid: Grid) -> bool:
+    return all(axis.get("normalisation") == "l2" for axis in grid.about["axes"])
+
+
+def _axis_label(grid: Grid, k: int) -> str:
+    axis = grid.about["axes"][k]
+    unit = " (weight units)" if axis.get("normalisation") == "l2" else ""
+    return f"{axis['label']}{unit}"
+
+
+def _name_axes(axes: Axes, grid: Grid) -> None:
+    axes.set_xlabel(_axis_label(grid, 0))
+    axes.set_ylabel(_axis_label(grid, 1))
+
+
+def _check_two_dimensional(grid: Grid) -> None:
+    if grid.losses.ndim != 2 or min(grid.losses.shape) < 2:
+        raise ValueError(f"a contour or surface needs a grid of at least 2 x 2 cells, got {grid.losses.shape}")
+
+
+def _check_one_dimensional(grids: Mapping[str, Grid]) -> None:
+    if not grids:
+        raise ValueError("a figure of slices needs at least one")
+    for name, grid in grids.items():
+        if grid.losses.ndim != 1:
+            raise ValueError(f"{name} is not one-dimensional but {grid.losses.shape}")
+
+
+def _title(
+    figure: Figure,
+    heading: str,
+    varied: str,
+    record: Mapping[str, Any] | None,
+) -> None:
+    """Head a figure with what it shows, what was varied, which run it is, and why it must not be compared."""
+    columns = int(figure.get_size_inches()[0] * 12)  # a character is about 6 points wide at this size
+    lines = [heading, *textwrap.wrap(varied, columns)]
+    label = ""
+    if record is not None:
+        lines += textwrap.wrap(describe(record), columns)
+        label = short_warning(record)
+        lines += textwrap.wrap(label, columns) if label else []
+    figure.suptitle("\n".join(lines), fontsize=10.5, color=_WARNING if label else "black")
+    for axes in figure.axes:
+        if axes.name != "3d":
+            axes.spines[["top", "right"]].set_visible(False)
