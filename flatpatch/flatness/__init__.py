@@ -6,42 +6,69 @@ For example, the five largest eigenvalues of the loss over the LoRA factors of a
     print(lanczos(HessianOperator(problem), k=5))
 """
 
-# The loss and what it is a function of.
 from flatpatch.flatness.batchwise import BatchEigenvalues, batch_eigenvalues
+from flatpatch.flatness.connectivity import Connectivity, checkpoint_point, linear_connectivity, model_point
 from flatpatch.flatness.density import Quadrature, kernel_width, quadrature, spectral_density, spectral_distribution
+from flatpatch.flatness.directions import Direction, given_direction, random_direction
 from flatpatch.flatness.eigenvalues import Eigenpairs, lanczos, power_iteration
-
-# Its Hessian, and what can be asked of it.
+from flatpatch.flatness.landscape import Landscape, Mark, Plane, landscape, plane_landscape, plane_through
 from flatpatch.flatness.operator import HessianOperator, LinearOperator, MatrixOperator
 from flatpatch.flatness.problem import Loss, Problem, count_terms, model_loss, supervised_loss
 from flatpatch.flatness.scope import SCOPES, Scope, find_scope
+from flatpatch.flatness.sharpness import (
+    BallSharpness,
+    KeskarSharpness,
+    MSharpness,
+    ball_sharpness,
+    keskar_sharpness,
+    m_sharpness,
+)
 from flatpatch.flatness.statistics import SpectrumStatistics, first_to_fifth, spectrum_statistics
 from flatpatch.flatness.trace import Trace, hutch_plus_plus, hutchinson
 
 __all__ = [
     "SCOPES",
+    "BallSharpness",
     "BatchEigenvalues",
+    "Connectivity",
+    "Direction",
     "Eigenpairs",
     "HessianOperator",
+    "KeskarSharpness",
+    "Landscape",
     "LinearOperator",
     "Loss",
+    "MSharpness",
+    "Mark",
     "MatrixOperator",
+    "Plane",
     "Problem",
     "Quadrature",
     "Scope",
     "SpectrumStatistics",
     "Trace",
+    "ball_sharpness",
     "batch_eigenvalues",
+    "checkpoint_point",
     "count_terms",
     "find_scope",
     "first_to_fifth",
+    "given_direction",
     "hutch_plus_plus",
     "hutchinson",
+    "keskar_sharpness",
     "kernel_width",
     "lanczos",
+    "landscape",
+    "linear_connectivity",
+    "m_sharpness",
     "model_loss",
+    "model_point",
+    "plane_landscape",
+    "plane_through",
     "power_iteration",
     "quadrature",
+    "random_direction",
     "spectral_density",
     "spectral_distribution",
     "spectrum_statistics",

@@ -91,7 +91,7 @@ def spectrum_statistics(
 
 
 def first_to_fifth(values: Tensor) -> float:
-    """Return the ratio of the largest to the fifth largest eigenvalue, as Foret et al. 2021 (arXiv:2010.01412) report it.
+    """Return the largest eigenvalue over the fifth largest, as Foret et al. 2021 (arXiv:2010.01412) report it.
 
     Args:
         values: At least the five largest eigenvalues, in any order.

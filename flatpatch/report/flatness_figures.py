@@ -120,7 +120,7 @@ def make_contour_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) 
         bar = figure.colorbar(filled, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="loss", ticks=levels[::2])
         bar.ax.set_yticklabels([f"{level:.3g}" for level in levels[::2]])
         bar.ax.minorticks_off()
-        bar.outline.set_visible(False)
+        bar.ax.spines["outline"].set_visible(False)
     _hatch_missing(axes, grid)
     if grid.marks.size:
         _draw_marks(axes, grid)
