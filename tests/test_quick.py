@@ -105,6 +105,15 @@ def test_no_sentence_stands_twice_in_a_task(benchmark: Path, name: str) -> None:
     assert len(set(sentences)) == len(sentences) == sum(generator.SPLIT_SIZES.values())
 
 
+def test_a_sentence_drawn_twice_is_drawn_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Chance alone makes this so rare that no seed tried shows it."""
+    numbers = itertools.count()
+    monkeypatch.setattr(generator, "_sentence", lambda *_: f"sentence {next(numbers) // 2}")
+    generator.write_benchmark(tmp_path)
+    sentences = [i["sentence"] for split in generator.SPLIT_SIZES for i in read(tmp_path, "yahoo", split)]
+    assert len(set(sentences)) == len(sentences)
+
+
 @pytest.mark.parametrize("name", quick.TASKS)
 def test_training_order_is_shuffled(benchmark: Path, name: str) -> None:
     labels = [instance["label"] for instance in read(benchmark, name, "train")]
