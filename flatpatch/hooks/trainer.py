@@ -1,15 +1,4 @@
-"""All that a patched upstream may call. Without ``FLATPATCH_RUN`` in the environment every hook does nothing.
-
-``FLATPATCH_RUN`` names a JSON file, written by the run that started this process::
-
-    {"schema": 1, "task_index": 0, "task": "dbpedia",
-     "metrics": "/.../metrics.jsonl", "progress": "/.../progress.json", "summary": "/.../summary.json",
-     "sam": {"kind": "off" | "sam" | "asam", "rho": 0.05, "eta": 0.01, "scope": "lora" | "A" | "B" | "head" | "all",
-             "sync": "local" | "global", "ascent_loss": "total" | "task"},
-     "adapters": "upstream" | "fp32"}
-
-Importing this module needs the standard library alone; torch is used only once a hook has work to do.
-"""
+"""The hook in a Hugging Face Trainer: SAM around its training step, and a record of each step."""
 
 from __future__ import annotations
 
@@ -21,23 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import FlatpatchError, UserError, did_you_mean
-
-VARIABLE = "FLATPATCH_RUN"
-SCHEMA = 1
+from flatpatch.errors import FlatpatchError
+from flatpatch.hooks.run_files import VARIABLE, read_description, write_atomically
 
 # Steps whose measurements wait on the device until they are fetched and written together.
 _BUFFERED_STEPS = 10
 _SECONDS_BETWEEN_PROGRESS = 0.5
 
-_CHOICES = {
-    "kind": ("off", "sam", "asam"),
-    "scope": ("lora", "A", "B", "head", "all"),
-    "sync": ("local", "global"),
-    "ascent_loss": ("total", "task"),
-}
-_RADII = ("rho", "eta")
-_TOP = ("schema", "task_index", "task", "metrics", "progress", "summary", "sam", "adapters")
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
 _SUMMED = ("loss", "perturbed_loss", "grad_norm")
 _MEASURED = (*_SUMMED, "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
@@ -58,7 +37,7 @@ def attach_trainer(trainer: Any) -> None:
     path = os.environ.get(VARIABLE)
     if path is None:
         return
-    run = _read(Path(path))
+    run = read_description(Path(path))
     missing = [
         name
         for name in ("training_step", "compute_loss", "add_callback", "is_world_process_zero")
@@ -79,46 +58,6 @@ def attach_trainer(trainer: Any) -> None:
     recorder = _Recorder(trainer, run, step)
     trainer.training_step = recorder.training_step
     trainer.add_callback(recorder)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read and check a run's description, reporting all its mistakes at once."""
-    where = f"{VARIABLE}={path}"
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{where} cannot be read as JSON: {error}. Unset {VARIABLE} to train without flatpatch."
-        ) from None
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        found = run.get("schema") if isinstance(run, dict) else type(run).__name__
-        raise UserError(f"{where} has schema {found!r}, expected {SCHEMA}. Start the run again with this flatpatch.")
-    problems = _differences(run, _TOP, where)
-    settings = run.get("sam")
-    if isinstance(settings, dict):
-        problems += _differences(settings, (*_CHOICES, *_RADII), f"{where}: sam")
-        for name, allowed in _CHOICES.items():
-            if name in settings and settings[name] not in allowed:
-                problems.append(f"{where}: sam.{name}={settings[name]!r} is not one of {', '.join(allowed)}")
-        for name in _RADII:
-            value = settings.get(name, 0.0)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and value >= 0):
-                problems.append(f"{where}: sam.{name}={value!r} is not a number >= 0")
-    elif "sam" in run:
-        problems.append(f"{where}: sam is not an object")
-    if run.get("adapters", "upstream") not in ("upstream", "fp32"):
-        problems.append(f"{where}: adapters={run['adapters']!r} is not one of upstream, fp32")
-    if problems:
-        raise UserError.collect(problems)
-    return run
-
-
-def _differences(given: Mapping[str, Any], expected: tuple[str, ...], where: str) -> list[str]:
-    unknown = [
-        f"{where} has an unknown key {key!r}.{did_you_mean(key, expected)}" for key in given if key not in expected
-    ]
-    return unknown + [f"{where} has no {key!r}" for key in expected if key not in given]
 
 
 class _Recorder:
@@ -177,7 +116,7 @@ class _Recorder:
             return
         # On a line of its own, although a progress bar may already stand in this one.
         print(f"\nflatpatch: {self._liveness()}", flush=True)
-        _write_atomically(self._metrics, "".join(_records_until(self._metrics, state.global_step)))
+        write_atomically(self._metrics, "".join(_records_until(self._metrics, state.global_step)))
         self._write_progress("train", state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -218,7 +157,7 @@ class _Recorder:
             "launcher": _launcher(self._trainer),
             "dtype": self._dtype,
         }
-        _write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
         self._write_progress("train", state.global_step, state.max_steps)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
@@ -269,7 +208,7 @@ class _Recorder:
     def _write_progress(self, phase: str, step: int, total: int | None) -> None:
         self._progress_written = time.monotonic()
         progress = {"phase": phase, "step": step, "total": total, "loss": self._last_loss if phase == "train" else None}
-        _write_atomically(self._progress, json.dumps(progress) + "\n")
+        write_atomically(self._progress, json.dumps(progress) + "\n")
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -317,9 +256,3 @@ def _launcher(trainer: Any) -> str:
     if isinstance(getattr(trainer, "model_wrapped", None), DistributedDataParallel):
         return "ddp"
     return "data-parallel" if getattr(trainer.args, "n_gpu", 0) > 1 else "plain"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
