@@ -41,6 +41,7 @@ def description(folder, **sam):
         "summary": str(folder / "summary.json"),
         "sam": settings | sam,
         "adapters": "upstream",
+        "measure": None,
     }
 
 

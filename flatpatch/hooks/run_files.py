@@ -6,8 +6,10 @@
      "metrics": "/.../metrics.jsonl", "progress": "/.../progress.json", "summary": "/.../summary.json",
      "sam": {"kind": "off" | "sam" | "asam", "rho": 0.05, "eta": 0.01, "scope": "lora" | "A" | "B" | "head" | "all",
              "sync": "local" | "global", "ascent_loss": "total" | "task"},
-     "adapters": "upstream" | "fp32"}
+     "adapters": "upstream" | "fp32",
+     "measure": null | {"request": {...}, "folder": "/.../flatness"}}
 
+What ``measure`` holds, flatpatch.measurement.in_run says.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _CHOICES = {
     "ascent_loss": ("total", "task"),
 }
 _RADII = ("rho", "eta")
-_TOP = ("schema", "task_index", "task", "metrics", "progress", "summary", "sam", "adapters")
+_TOP = ("schema", "task_index", "task", "metrics", "progress", "summary", "sam", "adapters", "measure")
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -24,7 +25,10 @@ from flatpatch import patches
 from flatpatch.continual import metrics, quick
 from flatpatch.continual.results import read_results
 from flatpatch.errors import FlatpatchError, Interrupted, UserError
+from flatpatch.measurement import files as measurements
+from flatpatch.measurement.request import WHENS
 from flatpatch.report.figures import draw_run
+from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.records import read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.changes import TaskPlan
@@ -88,6 +92,7 @@ def _show(folder: Path, record: dict[str, Any]) -> None:
     """Print the table and draw the figures."""
     print(summary_table(record))
     drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
+    drawn += draw_flatness(record, folder)
     print(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
     for path in drawn:
         print(f"figure   {path}")
@@ -105,6 +110,8 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
     for task in plan.tasks[kept:]:
         shutil.rmtree(_task_folder(plan, task), ignore_errors=True)
         shutil.rmtree(_output(plan, task), ignore_errors=True)
+        for path in _measured(plan, task):
+            path.unlink(missing_ok=True)
     for index, task in enumerate(plan.tasks):
         own = _task_folder(plan, task)
         if index < kept:
@@ -114,6 +121,15 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
         write_record(plan.folder, record)
+        if index >= kept:
+            _say_failures(plan, task)
+
+
+def _say_failures(plan: Plan, task: TaskPlan) -> None:
+    for path in _measured(plan, task):
+        if path.suffix == ".json":
+            for failure in measurements.failures(read_json(path)):
+                print(f"WARNING: not measured: {path.stem}: {failure}", flush=True)
 
 
 def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
@@ -159,6 +175,14 @@ def _task_folder(plan: Plan, task: TaskPlan) -> Path:
 
 def _output(plan: Plan, task: TaskPlan) -> Path:
     return plan.folder / "work" / task.invocation.get("output_dir")
+
+
+def _measured(plan: Plan, task: TaskPlan) -> list[Path]:
+    """Return the files of what was measured around a task."""
+    index = plan.tasks.index(task)
+    folder = plan.folder / measurements.FOLDER
+    stems = [measurements.stem(index, task.name, when) for when in WHENS]
+    return sorted(path for stem in stems for path in folder.glob(f"{glob.escape(stem)}[.-]*"))
 
 
 def _is_done(plan: Plan, task: TaskPlan) -> bool:
@@ -211,7 +235,7 @@ def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
         )
     seconds = time.monotonic() - started
     files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
-    files += [output / "all_results.json", own / "metrics.jsonl", own / "summary.json"]
+    files += [output / "all_results.json", own / "metrics.jsonl", own / "summary.json", *_measured(plan, task)]
     kept = {str(path.relative_to(plan.folder)): _digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
@@ -234,6 +258,9 @@ def _hook_settings(plan: Plan, index: int, task: TaskPlan, own: Path) -> dict[st
             "ascent_loss": settings.ascent_loss,
         },
         "adapters": settings.adapters,
+        "measure": None
+        if settings.measuring is None
+        else {"request": settings.measuring.as_dict(), "folder": str(plan.folder / measurements.FOLDER)},
     }
 
 
@@ -241,13 +268,16 @@ def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _
     """Show the task's progress until it ends; stop it when asked to."""
     started = time.monotonic()
     with tqdm(desc=f"{title}: starting", unit="step", file=sys.stderr, disable=None, leave=True) as bar:
-        phase = ""
+        phase = note = ""
         while process.poll() is None:
             if stop.asked:
                 _end(process)
                 raise Interrupted(f"stopped by {stop.asked} during {title}. The same command continues the run.")
             with contextlib.suppress(OSError, ValueError):
                 state = json.loads(progress.read_text(encoding="utf-8"))
+                if state.get("note", note) != note:
+                    note = state["note"]
+                    tqdm.write(f"{title}: {note}", file=sys.stdout)
                 if state["phase"] != phase:
                     phase = state["phase"]
                     bar.reset(total=state["total"])
@@ -282,6 +312,8 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     record["accuracy_matrix"] = metrics.to_lists(results.accuracy)
     record["timing"]["train_seconds"] = list(results.train_seconds)
     record["timing"]["predict_seconds"] = list(results.predict_seconds)
+    names = [measurements.stem(k, task.name, when) for k, task in enumerate(plan.tasks[:count]) for when in WHENS]
+    record["flatness"] = measurements.read_entries(plan.folder, names)
     record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.tasks[:count]]
     if count == len(plan.tasks):
         record["metrics"] = metrics.summarise(results.accuracy, sample_weighted=results.sample_weighted)
