@@ -17,7 +17,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put every global random number generator back when the block is left: Python's, numpy's, torch's on all devices."""
+    """Put Python's, numpy's and torch's generators, on all devices, back when the block is left."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:

@@ -34,7 +34,9 @@ def read_description(values: Any, where: str) -> tuple[Request, Path]:
     if not isinstance(values, dict):
         raise UserError(f"{where} is not an object or null.")
     problems = [
-        f"{where} has an unknown key {key!r}.{did_you_mean(key, _DESCRIPTION)}" for key in values if key not in _DESCRIPTION
+        f"{where} has an unknown key {key!r}.{did_you_mean(key, _DESCRIPTION)}"
+        for key in values
+        if key not in _DESCRIPTION
     ]
     problems += [f"{where} has no {key!r}" for key in _DESCRIPTION if key not in values]
     if problems:

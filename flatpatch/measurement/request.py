@@ -43,7 +43,7 @@ class Effort:
 
 
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(5, 60, 1e-2, 20, 2, 20, 30, 5e-2, 5, 11, 21),
+    "quick": Effort(5, 40, 1e-2, 16, 2, 16, 20, 5e-2, 4, 9, 17),
     "full": Effort(10, 300, 1e-3, 100, 4, 50, 100, 1e-2, 20, 25, 51),
 }
 
@@ -143,7 +143,9 @@ def read_request(values: Any, where: str) -> Request:
     fields = {field.name: field for field in dataclasses.fields(Request)}
     if not isinstance(values, dict):
         raise UserError(f"{where} is not an object.")
-    problems = [f"{where} has an unknown key {key!r}.{did_you_mean(key, fields)}" for key in values if key not in fields]
+    problems = [
+        f"{where} has an unknown key {key!r}.{did_you_mean(key, fields)}" for key in values if key not in fields
+    ]
     problems += [f"{where} has no {key!r}" for key in fields if key not in values]
     if problems:
         raise UserError.collect(problems)

@@ -12,6 +12,7 @@ from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.figures import draw_run
+from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.records import read_record, read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
@@ -149,7 +150,8 @@ def show(words: Sequence[str]) -> int:
         record = read_record(folder / "record.json")
         print(summary_table(record), "\n")
         if record["status"] == "finished":
-            for path in draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures"):
+            drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
+            for path in [*drawn, *draw_flatness(record, folder)]:
                 print(f"figure   {path}")
             records.append(record)
     if len(records) > 1:
