@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flatpatch.errors import UserError
 from flatpatch.flatness import (
     HessianOperator,
     Landscape,
@@ -20,6 +22,7 @@ from flatpatch.flatness import (
     Problem,
     ball_sharpness,
     batch_eigenvalues,
+    find_scope,
     first_to_fifth,
     hutchinson,
     keskar_sharpness,
@@ -31,7 +34,6 @@ from flatpatch.flatness import (
     spectrum_statistics,
 )
 from flatpatch.flatness.points import Objective, moving, plain
-from flatpatch.flatness.scope import adapter_factor
 from flatpatch.measurement.request import EFFORTS, Effort, Request
 
 SEED = 0
@@ -394,18 +396,21 @@ def _slice(work: _Work) -> None:
 
 
 def _normalisation(problem: Problem) -> str:
-    """Filters; but where a factor B is zero, as before a task, these give a landscape that is flat by construction."""
+    """Filters; of a LoRA pair the merged matrix's, for B's own are zero before a task and small after it.
+
+    A landscape by those would be flat by construction, and could not be set beside one of another time or scope.
+    """
     if problem.scope.name == "adapter":
-        factors = zip(problem.scope.names, problem.variables, strict=True)
-        if any(adapter_factor(name) == "B" and not bool(value.any()) for name, value in factors):
-            return "merged_rows"
+        try:
+            find_scope(problem.model, "merged")
+        except UserError:
+            return "filter"
+        return "merged_rows"
     return "filter"
 
 
 def landscape_arrays(found: Landscape) -> dict[str, Any]:
     """Return a landscape's arrays under the names that its own files use."""
-    import json
-
     return {
         "losses": found.losses,
         "done": found.done,

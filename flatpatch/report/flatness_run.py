@@ -6,6 +6,7 @@ import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
                 color=_COLOURS[when],
                 marker=_MARKERS[when],
                 markersize=5,
-                linewidth=1,
+                linestyle="none",
                 capsize=3,
                 label=f"{when} the task" if when != "finished" else "measured afterwards",
             )
@@ -208,4 +209,5 @@ def _landscape(folder: Path, entry: Entry) -> Grid | None:
                 return None
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-    return read_grid(path)
+    grid = read_grid(path)
+    return replace(grid, about={**grid.about, "note": _name(entry)})
