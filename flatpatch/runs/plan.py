@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flatpatch import patches
+from flatpatch.conflicts import PaperArgument
 from flatpatch.continual import quick
 from flatpatch.continual.tasks import check_benchmark
 from flatpatch.errors import UserError, did_you_mean
@@ -162,10 +163,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         for name, number in preset.items():
             editor.set(name, str(number), "profile quick: minutes on two CPU cores")
     if profile == "paper":
-        for argument in method.paper:
-            if settings.order in argument.orders:
-                editor.set(argument.argument, argument.value, f"profile paper: {argument.source}")
-        notes += [f"paper and code differ: {note}" for note in method.paper_notes]
+        for argument, why in paper_arguments(method, settings.order):
+            editor.set(argument.argument, argument.value, why)
+        notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
     devices = devices[:world_size]
@@ -209,6 +209,16 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if not dry_run:
         _check_start(plan)
     return plan
+
+
+def paper_arguments(method: Method, where: str) -> list[tuple[PaperArgument, str]]:
+    """Return what ``profile=paper`` sets for a task order or shipped configuration, each with its reason."""
+    return [
+        (argument, f"profile paper: the paper has {conflict.paper} ({conflict.source})")
+        for conflict in method.conflicts
+        for argument in conflict.arguments
+        if where in argument.where
+    ]
 
 
 def _read_invocations(
