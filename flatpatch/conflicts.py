@@ -1,7 +1,7 @@
 """Where a paper and its own repository disagree, and what flatpatch runs: one row each, with the source.
 
-``DEVIATIONS.md`` is written from these rows (``python -m flatpatch.conflicts > DEVIATIONS.md``), and ``profile=paper`` takes
-its changes from them, so the page and the runs cannot say different things.
+``DEVIATIONS.md`` is written from these rows (``python -m flatpatch.conflicts > DEVIATIONS.md``), and ``profile=paper``
+takes its changes from them, so the page and the runs cannot say different things.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         Conflict(
             "threshold of the old tasks' subspace",
             "a constant per benchmark",
-            "rises from `lamb` towards `lame` over the tasks; applied to the squared spectrum of the second-moment matrix",
+            "rises from `lamb` towards `lame` over the tasks; of the squared spectrum of the second moments",
             _AS_SHIPPED,
             f"{_INFLORA}; methods/inflora.py",
         ),
@@ -118,10 +118,10 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         Conflict(
             "ImageNet-R: split into training and test images",
             "not said",
-            "drawn by the code in the data folder itself, on first use, from the random numbers of that run's seed; the "
-            "lists in utils/splits/ are not read",
-            "a folder split beforehand (the error says how, with the repository's own code); the record has its hash and "
-            "says whether it is the one of utils/splits/",
+            "drawn by the code in the data folder itself, on first use, with the random numbers of that run's seed; "
+            "the lists in utils/splits/ are not read",
+            "a folder split beforehand (the error says how, with the repository's own code); the record has its hash "
+            "and says whether it is the split of utils/splits/",
             "utils/data.py; utils/splits/",
         ),
         Conflict(
@@ -317,10 +317,10 @@ def render() -> str:
     lines = [
         "# Where papers and their repositories disagree",
         "",
-        "flatpatch runs the repositories. Where a paper says something else, the row says what runs here and how to follow the",
-        "paper instead. CL-LoRA's paper was read in full; what InfLoRA's, O-LoRA's and N-LoRA's papers say was taken from",
-        "secondary sources and must be held against the papers before it is quoted. Files named without a folder's owner are",
-        "the repository's. Every single run lists its own departures from upstream in its `record.json`.",
+        "flatpatch runs the repositories. Where a paper says something else, the row says what runs here and how to",
+        "follow the paper instead. CL-LoRA's paper was read in full; what InfLoRA's, O-LoRA's and N-LoRA's papers say",
+        "was taken from secondary sources and must be held against the papers before it is quoted. The files named are",
+        "the repository's. Every run lists its own departures from upstream in its `record.json`.",
         "",
         "This page is written from `flatpatch/conflicts.py` by `python -m flatpatch.conflicts > DEVIATIONS.md`.",
     ]

@@ -220,7 +220,8 @@ def _check_kind(settings: Settings, method: Method) -> list[str]:
         return problems
     if settings.sam_on != "both" and settings.method != "cllora":
         problems.append(
-            f"sam_on={settings.sam_on} is for CL-LoRA, which takes two steps a batch; {method.title} takes one. Leave it out."
+            f"sam_on={settings.sam_on} is for CL-LoRA, which takes two steps a batch; {method.title} takes one. "
+            "Leave it out."
         )
     if (settings.benchmark or settings.variant) and not method.configs:
         problems.append(f"{method.title} has no repository and so no benchmark= or variant= to choose. Leave them out.")

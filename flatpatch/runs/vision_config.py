@@ -110,7 +110,12 @@ def _parse(word: str) -> Any:
 
 
 def _wrong_kind(key: str, word: str, value: Any, theirs: Any) -> str:
-    kinds = {"true or false": bool, "a number": (int, float), "a list": list, "text": str}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "true or false": bool,
+        "a number": (int, float),
+        "a list": list,
+        "text": str,
+    }
     for name, kind in kinds.items():
         if isinstance(theirs, kind):
             # For Python true is a number too; for a configuration it is not.

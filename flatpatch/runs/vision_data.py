@@ -143,6 +143,8 @@ def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:
 
     expected = {**dict(Cifar.train_list), **dict(Cifar.test_list), Cifar.meta["filename"]: Cifar.meta["md5"]}
     wrong = []
+    if not (root / dataset.folder).is_dir():
+        wrong, expected = [f"there is no folder {root / dataset.folder}"], {}
     for file, md5 in expected.items():
         path = root / dataset.folder / file
         if not path.is_file():
@@ -152,8 +154,7 @@ def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:
     if wrong:
         raise UserError(
             f"CIFAR-100 is not whole: {'; '.join(wrong)}. Fetch {dataset.source} (md5 {Cifar.tgz_md5}) and unpack it in "
-            f"{root}, e.g. `mkdir -p {root} && curl -L {dataset.source} | tar xz -C {root}`, or name the folder that holds "
-            f"{dataset.folder}/ with data=FOLDER. profile=quick needs none."
+            f"{root}, or name the folder that holds {dataset.folder}/ with data=FOLDER. profile=quick needs none."
         )
     return {f"{dataset.folder}/{file}: md5": md5 for file, md5 in expected.items()}
 

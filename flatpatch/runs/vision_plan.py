@@ -34,20 +34,19 @@ QUICK_DATASET = "flatpatch_quick"  # the name under which the hooks give upstrea
 QUICK_CLASS = "flatpatch.continual.quick_vision:QuickImages"
 # A saved ViT-B/16 with its adapters; InfLoRA's code saves one after every task.
 BYTES_OF_A_MODEL = 400 * 2**20
-# InfLoRA's keys that the reference engine has under the same or another name.
-REFERENCE_KEYS = {
-    "init_cls": "init_cls",
-    "increment": "increment",
-    "batch_size": "batch_size",
-    "rank": "rank",
-    "lamb": "lamb",
-    "lame": "lame",
-    "shuffle": "shuffle",
-    "num_workers": "num_workers",
-    "epochs": "epochs",
-    "lrate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "optim": "optimizer",
+# What the reference engine is told, in InfLoRA's spelling, with the values of its configs/cifar100_inflora.json.
+REFERENCE_DEFAULTS: Mapping[str, Any] = {
+    "init_cls": 10,
+    "increment": 10,
+    "batch_size": 128,
+    "rank": 10,
+    "lamb": 0.95,
+    "lame": 1.0,
+    "shuffle": False,
+    "epochs": 20,
+    "lrate": 0.0005,
+    "weight_decay": 0.0,
+    "optim": "adam",
 }
 
 
@@ -110,13 +109,14 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     settings = request.settings
     method = METHODS[settings.method]
     profile, profile_reason = choose_profile(settings.profile, method, available)
+    quick = profile == "quick"
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     if engine == "reference" and not method.reference:
         raise UserError(
             f"{method.title} has no reference implementation, and profile quick needs its code too ({engine_reason}). "
             f"Run: git submodule update --init third_party/{method.repository}, or use method=inflora."
         )
-    if profile == "quick" and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
+    if quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has images "
             f"and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
@@ -129,13 +129,13 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     file = method.config(settings.variant, settings.benchmark) if method.configs else None
     shipped = read_config(verified.checkout / file) if verified and file else {}
 
-    editor = ConfigEditor(shipped or _reference_defaults())
+    editor = ConfigEditor(shipped or REFERENCE_DEFAULTS)
     if engine == "reference" and method.repository:
         editor.note("engine", f"the authors' {method.repository}", "our reference implementation", engine_reason)
-    if profile == "quick":
+    if quick:
         own = quick_vision.METHOD_PRESETS.get({"seqlora_vit": "seqlora"}.get(settings.method, settings.method), {})
         for key, value in {"dataset": QUICK_DATASET, **quick_vision.PRESET, **own}.items():
-            if verified or key in REFERENCE_KEYS:
+            if verified or key in REFERENCE_DEFAULTS:
                 editor.set(key, value, "profile quick: small images and model of ours, minutes on two CPU cores")
     if profile == "paper":
         for argument, why in paper_arguments(method, str(file)):
@@ -147,16 +147,15 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     off_reference = device == "cuda" and len(devices) > 1
     if verified and device == "cpu":
         editor.note("device", "cuda:0", "cpu", "setting device=" if settings.device != "auto" else "no GPU here")
-        off_reference = profile != "quick"
-        if profile != "quick":
+        off_reference = not quick
+        if not quick:
             notes.append(
                 "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or ImageNet-R "
                 "(InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
             )
-    known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_KEYS)
+    known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
     override(editor, request.overrides, known)
     off_reference |= bool(request.overrides)
-    quick = profile == "quick"
     classes = quick_vision.CLASSES if quick else vision_data.DATASETS[editor.current["dataset"].lower()].classes
     _fit_sessions(editor, request, classes)
     ranges = task_classes(editor.current, classes)
@@ -166,7 +165,9 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     if settings.model and weights and weights.name != _weights_name(editor):
         editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
         off_reference = True
-    workers = 0 if profile == "quick" else None
+    if verified and quick:
+        editor.note("model", "ViT-B/16, pretrained", "a small ViT of ours", "profile quick")
+    workers = 0 if quick else None
     if workers == 0 and verified and "num_workers" not in shipped:
         editor.note("processes that load images", "8", "0", "profile quick: images in memory")
 
@@ -183,7 +184,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         launcher="python",
         tasks=(),
         deviations=(*editor.deviations(), *_library_deviations(verified)) if verified else tuple(editor.extra),
-        links={"data": root} if profile != "quick" else {},
+        links={} if quick else {"data": root},
         task_configs={},
         verified=verified,
         folder=_run_folder(request, profile, engine),
@@ -194,17 +195,17 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         classes=ranges,
         hook={
             "device": "cpu" if device == "cpu" else f"cuda:{_upstream_devices(devices)}",
-            "data": str(root) if profile != "quick" else None,
+            "data": None if quick else str(root),
             "weights": str(weights) if weights else None,
             "workers": workers,
-            "model": dict(quick_vision.MODEL) if profile == "quick" else None,
-            "dataset": {"class": QUICK_CLASS, "seed": 0} if profile == "quick" else None,
+            "model": dict(quick_vision.MODEL) if quick else None,
+            "dataset": {"class": QUICK_CLASS, "seed": 0} if quick else None,
             "sam_on": settings.sam_on,
         },
         inputs=inputs,
     )
     if not dry_run:
-        saves = len(ranges) if settings.method == "inflora" and profile != "quick" else 0
+        saves = len(ranges) if settings.method == "inflora" and not quick else 0
         if problems := folder_problems(plan.folder, BYTES_NEEDED + saves * BYTES_OF_A_MODEL):
             raise UserError.collect(problems)
     return plan
@@ -213,14 +214,6 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
 def _upstream_devices(devices: tuple[str, ...]) -> str:
     """Return the devices as upstream counts them, which sees the chosen ones alone."""
     return ",".join(str(number) for number in range(max(1, len(devices))))
-
-
-def _reference_defaults() -> dict[str, Any]:
-    """Return what the reference engine does by itself, in InfLoRA's spelling."""
-    from flatpatch.continual.reference.vision import VisionReference
-
-    fields = {item.name: item.default for item in dataclasses.fields(VisionReference)}
-    return {key: fields[name] for key, name in REFERENCE_KEYS.items()}
 
 
 def _choose_seed(request: Request, editor: ConfigEditor, file: str | None) -> Request:
@@ -337,5 +330,6 @@ def _benchmark_name(method: Method, asked: str, profile: str, variant: str) -> s
 
 
 def written_config(plan: VisionPlan) -> str:
-    """Return the text of the configuration that runs."""
-    return json.dumps(plan.config, indent=4) + "\n"
+    """Return the text of the configuration that runs; the reference engine is told method and tasks by it too."""
+    own = {"method": plan.request.settings.method, "tasks": plan.task_names} if plan.engine == "reference" else {}
+    return json.dumps({**plan.config, **own}, indent=4) + "\n"
