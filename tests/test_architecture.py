@@ -66,7 +66,7 @@ def test_subject_imports_nothing_of_flatpatch_but_errors(subject: str) -> None:
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
         ("report", ("matplotlib", "numpy", "rich")),
-        ("hooks", ("torch", "flatpatch.sam", "flatpatch.flatness")),
+        ("hooks", ("torch", "safetensors", "flatpatch.sam", "flatpatch.flatness")),
     ],
 )
 def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, ...]) -> None:
