@@ -13,6 +13,7 @@ USAGE = """usage: python -m flatpatch <verb> key=value ...
 verbs:
   run      train one method over its tasks; stops and continues with the same command
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
+  compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
   report   show a finished run's table again and redraw its figures: report run=FOLDER
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
@@ -69,6 +70,7 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "sweep": _sweep,
+        "compare": _compare,
         "report": _report,
         "patches": _patches,
         "doctor": _doctor,
@@ -110,6 +112,12 @@ def _sweep(words: list[str]) -> int:
         print(sweep.USAGE.format(settings=settings.describe()))
         return 0
     return sweep.sweep(words)
+
+
+def _compare(words: list[str]) -> int:
+    from flatpatch.comparison import command
+
+    return command.compare(words)
 
 
 def _report(words: list[str]) -> int:
