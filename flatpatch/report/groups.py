@@ -178,8 +178,10 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
             elif run not in group.counted:
                 first = next(other for other in group.counted if other.seed == run.seed)
                 same = run.record["accuracy_matrix"] == first.record["accuracy_matrix"]
-                why = f"{run.name} has the settings and the seed of {first.name}, with {'the same' if same else 'OTHER'} accuracies"
-                rows.append(_gap(group, run.seed, "not counted", why))
+                why = f"{run.name} has the settings and the seed of {first.name}"
+                rows.append(
+                    _gap(group, run.seed, "not counted", f"{why}, with {'the same' if same else 'OTHER'} accuracies")
+                )
         for seed in seeds:
             if seed not in {run.seed for run in group.runs}:
                 others = [other.letter for other in groups if seed in {run.seed for run in other.runs}]
@@ -212,9 +214,12 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _titles(keys: Sequence[Mapping[str, str]]) -> list[str]:
-    """Name each group by SAM's settings, by every setting that differs, and by what else it takes to tell them apart."""
+    """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart."""
     names = list(dict.fromkeys(name for key in keys for name in key))
-    differing = [name for name in names if len({key[name] for key in keys if name in key}) > 1]
+    # Without SAM a group has no radius: that is told by "SAM off" already.
+    differing = [
+        name for name in names if len({key.get(name) for key in keys if name in key or name not in _OF_SAM}) > 1
+    ]
     asked = [name for name in differing if name not in ("method", "sam", "rho", *_FOLLOWING)]
     titles = []
     for key in keys:
@@ -232,7 +237,7 @@ def _titles(keys: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _named(key: Mapping[str, str], name: str) -> str:
-    return f"{name.replace('_', ' ')} {_shortened(key[name])}"
+    return f"{name}={_shortened(key[name])}"
 
 
 def _shortened(value: str) -> str:

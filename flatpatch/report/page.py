@@ -19,7 +19,6 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
-from flatpatch import __version__
 from flatpatch.report import page_figures as drawing
 from flatpatch.report.groups import (
     Group,
@@ -114,7 +113,6 @@ def make_page(
         figures = _figures(groups, advance)
     runs = [run for group in groups for run in group.runs]
     context = {
-        "version": __version__,
         "title": _title(groups),
         "groups": groups,
         "runs": runs,
@@ -409,7 +407,7 @@ def _by_group(groups: Sequence[Group], read: Callable[[Run], Mapping[str, str]])
             letter: list(dict.fromkeys(row.get(name, _MISSING) for row in rows)) for letter, rows in tables.items()
         }
         same = {value for own in values.values() for value in own}
-        row = {"name": name, "same": next(iter(same)) if len(same) == 1 else None, "values": []}
+        row: dict[str, Any] = {"name": name, "same": next(iter(same)) if len(same) == 1 else None, "values": []}
         if len(same) > 1:
             row["values"] = [(letter, ", ".join(own)) for letter, own in values.items()]
         found.append(row)
@@ -505,7 +503,7 @@ def _word(value: Any) -> str:
 def _heat(level: int) -> str:
     """Return a cell's background: white to blue, light enough for dark ink at every level."""
     share = level / 20
-    low, high = (255, 250, 240), (92, 160, 214)
+    low, high = (255, 250, 240), (110, 174, 224)
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
 
 

@@ -21,12 +21,14 @@ from flatpatch.report.groups import Group, Run, Spread, mean_accuracies, spread
 
 FloatArray = NDArray[np.float64]
 
-# Okabe and Ito's, as in the other figures; the yellow-orange is darkened to be seen on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B5519B", "#B87A00", "#2F7FB0", "#5B4A00")
+# Okabe and Ito's, as in the other figures, but dark enough for white letters on them.
+COLOURS = ("#0072B2", "#C24E00", "#00785A", "#A0408A", "#8A5F00", "#4A5FA8", "#4D4D4D")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _TASK_MAP = "viridis"
 _BAND = 0.18
+# Scalars that tell how far another one can be trusted: in the table only.
+_AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged")
 # Points drawn per task and line: more than a screen can show tells nothing, and makes the page large.
 _POINTS = 150
 _LOG_RATIO = 30.0
@@ -45,7 +47,7 @@ def make_mean_figure(groups: Sequence[Group], letters: Sequence[str]) -> Figure 
         return None
     figure = _figure(8.0, 4.2)
     axes = figure.subplots()
-    x = np.arange(1, len(tasks) + 1)
+    x = np.arange(1.0, len(tasks) + 1)
     for group, values in zip(groups, per_group, strict=True):
         _draw_spread(axes, x, values, _look(letters.index(group.letter), marker=len(tasks) <= 20), _legend(group))
     axes.set_ylabel("mean accuracy (%)")
@@ -63,7 +65,7 @@ def make_tasks_figure(group: Group) -> Figure | None:
     tasks = group.tasks
     figure = _figure(8.0, 4.2 if len(tasks) <= 8 else 5.4)
     axes = figure.subplots()
-    x = np.arange(1, len(tasks) + 1)
+    x = np.arange(1.0, len(tasks) + 1)
     shades = _shades(len(tasks))
     for j, task in enumerate(tasks):
         look = {
@@ -104,7 +106,7 @@ def make_ascent_figure(groups: Sequence[Group], letters: Sequence[str]) -> Figur
 def make_flatness_figure(
     groups: Sequence[Group], letters: Sequence[str], scope: str, names: Sequence[str]
 ) -> Figure | None:
-    """Return every scalar measured in one scope, over the tasks: one panel per scalar, one line per group and time.
+    """Return the scalars measured in one scope, over the tasks: one panel per scalar, one line per group and time.
 
     Args:
         groups: With the same tasks.
@@ -113,10 +115,12 @@ def make_flatness_figure(
         names: Of the scalars, in the order of the panels.
     """
     tasks = groups[0].tasks
-    x = np.arange(1, len(tasks) + 1)
+    x = np.arange(1.0, len(tasks) + 1)
     times = {"before": ":", "after": "-", "finished": "--"}
     drawn: dict[str, list[tuple[Group, str, FloatArray]]] = {}
     for name in names:
+        if name.endswith(_AUXILIARY):
+            continue
         for group in groups:
             for when in times:
                 values = np.array([measured(run, scope, when, name) for run in group.counted])
@@ -149,7 +153,7 @@ def make_flatness_figure(
     return figure
 
 
-_WHEN = {"before": "before training the task", "after": "after training the task", "finished": "after the last task"}
+_WHEN = {"before": "before training the task", "after": "after training the task", "finished": "measured afterwards"}
 
 
 def step_summary(run: Run) -> dict[str, float | None]:
