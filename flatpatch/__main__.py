@@ -13,6 +13,7 @@ USAGE = """usage: python -m flatpatch <verb> key=value ...
 verbs:
   run      train one method over its tasks; stops and continues with the same command
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
+  compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
   report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
@@ -66,6 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "sweep": _sweep,
+        "compare": _compare,
         "report": _report,
         "patches": _patches,
         "doctor": _doctor,
@@ -107,6 +109,12 @@ def _sweep(words: list[str]) -> int:
         print(sweep.USAGE.format(settings=settings.describe()))
         return 0
     return sweep.sweep(words)
+
+
+def _compare(words: list[str]) -> int:
+    from flatpatch.comparison import command
+
+    return command.compare(words)
 
 
 def _report(words: list[str]) -> int:

@@ -445,8 +445,19 @@ def test_comparison_is_shown_as_it_was_made(tmp_path):
     assert "Not compared: quick runs are not compared" in reader.words
 
 
-def commands(reader, text):
-    return re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", text, re.DOTALL)
+def test_report_compares_each_setting_with_what_was_published(tmp_path, capsys):
+    """The N-LoRA paper prints 79.2 for order 1; a quick run is put beside nothing."""
+    for seed, average in ((0, 78.0), (1, 78.4)):
+        write_run(tmp_path / f"full{seed}", with_average(seeded(seed, sam="off"), average))
+    write_run(tmp_path / "quick", make_quick_record())
+    write_run(tmp_path / "unfinished", seeded(0, done=1))
+    assert show([f"run={tmp_path}"]) == 0
+    capsys.readouterr()
+    reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    row = reader.row("A beside paper_nlora", "average accuracy")
+    assert row[1:4] == ["78.20 ± 0.28 (n = 2)", "79.20", "-1.00"]
+    assert "not comparable because" in reader.words
+    assert "Not compared: no run of this setting is finished." in reader.words
 
 
 def test_command_to_run_again_asks_for_the_same_settings(tmp_path):
@@ -462,7 +473,7 @@ def test_command_to_run_again_asks_for_the_same_settings(tmp_path):
         }
         folders.append(write_run(tmp_path / str(seed), record))
     text, reader = read(folders)
-    (shown,) = commands(reader, text)
+    (shown,) = re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", text, re.DOTALL)
     lines = shown.splitlines()
     assert lines[:2] == [f"git checkout {'f' * 40}", "git submodule update --init third_party/N-LoRA"]
     start = "OMP_NUM_THREADS=1 bash run_scripts/run.sh sweep "

@@ -107,7 +107,7 @@ def make_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "seconds": _seconds}
+    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "seconds": _seconds}
     # Names of tasks are text: a dollar sign in one does not begin a formula.
     with rc_context({"text.parse_math": False, "svg.hashsalt": "flatpatch", "svg.fonttype": "path"}):
         figures = _figures(groups, advance)
@@ -509,6 +509,10 @@ def _heat(level: int) -> str:
 
 def _percent(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:+.2f}"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

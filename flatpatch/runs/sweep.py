@@ -14,9 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flatpatch.comparison import compare_runs
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.figures import draw_run
-from flatpatch.report.groups import group_runs, read_run
+from flatpatch.report.groups import Group, group_runs, read_run
 from flatpatch.report.page import make_page, work
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics
 from flatpatch.report.table import summary_table
@@ -179,7 +180,7 @@ def show(words: Sequence[str]) -> int:
         print(f"left out {text}")
     groups = group_runs([read_run(folder) for folder in folders])
     with tqdm(desc="page", total=work(groups), unit="figure", file=sys.stderr, disable=None, leave=False) as bar:
-        text = make_page(groups, unreadable=unreadable, advance=bar.update)
+        text = make_page(groups, comparisons=_comparisons(groups), unreadable=unreadable, advance=bar.update)
     write_atomically(page, text)
     print(f"page     {page}")
     return 0
@@ -207,6 +208,22 @@ def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     if not folders:
         raise UserError.collect(unreadable)
     return list(dict.fromkeys(folders)), unreadable
+
+
+def _comparisons(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """Compare each finished group with what upstream published of such runs; by the group's letter."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        if not group.is_finished:
+            found[group.letter] = {"refused": "no run of this setting is finished."}
+            continue
+        try:
+            found[group.letter] = compare_runs(
+                [run.record for run in group.counted], names=[run.name for run in group.counted]
+            )
+        except UserError as error:
+            found[group.letter] = {"refused": str(error)}
+    return found
 
 
 def _page_file(name: str, folders: Sequence[Path]) -> Path:
