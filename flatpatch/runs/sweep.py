@@ -86,7 +86,7 @@ def sweep(words: Sequence[str]) -> int:
     seen: list[object] = []
     for request in list(requests):
         settings = request.settings
-        key = replace(settings, rho=0.0, eta=0.0, scope="lora") if settings.sam == "off" else settings
+        key = replace(settings, rho=0.0, eta=0.0, scope="lora", sam_on="both") if settings.sam == "off" else settings
         if key in seen:
             requests.remove(request)
         seen.append(key)
@@ -126,7 +126,7 @@ def seeds_table(records: Sequence[dict[str, Any]]) -> str:
         settings = {key: entry["value"] for key, entry in record["settings"].items()}
         shown = [
             record["method"],
-            f"order {settings['order']}",
+            f"order {settings['order']}" if "order" in settings else record["benchmark"],
             record["profile"],
             record["engine"],
             settings["sam"],
@@ -136,7 +136,7 @@ def seeds_table(records: Sequence[dict[str, Any]]) -> str:
             f"{key}={settings[key]}"
             for key, entry in record["settings"].items()
             if entry["source"] == "command line"
-            and key not in ("method", "order", "profile", "engine", "sam", "rho", "seed", "run", "output")
+            and key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
         ]
         groups.setdefault(" ".join(shown), []).append(record)
     lines = [f"{'mean and standard deviation over seeds':<60} {'average accuracy':>20} {'forgetting':>18}   n"]
