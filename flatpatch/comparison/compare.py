@@ -218,7 +218,8 @@ def _judge(difference: Difference, margin: float) -> tuple[str, str]:
             return UNDECIDED, "one number on either side: the difference alone, no test"
         return UNDECIDED, "the numbers do not spread at all, so there is nothing to judge the difference by"
     low, high = difference.interval
-    shown = f"the 95 % interval of the difference, {signed(low)} to {signed(high)},"
+    kind = "interval" if difference.test != "prediction interval" else "interval, as if both sides spread alike,"
+    shown = f"the 95 % {kind} of the difference, {signed(low)} to {signed(high)},"
     if -margin <= low and high <= margin:
         return REPRODUCED, f"{shown} lies within the margin of {margin:g}"
     if low > 0 or high < 0:
