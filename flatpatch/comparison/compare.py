@@ -196,7 +196,7 @@ def _against_row(runs: Sequence[Run], row: Mapping[str, Any], n: int | None, mar
         return _missing(metric, runs, "the runs")
     here = [_value(run, metric) for run in runs]
     # Where the number of runs behind a row is not known, one is the cautious guess: it gives the widest interval.
-    there = Side(row["mean"], row["std"] if n else None, n or 1)
+    there = Side(row["mean"], row["std"], n or 1)
     difference = unpaired_difference(Side.of(here), there)
     entry = _entry(metric, Side.of(here), here, there, None, difference)
     entry["there"]["standard_deviation"] = row["std"]
