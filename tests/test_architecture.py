@@ -65,7 +65,7 @@ def test_subject_imports_nothing_of_flatpatch_but_errors(subject: str) -> None:
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
-        ("report", ("matplotlib", "numpy", "rich")),
+        ("report", ("matplotlib", "numpy", "rich", "jinja2", "PIL")),
         ("hooks", ("torch", "safetensors", "flatpatch.sam", "flatpatch.flatness")),
     ],
 )
