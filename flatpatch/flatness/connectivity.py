@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.flatness.landscape import FloatArray, Landscape, Mark, Progress, describe, evaluate_grid
+from flatpatch.flatness.basis import Progress
+from flatpatch.flatness.landscape import FloatArray, Landscape, Mark, describe, evaluate_grid
 from flatpatch.flatness.points import Objective, moving, plain
 from flatpatch.flatness.problem import Problem
 from flatpatch.flatness.scope import adapter_factor, find_scope, rank_axis
