@@ -193,16 +193,16 @@ def test_start_is_announced_in_one_line(attached, capsys):
 
 
 def test_progress_follows_training_and_prediction(tmp_path, attached, monkeypatch):
-    monkeypatch.setattr(hooks.trainer, "_SECONDS_BETWEEN_PROGRESS", 0.0)
+    monkeypatch.setattr(hooks.recording, "SECONDS_BETWEEN_PROGRESS", 0.0)
     written = []
-    write = hooks.trainer.write_atomically
+    write = hooks.recording.write_atomically
 
     def writing(path, text):
         if path.name == "progress.json":
             written.append(json.loads(text))
         write(path, text)
 
-    monkeypatch.setattr(hooks.trainer, "write_atomically", writing)
+    monkeypatch.setattr(hooks.recording, "write_atomically", writing)
     trainer = attached(per_device_eval_batch_size=16)
     trainer.train()
     trainer.predict(sam_training.examples())

@@ -3,6 +3,49 @@
 Importing this package needs the standard library alone; torch is used only once a hook has work to do.
 """
 
+from flatpatch.hooks.images import (
+    backbones,
+    block_weight,
+    data_folder,
+    dataset,
+    fetches,
+    forget_the_step,
+    keep_versions,
+    load_weights,
+    new_log,
+    place,
+    resize,
+    resized,
+    serves,
+    width,
+    workers,
+)
+from flatpatch.hooks.loop import begin_batch, begin_task, end_task, second_pass
+from flatpatch.hooks.losses import classification_loss, cllora_distillation_loss, cllora_loss
 from flatpatch.hooks.trainer import attach_trainer
 
-__all__ = ["attach_trainer"]
+__all__ = [
+    "attach_trainer",
+    "backbones",
+    "begin_batch",
+    "begin_task",
+    "block_weight",
+    "classification_loss",
+    "cllora_distillation_loss",
+    "cllora_loss",
+    "data_folder",
+    "dataset",
+    "end_task",
+    "fetches",
+    "forget_the_step",
+    "keep_versions",
+    "load_weights",
+    "new_log",
+    "place",
+    "resize",
+    "resized",
+    "second_pass",
+    "serves",
+    "width",
+    "workers",
+]

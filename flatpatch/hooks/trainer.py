@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import copy
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError
-from flatpatch.hooks.run_files import VARIABLE, read_description, write_atomically
-
-# Steps whose measurements wait on the device until they are fetched and written together.
-_BUFFERED_STEPS = 10
-_SECONDS_BETWEEN_PROGRESS = 0.5
+from flatpatch.hooks.recording import MEASURED, Recorder, announce, counts, describe, dtypes
+from flatpatch.hooks.run_files import VARIABLE, read_description
 
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
 _SUMMED = ("loss", "perturbed_loss", "grad_norm")
-_MEASURED = (*_SUMMED, "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
 
 
 def attach_trainer(trainer: Any) -> None:
@@ -55,12 +50,12 @@ def attach_trainer(trainer: Any) -> None:
     settings = dict(run["sam"])
     kind = settings.pop("kind")
     step = None if kind == "off" else sam.SAMTrainingStep(trainer, adaptive=kind == "asam", **settings)
-    recorder = _Recorder(trainer, run, step)
-    trainer.training_step = recorder.training_step
-    trainer.add_callback(recorder)
+    recording = _RecordedTraining(trainer, run, step)
+    trainer.training_step = recording.training_step
+    trainer.add_callback(recording)
 
 
-class _Recorder:
+class _RecordedTraining:
     """Stands in for ``training_step`` and listens as a trainer callback; writes what happens, on the first process.
 
     Changes nothing of the training: results are kept as tensors and fetched from the device a few steps at a time.
@@ -72,16 +67,18 @@ class _Recorder:
         self._sam = step
         self._plain_step: Callable[..., Any] = trainer.training_step if step is None else step
         self._writes = bool(trainer.is_world_process_zero())
-        self._metrics, self._progress, self._summary = (Path(run[name]) for name in ("metrics", "progress", "summary"))
-        self._waiting: list[tuple[dict[str, Any], list[Any]]] = []
+        self._recorder = Recorder(run)
         self._micro_steps: list[dict[str, Any]] = []
         self._learning_rate: float | None = None
         self._step_began = 0.0
-        self._progress_written = -math.inf
-        self._last_loss: float | None = None
         self._steps = 0
         self._predicted = 0
         self._predicting: Any = None
+        self._measurer: Any = None
+        if run.get("measure") is not None:
+            from flatpatch.measurement.in_run import Measurer
+
+            self._measurer = Measurer(run, progress=self._write_measuring)
 
     def __getattr__(self, name: str) -> Any:
         """Ignore the callback events that are not listened to."""
@@ -99,7 +96,7 @@ class _Recorder:
             if self._sam is not None:
                 last = self._sam.last_step
                 measured["perturbed_loss"] = self._sam.perturbed_loss.detach()
-                measured |= {name: getattr(last, name) for name in _MEASURED if hasattr(last, name)}
+                measured |= {name: getattr(last, name) for name in MEASURED if hasattr(last, name)}
             self._micro_steps.append(measured)
         return loss
 
@@ -107,17 +104,15 @@ class _Recorder:
         """Say what is about to happen, and start or continue the record."""
         perturbed = [] if self._sam is None else self._sam.parameters()
         trainable = [p for p in self._trainer.model.parameters() if p.requires_grad]
-        self._counts = {
-            "trainable_parameters": sum(p.numel() for p in trainable),
-            "perturbed_parameters": sum(p.numel() for p in perturbed),
-        }
-        self._dtype = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in perturbed or trainable}))
+        self._counts = counts(trainable, perturbed)
+        self._dtype = dtypes(perturbed or trainable)
         if not self._writes:
             return
-        # On a line of its own, although a progress bar may already stand in this one.
-        print(f"\nflatpatch: {self._liveness()}", flush=True)
-        write_atomically(self._metrics, "".join(_records_until(self._metrics, state.global_step)))
-        self._write_progress("train", state.global_step, state.max_steps)
+        announce(self._liveness())
+        self._recorder.start(state.global_step)
+        if state.global_step == 0:
+            self._measure("before")
+        self._recorder.write_progress("train", state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -136,18 +131,16 @@ class _Recorder:
             "learning_rate": learning_rate,
             "seconds": time.perf_counter() - self._step_began,
         }
-        self._waiting.append((record, micro_steps))
-        due = self._progress_due()
-        if due or len(self._waiting) >= _BUFFERED_STEPS:
-            self._flush()
-        if due:
-            self._write_progress("train", state.global_step, state.max_steps)
+        self._recorder.add(record, _combined(micro_steps, self._trainer.args.device))
+        if self._recorder.progress_due():
+            self._recorder.flush()
+            self._recorder.write_progress("train", state.global_step, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write what is left, and the summary."""
         if not self._writes:
             return
-        self._flush()
+        self._recorder.flush()
         fallbacks = None if self._sam is None else self._sam.fallbacks
         summary = {
             "steps": self._steps,
@@ -157,8 +150,9 @@ class _Recorder:
             "launcher": _launcher(self._trainer),
             "dtype": self._dtype,
         }
-        write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
-        self._write_progress("train", state.global_step, state.max_steps)
+        self._measure("after")
+        self._recorder.write_summary(summary)
+        self._recorder.write_progress("train", state.global_step, state.max_steps)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Count the batches of an evaluation or prediction."""
@@ -166,8 +160,32 @@ class _Recorder:
             self._predicting, self._predicted = eval_dataloader, 0
         self._predicted += 1
         total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
-        if self._writes and (self._progress_due() or self._predicted == total):
-            self._write_progress("predict", self._predicted, total)
+        if self._writes and (self._recorder.progress_due() or self._predicted == total):
+            self._recorder.write_progress("predict", self._predicted, total)
+
+    def _measure(self, when: str) -> None:
+        """Measure the task loss, as the trainer computes it, on a fixed sample of the training data."""
+        if self._measurer is None or not self._measurer.wants(when):
+            return
+        from flatpatch.measurement.in_run import sample_of
+
+        trainer = self._trainer
+        collator = copy.copy(trainer.data_collator)
+        if getattr(collator, "input_record_file", None):
+            collator.input_record_file = None  # upstream's log of what it trains on
+        self._measurer.at(
+            when,
+            task_index=self._run["task_index"],
+            task=self._run["task"],
+            model=trainer.model,
+            sample=sample_of(trainer.train_dataset, collator),
+            loss=lambda model, batch: trainer.compute_loss(model, dict(batch)),
+            loss_name="the trainer's compute_loss, without the penalties that training_step adds",
+        )
+
+    def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
+        if self._recorder.progress_due():
+            self._recorder.write_progress(phase, step, total, note=note)
 
     def _liveness(self) -> str:
         perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
@@ -177,38 +195,8 @@ class _Recorder:
 
     def _describe(self) -> str:
         settings = self._run["sam"]
-        if settings["kind"] == "off":
-            return "SAM off"
-        eta = f" eta={settings['eta']:g}" if settings["kind"] == "asam" else ""
-        words = f"{settings['kind'].upper()} rho={settings['rho']:g}{eta} scope={settings['scope']}"
-        return f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}"
-
-    def _flush(self) -> None:
-        """Fetch the waiting measurements from the device at once, and append them."""
-        import torch
-
-        device = self._trainer.args.device
-        rows = [torch.stack(_combined(micro_steps, device)) for _, micro_steps in self._waiting if micro_steps]
-        fetched = iter(torch.stack(rows).tolist() if rows else [])
-        lines = []
-        for record, micro_steps in self._waiting:
-            values = next(fetched) if micro_steps else [math.nan] * len(_MEASURED)
-            measured = {
-                name: value if math.isfinite(value) else None for name, value in zip(_MEASURED, values, strict=True)
-            }
-            self._last_loss = measured["loss"]
-            lines.append(json.dumps({"task": record["task"], "step": record["step"], **measured} | record) + "\n")
-        self._waiting = []
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write("".join(lines))
-
-    def _progress_due(self) -> bool:
-        return time.monotonic() - self._progress_written >= _SECONDS_BETWEEN_PROGRESS
-
-    def _write_progress(self, phase: str, step: int, total: int | None) -> None:
-        self._progress_written = time.monotonic()
-        progress = {"phase": phase, "step": step, "total": total, "loss": self._last_loss if phase == "train" else None}
-        write_atomically(self._progress, json.dumps(progress) + "\n")
+        words = describe(settings)
+        return words if self._sam is None else f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}"
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -220,31 +208,17 @@ def _learning_rate(trainer: Any) -> float | None:
     return float(groups[0]["lr"]) if groups else None
 
 
-def _combined(micro_steps: list[dict[str, Any]], device: Any) -> list[Any]:
+def _combined(micro_steps: list[dict[str, Any]], device: Any) -> dict[str, Any]:
     """One 0-dimensional float64 tensor per measurement of a step: sums of losses, means of the others."""
     import torch
 
-    combined = []
-    for name in _MEASURED:
+    combined = {}
+    for name in MEASURED:
         values = [step[name].to(device, torch.float64) for step in micro_steps if name in step]
-        if not values:
-            combined.append(torch.full((), math.nan, dtype=torch.float64, device=device))
-        else:
+        if values:
             total = torch.stack(values).sum()
-            combined.append(total if name in _SUMMED else total / len(values))
+            combined[name] = total if name in _SUMMED else total / len(values)
     return combined
-
-
-def _records_until(path: Path, step: int) -> list[str]:
-    """The lines of an interrupted record up to a step; a torn last line is dropped."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    return kept
 
 
 def _launcher(trainer: Any) -> str:

@@ -101,7 +101,39 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         # [after task i][on task j], percent, null where not evaluated.
         "accuracy_matrix": {"type": "array", "items": {"type": "array", "items": _PERCENT}},
         "metrics": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
-        "flatness": {"type": "array", "items": {"type": "object"}},
+        # What was measured, by task, time and scope; flatpatch/measurement/files.py says what the names mean. The loss
+        # is null, and values are missing or null, where the file tells why they could not be measured.
+        "flatness": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": [
+                    "task",
+                    "task_index",
+                    "when",
+                    "scope",
+                    "samples",
+                    "loss",
+                    "values",
+                    "file",
+                    "arrays",
+                    "seconds",
+                ],
+                "properties": {
+                    "task": _TEXT,
+                    "task_index": {"type": "integer", "minimum": 0},
+                    "when": {"enum": ["before", "after", "finished"]},
+                    "scope": {"enum": ["adapter", "merged", "trainable", "model"]},
+                    "samples": {"type": "integer", "minimum": 0},
+                    "loss": _MAYBE_NUMBER,
+                    "values": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
+                    "file": _TEXT,
+                    "arrays": _MAYBE_TEXT,
+                    "seconds": {"type": "number", "minimum": 0},
+                },
+            },
+        },
         # What each finished task's training counted: steps, perturbed parameters and the like.
         "training": {"type": "array", "items": {"type": "object"}},
         "timing": {
@@ -137,7 +169,7 @@ def validate_record(record: Any) -> None:
     Raises:
         ValueError: With every problem found, one per line, each with its place in the record.
     """
-    problems = list(_violations(record, RECORD_SCHEMA, ""))
+    problems = list(schema_violations(record, RECORD_SCHEMA, ""))
     if not problems:
         problems = list(_inconsistencies(record))
     if problems:
@@ -215,7 +247,8 @@ def setting(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return record["settings"].get(key, {}).get("value", default)
 
 
-def _violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+def schema_violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yield what in a value breaks a schema of the kind used here, each with its place below ``where``."""
     name = where or "the record"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{name} is {_short(value)}, expected {' or '.join(map(repr, schema['enum']))}"
@@ -234,16 +267,16 @@ def _violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[s
         for key, item in value.items():
             place = f"{where}.{key}" if where else key
             if key in properties:
-                yield from _violations(item, properties[key], place)
+                yield from schema_violations(item, properties[key], place)
             elif others is False:
                 yield f"{name} has the unknown key '{key}'.{did_you_mean(key, properties)}"
             else:
-                yield from _violations(item, others, place)
+                yield from schema_violations(item, others, place)
     elif isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
             yield f"{name} has {len(value)} items, expected at least {schema['minItems']}"
         for i, item in enumerate(value):
-            yield from _violations(item, schema.get("items", {}), f"{where}[{i}]")
+            yield from schema_violations(item, schema.get("items", {}), f"{where}[{i}]")
     elif isinstance(value, int | float):
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         if not low <= value <= high:
@@ -255,6 +288,13 @@ def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
     widths = [len(row) for row in record["accuracy_matrix"]]
     if widths != [size] * size:
         yield f"accuracy_matrix has rows of {widths} entries, expected {size} rows of {size}, one per task"
+    seen = [(entry["task_index"], entry["when"], entry["scope"]) for entry in record["flatness"]]
+    for place in sorted({each for each in seen if seen.count(each) > 1}):
+        yield f"flatness has several entries for task {place[0]}, {place[1]}, {place[2]}, expected one"
+    for entry in record["flatness"]:
+        index = entry["task_index"]
+        if index >= size or record["tasks"][index] != entry["task"]:
+            yield f"flatness has an entry for task {index} {entry['task']}, which is not one of the run's"
     for key in ("train_seconds", "predict_seconds"):
         length = len(record["timing"].get(key, ()))
         if length not in (0, size):

@@ -18,6 +18,7 @@ from torch import Tensor
 from flatpatch.continual import reference
 from flatpatch.continual.reference import ReferenceTask
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.measurement.in_run import Measurer, sample_of
 from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
 from flatpatch.sam import SAM
@@ -31,12 +32,13 @@ def main(words: Sequence[str]) -> int:
     try:
         task = read_task(arguments)
         task.output_dir.mkdir(parents=True, exist_ok=True)
-        with _Recorder(json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))) as recorder:
+        with StepRecorder(json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))) as recorder:
             reference.run_task(
                 task,
                 make_gradients=recorder.make_gradients,
                 on_step=recorder.on_step,
                 on_predict=recorder.on_predict,
+                at=recorder.measure,
             )
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)
@@ -71,7 +73,7 @@ def _datasets(path: Path) -> tuple[tuple[str, str], ...]:
     return tuple((kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries)
 
 
-class _Recorder:
+class StepRecorder:
     """Gives the training loop its SAM and writes the same files as the hook in upstream's code."""
 
     def __init__(self, run: dict[str, Any]) -> None:
@@ -80,9 +82,10 @@ class _Recorder:
         self.perturbed_loss: float | None = None
         self.steps = self.fallbacks = self.trainable = self.perturbed = 0
         self._written = 0.0
+        self._measurer = Measurer(run, progress=self._measuring)
         self._metrics = Path(run["metrics"]).open("w", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> StepRecorder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -133,14 +136,14 @@ class _Recorder:
 
         return gradients
 
-    def on_step(self, state: dict[str, Any]) -> None:
-        """Write one line of measurements."""
-        self.steps = state["step"]
+    def on_step(self, state: dict[str, Any], task: str = "") -> None:
+        """Write one line of measurements; a process that learns several tasks says which one."""
+        self.steps += 1
         measured = dict.fromkeys(
             ("grad_norm", "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
         )
         line = {
-            "task": self.run["task"],
+            "task": task or self.run["task"],
             "step": state["step"],
             "loss": state["loss"],
             "perturbed_loss": None,
@@ -154,16 +157,27 @@ class _Recorder:
             line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         line |= {"learning_rate": state["learning_rate"], "seconds": state["seconds"]}
         self._metrics.write(json.dumps(line) + "\n")
-        self._progress("train", state["step"], state["total"], state["loss"])
+        self._progress("train", state, state["loss"], task)
 
-    def on_predict(self, state: dict[str, int]) -> None:
+    def on_predict(self, state: dict[str, int], task: str = "") -> None:
         """Say how far the prediction is."""
-        self._progress("predict", state["step"], state["total"], None)
+        self._progress("predict", state, None, task)
 
-    def _progress(self, phase: str, step: int, total: int, loss: float | None) -> None:
+    def measure(self, when: str, model: torch.nn.Module, examples: Sequence[Any], collate: Callable[..., Any]) -> None:
+        """Measure the task loss on a fixed sample of the training data, if asked to at this time."""
+        sample = sample_of(examples, collate)
+        self._measurer.at(when, task_index=self.run["task_index"], task=self.run["task"], model=model, sample=sample)
+
+    def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
+        self._progress(phase, {"step": step, "total": total}, None, "", note=note)
+
+    def _progress(self, phase: str, state: dict[str, Any], loss: float | None, task: str, **more: str) -> None:
+        step, total = state["step"], state["total"]
         if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
             self._written = time.monotonic()
-            text = json.dumps({"phase": phase, "step": step, "total": total, "loss": loss})
+            text = json.dumps(
+                {"phase": f"{phase} {task}".strip(), "step": step, "total": total, "loss": loss} | more
+            )
             write_atomically(Path(self.run["progress"]), text)
 
 

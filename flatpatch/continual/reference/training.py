@@ -1,9 +1,4 @@
-"""The one training loop of all reference methods.
-
-It does what transformers 4.28.1's Trainer does with upstream's arguments: AdamW (the library's own, whose
-epsilon enters before the bias correction), constant learning rate, no weight decay, the norm of the final
-gradient clipped, the examples in a new random order each epoch, the last batch as small as it comes.
-"""
+"""The one training loop of all reference methods, `descend`, and how the text methods go through it."""
 
 from __future__ import annotations
 
@@ -77,10 +72,11 @@ def train_task(
 ) -> TrainingResult:
     """Train a model's adapter on one task, in place.
 
-    The closure given to the gradients clears the gradients, computes the mean over the step's batches of
-    (task loss + penalty) and its gradient, and returns it; ``closure(penalised=False)`` leaves the penalty
-    out of the gradient alone. With upstream under DeepSpeed the penalty also counts once per step; its
-    plain loop would add it once per accumulated batch.
+    It does what transformers 4.28.1's Trainer does with upstream's arguments: AdamW (the library's own, whose
+    epsilon enters before the bias correction), constant learning rate, no weight decay, the norm of the final
+    gradient clipped, the examples in a new random order each epoch, the last batch as small as it comes. With
+    upstream under DeepSpeed the penalty also counts once per step; its plain loop would add it once per
+    accumulated batch.
 
     Args:
         model: A sequence-to-sequence model with its adapters attached.
@@ -88,11 +84,8 @@ def train_task(
         collate: Makes a batch of the model's inputs, with labels, from some examples.
         task: Epochs, batch size, learning rate and device are read from here.
         penalty: The method's penalty at the present weights, a scalar.
-        make_gradients: From the optimizer to a function that takes the closure, leaves the gradient to
-            descend along in ``.grad`` and returns the loss at the unperturbed weights. SAM goes here. The
-            optimizer's two groups are named "A" and "B".
-        on_step: Called after each step with ``step`` (from 1), ``total``, ``loss``, ``learning_rate`` and
-            ``seconds`` (of this step).
+        make_gradients: See `descend`. The optimizer's two groups are named "A" and "B".
+        on_step: See `descend`.
 
     Returns:
         Steps taken, mean loss and wall time.
@@ -110,36 +103,89 @@ def train_task(
         eps=1e-8,
         no_deprecation_warning=True,
     )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = make_gradients(optimizer)
     batches_per_epoch = math.ceil(len(examples) / task.per_device_train_batch_size)
     accumulated = min(task.gradient_accumulation_steps, batches_per_epoch)
-    total = task.num_train_epochs * (batches_per_epoch // accumulated)
-    stream = batches(examples, collate, task)
-
     model.train()
+    return descend(
+        model,
+        optimizer,
+        (_to(task.device, batch) for batch in batches(examples, collate, task)),
+        lambda batch: (model(**batch).loss, penalty()),
+        total=task.num_train_epochs * (batches_per_epoch // accumulated),
+        accumulated=accumulated,
+        max_grad_norm=task.max_grad_norm,
+        make_gradients=make_gradients,
+        on_step=on_step,
+    )
+
+
+def descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    objective: Callable[[Batch], tuple[Tensor, Tensor | None]],
+    *,
+    total: int,
+    accumulated: int = 1,
+    max_grad_norm: float | None = None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    make_gradients: MakeGradients = plain_gradients,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainingResult:
+    """Take an optimizer's steps, the gradients of each from a function of the closure.
+
+    The closure given to the gradients clears the gradients, computes the mean over the step's batches of
+    (task loss + penalty) and its gradient, and returns it; ``closure(penalised=False)`` leaves the penalty
+    out of the gradient alone.
+
+    Args:
+        model: What is trained, in place: those of its parameters that require a gradient, all on one device.
+        optimizer: Steps along the gradients of these.
+        stream: At least ``total * accumulated`` batches, on that device; no batch is taken before its step.
+        objective: From a batch to its mean task loss and the method's penalty, or None without one.
+        total: Number of steps.
+        accumulated: Batches per step.
+        max_grad_norm: Clip the norm of the final gradient to this.
+        schedule: Stepped after each step, not each epoch.
+        make_gradients: From the optimizer to a function that takes the closure, leaves the gradient to
+            descend along in ``.grad`` and returns the loss at the unperturbed weights. SAM goes here.
+        on_step: Called after each step with ``step`` (from 1), ``total``, ``loss``, ``learning_rate`` and
+            ``seconds`` (of this step).
+
+    Returns:
+        Steps taken, mean loss and wall time.
+
+    Raises:
+        FlatpatchError: If the loss is no longer a finite number.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = make_gradients(optimizer)
     start = time.perf_counter()
     losses: list[float] = []
     for step in range(1, total + 1):
         step_start = time.perf_counter()
         # islice takes no batch too many: the loader's draw for the next epoch comes after this step's.
-        inputs = [_to(task.device, batch) for batch in itertools.islice(stream, accumulated)]
+        inputs = list(itertools.islice(stream, accumulated))
 
         def closure(*, penalised: bool = True, inputs: list[Batch] = inputs) -> Tensor:
             optimizer.zero_grad()
-            loss_sum = torch.zeros((), device=task.device)
+            loss_sum = torch.zeros((), device=trained[0].device)
             for batch in inputs:
-                task_loss = model(**batch).loss
-                loss = task_loss + penalty()
-                ((loss if penalised else task_loss) / len(inputs)).backward()
-                loss_sum += loss.detach() / len(inputs)
+                task_loss, penalty = objective(batch)
+                loss = task_loss if penalty is None else task_loss + penalty
+                ((loss if penalised else task_loss) / len(inputs)).backward()  # type: ignore[no-untyped-call]
+                loss_sum = loss_sum + loss.detach() / len(inputs)
             return loss_sum
 
         loss = gradients(closure).item()
         if not math.isfinite(loss):
             raise FlatpatchError(f"the loss is {loss} at step {step} of {total}. Try a smaller learning_rate or rho.")
-        nn.utils.clip_grad_norm_(trained, task.max_grad_norm)
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         losses.append(loss)
         if on_step is not None:
             on_step(
@@ -147,7 +193,7 @@ def train_task(
                     "step": step,
                     "total": total,
                     "loss": loss,
-                    "learning_rate": task.learning_rate,
+                    "learning_rate": learning_rate,
                     "seconds": time.perf_counter() - step_start,
                 }
             )

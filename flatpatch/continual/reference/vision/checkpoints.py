@@ -1,0 +1,80 @@
+"""What is kept of each task: the present adapter and the task's classifier; the backbone is not saved again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flatpatch.continual.reference.vision.options import TRAINED, VisionReference
+from flatpatch.continual.reference.vision.vit import LoRAViT, build
+from flatpatch.errors import UserError
+
+
+def _path(reference: VisionReference, task: int) -> Path:
+    return reference.output_dir / "tasks" / f"{task}.safetensors"
+
+
+def _made(reference: VisionReference) -> dict[str, Any]:
+    return {"method": reference.method, "rank": reference.rank, "model": dict(reference.model)}
+
+
+def _kept(model: LoRAViT, task: int) -> dict[str, Tensor]:
+    kept = {name: value.data for name, value in model.vit.named_parameters() if ".lora_" in name}
+    return kept | {f"head.{name}": value.data for name, value in model.heads[task].named_parameters()}
+
+
+def save(reference: VisionReference, model: LoRAViT) -> None:
+    """Write the checkpoint of the present task; a reader finds either the whole file or none."""
+    path = _path(reference, model.task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    tensors = {name: value.cpu().contiguous() for name, value in _kept(model, model.task).items()}
+    save_file(tensors, unfinished, metadata={"made": json.dumps(_made(reference))})
+    os.replace(unfinished, path)
+
+
+def restore(reference: VisionReference, task: int) -> LoRAViT:
+    """Return the model as it was after a task of a run.
+
+    Args:
+        reference: The run's arguments.
+        task: From 0.
+
+    Returns:
+        The model on its device; what the task trained requires a gradient.
+
+    Raises:
+        UserError: If a checkpoint is missing or was made with other arguments.
+    """
+    files = [_read(reference, index) for index in range(task + 1)]
+    model = build(reference, [len(file["head.bias"]) for file in files])
+    with torch.no_grad():
+        for index, file in enumerate(files):
+            if index and reference.method == "inflora":
+                for layer in model.layers:
+                    layer.fold()
+            for name, value in _kept(model, index).items():
+                value.copy_(file[name])
+    model.task = task
+    model.train_only(TRAINED[reference.method])
+    return model
+
+
+def _read(reference: VisionReference, task: int) -> dict[str, Tensor]:
+    path = _path(reference, task)
+    try:
+        with safe_open(path, framework="pt") as file:
+            made = json.loads(file.metadata()["made"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"no checkpoint of task {task} at {path}: {error}. Run the tasks again.") from None
+    if made != _made(reference):
+        raise UserError(f"{path} was made with {made}, this asks for {_made(reference)}. Ask with the run's arguments.")
+    return tensors

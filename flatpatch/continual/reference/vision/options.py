@@ -1,0 +1,78 @@
+"""What a vision run of the reference engine is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flatpatch.errors import UserError, did_you_mean
+
+VIT_BASE: Mapping[str, int] = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+TRAINED: Mapping[str, tuple[str, ...]] = {"inflora": ("B",), "seqlora": ("A", "B")}
+"""The factors that each method trains, beside the present task's classifier."""
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class VisionReference:
+    """Arguments of one run; defaults are those of InfLoRA's configuration for ten-task CIFAR-100."""
+
+    method: str
+    """inflora, or seqlora: one adapter, A and B, trained on all tasks in turn with nothing protected."""
+    dataset: Callable[[dict[str, Any]], Any]
+    """A class with the interface of InfLoRA's datasets: made from ``{"data_path": ...}``; ``download_data()``
+    then sets ``train_data``, ``train_targets``, ``test_data`` and ``test_targets``; ``train_trsf``,
+    ``test_trsf``, ``common_trsf``, ``use_path`` and ``class_order`` say how to read them."""
+    output_dir: Path
+    """Where ``tasks/<n>.safetensors`` and results.json go."""
+    model: Mapping[str, Any] = field(default_factory=lambda: VIT_BASE)
+    """Sizes of timm's VisionTransformer."""
+    weights: Path | None = None
+    """Its pretrained weights, safetensors under timm's names; None: random ones, for tests."""
+    data_path: Path = Path("data")
+    shuffle: bool = False
+    """True: order the classes at random, by the seed; False: as the dataset says."""
+    seed: int = 0
+    init_cls: int = 10
+    """Classes of the first task."""
+    increment: int = 10
+    """Classes of each later task; the last one takes what is left."""
+    rank: int = 10
+    lamb: float = 0.95
+    """InfLoRA: share of the inputs' energy that is protected after the first task."""
+    lame: float = 1.0
+    """InfLoRA: the share would reach this one task after the last; it grows linearly in between."""
+    epochs: int = 20
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    batch_size: int = 128
+    optimizer: str = "adam"
+    """adam, or sgd with momentum 0.9; either with a cosine schedule."""
+    num_workers: int = 0
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything is read or written.
+
+        Raises:
+            UserError: With every problem found.
+        """
+        problems = []
+        for name, value, known in (("method", self.method, tuple(TRAINED)), ("optimizer", self.optimizer, OPTIMIZERS)):
+            if value not in known:
+                hint = did_you_mean(value, known)
+                problems.append(f"unknown {name} '{value}'.{hint} Known for images: {', '.join(known)}.")
+        for name in ("init_cls", "increment", "rank", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: expected at least 1.")
+        width = self.model["embed_dim"]
+        if self.rank > width:
+            problems.append(f"rank={self.rank} is more than the model's width; expected at most {width}.")
+        if not 0 < self.lamb <= self.lame <= 1:
+            problems.append(f"lamb={self.lamb}, lame={self.lame}: expected shares with 0 < lamb <= lame <= 1.")
+        if self.weights is not None and not self.weights.is_file():
+            problems.append(f"no weights at {self.weights}. Give a safetensors file with timm's names.")
+        if problems:
+            raise UserError.collect(problems)

@@ -1,0 +1,240 @@
+"""The hooks in a training loop written out by hand: SAM around each of its steps, and a record of each step.
+
+The loop's own forward and backward pass is the first of SAM's two. Between its ``backward()`` and its ``step()`` the
+hook takes the second: at the perturbed weights it computes the loss that the loop computed, and leaves the gradient
+found there. So every statement of upstream still runs, in its order, and ``step()`` is upstream's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.hooks.images import vision_run
+from flatpatch.hooks.recording import Recorder, announce, counts, describe, dtypes
+
+
+def begin_task(learner: Any, optimizer: Any, loader: Any, epochs: int, steps_per_batch: int = 1) -> None:
+    """Say that a task's training begins.
+
+    Args:
+        learner: Has ``_network``, ``_cur_task`` (0-based) and ``args``.
+        optimizer: Does the steps of this task.
+        loader: The task's batches.
+        epochs: How often they are gone through.
+        steps_per_batch: Optimizer steps that a batch takes.
+
+    Raises:
+        UserError: If the scope chooses no weight.
+    """
+    run = vision_run()
+    if run is None:
+        return
+    if not _trainings:
+        _trainings.append(_Training(run))
+    _trainings[0].begin_task(learner, optimizer, epochs * len(loader) * steps_per_batch, steps_per_batch > 1)
+
+
+def begin_batch() -> None:
+    """Say that a batch's first forward pass comes next."""
+    if vision_run() is not None:
+        _training().begin_batch()
+
+
+def second_pass(optimizer: Any, loss: Any, again: Callable[[], Any], name: str = "task") -> None:
+    """Take SAM's second pass, if this step has one, between upstream's ``backward()`` and ``step()``.
+
+    Args:
+        optimizer: Upstream's; its gradients are those of ``loss``.
+        loss: What upstream has differentiated.
+        again: Computes the same loss anew, at the weights as they then are.
+        name: Which loss it is: "task" or "distillation".
+
+    Raises:
+        UserError: If the loss depends on no weight of the scope.
+    """
+    if vision_run() is not None:
+        _training().second_pass(optimizer, loss, again, name)
+
+
+def end_task() -> None:
+    """Say that a task's training has ended."""
+    if vision_run() is not None:
+        _training().end_task()
+
+
+_trainings: list[_Training] = []  # at most one; a process has one run
+
+
+def _training() -> _Training:
+    if not _trainings:
+        raise FlatpatchError("a hook of the training loop was called before begin_task; the patch needs a refresh.")
+    return _trainings[0]
+
+
+class _Training:
+    """One process's training: all tasks of all seeds."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self._run = run
+        self._settings = run["sam"]
+        sam_on = run["vision"]["sam_on"]
+        on = ("task", "distillation") if sam_on == "both" else (sam_on,)
+        self._sharpened = () if self._settings["kind"] == "off" else on
+        self._recorder = Recorder(run)
+        self._recorder.start()
+        self._tasks: list[dict[str, Any]] = []
+        self._pending: tuple[str, dict[str, Any]] | None = None
+        self._earlier: list[tuple[Any, Any]] = []
+
+    def begin_task(self, learner: Any, optimizer: Any, total: int, several_steps: bool) -> None:
+        from flatpatch.sam import select_parameters
+
+        named = [(name, p) for name, p in learner._network.named_parameters() if p.requires_grad]
+        chosen = select_parameters(named, self._settings["scope"]) if self._sharpened else []
+        self._perturbed = [parameter for _, parameter in chosen]
+        self._trainable = [parameter for _, parameter in named]
+        self._task, self._seed = f"task {learner._cur_task + 1}", learner.args["seed"]
+        self._step, self._total = 0, total
+        self._several_steps = several_steps
+        self._fallbacks: Any = 0
+        self._counts = counts(self._trainable, self._perturbed)
+        self._dtype = dtypes(self._perturbed or self._trainable)
+        self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
+        optimizer.register_step_post_hook(self._after_step)
+        on = (
+            f" on {self._counts['perturbed_parameters']:,} of {self._counts['trainable_parameters']:,}"
+            f" trainable parameters"
+            if self._sharpened
+            else ""
+        )
+        announce(f"{describe(self._settings)}{on} ({self._dtype}), {self._task}, seed {self._seed}")
+        self._recorder.write_progress("train", 0, total, task=self._task)
+
+    def begin_batch(self) -> None:
+        self._clock = time.perf_counter()
+        if not self._sharpened:
+            return
+        from flatpatch.sam import RandomState
+
+        self._random_state = RandomState()
+        if self._several_steps:
+            self._earlier = [(weight, weight.detach().clone()) for weight in self._trainable]
+
+    def second_pass(self, optimizer: Any, loss: Any, again: Callable[[], Any], name: str) -> None:
+        measured = {"loss": loss.detach()}
+        if name in self._sharpened:
+            measured |= self._sharpen(optimizer, again, name)
+        self._pending = (name, measured)
+
+    def _sharpen(self, optimizer: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
+        from flatpatch.sam import RandomState, perturbed
+
+        gradients = [weight.grad for weight in self._perturbed]
+        if all(gradient is None for gradient in gradients):
+            raise UserError(
+                f"the {name} loss depends on none of the {len(gradients)} tensors that scope={self._settings['scope']} "
+                "chooses. Choose another scope, or the other step alone with sam_on."
+            )
+        # Upstream computed its distillation loss with the weights that are there, its task loss with earlier ones.
+        earlier = self._earlier if name == "task" else []
+        now = [weight.detach().clone() for weight, _ in earlier]
+        random_state = RandomState()
+        self._random_state.restore()
+        step = perturbed(
+            self._perturbed,
+            gradients,
+            rho=self._settings["rho"],
+            adaptive=self._settings["kind"] == "asam",
+            eta=self._settings["eta"],
+        )
+        with step as report:
+            optimizer.zero_grad()
+            with _as_before_the_other_step(earlier, now):
+                loss = again()
+            loss.backward()
+        random_state.restore()
+        self._fallbacks = self._fallbacks + ~report.finite
+        return {
+            "perturbed_loss": loss.detach(),
+            "grad_norm": report.grad_norm,
+            "perturbation_norm": report.perturbation_norm,
+            "effective_perturbation_norm": report.effective_perturbation_norm,
+            "perturbation_cosine": report.perturbation_cosine,
+        }
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if self._pending is None:
+            raise FlatpatchError("upstream took a step without flatpatch.hooks.second_pass; the patch needs a refresh.")
+        (name, measured), self._pending = self._pending, None
+        self._step += 1
+        clock = time.perf_counter()
+        record = {
+            "task": self._task,
+            "step": self._step,
+            "learning_rate": float(optimizer.param_groups[0]["lr"]),
+            "seconds": clock - self._clock,
+            "seed": self._seed,
+            "loss_name": name,
+        }
+        self._clock = clock
+        self._recorder.add(record, measured)
+        if self._recorder.progress_due():
+            self._recorder.flush()
+            self._recorder.write_progress("train", self._step, self._total, task=self._task)
+
+    def end_task(self) -> None:
+        self._recorder.flush()
+        self._earlier = []
+        about = {
+            "steps": self._step,
+            "ascent_fallbacks": int(self._fallbacks),
+            **self._counts,
+            "sam": describe(self._settings),
+            "launcher": self._launcher,
+            "dtype": self._dtype,
+        }
+        self._tasks.append({"task": self._task, "seed": self._seed, **about})
+        total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
+        self._recorder.write_summary({**about, **total, "tasks": self._tasks})
+        self._recorder.write_progress("train", self._step, self._total, task=self._task)
+
+
+@contextmanager
+def _as_before_the_other_step(earlier: Sequence[tuple[Any, Any]], now: Sequence[Any]) -> Iterator[None]:
+    """Inside the block hold the weights, perturbed as they are, where they were before a step made since.
+
+    CL-LoRA's task loss is computed before its distillation step and differentiated after it, so that its gradient mixes
+    the weights from before (in the activations) with those from after (in the products with them). The loss at the
+    perturbed weights is computed inside the block and differentiated after it, and mixes them likewise. Without a
+    perturbation, then, it is upstream's gradient bit for bit.
+
+    Args:
+        earlier: Weights, and what they were before the step.
+        now: What they are without the perturbation.
+
+    Yields:
+        Nothing.
+    """
+    if not earlier:
+        yield
+        return
+    import torch
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    weights = tuple(weight for weight, _ in earlier)
+    here = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for (weight, before), after, moved in zip(earlier, now, here, strict=True):
+            # Exactly the perturbed weight where the step changed nothing, exactly `before` where nothing is perturbed.
+            weight.copy_(torch.where(before == after, moved, before + (moved - after)))
+    kept = _unsafe_preserve_version_counter(weights)
+    try:
+        yield
+    finally:
+        with kept, torch.no_grad():
+            for weight, moved in zip(weights, here, strict=True):
+                weight.copy_(moved)

@@ -1,0 +1,204 @@
+"""Run an image repository's own main.py, patched or not, on a tiny model and data, and keep all that it computed.
+
+    python vision_upstream.py TREE CONFIG RESULTS [unpatched]
+
+In an unpatched tree everything that has to be otherwise on a machine without GPU is put in place from outside, by
+replacing attributes of upstream's modules and of torch; none of it comes from flatpatch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torchvision import transforms
+
+SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+
+# What the two repositories have in common; one batch too small, so that batches are uneven.
+COMMON = {
+    "prefix": "test",
+    "dataset": "flatpatch_quick",
+    "memory_size": 0,
+    "memory_per_class": 0,
+    "weight_decay": 0.001,
+    "seed": [0],
+}
+CONFIGS = {
+    "InfLoRA": COMMON
+    | {"model_name": "InfLoRA", "data_path": "data/", "net_type": "sip", "shuffle": False, "fixed_memory": True}
+    | {"init_cls": 2, "increment": 2, "embd_dim": SIZES["embed_dim"], "num_heads": 2, "total_sessions": 10}
+    | {"optim": "adam", "EPSILON": 1e-8, "init_epoch": 2, "epochs": 2, "batch_size": 9, "num_workers": 0}
+    | {"init_lr": 0.01, "init_lr_decay": 0.1, "init_weight_decay": 0.001, "lrate": 0.01, "lrate_decay": 0.1}
+    | {"rank": 3, "lamb": 0.7, "lame": 0.9},
+    "CL-LoRA": COMMON
+    | {"model_name": "cllora", "backbone_type": "vit_base_patch16_224_in21k_cllora", "device": ["0"], "shuffle": True}
+    | {"init_cls": 5, "increment": 5, "fixed_memory": False, "init_epochs": 2, "later_epochs": 2, "batch_size": 12}
+    | {"init_lr": 0.05, "later_lr": 0.05, "min_lr": 0, "optimizer": "sgd", "scheduler": "cosine", "ffn_num": 3}
+    | {"use_diagonal": False, "recalc_sim": True, "alpha": 0.0, "beta": 0, "use_init_ptm": False, "adapter_num": -1}
+    | {"use_old_data": False, "use_reweight": True, "moni_adam": False, "msa_adapt": True, "pretrained": True}
+    | {"use_distillation": True, "use_block_weight": True, "msa": [1, 0, 1], "general_pos": [0], "specfic_pos": [1]}
+    | {"print_forget": True},
+}
+
+
+class TinyImages:
+    """Twenty-five classes of 8x8 images, each a pattern of its own with noise."""
+
+    use_path = False
+    train_trsf = (transforms.RandomHorizontalFlip(), transforms.ToTensor())
+    test_trsf = (transforms.ToTensor(),)
+    common_trsf = (transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),)
+
+    def __init__(self, seed: int, classes: int = 25) -> None:
+        self.class_order = list(range(classes))
+        generator = np.random.default_rng(seed)
+        self._patterns = generator.uniform(0, 255, (classes, 8, 8, 3))
+        self._generator = generator
+
+    def download_data(self) -> None:
+        self.train_data, self.train_targets = self._draw(8)
+        self.test_data, self.test_targets = self._draw(3)
+
+    def _draw(self, each: int) -> tuple[np.ndarray, np.ndarray]:
+        targets = np.repeat(np.arange(len(self._patterns)), each)
+        noise = self._generator.normal(0, 30, (len(targets), 8, 8, 3))
+        return np.clip(self._patterns[targets] + noise, 0, 255).astype(np.uint8), targets
+
+
+class TwentyImages(TinyImages):
+    """As many classes as ten tasks of two take."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, classes=20)
+
+
+DATA = {"InfLoRA": TwentyImages, "CL-LoRA": TinyImages}
+
+
+def on_the_cpu(args: dict) -> None:
+    args["device"] = [torch.device("cpu")]
+
+
+def emulate(repo: str) -> None:
+    """Let an unpatched repository run here."""
+    import trainer
+    import utils.data_manager
+
+    trainer._set_device = on_the_cpu
+    utils.data_manager._get_idata = lambda *_: DATA[repo](seed=0)
+    train_one_seed = trainer._train
+
+    def train_with_its_own_log(args: dict) -> None:
+        logging.getLogger().handlers.clear()
+        train_one_seed(args)
+
+    trainer._train = train_with_its_own_log
+    if repo == "InfLoRA":
+        import models.sinet_inflora as sinet
+
+        create = sinet._create_vision_transformer
+        sinet._create_vision_transformer = lambda variant, pretrained, **arguments: create(
+            variant, pretrained=False, **arguments | SIZES
+        )
+        return
+    import models.cllora
+    from backbone import linears, vit_cllora
+    from timm.models.vision_transformer import VisionTransformer
+
+    models.cllora.num_workers = 0
+    torch.Tensor.cuda = lambda tensor: tensor
+    defaults = linears.CosineLinearFeature.forward_diagonal.__defaults__
+    linears.CosineLinearFeature.forward_diagonal.__defaults__ = tuple(
+        SIZES["embed_dim"] if value == 768 else value for value in defaults
+    )
+
+    class Small(vit_cllora.VisionTransformer):
+        out_dim = property(lambda self: SIZES["embed_dim"], lambda self, value: None)
+
+        def __init__(self, tuning_config, **arguments) -> None:
+            tuning_config.d_model = SIZES["embed_dim"]
+            super().__init__(tuning_config=tuning_config, **arguments | SIZES)
+
+    vit_cllora.VisionTransformer = Small
+
+    def create_model(name: str, **_: object) -> SimpleNamespace:
+        weights = VisionTransformer(num_classes=0, **SIZES).state_dict()
+        for key in [key for key in weights if ".qkv." in key]:
+            for letter, part in zip("qkv", weights.pop(key).split(SIZES["embed_dim"]), strict=True):
+                weights[key.replace(".qkv.", f".{letter}_proj.")] = part
+        return SimpleNamespace(state_dict=lambda: weights)
+
+    vit_cllora.timm = SimpleNamespace(create_model=create_model)
+    # What torch 2.0.1 does on CUDA: a step of the optimizer counts as no write to the weights.
+    step = torch.optim.SGD.step
+
+    def uncounted(optimizer, *arguments):
+        weights = tuple(p for group in optimizer.param_groups for p in group["params"])
+        with torch.autograd._unsafe_preserve_version_counter(weights):
+            return step(optimizer, *arguments)
+
+    torch.optim.SGD.step = uncounted
+
+
+def watch() -> tuple[list, list]:
+    """Return lists that fill with the learners that upstream makes and with every number it takes from a tensor."""
+    import trainer
+
+    learners, numbers = [], []
+    get_model, item = trainer.factory.get_model, torch.Tensor.item
+
+    def kept(*arguments):
+        learners.append(get_model(*arguments))
+        return learners[-1]
+
+    def noted(tensor):
+        numbers.append(item(tensor))
+        return numbers[-1]
+
+    trainer.factory.get_model = kept
+    torch.Tensor.item = noted
+    return learners, numbers
+
+
+def results(learner) -> dict:
+    """Return all that a learner has learned."""
+    network = learner._network
+    found = {
+        "weights": network.state_dict(),
+        "predictions": [torch.as_tensor(p) for p in learner._eval_cnn(learner.test_loader)],
+    }
+    if hasattr(learner, "feature_list"):
+        found["features"] = [torch.as_tensor(feature) for feature in learner.feature_list]
+        found["projections"] = learner.feature_mat
+        found["project_types"] = learner.project_type
+        found["keys"] = learner.all_keys
+    else:
+        backbone = network.backbone
+        found["block_weights"] = [*backbone.block_weight_list, backbone.block_weight]
+        found["adapters"] = [[a.state_dict() for a in task] for task in backbone.adapter_list]
+    return found
+
+
+def main() -> None:
+    tree, config, output, *rest = sys.argv[1:]
+    repo = "CL-LoRA" if (Path(tree) / "exps").exists() else "InfLoRA"
+    # As for `python main.py`; this file's own folder must stay findable for the data set.
+    sys.path.insert(0, tree)
+    if rest:
+        emulate(repo)
+    learners, numbers = watch()
+    sys.argv = ["main.py", *(["--config", config] if repo == "InfLoRA" else [config])]
+    runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
+    seeds = json.loads(Path(config).read_text())["seed"]
+    torch.save({"seeds": seeds, "results": [results(learner) for learner in learners], "numbers": numbers}, output)
+
+
+if __name__ == "__main__":
+    main()
