@@ -227,8 +227,8 @@ def test_a_run_with_sam_is_at_best_equivalent():
 @pytest.mark.parametrize(
     ("record", "label"),
     [
-        (make_quick_record(method="olora"), "quick and reference"),
-        (make_quick_record(method="olora", labels=[]), "quick and reference"),  # whatever the record's labels say
+        (make_quick_record(method="olora"), "quick, reference"),
+        (make_quick_record(method="olora", labels=[]), "quick, reference"),  # whatever the record's labels say
         (olora_record(labels=["off-reference"]), "off-reference"),
         (inflora_record(0, labels=["off-reference"]), "off-reference"),
     ],
@@ -285,8 +285,10 @@ def test_without_a_shipped_run_the_papers_row_is_taken():
 def test_profile_paper_is_not_compared_with_runs_of_the_code():
     change = {"what": "lamb", "upstream": "0.98", "here": "0.99", "why": "profile paper: the paper has 0.99"}
     records = [inflora_record(0, profile="paper", deviations=[change])]
-    assert "profile=paper changed lamb" in compare_runs(records)["why"]
-    assert compare_runs(records, "paper_inflora")["metrics"]
+    assert "profile=paper changed lamb" in compare_runs(records, "inflora_cifar100")["why"]
+    assert compare_runs(records)["baseline"]["name"] == "paper_inflora"
+    assert compare_runs(records)["metrics"]
+    assert compare_runs([inflora_record(0, profile="paper")])["baseline"]["name"] == "inflora_cifar100"
 
 
 @pytest.mark.parametrize(
