@@ -151,12 +151,16 @@ def test_without_sam_its_radius_sets_nothing_apart(tmp_path):
     assert len(group_runs([read_run(folder) for folder in folders])) == 1
 
 
-def test_other_conditions_within_a_group_are_told(tmp_path):
-    folders = [
-        write_run(tmp_path / str(k), seeded(k, environment={"threads": k + 1, "python": "3.11.7"})) for k in (0, 1)
-    ]
+def test_other_conditions_of_some_runs_are_told(tmp_path):
+    def record(seed, sam, threads):
+        variables = {"PYTHONPATH": str(seed)}  # where the package lies changes no number
+        return seeded(seed, sam=sam, environment={"threads": threads, "python": "3.11.7", "variables": variables})
+
+    records = [record(0, "off", 1), record(1, "off", 1), record(0, "sam", 1), record(1, "sam", 2)]
+    folders = [write_run(tmp_path / str(k), one) for k, one in enumerate(records)]
     _, reader = read(folders)
-    assert "threads is 1 (seed 0), 2 (seed 1)" in reader.words
+    assert "the same conditions: threads: 1 (A; B seed 0), 2 (B seed 1)" in reader.words
+    assert "PYTHONPATH: " not in reader.words
 
 
 @pytest.mark.parametrize(("record", "banner"), [(make_quick_record(), True), (make_record(), False)])

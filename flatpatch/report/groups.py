@@ -17,6 +17,8 @@ _NOT_COMPARED = frozenset({"seed", "run", "output", "port"})
 _OF_SAM = frozenset({"rho", "eta", "scope", "sync", "ascent_loss"})
 # What mostly follows from the settings: told only where two groups would else have one name.
 _FOLLOWING = ("tasks", "benchmark", "profile", "engine", "device", "launcher", "processes", "pin", "patched_tree")
+# Where the package lies and which of several GPUs ran it.
+_HARMLESS = frozenset({"variables.PYTHONPATH", "variables.CUDA_VISIBLE_DEVICES"})
 # What draw_run makes anew from the record; every other figure of a run was measured.
 _REDRAWN = frozenset({"accuracy_matrix.png", "accuracy_over_tasks.png", "loss.png", "perturbation.png"})
 
@@ -69,7 +71,6 @@ class Group:
     title: str  # what sets it apart from the other groups
     runs: tuple[Run, ...]
     counted: tuple[Run, ...]  # one finished run per seed; else the one run that got furthest
-    differences: Mapping[str, Sequence[str]]  # what else differs among the counted runs: name to values, run by run
 
     @property
     def is_finished(self) -> bool:
@@ -120,7 +121,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         members.setdefault(tuple(sorted(_facets(run.record).items())), []).append(run)
     titles = _titles([dict(key) for key in members])
     return [
-        Group(_letter(k), title, tuple(own), counted := _counted(own), _differences(counted))
+        Group(_letter(k), title, tuple(own), _counted(own))
         for k, (title, own) in enumerate(zip(titles, members.values(), strict=True))
     ]
 
@@ -189,6 +190,38 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
     return rows
 
 
+def other_conditions(groups: Sequence[Group]) -> dict[str, dict[str, str]]:
+    """Return what the runs do not share beside their settings: libraries, hardware, inputs, code.
+
+    Args:
+        groups: As ``group_runs`` returns them.
+
+    Returns:
+        For each such thing its values, each with the groups, and seeds where not all of a group's, that have it.
+    """
+    runs = [(group, run) for group in groups for run in group.runs]
+    rows = [{**flatten(run.record["environment"]), **flatten(run.record.get("inputs", {}), "input")} for _, run in runs]
+    found: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        holders: dict[str, list[tuple[Group, Run]]] = {}
+        for row, holder in zip(rows, runs, strict=True):
+            holders.setdefault(row.get(name, "not recorded"), []).append(holder)
+        if len(holders) > 1 and name not in _HARMLESS:
+            found[name] = {value: where(groups, own) for value, own in holders.items()}
+    return found
+
+
+def where(groups: Sequence[Group], holders: Sequence[tuple[Group, Run]]) -> str:
+    """Name the groups that some runs are of; with the seeds where they are not all of a group's runs."""
+    parts = []
+    for group in groups:
+        own = [run for other, run in holders if other is group]
+        if own:
+            whole = len(own) == len(group.runs)
+            parts.append(group.letter if whole else f"{group.letter} seed {', '.join(run.seed for run in own)}")
+    return "; ".join(parts)
+
+
 def _gap(group: Group, seed: str, state: str, why: str) -> dict[str, str]:
     return {"letter": group.letter, "seed": seed, "state": state, "why": why}
 
@@ -250,16 +283,6 @@ def _counted(runs: Sequence[Run]) -> tuple[Run, ...]:
         if run.is_finished:
             first.setdefault(run.seed, run)
     return tuple(first.values()) or (max(runs, key=lambda run: run.tasks_done),)
-
-
-def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return what the environment of the counted runs does not share."""
-    flat = [flatten(run.record["environment"]) for run in runs]
-    inputs = [flatten(run.record.get("inputs", {}), "inputs") for run in runs]
-    rows = [{**a, **b} for a, b in zip(flat, inputs, strict=True)]
-    names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: [row.get(name, "not recorded") for row in rows] for name in names}
-    return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
 def flatten(value: Any, name: str = "") -> dict[str, str]:

@@ -29,7 +29,9 @@ from flatpatch.report.groups import (
     gaps,
     matrix_spread,
     mean_accuracies,
+    other_conditions,
     spread,
+    where,
 )
 from flatpatch.report.records import setting
 from flatpatch.report.titles import warning
@@ -120,6 +122,7 @@ def make_page(
         "warnings": _warnings(groups),
         "gaps": gaps(groups),
         "unreadable": unreadable,
+        "conditions": other_conditions(groups),
         "headline": _metric_rows(groups, HEADLINE),
         "metrics": _metric_rows(groups, _metric_names(groups)),
         "matrices": {group.letter: _matrix(group) for group in groups},
@@ -450,20 +453,13 @@ def _deviations(groups: Sequence[Group]) -> list[dict[str, Any]]:
         for run in group.runs:
             for row in run.record["deviations"]:
                 key = tuple(str(row.get(name)) for name in ("what", "upstream", "here", "why", "tasks"))
-                entry = found.setdefault(key, {**row, "tasks": row.get("tasks", []), "runs": {}})
-                entry["runs"].setdefault(group.letter, []).append(run)
-    rows = []
-    for entry in found.values():
-        parts = []
-        for group in groups:
-            own = entry["runs"].get(group.letter, [])
-            if len(own) == len(group.runs):
-                parts.append(group.letter)
-            elif own:
-                parts.append(f"{group.letter} seed {', '.join(run.seed for run in own)}")
-        everywhere = parts == [group.letter for group in groups]
-        rows.append({**entry, "where": "all" if everywhere else "; ".join(parts)})
-    return rows
+                entry = found.setdefault(key, {**row, "tasks": row.get("tasks", []), "holders": []})
+                entry["holders"].append((group, run))
+    count = sum(len(group.runs) for group in groups)
+    return [
+        {**entry, "where": "all" if len(entry["holders"]) == count else where(groups, entry["holders"])}
+        for entry in found.values()
+    ]
 
 
 def _rerun(group: Group) -> dict[str, Any]:
