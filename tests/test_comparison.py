@@ -171,6 +171,11 @@ def test_paper_row_is_compared_with_its_printed_spread():
     assert result["verdict"].startswith("undecided")
 
 
+def test_reproduced_says_more_than_within_the_papers_spread():
+    result = compare_runs([inflora_record(seed) for seed in range(5)], "paper_inflora", metrics=[FINAL], margin=2)
+    assert result["verdict"] == "reproduced"
+
+
 def test_paper_row_far_away_is_off():
     result = compare_runs([inflora_record(seed, -4) for seed in range(5)], "paper_inflora")
     assert entry(result, FINAL)["verdict"] == "off by -4.18"
@@ -339,6 +344,14 @@ def test_log_without_a_complete_run_is_a_users_error():
         compare_logged(runs)
     with pytest.raises(UserError, match="have the same seed, 0"):
         compare_logged([*logged_runs(), logged_runs()[0]])
+
+
+def test_clloras_shuffled_classes_are_its_own_default():
+    """Its configurations of CIFAR-100 and ImageNet shuffle, InfLoRA's do not: there, shuffled is another benchmark."""
+    settings = {"dataset": "cifar224", "model_name": "cllora", "shuffle": "True"}
+    result = compare_logged(logged_runs(**settings)[:1], "paper_cllora")
+    assert "this is cllora, cifar100 in 10 tasks, of which" in result["why"]
+    assert compare_logged(logged_runs(shuffle="True")[:1])["baseline"]["name"] == "inflora_cifar100_shuffled_seed1993"
 
 
 def test_quoted_run_is_compared_by_its_curve():

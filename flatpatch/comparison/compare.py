@@ -196,7 +196,7 @@ def _against_row(runs: Sequence[Run], row: Mapping[str, Any], n: int | None, mar
         return _missing(metric, runs, "the runs")
     here = [_value(run, metric) for run in runs]
     # Where the number of runs behind a row is not known, one is the cautious guess: it gives the widest interval.
-    there = Side(row["mean"], row["std"] if n else None, n or 1)
+    there = Side(row["mean"], row["std"], n or 1)
     difference = unpaired_difference(Side.of(here), there)
     entry = _entry(metric, Side.of(here), here, there, None, difference)
     entry["there"]["standard_deviation"] = row["std"]
@@ -218,7 +218,8 @@ def _judge(difference: Difference, margin: float) -> tuple[str, str]:
             return UNDECIDED, "one number on either side: the difference alone, no test"
         return UNDECIDED, "the numbers do not spread at all, so there is nothing to judge the difference by"
     low, high = difference.interval
-    shown = f"the 95 % interval of the difference, {signed(low)} to {signed(high)},"
+    kind = "interval" if difference.test != "prediction interval" else "interval, as if both sides spread alike,"
+    shown = f"the 95 % {kind} of the difference, {signed(low)} to {signed(high)},"
     if -margin <= low and high <= margin:
         return REPRODUCED, f"{shown} lies within the margin of {margin:g}"
     if low > 0 or high < 0:
