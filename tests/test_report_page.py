@@ -102,10 +102,23 @@ def test_unfinished_run_is_named_and_counts_nowhere(page):
 
 def test_seed_that_one_setting_lacks_is_named(four):
     groups = group_runs([read_run(folder) for folder in four[:4]])
-    assert [(row["letter"], row["seed"], row["state"]) for row in gaps(groups)] == [
-        ("B", "1", "no run"),
-        ("B", "2", "no run"),
-    ]
+    assert [(row["letter"], row["seed"], row["state"]) for row in gaps(groups)] == [("B", "1, 2", "no run")]
+
+
+def test_seeds_of_another_method_are_not_expected(tmp_path):
+    folders = [write_run(tmp_path / "a", seeded(0)), write_run(tmp_path / "b", seeded(1, method="olora"))]
+    assert gaps(group_runs([read_run(folder) for folder in folders])) == []
+
+
+def test_settings_another_method_lacks_are_named_only_if_somebody_set_them(tmp_path):
+    records = [seeded(0), seeded(0, method="cllora")]
+    records[1]["settings"] |= {
+        "sam_on": {"value": "both", "source": "default"},
+        "variant": {"value": "full", "source": "command line"},
+    }
+    folders = [write_run(tmp_path / str(k), record) for k, record in enumerate(records)]
+    titles = [group.title for group in group_runs([read_run(folder) for folder in folders])]
+    assert titles == ["nlora, SAM rho=0.05", "cllora, SAM rho=0.05, variant=full"]
 
 
 def test_failed_run_says_why(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(sorted(_facets(run.record).items())), []).append(run)
-    titles = _titles([dict(key) for key in members])
+    given = {key for run in runs for key, entry in run.record["settings"].items() if entry["source"] != "default"}
+    titles = _titles([dict(key) for key in members], given)
     return [
         Group(_letter(k), title, tuple(own), _counted(own))
         for k, (title, own) in enumerate(zip(titles, members.values(), strict=True))
@@ -166,7 +167,6 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
     Returns:
         Rows of ``letter``, ``seed``, ``state`` and ``why``.
     """
-    seeds = list(dict.fromkeys(run.seed for group in groups for run in group.runs))
     rows = []
     for group in groups:
         for run in group.runs:
@@ -183,10 +183,11 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
                 rows.append(
                     _gap(group, run.seed, "not counted", f"{why}, with {'the same' if same else 'OTHER'} accuracies")
                 )
-        for seed in seeds:
-            if seed not in {run.seed for run in group.runs}:
-                others = [other.letter for other in groups if seed in {run.seed for run in other.runs}]
-                rows.append(_gap(group, seed, "no run", f"{' and '.join(others)} has this seed"))
+        own = {run.seed for run in group.runs}
+        others = [other for other in groups if _family(other) == _family(group)]
+        if lacking := list(dict.fromkeys(run.seed for other in others for run in other.runs if run.seed not in own)):
+            holders = [other.letter for other in others if any(run.seed in lacking for run in other.runs)]
+            rows.append(_gap(group, ", ".join(lacking), "no run", f"there is one in {', '.join(holders)}"))
     return rows
 
 
@@ -205,7 +206,8 @@ def other_conditions(groups: Sequence[Group]) -> dict[str, dict[str, str]]:
     for name in dict.fromkeys(name for row in rows for name in row):
         holders: dict[str, list[tuple[Group, Run]]] = {}
         for row, holder in zip(rows, runs, strict=True):
-            holders.setdefault(row.get(name, "not recorded"), []).append(holder)
+            if name in row:  # methods record different things
+                holders.setdefault(row[name], []).append(holder)
         if len(holders) > 1 and name not in _HARMLESS:
             found[name] = {value: where(groups, own) for value, own in holders.items()}
     return found
@@ -220,6 +222,11 @@ def where(groups: Sequence[Group], holders: Sequence[tuple[Group, Run]]) -> str:
             whole = len(own) == len(group.runs)
             parts.append(group.letter if whole else f"{group.letter} seed {', '.join(run.seed for run in own)}")
     return "; ".join(parts)
+
+
+def _family(group: Group) -> tuple[str, ...]:
+    """Return what groups share in which one expects the same seeds."""
+    return tuple(group.record[key] for key in ("method", "benchmark", "profile", "engine"))
 
 
 def _gap(group: Group, seed: str, state: str, why: str) -> dict[str, str]:
@@ -246,14 +253,21 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
     return facets
 
 
-def _titles(keys: Sequence[Mapping[str, str]]) -> list[str]:
-    """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart."""
+def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[str]:
+    """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart.
+
+    Args:
+        keys: Each group's facets.
+        given: Names of the settings that somebody set; one that is unknown to other methods is told only if it was.
+    """
     names = list(dict.fromkeys(name for key in keys for name in key))
-    # Without SAM a group has no radius: that is told by "SAM off" already.
-    differing = [
-        name for name in names if len({key.get(name) for key in keys if name in key or name not in _OF_SAM}) > 1
+    differing = [name for name in names if len({key.get(name) for key in keys}) > 1]
+    asked = [
+        name
+        for name in differing
+        if name not in ("method", "sam", "rho", *_FOLLOWING)
+        and (len({key[name] for key in keys if name in key}) > 1 or (name in given and name not in _OF_SAM))
     ]
-    asked = [name for name in differing if name not in ("method", "sam", "rho", *_FOLLOWING)]
     titles = []
     for key in keys:
         parts = [key["method"]] if "method" in differing else []

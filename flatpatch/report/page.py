@@ -172,7 +172,7 @@ def _common(groups: Sequence[Group]) -> list[tuple[str, str]]:
     tasks = list(dict.fromkeys(_chain(record["tasks"]) for record in records))
     return [
         ("method", all_of(record["method"] for record in records)),
-        ("benchmark", all_of(record["benchmark"] for record in records)),
+        ("benchmark", "; ".join(dict.fromkeys(record["benchmark"] for record in records))),
         ("tasks", "; ".join(tasks)),
         ("SAM", all_of(optimisers)),
         ("seeds", all_of(seed for record in records for seed in record["seeds"]) or "none"),
@@ -270,7 +270,7 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 {
                     "scope": scope,
                     "tasks": members[0].tasks,
-                    "letters": ", ".join(group.letter for group in members),
+                    "letters": "" if len(members) == len(groups) else ", ".join(group.letter for group in members),
                     "rows": rows,
                     "samples": sorted({entry["samples"] for entry in facts if entry.get("samples") is not None}),
                     "figure": f"flatness-{scope}-{members[0].letter}",
