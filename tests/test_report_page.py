@@ -225,9 +225,7 @@ def test_flatness_is_tabled_per_time_and_setting(page):
 
 def test_entries_that_measured_nothing_are_no_number(tmp_path):
     record = make_record()
-    entry = flatness_entry(0, "after", "merged", {}, loss=None, samples=3)
-    del entry["values"]
-    record["flatness"] = [entry]
+    record["flatness"] = [flatness_entry(0, "after", "merged", {}, loss=None, samples=3)]
     _, reader = read([write_run(tmp_path / "run", record)])
     assert reader.table("Measured in scope merged")[1:] == []
 
@@ -338,10 +336,7 @@ def test_hostile_text_stays_text(tmp_path):
     record["metrics"][HOSTILE] = 1.0
     record["inputs"] = {HOSTILE: HOSTILE}
     record["timing"]["started"] = HOSTILE
-    record["flatness"] = [
-        flatness_entry(0, HOSTILE, HOSTILE, {HOSTILE: 1.0}),
-        flatness_entry(0, "after", "<i>", {"<u>": 1.0}),
-    ]
+    record["flatness"] = [flatness_entry(0, "after", "adapter", {HOSTILE: 1.0, "<u>": 2.0}, task=tasks[0])]
     failed = seeded(1, tasks=tasks, done=1) | {"error": HOSTILE, "status": "failed"}
     comparison = dict.fromkeys(("verdict", "why"), HOSTILE) | {
         "baseline": dict.fromkeys(("name", "source", "kind", "verification"), HOSTILE),

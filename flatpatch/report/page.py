@@ -252,11 +252,11 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
     tables = []
     for members in _by_tasks(groups):
         entries = [entry for group in members for run in group.counted for entry in run.record["flatness"]]
-        for scope in dict.fromkeys(str(entry.get("scope", "")) for entry in entries):
+        for scope in dict.fromkeys(entry["scope"] for entry in entries):
             names = _scalars(members, scope)
             rows = []
             for name in names:
-                for when in dict.fromkeys(str(entry.get("when", "")) for entry in entries):
+                for when in dict.fromkeys(entry["when"] for entry in entries):
                     for group in members:
                         measured = [drawing.measured(run, scope, when, name) for run in group.counted]
                         cells = [
@@ -265,16 +265,16 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
                         ]
                         if any(cells):
                             rows.append({"name": name, "when": when, "group": group, "cells": cells})
-            facts = [entry for entry in entries if entry.get("scope") == scope]
+            facts = [entry for entry in entries if entry["scope"] == scope]
             tables.append(
                 {
                     "scope": scope,
                     "tasks": members[0].tasks,
                     "letters": "" if len(members) == len(groups) else ", ".join(group.letter for group in members),
                     "rows": rows,
-                    "samples": sorted({entry["samples"] for entry in facts if entry.get("samples") is not None}),
+                    "samples": sorted({entry["samples"] for entry in facts}),
                     "figure": f"flatness-{scope}-{members[0].letter}",
-                    "undefined": sum(value is None for entry in facts for value in entry.get("values", {}).values()),
+                    "undefined": sum(value is None for entry in facts for value in entry["values"].values()),
                 }
             )
     return tables
@@ -282,8 +282,8 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _scalars(groups: Sequence[Group], scope: str) -> list[str]:
     entries = [entry for group in groups for run in group.counted for entry in run.record["flatness"]]
-    own = [entry for entry in entries if entry.get("scope") == scope]
-    return list(dict.fromkeys(name for entry in own for name in ("loss", *entry.get("values", {}))))
+    own = [entry for entry in entries if entry["scope"] == scope]
+    return list(dict.fromkeys(name for entry in own for name in ("loss", *entry["values"])))
 
 
 def _by_tasks(groups: Sequence[Group]) -> list[list[Group]]:
