@@ -105,13 +105,9 @@ class _Training:
         self._dtype = dtypes(self._perturbed or self._trainable)
         self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
         optimizer.register_step_post_hook(self._after_step)
-        on = (
-            f" on {self._counts['perturbed_parameters']:,} of {self._counts['trainable_parameters']:,}"
-            f" trainable parameters"
-            if self._sharpened
-            else ""
-        )
-        announce(f"{describe(self._settings)}{on} ({self._dtype}), {self._task}, seed {self._seed}")
+        perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
+        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sharpened else ""
+        announce(f"{self._describe()}{on} ({self._dtype}), {self._task}, seed {self._seed}")
         self._recorder.write_progress("train", 0, total, task=self._task)
 
     def begin_batch(self) -> None:
@@ -186,6 +182,10 @@ class _Training:
             self._recorder.flush()
             self._recorder.write_progress("train", self._step, self._total, task=self._task)
 
+    def _describe(self) -> str:
+        on = self._run["vision"]["sam_on"]
+        return describe(self._settings) + (f" sam_on={on}" if self._sharpened and on != "both" else "")
+
     def end_task(self) -> None:
         self._recorder.flush()
         self._earlier = []
@@ -193,7 +193,7 @@ class _Training:
             "steps": self._step,
             "ascent_fallbacks": int(self._fallbacks),
             **self._counts,
-            "sam": describe(self._settings),
+            "sam": self._describe(),
             "launcher": self._launcher,
             "dtype": self._dtype,
         }
