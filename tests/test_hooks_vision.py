@@ -78,7 +78,7 @@ def train(network, data, optimizer, task=0, again=None):
     """The shape of InfLoRA's loop."""
     hooks.begin_task(learner(network, task), optimizer, data, 1)
     for inputs, targets in data:
-        hooks.begin_batch()
+        hooks.first_pass()
         loss = cross_entropy(network(inputs)["logits"], targets)
         optimizer.zero_grad()
         loss.backward()
@@ -204,17 +204,18 @@ def test_weights_and_modes_are_as_before_when_the_second_pass_fails(started, whe
 class TwoSteps(nn.Module):
     """As CL-LoRA: a distillation step moves A and the head between the task loss's forward and backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Linear(4, 4, bias=False)
         self.lora_B = nn.Linear(4, 4, bias=False)
         self.head = nn.Linear(4, 3)
 
     def student(self, inputs):
-        return self.head(torch.tanh(self.lora_A(inputs)))
+        return self.head(torch.tanh(self.lora_A(self.dropout(inputs))))
 
     def forward(self, inputs):
-        return {"logits": self.head(torch.tanh(self.lora_B(torch.tanh(self.lora_A(inputs)))))}
+        return {"logits": self.head(torch.tanh(self.lora_B(torch.tanh(self.lora_A(self.dropout(inputs))))))}
 
 
 def train_two_steps(network, data, optimizer, *, reweigh=3.0, task=1):
@@ -222,12 +223,13 @@ def train_two_steps(network, data, optimizer, *, reweigh=3.0, task=1):
     hooks.begin_task(learner(network, task), optimizer, data, 1, 2)
     for inputs, targets in data:
         hooks.keep_versions(optimizer)
-        hooks.begin_batch()
+        hooks.first_pass()
         loss = cross_entropy(network(inputs)["logits"], targets)
 
         def distillation(inputs=inputs):
             return network.student(inputs).square().mean()
 
+        hooks.first_pass("distillation")
         other = distillation()
         optimizer.zero_grad()
         other.backward()
@@ -300,6 +302,19 @@ def test_the_two_steps_of_a_batch_are_those_of_the_formulas(started, sam_on, rho
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_two_steps_without_a_perturbation_are_bit_for_bit_the_same_with_dropout_on(started):
+    results = []
+    for settings in ({"kind": "off"}, {"rho": 0.0}):
+        loop._trainings.clear()
+        started(**settings)
+        torch.manual_seed(3)
+        network = TwoSteps(dropout=0.4)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        train_two_steps(network, batches(dtype=torch.float32), optimizer)
+        results.append((*copies(network), torch.get_rng_state()))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_torch_refuses_the_step_between_forward_and_backward_unless_it_is_forgotten(started, monkeypatch):
     network = TwoSteps()
     monkeypatch.delenv("FLATPATCH_RUN", raising=False)
@@ -313,7 +328,7 @@ def test_a_failed_second_pass_of_the_task_loss_puts_all_weights_back(started):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     (data,) = batches(1, dtype=torch.float32)
     hooks.begin_task(learner(network, 1), optimizer, [data], 1, 2)
-    hooks.begin_batch()
+    hooks.first_pass()
     cross_entropy(network(data[0])["logits"], data[1]).backward()
     put(network, [weight + 1.0 for weight in copies(network)])  # the other step, head included
     before = copies(network)
@@ -378,7 +393,7 @@ def test_a_gradient_that_is_not_finite_gives_a_plain_step_and_is_counted(started
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     (data,) = batches(1, dtype=torch.float32)
     hooks.begin_task(learner(network), optimizer, [data], 1)
-    hooks.begin_batch()
+    hooks.first_pass()
     loss = cross_entropy(network(data[0])["logits"], data[1])
     loss.backward()
     network.lora_A.weight.grad[0, 0] = float("inf")
@@ -425,9 +440,9 @@ def test_a_loop_that_leaves_out_a_hook_is_refused(started):
     started()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     with pytest.raises(FlatpatchError, match="before begin_task"):
-        hooks.begin_batch()
+        hooks.first_pass()
     hooks.begin_task(learner(network), optimizer, [0], 1)
-    hooks.begin_batch()
+    hooks.first_pass()
     with pytest.raises(FlatpatchError, match="without flatpatch.hooks.second_pass"):
         optimizer.step()
     with pytest.raises(FlatpatchError, match="without keep_versions"):
@@ -443,7 +458,7 @@ def test_without_a_run_no_hook_touches_anything(monkeypatch):
     hooks.resize(untouched, untouched)
     hooks.forget_the_step()
     hooks.begin_task(untouched, untouched, untouched, untouched)
-    hooks.begin_batch()
+    hooks.first_pass()
     hooks.second_pass(untouched, untouched, untouched)
     hooks.end_task()
     for hook in (hooks.backbones, hooks.resized, hooks.workers, hooks.width, hooks.data_folder):
@@ -460,4 +475,4 @@ def test_a_run_of_a_text_repository_is_refused(tmp_path, monkeypatch):
     path.write_text(json.dumps(run))
     monkeypatch.setenv("FLATPATCH_RUN", str(path))
     with pytest.raises(UserError, match=r"text.json has no 'vision'"):
-        hooks.begin_batch()
+        hooks.first_pass()
