@@ -13,12 +13,14 @@ USAGE = """usage: python -m flatpatch <verb> key=value ...
 verbs:
   run      train one method over its tasks; stops and continues with the same command
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
-  report   show a finished run's table again and redraw its figures: report run=FOLDER
+  compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
+  report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
 
 examples:
   python -m flatpatch run method=nlora sam=sam rho=0.05
+  python -m flatpatch run method=inflora sam=sam rho=0.05
   python -m flatpatch run method=olora order=2 profile=upstream model=models/t5-large --dry-run
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
   python -m flatpatch run --help
@@ -27,7 +29,7 @@ examples:
 RUN_USAGE = """usage: python -m flatpatch run key=value ... [--dry-run]
 
 Trains one method over its tasks and ends with an accuracy matrix, a record and figures in runs/<run>/.
---dry-run prints the exact commands and their difference from upstream's own script, and starts nothing.
+--dry-run prints the exact commands and how they differ from upstream's own script or configuration, and starts nothing.
 
 settings:
 {settings}
@@ -36,6 +38,8 @@ examples:
   bash run_scripts/nlora_sam.sh rho=0.05
   bash run_scripts/nlora_sam.sh order=1 profile=upstream --dry-run
   bash run_scripts/olora_sam.sh sam=asam rho=0.5 seed=1 run=asam-try
+  bash run_scripts/inflora_sam.sh rho=0.05 benchmark=imagenet_r_10 profile=upstream data=/datasets --dry-run
+  bash run_scripts/cllora_sam.sh rho=0.05 sam_on=task
   bash run_scripts/nlora_sam.sh profile=upstream model=models/t5-large upstream.num_train_epochs=1
 """
 
@@ -66,6 +70,7 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "sweep": _sweep,
+        "compare": _compare,
         "report": _report,
         "patches": _patches,
         "doctor": _doctor,
@@ -107,6 +112,12 @@ def _sweep(words: list[str]) -> int:
         print(sweep.USAGE.format(settings=settings.describe()))
         return 0
     return sweep.sweep(words)
+
+
+def _compare(words: list[str]) -> int:
+    from flatpatch.comparison import command
+
+    return command.compare(words)
 
 
 def _report(words: list[str]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flatpatch.conflicts import CONFLICTS, Conflict
+
 # The four tasks of the standard benchmark (the figures of upstream's scripts/order_N.sh, checked against them by a
 # test); used where there is no upstream script to read.
 STANDARD_ORDERS: Mapping[str, tuple[str, ...]] = {
@@ -15,30 +17,36 @@ STANDARD_ORDERS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class PaperArgument:
-    """An argument for which the paper and upstream's script differ."""
-
-    orders: tuple[str, ...]
-    argument: str
-    value: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Method:
-    """One method: its repository (if any), its scripts by order, and what its paper says differently."""
+    """One method: its repository (if any), and where upstream keeps its settings.
+
+    A text method has one script per task order; a vision method one JSON file per variant and benchmark.
+    """
 
     title: str
     repository: str | None
     scripts: Mapping[str, str] = field(default_factory=dict)
     orders_note: str = ""
-    paper: tuple[PaperArgument, ...] = ()
-    paper_notes: tuple[str, ...] = ()
+    vision: bool = False
+    configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # variant -> benchmark -> shipped file
+    config_flag: tuple[str, ...] = ()  # what stands before the configuration's name on upstream's command line
+    seed: int = 42  # what upstream's script or configuration runs with; checked against them by a test
+    reference: bool = True  # whether there is a reference implementation
 
     @property
     def orders(self) -> tuple[str, ...]:
-        """The task orders this method can run."""
+        """The task orders a text method can run."""
         return tuple(self.scripts or STANDARD_ORDERS)
+
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """Where paper and repository disagree."""
+        return CONFLICTS.get(self.repository or "", ())
+
+    def config(self, variant: str, benchmark: str) -> str | None:
+        """Return the shipped configuration of a variant and benchmark; empty means the first. None if none ships."""
+        files = self.configs.get(variant or next(iter(self.configs)), {})
+        return files.get(benchmark or next(iter(files), ""))
 
 
 METHODS: Mapping[str, Method] = {
@@ -49,18 +57,6 @@ METHODS: Mapping[str, Method] = {
             **{str(n): f"scripts/order_{n}.sh" for n in range(1, 7)},
             **{f"llama{n}": f"scripts_llama/order_{n}.sh" for n in range(1, 4)},
         },
-        paper=(
-            PaperArgument(
-                ("1",),
-                "per_device_train_batch_size",
-                "32",
-                "the paper (as quoted by secondary sources) trains with batch 32; scripts/order_1.sh alone says 48",
-            ),
-        ),
-        paper_notes=(
-            "the paper penalises the L1 norm of the weight update BA, the code that of the r x r product AB; "
-            "the code's penalty is what runs",
-        ),
     ),
     "olora": Method(
         title="O-LoRA",
@@ -71,11 +67,44 @@ METHODS: Mapping[str, Method] = {
             **{f"llama{n}": f"scripts_llama/order_{n}.sh" for n in range(1, 4)},
         },
         orders_note="O-LoRA ships no script for orders 4 and 5; its long.sh is order 6.",
-        paper_notes=(
-            "the paper's orthogonality loss is a squared norm, the code sums absolute values; the code's is what runs",
-            "the paper averages three runs; the scripts pass no seed, which means 42: run seeds with the sweep verb",
-        ),
     ),
     "seqlora": Method(title="sequential LoRA", repository=None),
     "inclora": Method(title="incremental LoRA", repository=None),
+    "inflora": Method(
+        title="InfLoRA",
+        repository="InfLoRA",
+        vision=True,
+        configs={
+            **{
+                variant: {
+                    "cifar100": f"configs/cifar100_{variant}.json",
+                    **{f"imagenet_r_{n}": f"configs/mimg{n}_{variant}.json" for n in (5, 10, 20)},
+                    "domainnet": f"configs/domainnet_{variant}.json",
+                }
+                for variant in ("inflora", "inflorab5")
+            },
+            "infloraca": {
+                "cifar100": "configs/cifar100_infloraca.json",
+                "imagenet_r_10": "configs/mimg10_infloraca.json",
+            },
+        },
+        config_flag=("--config",),
+        seed=0,
+    ),
+    "cllora": Method(
+        title="CL-LoRA",
+        repository="CL-LoRA",
+        vision=True,
+        configs={
+            "cllora": {
+                "cifar100": "exps/cifar.json",
+                "imagenet_r": "exps/inr.json",
+                "imagenet_a": "exps/ina.json",
+                "vtab": "exps/vtab.json",
+            }
+        },
+        seed=1993,
+        reference=False,
+    ),
+    "seqlora_vit": Method(title="sequential LoRA on a ViT", repository=None, vision=True, seed=0),
 }

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean
-from flatpatch.methods import METHODS
+from flatpatch.methods import METHODS, Method
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -25,7 +25,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "ascent_loss": ("total", "task"),
     "adapters": ("upstream", "fp32"),
     "launcher": ("auto", "deepspeed", "python"),
+    "sam_on": ("both", "task", "distillation"),
 }
+# Settings that say something to one kind of method alone.
+OF_TEXT = ("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port")
+OF_VISION = ("benchmark", "variant", "sam_on")
 # Names of places: a comma in them is part of the name, not a list of values to sweep over.
 PLACES = ("model", "data", "run", "output", "device", "tasks")
 # Words that upstream's code looks for in paths, changing what it does (run_N_lora.py, uie_collator.py).
@@ -41,7 +45,9 @@ class Settings:
     """Everything one run is asked for; the texts are shown by ``--help``."""
 
     method: str = _setting("nlora", "which method's repository to run")
-    order: str = _setting("1", "task order: 1 to 6 (T5), llama1 to llama3")
+    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3")
+    benchmark: str = _setting("", "vision: cifar100, imagenet_r_10, ...; default: cifar100 (a wrong one lists all)")
+    variant: str = _setting("", "vision: inflora, inflorab5 or infloraca; default: inflora")
     profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting("off", "off, sam, or asam (adaptive)")
@@ -50,8 +56,9 @@ class Settings:
     scope: str = _setting("lora", "which trainable parameters are perturbed")
     sync: str = _setting("local", "several ranks: each its own perturbation, or one for all")
     ascent_loss: str = _setting("total", "climb the whole loss, or the task loss without the method's penalty")
+    sam_on: str = _setting("both", "CL-LoRA: perturb in both steps of a batch, or in one alone")
     adapters: str = _setting("upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16")
-    seed: int = _setting(42, "random seed (42 is what upstream's scripts run with)")
+    seed: int = _setting(42, "random seed; default: upstream's (42; InfLoRA 0, CL-LoRA 1993)")
     tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-reference)")
     device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1")
     processes: int = _setting(0, "number of processes; 0: one on the CPU, one per GPU named in device")
@@ -76,7 +83,10 @@ class Request:
     def as_record(self) -> dict[str, dict[str, Any]]:
         """Return ``{key: {value, source}}`` for the run's record."""
         values = dataclasses.asdict(self.settings)
-        record = {key: {"value": value, "source": self.sources[key]} for key, value in values.items()}
+        foreign = OF_TEXT if METHODS[self.settings.method].vision else OF_VISION
+        record = {
+            key: {"value": value, "source": self.sources[key]} for key, value in values.items() if key not in foreign
+        }
         for name, value in self.overrides.items():
             record[f"upstream.{name}"] = {"value": value, "source": "command line"}
         return record
@@ -147,6 +157,8 @@ def parse(words: Sequence[str]) -> Request:
             continue
         sources[key] = "command line"
     settings = Settings(**{**{name: config[name] for name in known}, **texts})
+    if sources["seed"] == "default" and settings.method in METHODS:
+        settings = dataclasses.replace(settings, seed=METHODS[settings.method].seed)
     problems += _check(settings)
     if problems:
         raise UserError.collect(problems)
@@ -175,7 +187,9 @@ def _check(settings: Settings) -> list[str]:
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
     method = METHODS.get(settings.method)
-    if method and settings.order not in method.orders:
+    if method:
+        problems += _check_kind(settings, method)
+    if method and not method.vision and settings.order not in method.orders:
         problems.append(
             f"unknown order '{settings.order}' for method {settings.method}. Expected: {', '.join(method.orders)}."
             + (f" {method.orders_note}" if method.orders_note else "")
@@ -185,10 +199,44 @@ def _check(settings: Settings) -> list[str]:
     if settings.run and (Path(settings.run).name != settings.run or settings.run in (".", "..")):
         problems.append(f"run='{settings.run}' is not a plain name; choose the place with output=FOLDER.")
     folder = str((Path(settings.output) / settings.run).absolute()).lower()
-    for word in TELLING_WORDS:
+    for word in TELLING_WORDS if method and not method.vision else ():
         if word in folder:
             problems.append(
                 f"the run folder {folder} has '{word}' in its path, and upstream's code changes what it does when it "
                 f"sees that word in a path. Choose another folder with output=FOLDER and run=NAME."
             )
+    return problems
+
+
+def _check_kind(settings: Settings, method: Method) -> list[str]:
+    """Refuse settings that mean nothing to this kind of method: ignoring them would look like obeying."""
+    foreign, kind = (OF_TEXT, "vision") if method.vision else (OF_VISION, "text")
+    problems = [
+        f"{item.name}={getattr(settings, item.name)} has no meaning for {method.title}, a {kind} method. Leave it out."
+        for item in dataclasses.fields(Settings)
+        if item.name in foreign and getattr(settings, item.name) != item.default
+    ]
+    if not method.vision:
+        return problems
+    if settings.sam_on != "both" and settings.method != "cllora":
+        problems.append(
+            f"sam_on={settings.sam_on} is for CL-LoRA, which takes two steps a batch; {method.title} takes one. "
+            "Leave it out."
+        )
+    if (settings.benchmark or settings.variant) and not method.configs:
+        problems.append(f"{method.title} has no repository and so no benchmark= or variant= to choose. Leave them out.")
+    elif settings.variant and settings.variant not in method.configs:
+        problems.append(
+            f"unknown variant '{settings.variant}' of {method.title}.{did_you_mean(settings.variant, method.configs)} "
+            f"Expected: {', '.join(method.configs)}."
+        )
+    elif method.configs and method.config(settings.variant, settings.benchmark) is None:
+        variant = settings.variant or next(iter(method.configs))
+        files = method.configs[variant]
+        problems.append(
+            f"{method.title} ships no configuration of benchmark '{settings.benchmark}' for variant {variant}."
+            f"{did_you_mean(settings.benchmark, files)} It ships: "
+            + ", ".join(f"{name} ({file})" for name, file in files.items())
+            + "."
+        )
     return problems

@@ -65,7 +65,7 @@ def test_subject_imports_nothing_of_flatpatch_but_errors(subject: str) -> None:
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
-        ("report", ("matplotlib", "numpy", "rich")),
+        ("report", ("matplotlib", "numpy", "rich", "jinja2", "PIL")),
         ("hooks", ("torch", "safetensors", "flatpatch.sam", "flatpatch.flatness")),
     ],
 )
@@ -73,7 +73,7 @@ def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, .
     assert breaches(part, (*libraries, "flatpatch.errors")) == []
 
 
-@pytest.mark.parametrize("part", ["errors", "settings", "methods", "patches", "report"])
+@pytest.mark.parametrize("part", ["errors", "settings", "methods", "patches", "report", "comparison"])
 def test_part_does_not_load_torch(part: str) -> None:
     """Loading it takes seconds, which a mistyped setting or a report should not cost."""
     assert files_of(part), f"there is no flatpatch.{part}"

@@ -383,7 +383,7 @@ def test_script_is_executable_and_only_forwards(script: str) -> None:
     assert os.access(path, os.X_OK)
     code = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert code[:2] == ["set -euo pipefail", 'source "$(dirname -- "${BASH_SOURCE[0]}")/_environment.sh"']
-    assert len(code) == 3 and re.fullmatch(r'exec python -m (flatpatch|pytest)\b[\w= ]* "\$@"', code[2])
+    assert len(code) == 3 and re.fullmatch(r'exec python -m (flatpatch|pytest)\b[\w= -]* "\$@"', code[2])
 
 
 def read_lock() -> dict[str, tuple[str, str]]:

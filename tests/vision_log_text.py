@@ -31,11 +31,12 @@ def run_lines(
     increment: int = 10,
     groups: Sequence[str] | None = None,
     nme: bool = False,
+    sizes: Sequence[int] = SIZES,
     **settings: Any,
 ) -> list[str]:
     """Return the lines of one run, three tasks of ten classes unless told otherwise.
 
-    ``groups`` are the labels of the class groups; ``rows`` hold one value per group.
+    ``groups`` are the labels of the class groups; ``rows`` hold one value per group, ``sizes`` their test images.
     """
     order = list(range(30)) if order is None else list(order)
     groups = groups or [f"{10 * i:02d}-{10 * i + 9:02d}" for i in range(len(rows))]
@@ -53,7 +54,7 @@ def run_lines(
     }
     messages: list[tuple[str, object]] = [("trainer.py", f"{key}: {value}") for key, value in values.items()]
     messages.append(("data_manager.py", order))
-    sums = totals(rows)
+    sums = totals(rows, sizes)
     learner = "cllora.py" if cllora else "inflora.py"
     for i, row in enumerate(rows):
         curve = sums[: i + 1]

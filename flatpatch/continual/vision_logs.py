@@ -114,6 +114,11 @@ def read_cllora_log(path: Path) -> list[LoggedRun]:
     return _read(path, cllora=True)
 
 
+def read_vision_log(path: Path) -> list[LoggedRun]:
+    """Read every run in a log of either trainer; else as ``read_inflora_log``."""
+    return _read(path, cllora=None)
+
+
 @dataclass
 class _Open:
     """A run while its lines are read."""
@@ -130,7 +135,7 @@ class _DamagedError(Exception):
     """What is wrong with a line."""
 
 
-def _read(path: Path, *, cllora: bool) -> list[LoggedRun]:
+def _read(path: Path, *, cllora: bool | None) -> list[LoggedRun]:
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -157,7 +162,7 @@ def _read(path: Path, *, cllora: bool) -> list[LoggedRun]:
             ) from None
     for run in runs:
         name = run.settings.get("model_name", "")
-        if (name == "cllora") != cllora:
+        if cllora is not None and (name == "cllora") != cllora:
             raise UserError(
                 f"{path}, line {run.first_line}: a run of model '{name}'; expected a log of "
                 f"{'CL-LoRA' if cllora else 'InfLoRA'}'s trainer."

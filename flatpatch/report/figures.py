@@ -140,7 +140,7 @@ def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
 
 def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Return the training loss, and under SAM the perturbed loss, over all steps; None if none was logged."""
-    curves = _curves(record["tasks"], metrics)
+    curves = step_curves(record["tasks"], metrics)
     if not curves.has("loss"):
         return None
     figure = _figure(9.0, 4.6)
@@ -164,7 +164,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     The effective perturbation is what the weights moved after rounding to their number format. None if no
     perturbation was logged (SAM off).
     """
-    curves = _curves(record["tasks"], metrics)
+    curves = step_curves(record["tasks"], metrics)
     norms = [key for key in _NORMS if curves.has(key)]
     panels = [key for key in ("grad_norm", "norms", "perturbation_cosine") if key == "norms" or curves.has(key)]
     if not norms:
@@ -193,7 +193,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
 
 
 @dataclass(frozen=True)
-class _Curves:
+class StepCurves:
     """Step metrics of all tasks laid end to end."""
 
     x: FloatArray  # (n,) steps counted over the whole run
@@ -227,7 +227,7 @@ class _Curves:
         return smoothed
 
 
-def _curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> _Curves:
+def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> StepCurves:
     """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts."""
     lines: dict[tuple[int, float], Mapping[str, Any]] = {}
     for row in metrics:
@@ -252,10 +252,10 @@ def _curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> _Curv
         key: np.array([math.nan if row.get(key) is None else float(row[key]) for row in ordered])
         for key in ("loss", "perturbed_loss", "grad_norm", *_NORMS, "perturbation_cosine")
     }
-    return _Curves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), values)
+    return StepCurves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), values)
 
 
-def _draw_curve(axes: Axes, curves: _Curves, key: str, name: str, colour: str, style: str) -> None:
+def _draw_curve(axes: Axes, curves: StepCurves, key: str, name: str, colour: str, style: str) -> None:
     smoothed = curves.smooth(key)
     # One line per task: a line across two would suggest training that never happened.
     for part in curves.parts:
@@ -266,7 +266,7 @@ def _draw_curve(axes: Axes, curves: _Curves, key: str, name: str, colour: str, s
         name = "_"  # matplotlib's mark for a line that is not in the legend
 
 
-def _mark_tasks(axes: Axes, curves: _Curves, *, names: bool = True) -> None:
+def _mark_tasks(axes: Axes, curves: StepCurves, *, names: bool = True) -> None:
     for start in curves.starts[1:]:
         axes.axvline(start, color=_GREY, linewidth=0.8, linestyle=":")
     if not names:
@@ -289,7 +289,7 @@ def _mark_tasks(axes: Axes, curves: _Curves, *, names: bool = True) -> None:
         )
 
 
-def _finish_steps(figure: Figure, axes: Axes, curves: _Curves, heading: str, record: Mapping[str, Any]) -> None:
+def _finish_steps(figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any]) -> None:
     window = curves.window
     note = f"thin: each step; thick: mean of {window} steps" if window > 1 else "each step"
     axes.set_xlabel(f"optimizer steps over all tasks ({note})")

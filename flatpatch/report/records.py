@@ -137,7 +137,7 @@ def validate_record(record: Any) -> None:
     Raises:
         ValueError: With every problem found, one per line, each with its place in the record.
     """
-    problems = list(_violations(record, RECORD_SCHEMA, ""))
+    problems = list(schema_violations(record, RECORD_SCHEMA, ""))
     if not problems:
         problems = list(_inconsistencies(record))
     if problems:
@@ -215,7 +215,8 @@ def setting(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return record["settings"].get(key, {}).get("value", default)
 
 
-def _violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+def schema_violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yield what in a value breaks a schema of the kind used here, each with its place below ``where``."""
     name = where or "the record"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{name} is {_short(value)}, expected {' or '.join(map(repr, schema['enum']))}"
@@ -234,16 +235,16 @@ def _violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[s
         for key, item in value.items():
             place = f"{where}.{key}" if where else key
             if key in properties:
-                yield from _violations(item, properties[key], place)
+                yield from schema_violations(item, properties[key], place)
             elif others is False:
                 yield f"{name} has the unknown key '{key}'.{did_you_mean(key, properties)}"
             else:
-                yield from _violations(item, others, place)
+                yield from schema_violations(item, others, place)
     elif isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
             yield f"{name} has {len(value)} items, expected at least {schema['minItems']}"
         for i, item in enumerate(value):
-            yield from _violations(item, schema.get("items", {}), f"{where}[{i}]")
+            yield from schema_violations(item, schema.get("items", {}), f"{where}[{i}]")
     elif isinstance(value, int | float):
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         if not low <= value <= high:

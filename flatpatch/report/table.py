@@ -10,12 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flatpatch.report.titles import describe, warning
+from flatpatch.report.titles import describe, of_images, warning
 
 # The two averages upstream's readers know, then the transfer measures; names as in the record.
 _METRICS = {
     "average_accuracy": "average accuracy (mean over tasks; the papers' AA)",
     "sample_weighted_accuracy": "sample-weighted accuracy (upstream's predict_exact_match)",
+    "forgetting": "forgetting (best earlier minus last, old tasks)",
+    "backward_transfer": "backward transfer (last minus just trained, old tasks)",
+}
+_IMAGE_METRICS = {
+    "average_accuracy": "average accuracy (mean over tasks after the last)",
+    "sample_weighted_accuracy": "final accuracy (all test images; the papers' A_T)",
+    "averaged_accuracy_inflora": "averaged accuracy (mean of that over the tasks)",
     "forgetting": "forgetting (best earlier minus last, old tasks)",
     "backward_transfer": "backward transfer (last minus just trained, old tasks)",
 }
@@ -40,12 +47,14 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
         if reason := record.get(f"{key}_reason"):
             lines += _wrapped(f"{key} {record[key]}: {reason}", width)
     lines += _wrapped(_departures(record), width)
-    lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
+    named = ", each named by its classes" if of_images(record) else ""
+    lines += ["", f"accuracy in percent, after training a task (row) on a task (column){named}"]
     for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):
         lines += [*block, ""]
     values = record["metrics"]
-    title_width = max(map(len, _METRICS.values()))
-    lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in _METRICS.items()]
+    titles = _IMAGE_METRICS if of_images(record) else _METRICS
+    title_width = max(map(len, titles.values()))
+    lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in titles.items()]
     lines += ["", _times(record["timing"]), *_status(record)]
     return "\n".join(lines) + "\n"
 

@@ -41,14 +41,23 @@ def short_warning(record: Mapping[str, Any]) -> str:
 def describe(record: Mapping[str, Any]) -> str:
     """Return one line that names the run: method, order, optimiser, seed, profile and engine."""
     sam = setting(record, "sam", "off")
-    parts = [record["method"]]
+    parts = [setting(record, "variant") or record["method"]]
+    if of_images(record):
+        parts.append(record["benchmark"])
     if (order := setting(record, "order")) is not None:
         parts.append(f"order {order}")
     parts.append("SAM off" if sam == "off" else f"{str(sam).upper()} rho={setting(record, 'rho')}")
+    if sam != "off" and setting(record, "sam_on", "both") != "both":
+        parts.append(f"on the {setting(record, 'sam_on')} step alone")
     if seeds := record["seeds"]:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     parts += [f"profile {record['profile']}", f"engine {record['engine']}"]
     return ", ".join(parts)
+
+
+def of_images(record: Mapping[str, Any]) -> bool:
+    """Tell whether the run is one of an image method, whose tasks are groups of classes."""
+    return "benchmark" in record["settings"]
 
 
 def _capitals(found: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.runs.scripts import Invocation
@@ -21,6 +22,18 @@ class Deviation:
     here: str | None
     why: str
     tasks: tuple[str, ...] = ()
+
+
+class Stage(Protocol):
+    """One process of a run; ``folder`` is its place under ``tasks/``."""
+
+    @property
+    def name(self) -> str:
+        """What the stage is called."""
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from flatpatch.errors import UserError
 from flatpatch.methods import METHODS
 from flatpatch.runs.choices import cuda_devices
 from flatpatch.runs.plan import BYTES_NEEDED, ROOT
+from flatpatch.runs.vision_data import DATASETS
 
 
 def doctor(words: Sequence[str]) -> int:
@@ -36,6 +37,9 @@ def doctor(words: Sequence[str]) -> int:
     for repo in sorted({method.repository for method in METHODS.values() if method.repository}):
         here, why = patches.is_available(repo)
         print(f"[{'ok' if here else '--'}] {repo}: {why}")
+    for dataset in sorted({dataset.folder for dataset in DATASETS.values()}):
+        here = (ROOT / "data" / dataset).is_dir()
+        print(f"[{'ok' if here else '--'}] data/{dataset}: {'here' if here else 'no such folder; data=FOLDER names another'}")
     count = cuda_devices()
     print(f"[{'ok' if count else '--'}] {count} CUDA device(s)" + ("" if count else ": profile quick runs on the CPU"))
     free = shutil.disk_usage(ROOT).free

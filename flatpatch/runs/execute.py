@@ -27,7 +27,8 @@ from flatpatch.errors import FlatpatchError, Interrupted, UserError
 from flatpatch.report.figures import draw_run
 from flatpatch.report.records import read_step_metrics
 from flatpatch.report.table import summary_table
-from flatpatch.runs.changes import TaskPlan
+from flatpatch.runs import vision_run
+from flatpatch.runs.changes import Stage, TaskPlan
 from flatpatch.runs.plan import Plan, headline
 from flatpatch.runs.record import (
     LOCK,
@@ -38,6 +39,7 @@ from flatpatch.runs.record import (
     write_atomically,
     write_record,
 )
+from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
@@ -96,19 +98,19 @@ def _show(folder: Path, record: dict[str, Any]) -> None:
 def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
     prepare_work(plan, plan.folder / "work")
     kept = 0
-    while kept < len(plan.tasks) and _is_done(plan, plan.tasks[kept]):
+    while kept < len(plan.stages) and _is_done(plan, plan.stages[kept]):
         kept += 1
     # From the first task that is not whole, later ones started from something else: none of their files may stay.
-    for task in plan.tasks[kept:]:
+    for task in plan.stages[kept:]:
         _end_leftovers(_task_folder(plan, task) / "hook.json")
         (_task_folder(plan, task) / "done.json").unlink(missing_ok=True)
-    for task in plan.tasks[kept:]:
+    for task in plan.stages[kept:]:
         shutil.rmtree(_task_folder(plan, task), ignore_errors=True)
         shutil.rmtree(_output(plan, task), ignore_errors=True)
-    for index, task in enumerate(plan.tasks):
+    for index, task in enumerate(plan.stages):
         own = _task_folder(plan, task)
         if index < kept:
-            print(f"task {index + 1}/{len(plan.tasks)} {task.name}: finished before, kept", flush=True)
+            print(f"{plan.title(task)}: finished before, kept", flush=True)
         else:
             _run_task(plan, index, task, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
@@ -126,10 +128,14 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
     """
     work.mkdir(parents=True, exist_ok=True)
     links = dict(plan.links)
+    made_here = ["logs_and_outputs", "logs_and_outputs_llama", "initial_model"]
+    if isinstance(plan, VisionPlan):
+        made_here += [vision_run.LOGS, "data"]
+        write_atomically(work / CONFIG, written_config(plan))
     if plan.verified is not None:
         built = patches.build(plan.verified.repo, patched=patched)
         for entry in sorted(built.path.iterdir()):
-            if entry.name.startswith((".", "logs_and_outputs")) or entry.name == "initial_model":
+            if entry.name.startswith(".") or entry.name in made_here:
                 continue
             links.setdefault(entry.name, entry)
     for name, target in links.items():
@@ -138,7 +144,8 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
         if path.is_symlink():
             path.unlink()
         path.symlink_to(target, target_is_directory=target.is_dir())
-    if plan.profile == "quick" and "CL_Benchmark" not in plan.links and not (work / "quick_benchmark").is_dir():
+    text = not isinstance(plan, VisionPlan)
+    if text and plan.profile == "quick" and "CL_Benchmark" not in links and not (work / "quick_benchmark").is_dir():
         partial = work / "quick_benchmark.partial"
         shutil.rmtree(partial, ignore_errors=True)
         quick.write_benchmark(partial)
@@ -153,15 +160,17 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
             write_atomically(target / f"{split}_tasks.json", json.dumps(config, indent=2))
 
 
-def _task_folder(plan: Plan, task: TaskPlan) -> Path:
+def _task_folder(plan: Plan, task: Stage) -> Path:
     return plan.folder / "tasks" / task.folder
 
 
-def _output(plan: Plan, task: TaskPlan) -> Path:
-    return plan.folder / "work" / task.invocation.get("output_dir")
+def _output(plan: Plan, task: Stage) -> Path:
+    """Return the folder that upstream's process fills."""
+    work = plan.folder / "work"
+    return work / task.invocation.get("output_dir") if isinstance(task, TaskPlan) else work / vision_run.LOGS
 
 
-def _is_done(plan: Plan, task: TaskPlan) -> bool:
+def _is_done(plan: Plan, task: Stage) -> bool:
     """Tell whether a task ended well and what it left is still whole."""
     marker = _task_folder(plan, task) / "done.json"
     if not marker.is_file():
@@ -177,7 +186,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
+def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
     own, output = _task_folder(plan, task), _output(plan, task)
     hook = own / "hook.json"
     own.mkdir(parents=True)
@@ -198,30 +207,35 @@ def _run_task(plan: Plan, index: int, task: TaskPlan, stop: _Stop) -> None:
             start_new_session=True,
         )
         try:
-            _watch(process, f"task {index + 1}/{len(plan.tasks)} {task.name}", own / "progress.json", stop)
+            _watch(process, plan.title(task), own / "progress.json", stop)
         finally:
             _end(process)
             _end_leftovers(hook)
     if process.returncode != 0:
-        raise FlatpatchError(_failure(task, process.returncode, own / "log.txt"))
+        raise FlatpatchError(_failure(plan.title(task), process.returncode, own / "log.txt"))
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
-            f"task {task.name} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
+            f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
             f"See {own / 'log.txt'}, and check the patches: python -m flatpatch patches verify"
         )
     seconds = time.monotonic() - started
-    files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
-    files += [output / "all_results.json", own / "metrics.jsonl", own / "summary.json"]
+    if isinstance(plan, VisionPlan):
+        files = [vision_run.result_file(plan)]
+    else:
+        files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
+        files.append(output / "all_results.json")
+    files += [own / "metrics.jsonl", own / "summary.json"]
     kept = {str(path.relative_to(plan.folder)): _digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
 
-def _hook_settings(plan: Plan, index: int, task: TaskPlan, own: Path) -> dict[str, Any]:
+def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, Any]:
     settings = plan.request.settings
+    one_task = isinstance(task, TaskPlan)
     return {
         "schema": 1,
-        "task_index": index,
-        "task": task.name,
+        "task_index": index if one_task else None,
+        "task": task.name if one_task else None,
         "metrics": str(own / "metrics.jsonl"),
         "progress": str(own / "progress.json"),
         "summary": str(own / "summary.json"),
@@ -234,6 +248,7 @@ def _hook_settings(plan: Plan, index: int, task: TaskPlan, own: Path) -> dict[st
             "ascent_loss": settings.ascent_loss,
         },
         "adapters": settings.adapters,
+        **({"vision": dict(plan.hook)} if isinstance(plan, VisionPlan) else {}),
     }
 
 
@@ -261,28 +276,31 @@ def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _
     print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _failure(task: TaskPlan, code: int, log: Path) -> str:
+def _failure(title: str, code: int, log: Path) -> str:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     advice = "Finished tasks are kept: the same command goes on from here."
-    return f"task {task.name} {reason}. The end of {log}:\n{shown}\n{advice}"
+    return f"{title} {reason}. The end of {log}:\n{shown}\n{advice}"
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     """Put what the first ``count`` tasks measured into the record and into ``metrics.jsonl``."""
     lines = []
-    for task in plan.tasks[:count]:
+    for task in plan.stages[:count]:
         path = _task_folder(plan, task) / "metrics.jsonl"
         if path.is_file():
             lines.append(path.read_text(encoding="utf-8"))
     write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
+    record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.stages[:count]]
+    if isinstance(plan, VisionPlan):
+        vision_run.collect(plan, record)
+        return
     outputs = _output(plan, plan.tasks[0]).parent
     results = read_results(outputs, [task.name for task in plan.tasks], partial=True)
     record["accuracy_matrix"] = metrics.to_lists(results.accuracy)
     record["timing"]["train_seconds"] = list(results.train_seconds)
     record["timing"]["predict_seconds"] = list(results.predict_seconds)
-    record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.tasks[:count]]
     if count == len(plan.tasks):
         record["metrics"] = metrics.summarise(results.accuracy, sample_weighted=results.sample_weighted)
 

@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flatpatch import patches
+from flatpatch.conflicts import PaperArgument
 from flatpatch.continual import quick
 from flatpatch.continual.tasks import check_benchmark
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.methods import METHODS, STANDARD_ORDERS, Method
-from flatpatch.runs.changes import Datasets, Deviation, Editor, TaskPlan, dataset_of
+from flatpatch.runs.changes import Datasets, Deviation, Editor, Stage, TaskPlan, dataset_of
 from flatpatch.runs.choices import (
     choose_device,
     choose_engine,
@@ -77,6 +78,26 @@ class Plan:
     benchmark: str = ""
 
     @property
+    def stages(self) -> Sequence[Stage]:
+        """The processes of the run, in order: one per task."""
+        return self.tasks
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks in the order of training."""
+        return tuple(task.name for task in self.tasks)
+
+    def title(self, stage: Stage) -> str:
+        """Return how a stage is called on the terminal."""
+        names = [other.name for other in self.stages]
+        return f"task {names.index(stage.name) + 1}/{len(names)} {stage.name}"
+
+    @property
+    def sequence(self) -> str:
+        """What is learned, in a few words."""
+        return f"order {self.request.settings.order} ({' > '.join(self.task_names)})"
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """Why this run's numbers must not stand beside a paper's; empty if they may."""
         labels = []
@@ -88,9 +109,10 @@ class Plan:
             labels.append("off-reference")
         return tuple(labels)
 
-    def command(self, task: TaskPlan, python: str, port: int) -> list[str]:
-        """Return the words of the command that runs one task."""
-        words = task.invocation.words()
+    def command(self, stage: Stage, python: str, port: int) -> list[str]:
+        """Return the words of the command that runs one stage."""
+        assert isinstance(stage, TaskPlan)
+        words = stage.invocation.words()
         if self.engine == "reference":
             return [python, "-m", "flatpatch.runs.reference_task", *words[1:]]
         if self.launcher == "deepspeed" and self.device == "cuda":
@@ -140,6 +162,10 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     settings = request.settings
     method = METHODS[settings.method]
     available = cuda_devices()
+    if method.vision:
+        from flatpatch.runs.vision_plan import make_vision_plan
+
+        return make_vision_plan(request, available, dry_run=dry_run)
     profile, profile_reason = choose_profile(settings.profile, method, available)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     notes: list[str] = []
@@ -162,10 +188,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         for name, number in preset.items():
             editor.set(name, str(number), "profile quick: minutes on two CPU cores")
     if profile == "paper":
-        for argument in method.paper:
-            if settings.order in argument.orders:
-                editor.set(argument.argument, argument.value, f"profile paper: {argument.source}")
-        notes += [f"paper and code differ: {note}" for note in method.paper_notes]
+        for argument, why in paper_arguments(method, settings.order):
+            editor.set(argument.argument, argument.value, why)
+        notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
     devices = devices[:world_size]
@@ -209,6 +234,16 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if not dry_run:
         _check_start(plan)
     return plan
+
+
+def paper_arguments(method: Method, where: str) -> list[tuple[PaperArgument, str]]:
+    """Return what ``profile=paper`` sets for a task order or shipped configuration, each with its reason."""
+    return [
+        (argument, f"profile paper: the paper has {conflict.paper} ({conflict.source})")
+        for conflict in method.conflicts
+        for argument in conflict.arguments
+        if where in argument.where
+    ]
 
 
 def _read_invocations(
@@ -445,26 +480,33 @@ def _check_start(plan: Plan) -> None:
             check_benchmark(data, sorted(set(wanted)))
         except UserError as error:
             problems.append(str(error))
-    parent = plan.folder
+    problems += folder_problems(plan.folder, BYTES_NEEDED)
+    if problems:
+        raise UserError.collect(problems)
+
+
+def folder_problems(folder: Path, bytes_needed: int) -> list[str]:
+    """Return why a run folder cannot be made or filled."""
+    problems = []
+    parent = folder
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
-    if len(plan.folder.name.encode()) > LONGEST_NAME:
-        problems.append(f"the run's name {plan.folder.name[:40]}... is too long for a folder. Give one with run=NAME.")
+    if len(folder.name.encode()) > LONGEST_NAME:
+        problems.append(f"the run's name {folder.name[:40]}... is too long for a folder. Give one with run=NAME.")
     elif not parent.is_dir():
         problems.append(
-            f"the run folder {plan.folder} cannot be made: {parent} is a file. Choose another place with output=FOLDER."
+            f"the run folder {folder} cannot be made: {parent} is a file. Choose another place with output=FOLDER."
         )
     elif problem := _unwritable(parent):
         problems.append(
-            f"the run folder {plan.folder} cannot be written: {problem}. Choose another place with output=FOLDER."
+            f"the run folder {folder} cannot be written: {problem}. Choose another place with output=FOLDER."
         )
-    elif (place := _fullest(parent, ROOT)) and (free := shutil.disk_usage(place).free) < BYTES_NEEDED:
+    elif (place := _fullest(parent, ROOT)) and (free := shutil.disk_usage(place).free) < bytes_needed:
         problems.append(
-            f"the disk of {place} is full: {free / 2**20:.0f} MiB free, {BYTES_NEEDED / 2**20:.0f} MiB needed. "
+            f"the disk of {place} is full: {free / 2**20:.0f} MiB free, {bytes_needed / 2**20:.0f} MiB needed. "
             f"Free some space or choose another place with output=FOLDER."
         )
-    if problems:
-        raise UserError.collect(problems)
+    return problems
 
 
 def _fullest(*places: Path) -> Path:
@@ -485,12 +527,13 @@ def _unwritable(folder: Path) -> str:
 def render(plan: Plan, python: str = "python") -> str:
     """Return the plan as text: the exact commands, and their difference from upstream's own."""
     lines = [headline(plan), ""]
-    for index, task in enumerate(plan.tasks, 1):
+    for stage in plan.stages:
         variables = f"CUDA_VISIBLE_DEVICES={','.join(plan.devices)} " if plan.device == "cuda" else ""
-        command = plan.command(task, python, plan.request.settings.port or 29500)
-        lines += [f"# task {index}/{len(plan.tasks)}: {task.name}", variables + shlex.join(command), ""]
+        command = plan.command(stage, python, plan.request.settings.port or 29500)
+        lines += [f"# {plan.title(stage)}", variables + shlex.join(command), ""]
     if plan.engine == "upstream":
-        lines.append("Differences from upstream's own script and requirements:")
+        theirs = "configuration" if plan.method.vision else "script"
+        lines.append(f"Differences from upstream's own {theirs} and requirements:")
         for deviation in plan.deviations:
             where = f" [{', '.join(deviation.tasks)}]" if deviation.tasks else ""
             lines.append(
@@ -510,9 +553,8 @@ def headline(plan: Plan) -> str:
         if settings.sam == "off"
         else f"with {settings.sam.upper()} rho={settings.rho:g} scope={settings.scope}"
     )
-    names = " > ".join(task.name for task in plan.tasks)
     lines = [
-        f"{plan.method.title}, order {settings.order} ({names}), {sam}, seed {settings.seed}",
+        f"{plan.method.title}, {plan.sequence}, {sam}, seed {settings.seed}",
         f"  profile {plan.profile}: {plan.profile_reason}",
         f"  engine {plan.engine}: {plan.engine_reason}",
         f"  device {plan.device}{':' + ','.join(plan.devices) if plan.devices else ''}, "

@@ -20,10 +20,12 @@ from typing import Any
 from flatpatch import __version__
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
+from flatpatch.runs.vision_plan import VisionPlan
 
 SCHEMA = 1
 LOCK = ".lock"
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
+VISION_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 # Variables of the caller that can change a number.
 TELLING_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -91,9 +93,11 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "environment": environment(plan),
         "seeds": [plan.request.settings.seed],
-        "tasks": [task.name for task in plan.tasks],
-        "inputs": {name: _digest(place) for name, place in sorted(plan.links.items())},
-        "accuracy_matrix": [[None] * len(plan.tasks) for _ in plan.tasks],
+        "tasks": list(plan.task_names),
+        "inputs": dict(plan.inputs)
+        if isinstance(plan, VisionPlan)
+        else {name: _digest(place) for name, place in sorted(plan.links.items())},
+        "accuracy_matrix": [[None] * len(plan.task_names) for _ in plan.task_names],
         "metrics": {},
         "flatness": [],
         "training": [],
@@ -118,7 +122,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "world_size": plan.world_size,
         "launcher": plan.launcher,
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in (VISION_LIBRARIES if plan.method.vision else LIBRARIES)},
         "flatpatch": {"version": __version__, "commit": _commit()},
         "variables": {**{n: os.environ[n] for n in TELLING_VARIABLES if n in os.environ}, **plan.environment()},
     }

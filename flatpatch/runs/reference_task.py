@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
     try:
         task = read_task(arguments)
         task.output_dir.mkdir(parents=True, exist_ok=True)
-        with _Recorder(json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))) as recorder:
+        with StepRecorder(json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))) as recorder:
             reference.run_task(
                 task,
                 make_gradients=recorder.make_gradients,
@@ -71,7 +71,7 @@ def _datasets(path: Path) -> tuple[tuple[str, str], ...]:
     return tuple((kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries)
 
 
-class _Recorder:
+class StepRecorder:
     """Gives the training loop its SAM and writes the same files as the hook in upstream's code."""
 
     def __init__(self, run: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class _Recorder:
         self._written = 0.0
         self._metrics = Path(run["metrics"]).open("w", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> StepRecorder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -133,14 +133,14 @@ class _Recorder:
 
         return gradients
 
-    def on_step(self, state: dict[str, Any]) -> None:
-        """Write one line of measurements."""
-        self.steps = state["step"]
+    def on_step(self, state: dict[str, Any], task: str = "") -> None:
+        """Write one line of measurements; a process that learns several tasks says which one."""
+        self.steps += 1
         measured = dict.fromkeys(
             ("grad_norm", "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
         )
         line = {
-            "task": self.run["task"],
+            "task": task or self.run["task"],
             "step": state["step"],
             "loss": state["loss"],
             "perturbed_loss": None,
@@ -154,16 +154,19 @@ class _Recorder:
             line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         line |= {"learning_rate": state["learning_rate"], "seconds": state["seconds"]}
         self._metrics.write(json.dumps(line) + "\n")
-        self._progress("train", state["step"], state["total"], state["loss"])
+        self._progress("train", state, state["loss"], task)
 
-    def on_predict(self, state: dict[str, int]) -> None:
+    def on_predict(self, state: dict[str, int], task: str = "") -> None:
         """Say how far the prediction is."""
-        self._progress("predict", state["step"], state["total"], None)
+        self._progress("predict", state, None, task)
 
-    def _progress(self, phase: str, step: int, total: int, loss: float | None) -> None:
+    def _progress(self, phase: str, state: dict[str, Any], loss: float | None, task: str) -> None:
+        step, total = state["step"], state["total"]
         if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
             self._written = time.monotonic()
-            text = json.dumps({"phase": phase, "step": step, "total": total, "loss": loss})
+            text = json.dumps(
+                {"phase": f"{phase} {task}".strip(), "step": step, "total": total, "loss": loss}
+            )
             write_atomically(Path(self.run["progress"]), text)
 
 

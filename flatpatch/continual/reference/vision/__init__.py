@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from flatpatch.continual.reference.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.continual.reference.vision.checkpoints import restore, save
+from flatpatch.continual.reference.vision.dualgpm import Subspace
 from flatpatch.continual.reference.vision.images import ImageTask, load_tasks
 from flatpatch.continual.reference.vision.inflora import InfLoRA
 from flatpatch.continual.reference.vision.options import TRAINED, VisionReference
@@ -40,6 +41,8 @@ class TaskState:
     """``model(images)`` gives the logits of this task's own classes; what is trained requires a gradient."""
     tasks: tuple[ImageTask, ...]
     """All tasks of the run, with their images."""
+    subspaces: Sequence[Subspace] = ()
+    """What InfLoRA protects, by layer; nothing during the first task and with other methods."""
 
 
 def run(
@@ -89,14 +92,13 @@ def run(
     torch.manual_seed(reference.seed)
     for index, task in enumerate(tasks):
         model.task = index
-        state = TaskState(index, model, tasks)
         loader = DataLoader(
             task.train, batch_size=reference.batch_size, shuffle=True, num_workers=reference.num_workers
         )
         if inflora:
             inflora.begin(loader)
         groups = model.train_only(TRAINED[reference.method])
-        _call(before_task, state)
+        _call(before_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
         result = _train(reference, model, groups, loader, task.classes.start, index, make_gradients, on_step)
         if inflora:
             inflora.end(loader)
@@ -111,7 +113,7 @@ def run(
         if inflora:
             rows[-1]["protected_dimensions"] = [space.dimension for space in inflora.subspaces]
         save(reference, model)
-        _call(after_task, state)
+        _call(after_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
     results = {
         "method": reference.method,
         "classes": [list(task.names) for task in tasks],
@@ -168,8 +170,8 @@ def _optimizer(
         sgd = torch.optim.SGD(named, lr=reference.learning_rate, momentum=0.9, weight_decay=reference.weight_decay)
         return sgd, lambda epoch: (1 + math.cos(math.pi * epoch / epochs)) / 2
     adam = torch.optim.Adam(named, lr=reference.learning_rate, weight_decay=reference.weight_decay)
-    # The last epoch's cosine is that of 99/100 of a right angle; a single epoch has the full rate.
-    return adam, lambda epoch: math.cos(99 * math.pi * epoch / (200 * max(epochs - 1, 1)))
+    # The authors' schedule counts the first epoch twice, so that the second has the full rate too.
+    return adam, lambda epoch: math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
 
 
 @torch.no_grad()

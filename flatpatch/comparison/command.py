@@ -1,0 +1,183 @@
+"""The verb ``compare``: its words, and the table it prints."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
+from flatpatch.comparison.sides import subject_of
+from flatpatch.continual.vision_logs import read_vision_log
+from flatpatch.errors import UserError, did_you_mean
+from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
+from flatpatch.report.records import read_record
+from flatpatch.settings import split_word
+
+USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
+       python -m flatpatch compare log=FILE [key=value ...] [--require reproduced]
+
+Compares finished runs that differ by their seed alone, or the runs in a log of upstream's, with numbers that
+upstream or a paper published. Gives the difference, its 95 % interval and the smallest difference that so few
+seeds can show. Quick, reference and off-reference runs are not compared.
+
+settings:
+  baseline=NAME     default: the first that speaks of such runs, upstream's own runs before papers
+  metric=NAME,...   default: those of {metrics}
+                    that both sides have
+  margin={margin:<10g} how large a difference, in points, still counts as reproduced
+
+verdicts:
+  reproduced                  the whole interval lies within the margin, or the runs are the same
+  within the paper's spread   the mean lies within one printed standard deviation of the paper's
+  off by x                    the interval leaves out 0
+  undecided                   none of these: too few seeds
+  equivalent                  as reproduced, but of runs with SAM, which is another method
+  not comparable because ...
+With --require reproduced the exit code is 1 for anything but "reproduced".
+
+baselines:
+{baselines}
+
+examples:
+  python -m flatpatch compare run=runs/inflora-0,runs/inflora-1,runs/inflora-2
+  python -m flatpatch compare run=runs/olora-order1 baseline=paper_olora
+  python -m flatpatch compare run=inflora-0 metric=forgetting margin=0.5 --require reproduced
+  python -m flatpatch compare log=third_party/InfLoRA/logs/FOLDERS/0.log baseline=inflora_cifar100
+"""
+
+_KEYS = ("run", "log", "baseline", "metric", "margin")
+_WIDTH = 110
+
+
+def compare(words: Sequence[str]) -> int:
+    """Run the verb and return the exit code: 1 if ``--require reproduced`` was not met."""
+    if not words or "--help" in words or "-h" in words:
+        names = textwrap.fill(", ".join(list_baselines()), 100, initial_indent="  ", subsequent_indent="  ")
+        print(USAGE.format(margin=MARGIN, metrics=", ".join(METRICS), baselines=names))
+        return 0
+    given, required = _parse(words)
+    baseline = given.get("baseline")
+    if baseline is not None:
+        load_baseline(baseline)  # a wrong name is said before anything is read
+    options: dict[str, Any] = {
+        "metrics": given["metric"].split(",") if "metric" in given else None,
+        "margin": _margin(given.get("margin", str(MARGIN))),
+    }
+    also: list[str] = []
+    if "log" in given:
+        result = _compare_log(Path(given["log"]).expanduser(), baseline, options)
+    else:
+        folders = [_folder(name) for name in given["run"].split(",")]
+        records = [read_record(folder) for folder in folders]
+        result = compare_runs(records, baseline, names=[folder.name for folder in folders], **options)
+        also = find_baselines(subject_of(records[0]))
+    print(render(result), end="")
+    if baseline is None and (others := [name for name in also if name != (result["baseline"] or {}).get("name")]):
+        print(f"\nalso known of such runs: {', '.join(others)} (baseline=NAME)")
+    return 1 if required and result["verdict"] != REPRODUCED else 0
+
+
+def render(result: Mapping[str, Any], *, width: int = _WIDTH) -> str:
+    """Return a comparison as text.
+
+    Args:
+        result: What ``compare_runs`` returned.
+        width: Characters per line at which prose is wrapped.
+
+    Returns:
+        Plain text, ending with a newline.
+    """
+    lines = _wrapped(f"runs      {', '.join(result['runs'])}", width)
+    if baseline := result["baseline"]:
+        lines += _wrapped(f"baseline  {baseline['name']}, {baseline['kind']}: {baseline['source']}", width)
+        lines += _wrapped(f"checked   {baseline['verification']}", width)
+    shown = [entry for entry in result["metrics"] if entry["difference"] is not None]
+    if shown:
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        table.add_column("metric (percent)", no_wrap=True)
+        for title in ("here (n)", "there (n)", "difference", "95 % interval", "can show", "test"):
+            table.add_column(title, justify="left" if title == "test" else "right", no_wrap=True)
+        for entry in shown:
+            interval, detectable = entry["interval"], entry["detectable"]
+            table.add_row(
+                entry["metric"],
+                _side(entry["here"]),
+                _side(entry["there"]),
+                signed(entry["difference"]),
+                "-" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}",
+                "-" if detectable is None else f"{detectable:.2f}",
+                entry["test"],
+            )
+        console = Console(file=StringIO(), width=200, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        lines += ["", *(line.rstrip() for line in capture.get().splitlines()), ""]
+    for entry in result["metrics"]:
+        lines += _wrapped(f"{entry['metric']}: {entry['verdict']} ({entry['why']})", width)
+    lines += ["", *_wrapped(f"verdict   {result['verdict']}", width)]
+    return "\n".join(lines) + "\n"
+
+
+def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
+    rest, required, problems = list(words), False, []
+    for i, word in enumerate(words):
+        if word.startswith("--require"):
+            value = word.partition("=")[2] or (words[i + 1] if i + 1 < len(words) else "")
+            used = [word] if "=" in word else [word, *words[i + 1 : i + 2]]
+            if value != REPRODUCED:
+                problems.append(f"--require takes the word {REPRODUCED} (got '{value}').")
+            required, rest = True, [*words[:i], *words[i + len(used) :]]
+            break
+    given: dict[str, str] = {}
+    for word in rest:
+        try:
+            key, value = split_word(word)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if key not in _KEYS:
+            problems.append(f"unknown setting '{key}' of compare.{did_you_mean(key, _KEYS)} Known: {', '.join(_KEYS)}.")
+        elif key in given:
+            problems.append(f"{key}= is given twice. Separate several by commas: {key}=A,B.")
+        elif not value:
+            problems.append(f"{key}= is empty. See compare --help.")
+        given[key] = value
+    if ("run" in given) == ("log" in given):
+        problems.append("compare takes either run=FOLDER[,FOLDER...] or log=FILE. See compare --help.")
+    if problems:
+        raise UserError.collect(problems)
+    return given, required
+
+
+def _margin(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"margin='{text}' is not a number (expected points of accuracy, e.g. margin=0.5).") from None
+
+
+def _folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    return path if path.exists() else Path("runs") / name
+
+
+def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    runs = read_vision_log(path)
+    if not runs:
+        raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")
+    return compare_logged(runs, baseline, **options)
+
+
+def _side(side: Mapping[str, Any]) -> str:
+    spread = "" if side["standard_deviation"] is None else f" ± {side['standard_deviation']:.2f}"
+    return f"{side['mean']:.2f}{spread} ({side['n'] or '?'})"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=" " * 10)

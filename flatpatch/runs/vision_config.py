@@ -1,0 +1,174 @@
+"""InfLoRA's and CL-LoRA's JSON configurations under change, with every change written down as a deviation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+from flatpatch.runs.changes import Deviation
+
+# Settings of ours that stand for a key of upstream's; overriding the key itself would bypass the record.
+OURS = {
+    "dataset": "benchmark=",
+    "data_path": "data=",
+    "device": "device=",
+    "model_name": "method= or variant=",
+    "seed": "seed=",
+}
+COUNTS = ("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions", "epochs", "init_epoch")
+_READS = re.compile(r"""args(?:\.get\(|\[)\s*["'](\w+)["']""")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration that upstream ships.
+
+    Raises:
+        FlatpatchError: If it is missing or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FlatpatchError(f"upstream's configuration {path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise FlatpatchError(f"upstream's configuration {path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def known_keys(checkout: Path, shipped: Path) -> set[str]:
+    """Return the keys that upstream knows: those of every configuration it ships, and those its trainer reads."""
+    keys = {key for path in shipped.parent.glob("*.json") for key in read_config(path)}
+    return keys | set(_READS.findall((checkout / "trainer.py").read_text(encoding="utf-8")))
+
+
+class ConfigEditor:
+    """A configuration under change. Keys keep upstream's order; a new one comes last."""
+
+    def __init__(self, shipped: Mapping[str, Any]) -> None:
+        self.shipped = dict(shipped)
+        self.current = dict(shipped)
+        self.reasons: dict[str, str] = {}
+        self.extra: list[Deviation] = []
+
+    def set(self, key: str, value: Any, why: str) -> None:
+        """Set one key; an equal value is no change."""
+        if key not in self.current or self.current[key] != value:
+            self.current[key] = value
+            self.reasons[key] = why
+
+    def note(self, what: str, upstream: str | None, here: str | None, why: str) -> None:
+        """Record a difference that is not a key."""
+        self.extra.append(Deviation(what, upstream, here, why))
+
+    def deviations(self) -> list[Deviation]:
+        """Return every difference from what is shipped, as JSON, with its reason."""
+        found = list(self.extra)
+        for key, why in self.reasons.items():
+            old = json.dumps(self.shipped[key]) if key in self.shipped else None
+            new = json.dumps(self.current[key])
+            if old != new:
+                found.append(Deviation(key, old, new, why))
+        return found
+
+
+def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]) -> None:
+    """Set what ``upstream.<key>=`` asks for.
+
+    Args:
+        editor: The configuration.
+        overrides: Key to the word given, JSON or plain text.
+        known: The keys upstream knows.
+
+    Raises:
+        UserError: If a key is unknown or a setting of ours, or a value is of another kind than upstream's.
+    """
+    problems = []
+    for key, word in overrides.items():
+        if key in OURS:
+            problems.append(f"upstream.{key}: use the setting {OURS[key]} instead, so that the record stays true.")
+            continue
+        if key not in known:
+            problems.append(f"upstream.{key}: upstream knows no key '{key}'.{did_you_mean(key, known)}")
+            continue
+        value = _parse(word)
+        if key in editor.current and (problem := _wrong_kind(key, word, value, editor.current[key])):
+            problems.append(problem)
+            continue
+        editor.set(key, value, f"setting upstream.{key}=")
+    if problems:
+        raise UserError.collect(problems)
+
+
+def _parse(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
+def _wrong_kind(key: str, word: str, value: Any, theirs: Any) -> str:
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "true or false": bool,
+        "a number": (int, float),
+        "a list": list,
+        "text": str,
+    }
+    for name, kind in kinds.items():
+        if isinstance(theirs, kind):
+            # For Python true is a number too; for a configuration it is not.
+            same = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            example = json.dumps(theirs, separators=(",", ":"))
+            return "" if same else f"upstream.{key}='{word}' is not {name} (expected e.g. upstream.{key}={example})."
+    return ""
+
+
+def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, int], ...]:
+    """Return the first and last class of each task.
+
+    Args:
+        config: Upstream's configuration, with ``init_cls`` and ``increment``.
+        classes: How many classes the benchmark has.
+
+    Raises:
+        UserError: If upstream's own groups of classes, which its log has accuracies of, would not be the tasks.
+    """
+    problems = []
+    for key in COUNTS:
+        value = config.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            problems.append(f"{key}={json.dumps(value)} is out of range (expected a whole number of at least 1).")
+    if problems:
+        raise UserError.collect(problems)
+    first, step = config["init_cls"], config["increment"]
+    rest = classes - first
+    if first > classes or rest % step:
+        problems.append(
+            f"{classes} classes do not divide into a first task of {first} and further ones of {step}: the log's groups "
+            f"of classes would not be the tasks. Choose upstream.init_cls= and upstream.increment= that divide {classes}."
+        )
+    elif min(first, step) < 2:
+        problems.append(
+            "a task of one class: upstream's log leaves out a last group of one class. "
+            "Choose upstream.init_cls= and upstream.increment= of at least 2."
+        )
+    count = 1 + rest // step
+    if "total_sessions" in config and not problems:
+        if first != step:
+            problems.append(
+                f"init_cls={first} and increment={step} differ, and InfLoRA's classifiers all have init_cls classes. "
+                f"Set both to one number."
+            )
+        elif config["total_sessions"] != count:
+            problems.append(
+                f"total_sessions={config['total_sessions']}, but {classes} classes make {count} tasks of {step}. "
+                f"Add upstream.total_sessions={count}."
+            )
+    if config.get("optim") == "adam" and 1 in (config.get("epochs"), config.get("init_epoch")):
+        problems.append("one epoch with optim=adam: InfLoRA's schedule divides by the epochs less one. Use 2 or more.")
+    if problems:
+        raise UserError.collect(problems)
+    starts = range(first, classes, step)
+    return ((0, first - 1), *((start, start + step - 1) for start in starts))

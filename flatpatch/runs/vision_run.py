@@ -1,0 +1,73 @@
+"""What an image run leaves, and how it gets into the run's record."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from flatpatch.continual import metrics
+from flatpatch.continual.vision_logs import LoggedRun, read_cllora_log, read_inflora_log
+from flatpatch.errors import FlatpatchError
+from flatpatch.runs.record import read_json
+from flatpatch.runs.vision_plan import VisionPlan
+
+LOGS = "logs"  # in the work folder: where upstream, and the reference engine, write what they measured
+RESULTS = "results.json"  # of the reference engine
+
+
+def result_file(plan: VisionPlan) -> Path:
+    """Return the file that holds the accuracies.
+
+    Raises:
+        FlatpatchError: If upstream wrote no log, or several.
+    """
+    folder = plan.folder / "work" / LOGS
+    if plan.engine == "reference":
+        return folder / RESULTS
+    logs = sorted(folder.rglob("*.log"))
+    if len(logs) != 1:
+        raise FlatpatchError(f"{folder} holds {len(logs)} logs of upstream's (expected one): not the run asked for.")
+    return logs[0]
+
+
+def collect(plan: VisionPlan, record: dict[str, Any]) -> None:
+    """Put the accuracies of a finished run into its record.
+
+    Raises:
+        FlatpatchError: If they are not those of the tasks planned.
+    """
+    size = len(plan.classes)
+    if plan.engine == "reference":
+        results = read_json(result_file(plan))
+        matrix, curve = results["accuracy_matrix"], results["top1_curve"]
+        record["timing"]["train_seconds"] = results["train_seconds"]
+    else:
+        run = _the_run(plan)
+        matrix, curve = run.accuracy_matrix(), list(run.top1_curve)
+    if len(matrix) != size or len(curve) != size:
+        raise FlatpatchError(f"{result_file(plan)} has results of {len(curve)} tasks, expected {size}.")
+    accuracy = metrics.from_lists(matrix)
+    record["accuracy_matrix"] = metrics.to_lists(accuracy)
+    record["metrics"] = metrics.summarise(accuracy, sample_weighted=curve)
+
+
+def _the_run(plan: VisionPlan) -> LoggedRun:
+    path = result_file(plan)
+    runs = read_inflora_log(path) if plan.request.settings.method == "inflora" else read_cllora_log(path)
+    seed = plan.request.settings.seed
+    if len(runs) != 1 or runs[0].seed != seed or not runs[0].complete:
+        found = ", ".join(f"seed {run.seed}, {len(run.accuracy)} tasks" for run in runs) or "none"
+        raise FlatpatchError(f"{path} does not hold the one whole run of seed {seed} (found: {found}).")
+    if runs[0].task_ranges != plan.classes:
+        raise FlatpatchError(f"{path} has tasks {runs[0].task_ranges}, expected {plan.classes}.")
+    _check_curve(path, runs[0])
+    return runs[0]
+
+
+def _check_curve(path: Path, run: LoggedRun) -> None:
+    """A total outside the accuracies it is made of would mean that the log was misread."""
+    for total, row in zip(run.top1_curve, run.accuracy, strict=True):
+        known = [value for value in row if value is not None]
+        if not (math.floor(min(known)) <= total <= math.ceil(max(known))):
+            raise FlatpatchError(f"{path}: the total {total} does not lie among its tasks' accuracies {known}.")

@@ -1,0 +1,179 @@
+"""Plans of the image methods: upstream's own JSON runs, and every departure from it is recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flatpatch import conflicts
+from flatpatch.__main__ import main
+from flatpatch.errors import UserError
+from flatpatch.methods import METHODS
+from flatpatch.runs.plan import ROOT, make_plan
+from flatpatch.runs.vision_plan import REFERENCE_DEFAULTS, VisionPlan, written_config
+from flatpatch.settings import parse
+
+SHIPPED = [
+    (name, variant, benchmark, file)
+    for name, row in METHODS.items()
+    for variant, files in row.configs.items()
+    for benchmark, file in files.items()
+]
+
+
+def plan_of(*words: str) -> VisionPlan:
+    plan = make_plan(parse(words), dry_run=True)
+    assert isinstance(plan, VisionPlan)
+    return plan
+
+
+def assert_differences_are_recorded(plan: VisionPlan, shipped: Path) -> None:
+    """The difference between upstream's JSON and the one that runs is exactly what the deviations say."""
+    theirs, ours = json.loads(shipped.read_text()), json.loads(written_config(plan))
+
+    def shown(config: dict[str, object], key: str) -> str | None:
+        return json.dumps(config[key]) if key in config else None
+
+    different = {
+        key: (shown(theirs, key), shown(ours, key))
+        for key in {*theirs, *ours}
+        if shown(theirs, key) != shown(ours, key)
+    }
+    recorded = {d.what: (d.upstream, d.here) for d in plan.deviations if d.what in {*theirs, *ours}}
+    # Where the run takes place is no key of InfLoRA's, but CL-LoRA has one of that name.
+    recorded = {key: change for key, change in recorded.items() if change != ("cuda:0", "cpu")}
+    assert different == recorded
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "variant", "benchmark", "file"), SHIPPED)
+def test_upstreams_configuration_runs_as_it_is_but_for_one_seed(
+    method: str, variant: str, benchmark: str, file: str, upstream: Callable[[str], Path]
+) -> None:
+    shipped = upstream(str(METHODS[method].repository)) / file
+    plan = plan_of(f"method={method}", f"variant={variant}", f"benchmark={benchmark}", "profile=upstream", "device=0")
+    theirs, ours = json.loads(shipped.read_text()), json.loads(written_config(plan))
+    assert ours["seed"] == theirs["seed"][:1] == [METHODS[method].seed]
+    assert plan.request.as_record()["seed"]["source"] == f"{file}: the first of {theirs['seed']}"
+    assert {**theirs, "seed": None} == {**ours, "seed": None}
+    assert_differences_are_recorded(plan, shipped)
+    assert plan.labels == ()
+    assert len(plan.task_names) == theirs.get("total_sessions", len(plan.task_names))
+
+
+@pytest.mark.third_party
+def test_every_configuration_upstream_ships_has_a_benchmark(upstream: Callable[[str], Path]) -> None:
+    for method, folder in (("inflora", "configs"), ("cllora", "exps")):
+        checkout = upstream(str(METHODS[method].repository))
+        shipped = {f"{folder}/{path.name}" for path in (checkout / folder).glob("*.json")}
+        assert {file for name, _, _, file in SHIPPED if name == method} == shipped
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    ("words", "tasks"),
+    [
+        (("method=inflora", "benchmark=cifar100"), 10),
+        (("method=inflora", "benchmark=imagenet_r_20"), 20),
+        (("method=inflora", "benchmark=domainnet"), 5),
+        (("method=cllora", "benchmark=cifar100"), 20),
+        (("method=cllora", "benchmark=imagenet_r"), 40),
+        (("method=cllora", "benchmark=imagenet_a"), 10),
+        (("method=cllora", "benchmark=vtab"), 5),
+    ],
+)
+def test_benchmark_has_the_papers_number_of_tasks(
+    words: tuple[str, ...], tasks: int, upstream: Callable[[str], Path]
+) -> None:
+    upstream(str(METHODS[words[0].removeprefix("method=")].repository))
+    plan = plan_of(*words, "profile=upstream")
+    assert len(plan.task_names) == tasks
+    ends = [last for _, last in plan.classes]
+    assert [first for first, _ in plan.classes] == [0, *(end + 1 for end in ends[:-1])]
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=inflora", "profile=upstream", "device=cpu", "seed=3", "upstream.rank=5"),
+        ("method=inflora", "profile=upstream", "upstream.increment=20", "upstream.init_cls=20"),
+        ("method=inflora", "profile=paper", "benchmark=domainnet"),
+        ("method=cllora", "profile=paper", "benchmark=imagenet_r", "device=0,1"),
+    ],
+    ids=" ".join,
+)
+def test_every_departure_from_the_configuration_is_recorded(
+    words: tuple[str, ...], upstream: Callable[[str], Path]
+) -> None:
+    row = METHODS[words[0].removeprefix("method=")]
+    checkout = upstream(str(row.repository))
+    plan = plan_of(*words)
+    settings = plan.request.settings
+    assert_differences_are_recorded(plan, checkout / str(row.config(settings.variant, settings.benchmark)))
+    assert plan.config != json.loads((checkout / str(row.config("", ""))).read_text())
+
+
+@pytest.mark.third_party
+def test_paper_profile_follows_every_conflict_that_names_an_argument(upstream: Callable[[str], Path]) -> None:
+    files = {file: (name, variant, benchmark) for name, variant, benchmark, file in SHIPPED}
+    for repository in ("InfLoRA", "CL-LoRA"):
+        checkout = upstream(repository)
+        for conflict in conflicts.CONFLICTS[repository]:
+            for argument in conflict.arguments:
+                for file in argument.where:
+                    name, variant, benchmark = files[file]
+                    words = [f"method={name}", f"variant={variant}", f"benchmark={benchmark}", "profile=paper"]
+                    plan = plan_of(*words)
+                    assert json.loads((checkout / file).read_text())[argument.argument] != argument.value
+                    assert plan.config[argument.argument] == argument.value
+                    assert conflict.source in next(d.why for d in plan.deviations if d.what == argument.argument)
+
+
+def test_deviations_page_is_written_from_the_conflicts() -> None:
+    assert (ROOT / "DEVIATIONS.md").read_text() == conflicts.render()
+
+
+@pytest.mark.third_party
+def test_dry_run_prints_the_command_and_the_differences_and_writes_nothing(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("InfLoRA")
+    words = ["method=inflora", "profile=upstream", "seed=2", f"output={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    text = capsys.readouterr().out
+    assert "CUDA_VISIBLE_DEVICES=0 python main.py --device 0 --config flatpatch-config.json" in text
+    assert "seed: [0, 1, 2, 3, 4] -> [2]  (one run trains one seed)" in text
+    assert "library timm: 0.6.7 -> 0.6.13" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.third_party
+def test_cpu_outside_profile_quick_is_warned_of(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    plan = plan_of("method=inflora", "profile=upstream", "device=cpu")
+    assert any(note.startswith("WARNING: a ViT-B/16 on the CPU.") for note in plan.notes)
+    assert plan.labels == ("off-reference",)
+
+
+@pytest.mark.third_party
+def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Callable[[str], Path]) -> None:
+    shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
+    assert {key: shipped[key] for key in REFERENCE_DEFAULTS} == dict(REFERENCE_DEFAULTS)
+
+
+def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatpatch import patches
+
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/CL-LoRA"))
+    with pytest.raises(UserError) as caught:
+        make_plan(parse(["method=cllora"]))
+    text = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "CL-LoRA has no reference implementation" in text
+    assert "git submodule update --init third_party/CL-LoRA" in text
+    assert "method=inflora" in text
