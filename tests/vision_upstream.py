@@ -151,16 +151,18 @@ def watch() -> list[tuple[object, list]]:
     import trainer
 
     seen: list[tuple[object, list]] = []
+    numbers: list[list] = [[]]
     get_model, item = trainer.factory.get_model, torch.Tensor.item
 
     def kept(*arguments):
-        seen.append((get_model(*arguments), []))
-        return seen[-1][0]
+        numbers.append([])
+        learner = get_model(*arguments)
+        seen.append((learner, numbers[-1]))
+        return learner
 
     def noted(tensor):
         number = item(tensor)
-        if seen:
-            seen[-1][1].append(number)
+        numbers[-1].append(number)
         return number
 
     trainer.factory.get_model = kept
@@ -224,7 +226,9 @@ def main() -> None:
         features = watch_features(models.sinet_inflora)
     sys.argv = ["main.py", *(["--config", config] if repo == "InfLoRA" else [config])]
     runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
-    numbers = [tuple(numbers) for _, numbers in seen]  # evaluating once more below takes more of them
+    # Evaluating once more, below, takes more numbers and would write more into the log.
+    numbers = [tuple(numbers) for _, numbers in seen]
+    logging.disable()
     found = [results(learner) | {"numbers": taken} for (learner, _), taken in zip(seen, numbers, strict=True)]
     torch.save({"seeds": found, "features_unperturbed": features}, output)
 
