@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flatpatch.comparison import compare_runs
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.figures import draw_run
+from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.groups import Group, group_runs, read_run
 from flatpatch.report.page import make_page, work
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics
@@ -171,7 +172,8 @@ def show(words: Sequence[str]) -> int:
         record = read_record(folder)
         print(summary_table(record), "\n")
         if record["status"] == "finished":
-            for path in draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures"):
+            drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
+            for path in [*drawn, *draw_flatness(record, folder)]:
                 print(f"figure   {path}")
             finished.append(record)
     if len(finished) > 1:
