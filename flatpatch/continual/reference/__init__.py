@@ -1,9 +1,9 @@
-"""The reference engine: four continual-learning methods with LoRA, to be read beside their papers.
+"""The reference engine: continual-learning methods with LoRA, to be read beside their papers.
 
 It serves where the authors' repositories cannot be had, and as an oracle for them: from the same weights
 and batches it gives the losses of their code. One module per method (what becomes of the earlier tasks'
 adapter, and the penalty), one training loop for all; each task is one call of `run_task`, in a process of
-its own or not.
+its own or not. Methods for images go through the same loop and are in the sub-package `vision`.
 """
 
 from __future__ import annotations
