@@ -371,11 +371,12 @@ def _prepare_joint(asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[i
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Yield what a progress bar over evaluated points is told with."""
     with tqdm(desc=title, unit="point", file=sys.stderr, disable=None, leave=False) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
             bar.total, bar.n = total, done
             bar.refresh()
 
