@@ -6,7 +6,9 @@ gradient stand beside the dense Hessians.
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -455,6 +457,22 @@ def test_products_leave_no_trace_on_the_model(mode: str) -> None:
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_an_operators_graphs_are_freed_with_it_without_waiting_for_the_garbage_collector() -> None:
+    """A graph that holds itself (as ``backward(create_graph=True)`` leaves one) would grow memory run by run."""
+    gc.collect()
+    gc.disable()
+    try:
+        operator = HessianOperator(Problem(TinyTransformer(lora=False), token_batches(2, 1), token_loss))
+        all_products(operator)
+        graphs = [weakref.ref(gradient) for graph in operator._graphs.values() for gradient in graph]
+        assert len(graphs) > 10
+        assert all(ref() is not None for ref in graphs)
+        del operator
+        assert all(ref() is None for ref in graphs)
+    finally:
+        gc.enable()
 
 
 def test_finite_differences_put_the_weights_back_when_the_loss_raises() -> None:
