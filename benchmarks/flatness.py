@@ -152,7 +152,7 @@ class _Bench:
             optimizer.step()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         double = copy.deepcopy(self.model).double()
-        self.exact = flatness.HessianOperator(self.problem(double))
+        self.exact = flatness.HessianOperator(self.problem(double), compile=False)
 
     def problem(self, model: Any) -> Any:
         return self.flatness.Problem(

@@ -146,9 +146,8 @@ def main(words: list[str]) -> None:
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
     base = statistics.median(seconds["forward"])
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {problem.size:,} varied, {side} x {side} points, {samples} samples"
-    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters, {problem.size:,} varied, {side} x {side} points, {samples} samples")
     for name, times in seconds.items():
         middle = statistics.median(times)
         print(
