@@ -112,7 +112,7 @@ def test_runs_are_named_by_their_folders_and_other_baselines_are_told(runs, caps
 def test_quick_run_is_not_compared_and_fails_the_requirement(runs, capsys):
     folder = runs(make_quick_record(method="olora"))
     assert main(["compare", f"run={folder}", "--require", "reproduced"]) == 1
-    assert "verdict   not comparable because it is labelled quick and reference\n" in capsys.readouterr().out
+    assert "verdict   not comparable because it is labelled quick, reference\n" in capsys.readouterr().out
 
 
 def test_runs_are_found_by_name_in_the_runs_folder(tmp_path, monkeypatch, capsys):

@@ -57,7 +57,8 @@ def compare_runs(
 
     Args:
         records: The runs' records.
-        baseline: Its name; None takes the first of those that speak of such runs, shipped runs before papers.
+        baseline: Its name; None takes the first of those that speak of such runs, shipped runs before papers (papers
+            first where ``profile=paper`` changed something).
         names: What to call the runs; default: method and seed.
         metrics: Names as in a record's ``metrics``; default: ``METRICS``, where both sides have them.
         margin: How large a difference still counts as reproduced, in points.
@@ -74,11 +75,14 @@ def compare_runs(
     _check_request(metrics, margin)
     subject = subject_of(records[0])
     found = next(filter(None, map(labels, records)), [])
-    obstacle = f"it is labelled {' and '.join(found)}" if found else ""
+    obstacle = f"it is labelled {', '.join(found)}" if found else ""
     runs = [run_of_record(name, record) for name, record in zip(names, records, strict=True)]
     with_sam = setting(records[0], "sam", "off") != "off" and setting(records[0], "rho", 0.0) != 0
-    baseline = baseline or next(iter(find_baselines(subject)), None)
     changed = [row["what"] for row in records[0]["deviations"] if row["why"].startswith("profile paper")]
+    candidates = [baseline] if baseline else find_baselines(subject)
+    if changed:  # such runs follow the paper, not the code that the shipped runs ran
+        candidates.sort(key=lambda name: load_baseline(name)["kind"] != "paper")
+    baseline = next(iter(candidates), None)
     if not obstacle and changed and baseline and load_baseline(baseline)["kind"] != "paper":
         obstacle = f"profile=paper changed {', '.join(changed)}, and {baseline} ran as upstream's code says"
     return _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
