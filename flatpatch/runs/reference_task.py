@@ -165,7 +165,7 @@ class StepRecorder:
         if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
             self._written = time.monotonic()
             text = json.dumps(
-                {"phase": f"{phase} {task}".strip(), "step": step, "total": total, "loss": loss}
+                {"phase": phase, "step": step, "total": total, "loss": loss, "task": task}
             )
             write_atomically(Path(self.run["progress"]), text)
 
