@@ -14,7 +14,7 @@ verbs:
   run      train one method over its tasks; stops and continues with the same command
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
-  report   show a finished run's table again and redraw its figures: report run=FOLDER
+  report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
 

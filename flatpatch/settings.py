@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.measurement.request import KINDS, SCOPES, WHENS, check_request
+from flatpatch.measurement.request import Request as MeasureRequest
 from flatpatch.methods import METHODS, Method
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -28,10 +30,15 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "sam_on": ("both", "task", "distillation"),
 }
 # Settings that say something to one kind of method alone.
-OF_TEXT = ("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port")
+# Measuring inside a run is of text alone: the hooks of the image repositories do not measure.
+OF_MEASURING = tuple(f"measure{part}" for part in ("", "_scope", "_when", "_samples", "_batch", "_rho", "_effort"))
+OF_TEXT = (
+    *("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port"),
+    *OF_MEASURING,
+)
 OF_VISION = ("benchmark", "variant", "sam_on")
-# Names of places: a comma in them is part of the name, not a list of values to sweep over.
-PLACES = ("model", "data", "run", "output", "device", "tasks")
+# A comma in these is part of the value, not a list of values to sweep over.
+PLACES = ("model", "data", "run", "output", "device", "tasks", "measure", "measure_scope", "measure_when")
 # Words that upstream's code looks for in paths, changing what it does (run_N_lora.py, uie_collator.py).
 TELLING_WORDS = ("adapter", "llama")
 
@@ -70,6 +77,30 @@ class Settings:
     data: str = _setting("", "folder of the benchmark; default: what the profile needs")
     run: str = _setting("", "name of the run's folder; default: made from the settings")
     output: str = _setting("runs", "where run folders are made")
+    measure: str = _setting("", f"flatness to measure in the run: all, or some of {', '.join(KINDS)}")
+    measure_scope: str = _setting("adapter,merged", f"over which weights: some of {', '.join(SCOPES)}")
+    measure_when: str = _setting("before,after", f"at which times of each task: {' and '.join(WHENS)}")
+    measure_samples: int = _setting(64, "training examples to measure on, the same for every run")
+    measure_batch: int = _setting(16, "examples in a batch of them")
+    measure_rho: float = _setting(0.05, "radius of SAM's ball to measure in, whatever rho= trains with")
+    measure_effort: str = _setting("quick", "quick: seconds to some tens of them with a small model; full: finer")
+
+    @property
+    def measuring(self) -> MeasureRequest | None:
+        """What is measured inside the run; None for nothing."""
+        return self.check_measuring()[0]
+
+    def check_measuring(self) -> tuple[MeasureRequest | None, list[str]]:
+        """Return what is measured, and the mistakes in the settings for it."""
+        return check_request(
+            self.measure,
+            self.measure_scope,
+            self.measure_when,
+            samples=self.measure_samples,
+            batch=self.measure_batch,
+            rho=self.measure_rho,
+            effort=self.measure_effort,
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +217,7 @@ def _check(settings: Settings) -> list[str]:
             problems.append(
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
+    problems += settings.check_measuring()[1]
     method = METHODS.get(settings.method)
     if method:
         problems += _check_kind(settings, method)

@@ -65,15 +65,16 @@ def test_subject_imports_nothing_of_flatpatch_but_errors(subject: str) -> None:
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
-        ("report", ("matplotlib", "numpy", "rich")),
-        ("hooks", ("torch", "safetensors", "flatpatch.sam", "flatpatch.flatness")),
+        ("report", ("matplotlib", "numpy", "rich", "jinja2", "PIL")),
+        ("measurement", ("torch", "numpy", "tqdm", "flatpatch.flatness")),
+        ("hooks", ("torch", "safetensors", "flatpatch.sam", "flatpatch.flatness", "flatpatch.measurement")),
     ],
 )
 def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, ...]) -> None:
     assert breaches(part, (*libraries, "flatpatch.errors")) == []
 
 
-@pytest.mark.parametrize("part", ["errors", "settings", "methods", "patches", "report", "comparison"])
+@pytest.mark.parametrize("part", ["errors", "settings", "methods", "patches", "report", "comparison", "measurement"])
 def test_part_does_not_load_torch(part: str) -> None:
     """Loading it takes seconds, which a mistyped setting or a report should not cost."""
     assert files_of(part), f"there is no flatpatch.{part}"

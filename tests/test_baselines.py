@@ -148,6 +148,7 @@ def test_loading_gives_a_copy_of_its_own():
             lambda b: b["tables"][0]["rows"][0].update(verification="sure"),
             "verification sure is not among",
         ),
+        ("paper_inflora", lambda b: b.update(runs=None), "a standard deviation of None runs"),
         ("paper_inflora", lambda b: b["tables"][0]["rows"][30].pop("record_metric"), "belong together"),
         ("paper_inflora", lambda b: b["tables"][0]["rows"].append(b["tables"][0]["rows"][30]), "a second row for"),
     ],

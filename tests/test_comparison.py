@@ -10,8 +10,9 @@ from comparison_cases import inflora_record, logged_runs, olora_record, shifted,
 from report_records import make_quick_record, make_record
 
 from flatpatch.comparison import compare_logged, compare_runs
+from flatpatch.comparison.sides import runs_of_baseline
 from flatpatch.errors import UserError
-from flatpatch.report.baselines import load_baseline
+from flatpatch.report.baselines import list_baselines, load_baseline
 
 FIELDS = {"metric", "here", "there", "difference", "interval", "detectable", "test", "verdict", "why"}
 FINAL = "sample_weighted_accuracy"
@@ -171,6 +172,11 @@ def test_paper_row_is_compared_with_its_printed_spread():
     assert result["verdict"].startswith("undecided")
 
 
+def test_reproduced_says_more_than_within_the_papers_spread():
+    result = compare_runs([inflora_record(seed) for seed in range(5)], "paper_inflora", metrics=[FINAL], margin=2)
+    assert result["verdict"] == "reproduced"
+
+
 def test_paper_row_far_away_is_off():
     result = compare_runs([inflora_record(seed, -4) for seed in range(5)], "paper_inflora")
     assert entry(result, FINAL)["verdict"] == "off by -4.18"
@@ -222,8 +228,8 @@ def test_a_run_with_sam_is_at_best_equivalent():
 @pytest.mark.parametrize(
     ("record", "label"),
     [
-        (make_quick_record(method="olora"), "quick and reference"),
-        (make_quick_record(method="olora", labels=[]), "quick and reference"),  # whatever the record's labels say
+        (make_quick_record(method="olora"), "quick, reference"),
+        (make_quick_record(method="olora", labels=[]), "quick, reference"),  # whatever the record's labels say
         (olora_record(labels=["off-reference"]), "off-reference"),
         (inflora_record(0, labels=["off-reference"]), "off-reference"),
     ],
@@ -280,8 +286,10 @@ def test_without_a_shipped_run_the_papers_row_is_taken():
 def test_profile_paper_is_not_compared_with_runs_of_the_code():
     change = {"what": "lamb", "upstream": "0.98", "here": "0.99", "why": "profile paper: the paper has 0.99"}
     records = [inflora_record(0, profile="paper", deviations=[change])]
-    assert "profile=paper changed lamb" in compare_runs(records)["why"]
-    assert compare_runs(records, "paper_inflora")["metrics"]
+    assert "profile=paper changed lamb" in compare_runs(records, "inflora_cifar100")["why"]
+    assert compare_runs(records)["baseline"]["name"] == "paper_inflora"
+    assert compare_runs(records)["metrics"]
+    assert compare_runs([inflora_record(0, profile="paper")])["baseline"]["name"] == "inflora_cifar100"
 
 
 @pytest.mark.parametrize(
@@ -341,6 +349,14 @@ def test_log_without_a_complete_run_is_a_users_error():
         compare_logged([*logged_runs(), logged_runs()[0]])
 
 
+def test_clloras_shuffled_classes_are_its_own_default():
+    """Its configurations of CIFAR-100 and ImageNet shuffle, InfLoRA's do not: there, shuffled is another benchmark."""
+    settings = {"dataset": "cifar224", "model_name": "cllora", "shuffle": "True"}
+    result = compare_logged(logged_runs(**settings)[:1], "paper_cllora")
+    assert "this is cllora, cifar100 in 10 tasks, of which" in result["why"]
+    assert compare_logged(logged_runs(shuffle="True")[:1])["baseline"]["name"] == "inflora_cifar100_shuffled_seed1993"
+
+
 def test_quoted_run_is_compared_by_its_curve():
     """The author quoted the curve alone: final and averaged accuracy, no forgetting."""
     quoted = load_baseline("cllora_imagenet_r_40")
@@ -357,3 +373,40 @@ def test_quoted_run_is_compared_by_its_curve():
     assert entry(result, "sample_weighted_accuracy")["difference"] == pytest.approx(0.5)
     assert result["verdict"] == "undecided"
     assert result["baseline"]["kind"] == "quoted run"
+
+
+TEXT_NAMES = {
+    "final_accuracy": "average_accuracy",
+    "micro_final": "sample_weighted_accuracy",
+    "average_accuracy": "average_over_steps",
+    "learning_accuracy": "learning_accuracy",
+    "forgetting": "forgetting",
+    "bwt": "backward_transfer",
+}
+VISION_NAMES = {"final_accuracy": FINAL, "average_accuracy": "averaged_accuracy_inflora"}
+
+
+@pytest.mark.parametrize("name", [name for name in list_baselines() if load_baseline(name)["kind"] != "paper"])
+def test_every_baselines_runs_have_its_stored_numbers_under_our_names(name):
+    baseline = load_baseline(name)
+    runs = runs_of_baseline(name, baseline)
+    for stored, ours in (TEXT_NAMES if "order" in baseline["applies_to"] else VISION_NAMES).items():
+        values = [run.metrics.get(ours) for run in runs]
+        expected = baseline["metrics"].get(stored)
+        if expected is None or expected["mean"] is None or (stored, name) == ("forgetting", "olora_order1_seqlora"):
+            assert values == [None] * len(runs)
+        else:
+            assert sum(values) / len(values) == pytest.approx(expected["mean"], abs=5.1e-5)  # four decimals
+
+
+def test_a_run_like_the_long_shipped_one_is_compared_in_both_averages():
+    """On 15 tasks with unequal test sets, the mean over tasks and over samples differ by 1.7 points."""
+    (shipped,) = runs_of_baseline("olora_long", load_baseline("olora_long"))
+    record = olora_record(order="6", seed=1)
+    record |= {"tasks": list(shipped.order), "metrics": dict(shipped.metrics), "accuracy_matrix": shipped.accuracy}
+    result = compare_runs([record])
+    assert result["baseline"]["name"] == "olora_long"
+    assert entry(result, "average_accuracy")["there"]["mean"] == pytest.approx(72.175, abs=1e-3)
+    assert entry(result, "sample_weighted_accuracy")["there"]["mean"] == pytest.approx(73.881, abs=1e-3)
+    assert [found["difference"] for found in result["metrics"]] == [0.0] * 3
+    assert result["verdict"] == "undecided"  # another seed that happens to agree: one run shows nothing

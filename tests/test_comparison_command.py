@@ -112,7 +112,7 @@ def test_runs_are_named_by_their_folders_and_other_baselines_are_told(runs, caps
 def test_quick_run_is_not_compared_and_fails_the_requirement(runs, capsys):
     folder = runs(make_quick_record(method="olora"))
     assert main(["compare", f"run={folder}", "--require", "reproduced"]) == 1
-    assert "verdict   not comparable because it is labelled quick and reference\n" in capsys.readouterr().out
+    assert "verdict   not comparable because it is labelled quick, reference\n" in capsys.readouterr().out
 
 
 def test_runs_are_found_by_name_in_the_runs_folder(tmp_path, monkeypatch, capsys):
@@ -124,18 +124,24 @@ def test_runs_are_found_by_name_in_the_runs_folder(tmp_path, monkeypatch, capsys
     assert "reproduced" in capsys.readouterr().out
 
 
-def test_text_fits_its_width_and_shows_every_verdict(runs):
-    result = compare_logged(read_like(shipped_like_log({2: 3.0}), runs))
+def test_text_fits_its_width_and_shows_every_verdict(tmp_path):
+    path = tmp_path / "some.log"
+    path.write_text(shipped_like_log({2: 3.0}), encoding="utf-8")
+    result = compare_logged(read_vision_log(path))
     text = render(result, width=100)
     assert max(map(len, text.splitlines())) <= 112  # the table is as wide as its columns
     for found in result["metrics"]:
         assert f"{found['metric']}: {found['verdict']}" in " ".join(text.split())
 
 
-def read_like(text, runs):
-    path = Path(runs(inflora_record(0))) / "some.log"
-    path.write_text(text, encoding="utf-8")
-    return read_vision_log(path)
+def test_log_of_a_run_of_ours_is_refused(runs, capsys):
+    """It has no labels and says nothing of SAM, so it would pass for upstream's own."""
+    folder = Path(runs(make_quick_record()))
+    path = folder / "work" / "logs" / "0.log"
+    path.parent.mkdir(parents=True)
+    path.write_text(shipped_like_log(), encoding="utf-8")
+    assert main(["compare", f"log={path}"]) == 2
+    assert f"Compare the run itself: run={folder}." in capsys.readouterr().err
 
 
 def test_help_names_every_baseline_and_verdict(capsys):

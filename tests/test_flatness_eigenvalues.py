@@ -197,6 +197,53 @@ def test_an_interrupted_search_ends_like_an_undisturbed_one(
     assert [p.name for p in tmp_path.iterdir()] == ["search.pt"]
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("stop_after", [1, 7, 45, 110])
+def test_an_interrupted_power_iteration_ends_like_an_undisturbed_one(
+    tmp_path: Path, stop_after: int, given: bool
+) -> None:
+    operator = MatrixOperator(symmetric([5.0, -4.0, 3.0, 2.0, *[0.1 * k for k in range(10)]]))
+    options: dict[str, Any] = {"tol": 1e-8, "start": torch.ones(14, dtype=torch.float64) if given else None}
+    undisturbed = power_iteration(operator, 3, **options)
+    assert undisturbed.products > 110
+    path = tmp_path / "search.pt"
+    count = 0
+
+    def stop(done: int, total: int, line: str) -> None:
+        nonlocal count
+        count += 1
+        if count == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        power_iteration(operator, 3, checkpoint=path, save_every=0, progress=stop, **options)
+    operator.products = 0
+    resumed = power_iteration(operator, 3, checkpoint=path, **options)
+    assert torch.equal(resumed.values, undisturbed.values)
+    assert torch.equal(resumed.vectors, undisturbed.vectors)
+    assert torch.equal(resumed.residuals, undisturbed.residuals)
+    assert resumed.products == undisturbed.products
+    assert operator.products <= undisturbed.products - stop_after + 1
+    operator.products = 0
+    assert torch.equal(power_iteration(operator, 3, checkpoint=path, **options).values, undisturbed.values)
+    assert operator.products == 0
+    with pytest.raises(ValueError, match="made with another settings"):
+        power_iteration(operator, 2, checkpoint=path, **options)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    operator = MatrixOperator(symmetric([3.0, 2.0, 1.0, 0.5]))
+    path = tmp_path / "search.pt"
+    for content in (b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="search.pt is not a checkpoint"):
+            lanczos(operator, 2, checkpoint=path)
+        assert path.read_bytes() == content
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        lanczos(operator, 2, checkpoint=path)
+
+
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     operator = MatrixOperator(symmetric([3.0, 2.0, 1.0, 0.5]))
     path = tmp_path / "search.pt"

@@ -394,7 +394,7 @@ def test_weights_are_restored_and_cells_kept_when_a_point_raises(error, tmp_path
     direction = random_direction(problem)
     before = state_of(model)
 
-    def fail(done, total):
+    def fail(done, total, line):
         if done == 3:
             raise error("stop")
 
@@ -441,14 +441,14 @@ def test_only_cells_that_are_not_done_are_evaluated_on_resumption(tmp_path):
     problem, path = make_problem(make_model()), tmp_path / "grid.npz"
     whole = grid_of(problem)
 
-    def stop(done, total):
+    def stop(done, total, line):
         if done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         grid_of(problem, path, progress=stop)
     steps = []
-    resumed = grid_of(problem, path, progress=lambda done, total: steps.append((done, total)))
+    resumed = grid_of(problem, path, progress=lambda done, total, line: steps.append((done, total)))
     assert steps == [(done, 12) for done in range(6, 13)]
     np.testing.assert_array_equal(resumed.losses, whole.losses)
 
@@ -523,7 +523,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from flatness_lora import make_model, make_problem
 from test_flatness_landscape import grid_of
-def kill(done, total):
+def kill(done, total, line):
     if done == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 grid_of(make_problem(make_model()), Path({path!r}), save_seconds=0.0, progress=kill)

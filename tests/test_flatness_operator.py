@@ -30,7 +30,16 @@ from flatness_cases import (
 from torch import Tensor, nn
 
 from flatpatch.errors import UserError
-from flatpatch.flatness import HessianOperator, MatrixOperator, Problem, lanczos, supervised_loss
+from flatpatch.flatness import (
+    HessianOperator,
+    MatrixOperator,
+    Problem,
+    compiled,
+    hutchinson,
+    lanczos,
+    quadrature,
+    supervised_loss,
+)
 
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
 
@@ -238,7 +247,14 @@ def test_weights_do_not_count_as_memory_of_a_graph() -> None:
     assert operator.kept_bytes < 8 * operator.size + 20 * 1000 * 8
 
 
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_CODE", {})
+    monkeypatch.setattr(compiled, "_COMPILED", set())
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_products_match_the_dense_hessian_and_are_compiled_once_per_shape() -> None:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
@@ -256,16 +272,18 @@ def test_compiled_products_match_the_dense_hessian_and_are_compiled_once_per_sha
         operator.matvec(torch.ones(operator.size))
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiling_that_fails_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
     operator = HessianOperator(Problem(mlp(), rows(4), CROSS_ENTROPY), compile=True)
-    with pytest.raises(UserError, match=r"RuntimeError: no compiler here\). Leave out compile=True"):
+    with pytest.raises(UserError, match=r"RuntimeError: no compiler here\). Set compile=False"):
         operator.matvec(torch.ones(operator.size))
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_code_that_gives_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor, "compile", lambda code, inputs: lambda v, *rest: 1.001 * code(v, *rest))
     operator = HessianOperator(Problem(mlp(), rows(4), CROSS_ENTROPY), compile=True)
@@ -273,6 +291,7 @@ def test_compiled_code_that_gives_something_else_is_refused(monkeypatch: pytest.
         operator.matvec(torch.ones(operator.size))
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_recorded_operations_give_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of compiling but the compiler."""
     monkeypatch.setattr(torch._inductor, "compile", lambda code, inputs: code)
@@ -284,6 +303,76 @@ def test_recorded_operations_give_the_same_products(monkeypatch: pytest.MonkeyPa
     assert operator._compiler is not None
     assert operator._compiler.compiled == 2
     assert not operator._graphs
+
+
+def slow_operator(monkeypatch: pytest.MonkeyPatch, **options: Any) -> HessianOperator:
+    """An operator whose products seem to take a minute, and a compiler that only hands back what was recorded."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda code, inputs: code)
+    monkeypatch.setattr("flatpatch.flatness.operator.time.perf_counter", iter(range(0, 10**9, 60)).__next__)
+    return HessianOperator(Problem(mlp(), rows(4, 4, 2), CROSS_ENTROPY), **options)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_products_are_compiled_when_those_to_come_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = slow_operator(monkeypatch)
+    found = quadrature(operator, num_probes=2, num_steps=10)
+    assert len(operator._compiled) == 3
+    assert found.compile_seconds == operator.compile_seconds == 3 * 60
+    assert hutchinson(operator, num_probes=2).compile_seconds == 0
+    expected = dense_hessian(operator.problem)
+    torch.testing.assert_close(all_products(operator), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("options", [{"compile": False}, {"memory_budget": 0}, {"vectors_per_pass": 2}])
+def test_products_are_not_compiled_where_it_is_refused_or_impossible(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    operator = slow_operator(monkeypatch, **options)
+    assert quadrature(operator, num_probes=2, num_steps=10).compile_seconds == operator.compile_seconds == 0
+    assert not operator._compiled
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_products_are_not_compiled_for_few_or_fast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = slow_operator(monkeypatch)
+    hutchinson(operator, num_probes=2)  # one product is left when the first has been timed: 24 of 60 s do not pay
+    assert not operator._compiled
+    monkeypatch.undo()
+    operator = HessianOperator(Problem(mlp(), rows(4), CROSS_ENTROPY))
+    quadrature(operator, num_probes=4, num_steps=20)
+    assert not operator._compiled
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_compiling_that_fails_unasked_is_a_warning_and_the_products_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = slow_operator(monkeypatch)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    operator.plan(1000)
+    with pytest.warns(UserWarning, match="no compiler here.*Going on without"):
+        for _ in range(3):  # the first builds the graphs, the second is timed
+            products = all_products(operator)
+    torch.testing.assert_close(products, dense_hessian(operator.problem), rtol=1e-9, atol=1e-12)
+    assert not operator._compiled
+    assert operator.kept_batches == 3
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_expected_gain_counts_every_shape_once_and_code_that_is_there_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, other = (100, 4, 43), (100, 2, 43)
+    once = compiled.expected_gain(0.0, 10, [graph])
+    again = compiled.expected_gain(0.0, 10, [graph, graph]) - once
+    assert once < again < 0
+    assert compiled.expected_gain(0.0, 10, [graph, other]) == pytest.approx(2 * once)
+    compiled._COMPILED.add(graph)
+    assert compiled.expected_gain(0.0, 10, [graph]) == pytest.approx(again)
+    assert compiled.expected_gain(2.0, 10, [graph]) == pytest.approx(again + 8)
 
 
 def test_an_operation_that_cannot_be_batched_is_done_vector_by_vector() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +25,17 @@ from flatness_cases import (
 from torch import Tensor, nn
 
 from flatpatch.errors import UserError
-from flatpatch.flatness import SCOPES, HessianOperator, Problem, find_scope, supervised_loss
+from flatpatch.flatness import (
+    SCOPES,
+    HessianOperator,
+    Problem,
+    checkpoint_point,
+    find_scope,
+    model_point,
+    supervised_loss,
+)
+from flatpatch.flatness.directions import unit_axes
+from flatpatch.flatness.scope import rank_axis
 
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
 
@@ -275,48 +288,315 @@ def test_nlora_is_measured_in_both_spaces_with_its_old_and_new_factors(upstream:
     assert all("loranew_" in name for name in find_scope(model, "adapter").names)
 
 
-@pytest.mark.third_party
-def test_inflora_attention_is_measured_by_its_trainable_factors(upstream: Callable[[str], Path]) -> None:
-    module = import_file(upstream("InfLoRA") / "models" / "vit_inflora.py", "inflora_vit")
+# --- attention with one pair of factors per task, like InfLoRA's
 
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = module.Attention_LoRA(4, num_heads=2, r=2, n_tasks=3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x.reshape(-1, 1, 4).repeat(1, 2, 1) * torch.tensor([[1.0], [-2.0]]), 1).mean(1)
+class TaskAttention(nn.Module):
+    """Joint qkv, and factors of keys and values per task that the forward sums up; not a line of InfLoRA's."""
 
-    model = randomised(Classifier()).double()
+    def __init__(self, width: int = 4, r: int = 2, tasks: int = 3) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        for name in "kv":
+            setattr(self, f"lora_A_{name}", nn.ModuleList(nn.Linear(width, r, bias=False) for _ in range(tasks)))
+            setattr(self, f"lora_B_{name}", nn.ModuleList(nn.Linear(r, width, bias=False) for _ in range(tasks)))
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        for t in range(task + 1):
+            k = k + self.lora_B_k[t](self.lora_A_k[t](x))
+            v = v + self.lora_B_v[t](self.lora_A_v[t](x))
+        return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+
+
+class Classifier(nn.Module):
+    """Attention over two tokens made of one example, with the adapters up to a task."""
+
+    def __init__(self, attention: nn.Module, task: int) -> None:
+        super().__init__()
+        self.attention, self.task = attention, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 1, 4).repeat(1, 2, 1) * x.new_tensor([[1.0], [-2.0]])
+        return self.attention(tokens, self.task).mean(1)
+
+
+def after_two_tasks(attention: nn.Module) -> Classifier:
+    """Random factors of tasks 0 and 1; those of task 2 still add nothing, as before its training."""
+    model = randomised(Classifier(attention, 1)).double()
+    for name in "kv":
+        nn.init.zeros_(getattr(attention, f"lora_B_{name}")[2].weight)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B_k.1" in name or "lora_B_v.1" in name)  # A is fixed in InfLoRA
+    return model
+
+
+def check_task_attention(model: Classifier, batches: list[tuple[Tensor, Tensor]], width: int) -> None:
+    """The Hessian over keys' and values' matrices is that of the same model without LoRA, over these rows of qkv."""
+    attention: Any = model.attention
+    factors_before = [name for name, _ in model.named_parameters()]
+    merged = Problem(model, batches, CROSS_ENTROPY, scope="merged")
+    assert merged.scope.names == ("attention.k.merged", "attention.v.merged")
+    assert merged.loss() == pytest.approx(model_loss_of(model, batches), rel=1e-13)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        rows_of = plain.attention.qkv.weight.chunk(3)
+        for name, W, variable in zip("kv", rows_of[1:], merged.variables, strict=True):
+            A, B = (getattr(attention, f"lora_{factor}_{name}") for factor in "AB")
+            W.add_(sum(B[t].weight @ A[t].weight for t in (0, 1)))
+            torch.testing.assert_close(variable, W, rtol=1e-13, atol=1e-14)
+            for t in range(3):
+                getattr(plain.attention, f"lora_B_{name}")[t].weight.zero_()
+    dense = dense_hessian(merged, plain, ["attention.qkv.weight"])[width * width :, width * width :]
+    torch.testing.assert_close(all_products(HessianOperator(merged)), dense, rtol=1e-9, atol=1e-11)
+    assert [name for name, _ in model.named_parameters()] == factors_before
+    assert "forward" not in vars(attention) and "forward" not in vars(attention.qkv)
+
+
+def model_loss_of(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """The mean loss, without the package."""
+    with torch.no_grad():
+        total = sum(F.cross_entropy(model(x), y, reduction="sum").item() for x, y in batches)
+    return total / sum(len(y) for _, y in batches)
+
+
+def test_task_attention_is_measured_in_both_spaces() -> None:
+    model = after_two_tasks(TaskAttention())
+    adapter = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="adapter")
+    assert adapter.scope.names == ("attention.lora_B_k.1.weight", "attention.lora_B_v.1.weight")
+    torch.testing.assert_close(all_products(HessianOperator(adapter)), dense_hessian(adapter), rtol=1e-9, atol=1e-11)
+    check_task_attention(model, rows(4, 3), 4)
+
+
+def test_merged_task_attention_refuses_a_loss_that_leaves_out_learned_tasks() -> None:
+    model = after_two_tasks(TaskAttention())
+    model.task = 0
+    with pytest.raises(UserError, match="adapters of tasks 0 to 0, but those of task 1 are not zero"):
+        Problem(model, rows(4), CROSS_ENTROPY, scope="merged")
+
+
+def test_merged_task_attention_refuses_factors_that_do_not_pair() -> None:
+    attention = TaskAttention()
+    del attention.lora_B_v[2]
+    with pytest.raises(UserError, match="as many factors in lora_A_v as in lora_B_v"):
+        find_scope(Classifier(attention, 1), "merged")
+    attention = TaskAttention()
+    attention.qkv = nn.Linear(4, 8)
+    with pytest.raises(UserError, match="qkv has 8 outputs for 4 inputs"):
+        find_scope(Classifier(attention, 1), "merged")
+
+
+def test_checkpoint_of_task_attention_is_its_merged_point() -> None:
+    model, other = after_two_tasks(TaskAttention()), after_two_tasks(TaskAttention())
+    other.attention.qkv.load_state_dict(model.attention.qkv.state_dict())
+    with torch.no_grad():
+        other.attention.lora_B_k[1].weight.add_(1)
+    problem = Problem(model, rows(4), CROSS_ENTROPY, scope="merged")
+    expected = Problem(other, rows(4), CROSS_ENTROPY, scope="merged")
+    point = checkpoint_point(problem, other.state_dict())
+    torch.testing.assert_close(point, problem.flatten(expected.variables, torch.float64), rtol=1e-13, atol=1e-14)
+    assert torch.equal(model_point(problem, expected), point)
+
+
+@pytest.mark.third_party
+def test_inflora_attention_is_measured_in_both_spaces(upstream: Callable[[str], Path]) -> None:
+    module = import_file(upstream("InfLoRA") / "models" / "vit_inflora.py", "inflora_vit")
+    model = after_two_tasks(module.Attention_LoRA(4, num_heads=2, r=2, n_tasks=3))
     problem = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="adapter")
     assert problem.scope.names == ("attention.lora_B_k.1.weight", "attention.lora_B_v.1.weight")
-    dense = dense_hessian(problem)
-    torch.testing.assert_close(all_products(HessianOperator(problem)), dense, rtol=1e-9, atol=1e-11)
-    with pytest.raises(UserError, match="scope=merged needs LoRA layers"):
+    torch.testing.assert_close(all_products(HessianOperator(problem)), dense_hessian(problem), rtol=1e-9, atol=1e-11)
+    check_task_attention(model, rows(4, 3), 4)
+
+
+@pytest.mark.third_party
+def test_inflora_transformer_is_measured_merged(upstream: Callable[[str], Path]) -> None:
+    module = import_file(upstream("InfLoRA") / "models" / "vit_inflora.py", "inflora_vit")
+    blocks = nn.ModuleList(module.Block(4, num_heads=2, r=2, n_tasks=2) for _ in range(2))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.reshape(-1, 1, 4).repeat(1, 2, 1) * x.new_tensor([[1.0], [-2.0]])
+            for block in self.blocks:
+                tokens = block(tokens, 1)
+            return tokens.mean(1)
+
+    model = randomised(Encoder()).double()
+    problem = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="merged")
+    assert problem.loss() == pytest.approx(model_loss_of(model, rows(4, 3)), rel=1e-13)
+    assert problem.scope.names == tuple(f"blocks.{i}.attn.{name}.merged" for i in range(2) for name in "kv")
+    assert HessianOperator(problem).disagreement_with_differences() < 1e-5
+
+
+# --- a transformer that hands adapters to its attentions, like CL-LoRA's
+
+
+class UpAndDown(nn.Module):
+    """CL-LoRA's names: lora_B goes down to the rank and lora_A up from it."""
+
+    def __init__(self, width: int, r: int) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(r, width, bias=False), nn.Linear(width, r, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora_A(self.lora_B(x))
+
+
+class AdaptedAttention(nn.Module):
+    def __init__(self, width: int, msa: list[int]) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.msa = msa
+
+    def forward(
+        self, x: Tensor, adapt: Any = None, prompt: Any = None, rank_prompt: Any = None, block_weight: Any = None
+    ) -> Tensor:
+        parts = []
+        for index, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)):
+            part = projection(x)
+            if adapt is not None and self.msa[index]:
+                part = part + (1 if block_weight is None else block_weight[index]) * adapt[index](x)
+            parts.append(part)
+        q, k, v = parts
+        return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+
+
+class AdaptedTransformer(nn.Module):
+    """Three blocks: one with a shared adapter, one with its own and a block weight, one without."""
+
+    def __init__(self, width: int = 4, r: int = 2, msa: tuple[int, ...] = (1, 0, 1)) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": AdaptedAttention(width, list(msa))}) for _ in range(3))
+        self.general_pos, self.specfic_pos, self.adapt_pos = [0], [2], [0, 2]
+        self.use_block_weight = True
+        self.block_weight = nn.Parameter(torch.rand(3, 1) + 0.5)
+        self.cur_adapter = nn.ModuleList(
+            nn.ModuleList(UpAndDown(width, r) if use else nn.Identity() for use in msa) for _ in self.adapt_pos
+        )
+        self.earlier = nn.ModuleList(UpAndDown(width, r) if use else nn.Identity() for use in msa)
+        self.with_earlier = False
+
+    def once(self, x: Tensor, own: nn.ModuleList, weight: Tensor) -> Tensor:
+        x = x + self.blocks[0].attn(x, self.cur_adapter[0])
+        x = x + self.blocks[1].attn(x)
+        return x + self.blocks[2].attn(x, own, None, None, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 1, 4).repeat(1, 2, 1) * x.new_tensor([[1.0], [-2.0]])
+        out = self.once(tokens, self.cur_adapter[1], self.block_weight[:, 0])
+        if self.with_earlier:
+            out = out + self.once(tokens, self.earlier, torch.ones(3))
+        return out.mean(1)
+
+
+def adapted(model: nn.Module | None = None) -> Any:
+    return randomised(model or AdaptedTransformer()).double()
+
+
+ADAPTED_NAMES = tuple(f"blocks.{i}.attn.{name}_proj.merged" for i in (0, 2) for name in "qv")
+
+
+def test_adapted_transformer_is_measured_in_both_spaces() -> None:
+    model = adapted()
+    model.blocks.requires_grad_(False)
+    adapter = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="adapter")
+    torch.testing.assert_close(all_products(HessianOperator(adapter)), dense_hessian(adapter), rtol=1e-9, atol=1e-11)
+    check_adapted_transformer(model)
+
+
+def check_adapted_transformer(model: Any) -> None:
+    merged = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="merged")
+    assert merged.scope.names == ADAPTED_NAMES
+    assert merged.loss() == pytest.approx(model_loss_of(model, rows(4, 3)), rel=1e-13)
+    plain = copy.deepcopy(model)
+    names, variables = [], iter(merged.variables)
+    with torch.no_grad():
+        for index, position in ((0, 0), (2, 1)):
+            for j, name in ((0, "q"), (2, "v")):
+                pair = model.cur_adapter[position][j]
+                scale = 1.0 if index == 0 else model.block_weight[j, 0]
+                weight = getattr(plain.blocks[index].attn, f"{name}_proj").weight
+                weight += scale * pair.lora_A.weight @ pair.lora_B.weight
+                torch.testing.assert_close(next(variables), weight, rtol=1e-13, atol=1e-14)
+                plain.cur_adapter[position][j].lora_A.weight.zero_()
+                names.append(f"blocks.{index}.attn.{name}_proj.weight")
+    dense = dense_hessian(merged, plain, names)
+    torch.testing.assert_close(all_products(HessianOperator(merged)), dense, rtol=1e-9, atol=1e-11)
+
+
+def test_merged_transformer_keeps_the_adapters_of_earlier_tasks_as_they_are() -> None:
+    model = adapted()
+    model.with_earlier = True
+    problem = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="merged")
+    assert problem.scope.names == ADAPTED_NAMES
+    assert problem.loss() == pytest.approx(model_loss_of(model, rows(4, 3)), rel=1e-13)
+    assert HessianOperator(problem).disagreement_with_differences() < 1e-5
+
+
+def test_merged_transformer_refuses_other_block_weights_than_it_holds() -> None:
+    model = adapted()
+    once = model.once
+    model.once = lambda x, own, weight: once(x, own, weight + 1)
+    with pytest.raises(UserError, match="blocks.2.attn with other block weights"):
+        Problem(model, rows(4), CROSS_ENTROPY, scope="merged")
+
+
+def test_merged_transformer_needs_projections_it_knows() -> None:
+    model = adapted()
+    model.blocks[2].attn.v_proj = nn.Identity()
+    with pytest.raises(UserError, match="blocks.2.attn needs q_proj, k_proj and v_proj"):
         find_scope(model, "merged")
 
 
+def test_a_factor_pair_named_the_other_way_round_has_its_rank_on_the_other_side() -> None:
+    model = adapted()
+    model.blocks.requires_grad_(False)
+    axes = unit_axes(Problem(model, rows(4), CROSS_ENTROPY, scope="adapter"))
+    assert axes["cur_adapter.0.0.lora_A.weight"] == 1  # (width, rank)
+    assert axes["cur_adapter.0.0.lora_B.weight"] == 0  # (rank, width)
+    assert rank_axis("0.lora_A.weight", {"0.lora_A.weight": (2, 4), "0.lora_B.weight": (3, 2)}) == 0
+    assert rank_axis("0.lora_B.weight", {"0.lora_A.weight": (2, 4), "0.lora_B.weight": (1, 2)}) == 1
+    assert rank_axis("0.weight", {"0.weight": (2, 4)}) is None
+
+
 @pytest.mark.third_party
-def test_cllora_attention_is_measured_by_its_adapters(upstream: Callable[[str], Path]) -> None:
+def test_cllora_transformer_is_measured_in_both_spaces(upstream: Callable[[str], Path]) -> None:
     module = import_file(upstream("CL-LoRA") / "backbone" / "vit_cllora.py", "cllora_vit")
-
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = module.Attention_lora(4, num_heads=2, msa=[1, 0, 1])
-            adapters = [module.Adapter_lora(None, d_model=4, bottleneck=2, init_option="lora") for _ in range(3)]
-            self.cur_adapter = nn.ModuleList(adapters)
-
-        def forward(self, x: Tensor) -> Tensor:
-            tokens = x.reshape(-1, 1, 4).repeat(1, 2, 1) * torch.tensor([[1.0], [-2.0]])
-            return self.attention(tokens, self.cur_adapter, block_weight=torch.ones(3)).mean(1)
-
-    model = randomised(Classifier()).double()
+    sizes = {"d_model": 4, "attn_bn": 2, "ffn_num": 2, "vpt_num": 0}
+    options = {"ffn_adapter_init_option": "lora", "ffn_adapter_scalar": "1.0", "ffn_adapter_layernorm_option": "none"}
+    flags = {"ffn_adapt": True, "vpt_on": False, "msa_adapt": True, "use_distillation": True, "use_block_weight": True}
+    # Its shared adapters ask for a GPU; those with a block weight do not.
+    positions = {"general_pos": [], "specfic_pos": [0, 1], "msa": [1, 0, 1], "_device": "cpu"}
+    config = SimpleNamespace(**sizes, **options, **flags, **positions)
+    model = module.VisionTransformer(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=2, num_classes=0, tuning_config=config
+    )
+    randomised(model).double()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("cur_adapter" in name and "adapter.1" not in name)
-    problem = Problem(model, rows(4, 3), CROSS_ENTROPY, scope="adapter")
-    assert len(problem.scope.names) == 4
-    dense = dense_hessian(problem)
-    torch.testing.assert_close(all_products(HessianOperator(problem)), dense, rtol=1e-9, atol=1e-11)
+        parameter.requires_grad_("cur_adapter" in name)
+    batches = [(torch.randn(n, 3, 4, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (4, 3)]
+    adapter = Problem(model, batches, CROSS_ENTROPY, scope="adapter")
+    torch.testing.assert_close(all_products(HessianOperator(adapter)), dense_hessian(adapter), rtol=1e-9, atol=1e-11)
+    merged = Problem(model, batches, CROSS_ENTROPY, scope="merged")
+    names = [f"blocks.{i}.attn.{name}_proj" for i in range(2) for name in "qv"]
+    assert merged.scope.names == tuple(f"{name}.merged" for name in names)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for i in range(2):
+            for j, name in ((0, "q"), (2, "v")):
+                pair = plain.cur_adapter[i][j]
+                weight = getattr(plain.blocks[i].attn, f"{name}_proj").weight
+                weight += plain.block_weight[j, i] * pair.lora_A.weight @ pair.lora_B.weight
+                pair.lora_A.weight.zero_()
+    dense = dense_hessian(merged, plain, [f"{name}.weight" for name in names])
+    torch.testing.assert_close(all_products(HessianOperator(merged)), dense, rtol=1e-9, atol=1e-11)
+    # With an earlier task's adapters and block weights in the forward, as in its test.
+    model.add_adapter_to_list()
+    randomised(model).double()
+    problem = Problem(
+        model, batches, lambda m, b: F.cross_entropy(m.forward_test(b[0])[-1][:, 0], b[1]), scope="merged"
+    )
+    assert HessianOperator(problem).disagreement_with_differences() < 1e-5

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from flatness_lora import make_model, make_problem
 from scipy.optimize import minimize
 
 from flatpatch.flatness.problem import Problem, supervised_loss
@@ -512,3 +513,23 @@ def test_bfloat16_weights_report_what_rounding_took():
     batches = [(inputs.bfloat16(), targets) for inputs, targets in problem.batches]
     problem = Problem(model, batches, supervised_loss(torch.nn.functional.cross_entropy), check=False)
     assert ball_sharpness(problem, 0.05).rounding > 1e-3
+
+
+def test_progress_is_reported_by_every_search() -> None:
+    problem = make_problem(make_model())
+    calls: list[tuple[int, int, str]] = []
+
+    def record(done: int, total: int, line: str) -> None:
+        calls.append((done, total, line))
+
+    found = keskar_sharpness(problem, ascent_steps=2, progress=record)
+    assert len(calls) == found.evaluations - 1  # the first is before any search
+    assert all(0 < done <= total for done, total, _ in calls)
+    assert calls[-1][2] == f"rise {found.rise:.4g}"
+    calls.clear()
+    ball = ball_sharpness(problem, 0.05, ascent_steps=2, progress=record)
+    assert len(calls) == ball.evaluations - 1
+    assert calls[-1][2] == f"rise {ball.ascent:.4g}"
+    calls.clear()
+    m_sharpness(problem, 0.05, m=4, progress=record)
+    assert [call[:2] for call in calls] == [(1, 3), (2, 3), (3, 3)]

@@ -130,6 +130,35 @@ def test_interrupted_samples_are_continued(tmp_path: Path) -> None:
         hutchinson(operator, num_probes=10, seed=1, checkpoint=path)
 
 
+@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 10, 17, 28])
+def test_an_interrupted_hutch_plus_plus_ends_like_an_undisturbed_one(
+    tmp_path: Path, stop_after: int, together: int
+) -> None:
+    operator = MatrixOperator(symmetric(DECAYING))
+    options: dict[str, Any] = {"num_products": 30, "probes_per_pass": together}
+    undisturbed = hutch_plus_plus(operator, **options)
+    assert operator.products == undisturbed.products == 30
+    path = tmp_path / "trace.pt"
+
+    def stop(done: int, total: int, line: str) -> None:
+        if done >= stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hutch_plus_plus(operator, checkpoint=path, save_every=0, progress=stop, **options)
+    operator.products = 0
+    assert hutch_plus_plus(operator, checkpoint=path, save_every=0, **options).as_dict() == undisturbed.as_dict()
+    assert operator.products <= 30 - stop_after
+    operator.products = 0
+    assert hutch_plus_plus(operator, checkpoint=path, **options).as_dict() == undisturbed.as_dict()
+    assert operator.products == 0
+    with pytest.raises(ValueError, match="another settings"):
+        hutch_plus_plus(operator, checkpoint=path, num_products=33)
+    with pytest.raises(ValueError, match="another algorithm"):
+        hutchinson(operator, checkpoint=path)
+
+
 def test_one_sample_has_no_standard_error() -> None:
     found = hutchinson(MatrixOperator(symmetric(DECAYING)), num_probes=1)
     assert math.isnan(found.standard_error)

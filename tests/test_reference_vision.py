@@ -300,6 +300,32 @@ def test_another_seed_gives_another_run(runs: dict[str, Run], tmp_path: Path) ->
     assert do_run(other).steps[0]["loss"] != runs["seqlora"].steps[0]["loss"]
 
 
+def test_batches_come_in_new_orders_that_do_not_depend_on_the_weights(tmp_path: Path) -> None:
+    class Plain(TinyImages):
+        train_trsf: list[Any] = []
+
+    orders: list[list[int]] = []
+    task = load_tasks(Plain({}), init_cls=8, increment=1)[0]
+    numbers = {task.train[number][0].numpy().tobytes(): number for number in range(len(task.train))}
+    for rank in (2, 3):
+        seen: list[Tensor] = []
+
+        def watch(state: vision.TaskState, seen: list[Tensor] = seen) -> None:
+            state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+        reference = make_reference(
+            tmp_path, method="seqlora", dataset=Plain, init_cls=8, rank=rank, epochs=3, batch_size=30
+        )
+        vision.run(reference, before_task=watch)
+        assert [len(images) for images in seen] == [30, 30, 28] * 3
+        orders.append([numbers[image.numpy().tobytes()] for images in seen for image in images])
+    assert orders[0] == orders[1]
+    epochs = [orders[0][start : start + 88] for start in (0, 88, 176)]
+    everything = list(range(88))
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert everything not in epochs and epochs[0] != epochs[1] != epochs[2]
+
+
 @pytest.mark.parametrize(
     ("optimizer", "factors"),
     [

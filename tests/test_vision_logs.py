@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,8 @@ def test_class_order_is_read(write: Callable[[str], Path]) -> None:
         (25, 10, 10, ["00-09", "10-19", "20-29"], True),
         # Tasks of 10, 15 and 15 classes, groups of ten: toolkit.accuracy takes one width for all.
         (40, 10, 15, ["00-09", "10-19", "20-29"], False),
+        # Tasks 0-9 and 10-20, but groups 0-9 and 10-19: class 20 is in none.
+        (21, 10, 15, ["00-09", "10-19"], False),
         # A last task of one class is left out: its range stops before the largest class.
         (21, 10, 10, ["00-09", "10-19"], False),
         # As CL-LoRA prints a larger first task.
@@ -156,7 +159,8 @@ def test_class_order_is_read(write: Callable[[str], Path]) -> None:
 def test_groups_of_classes_are_taken_for_tasks_only_where_they_are(
     write: Callable[[str], Path], classes: int, first: int, increment: int, groups: list[str], are_tasks: bool
 ) -> None:
-    rows = [row[: len(groups)] for row in ROWS]
+    tasks = 1 + math.ceil((classes - first) / increment)
+    rows = [row[: len(groups)] for row in ROWS[:tasks]]
     lines = run_lines(rows, order=range(classes), first=first, increment=increment, groups=groups)
     (run,) = read_inflora_log(write(log_text(lines)))
     assert run.complete
@@ -210,6 +214,15 @@ def test_number_of_the_damaged_line_is_right(write: Callable[[str], Path]) -> No
     number = next(i for i, line in enumerate(lines, start=1) if "CNN: " in line)
     lines[number - 1] = lines[number - 1].replace("'total'", "total")
     with pytest.raises(UserError, match=rf"line {number}: "):
+        read_inflora_log(write(log_text(lines)))
+
+
+def test_damaged_last_line_is_no_cut_when_it_has_its_end(write: Callable[[str], Path]) -> None:
+    lines = run_lines()[:-3]
+    assert "CNN: {" in lines[-1]
+    lines[-1] = lines[-1].replace("}", "")
+    assert len(read_inflora_log(write(log_text(lines)[:-1]))[0].accuracy) == 2
+    with pytest.raises(UserError, match=f"line {len(lines)}: "):
         read_inflora_log(write(log_text(lines)))
 
 

@@ -16,7 +16,7 @@ from flatpatch.comparison.sides import subject_of
 from flatpatch.continual.vision_logs import read_vision_log
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
-from flatpatch.report.records import read_record
+from flatpatch.report.records import RECORD_FILE, read_record
 from flatpatch.settings import split_word
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
@@ -168,6 +168,10 @@ def _folder(name: str) -> Path:
 
 
 def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    # A log in one of our run folders looks like upstream's own, also if the run was quick or took SAM steps.
+    for folder in path.absolute().parents:
+        if (folder / RECORD_FILE).is_file():
+            raise UserError(f"{path} is the log of the run {folder}. Compare the run itself: run={folder}.")
     runs = read_vision_log(path)
     if not runs:
         raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")

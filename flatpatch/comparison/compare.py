@@ -57,7 +57,8 @@ def compare_runs(
 
     Args:
         records: The runs' records.
-        baseline: Its name; None takes the first of those that speak of such runs, shipped runs before papers.
+        baseline: Its name; None takes the first of those that speak of such runs, shipped runs before papers (papers
+            first where ``profile=paper`` changed something).
         names: What to call the runs; default: method and seed.
         metrics: Names as in a record's ``metrics``; default: ``METRICS``, where both sides have them.
         margin: How large a difference still counts as reproduced, in points.
@@ -74,11 +75,14 @@ def compare_runs(
     _check_request(metrics, margin)
     subject = subject_of(records[0])
     found = next(filter(None, map(labels, records)), [])
-    obstacle = f"it is labelled {' and '.join(found)}" if found else ""
+    obstacle = f"it is labelled {', '.join(found)}" if found else ""
     runs = [run_of_record(name, record) for name, record in zip(names, records, strict=True)]
     with_sam = setting(records[0], "sam", "off") != "off" and setting(records[0], "rho", 0.0) != 0
-    baseline = baseline or next(iter(find_baselines(subject)), None)
     changed = [row["what"] for row in records[0]["deviations"] if row["why"].startswith("profile paper")]
+    candidates = [baseline] if baseline else find_baselines(subject)
+    if changed:  # such runs follow the paper, not the code that the shipped runs ran
+        candidates.sort(key=lambda name: load_baseline(name)["kind"] != "paper")
+    baseline = next(iter(candidates), None)
     if not obstacle and changed and baseline and load_baseline(baseline)["kind"] != "paper":
         obstacle = f"profile=paper changed {', '.join(changed)}, and {baseline} ran as upstream's code says"
     return _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
@@ -196,7 +200,7 @@ def _against_row(runs: Sequence[Run], row: Mapping[str, Any], n: int | None, mar
         return _missing(metric, runs, "the runs")
     here = [_value(run, metric) for run in runs]
     # Where the number of runs behind a row is not known, one is the cautious guess: it gives the widest interval.
-    there = Side(row["mean"], row["std"] if n else None, n or 1)
+    there = Side(row["mean"], row["std"], n or 1)
     difference = unpaired_difference(Side.of(here), there)
     entry = _entry(metric, Side.of(here), here, there, None, difference)
     entry["there"]["standard_deviation"] = row["std"]
@@ -218,7 +222,8 @@ def _judge(difference: Difference, margin: float) -> tuple[str, str]:
             return UNDECIDED, "one number on either side: the difference alone, no test"
         return UNDECIDED, "the numbers do not spread at all, so there is nothing to judge the difference by"
     low, high = difference.interval
-    shown = f"the 95 % interval of the difference, {signed(low)} to {signed(high)},"
+    kind = "interval" if difference.test != "prediction interval" else "interval, as if both sides spread alike,"
+    shown = f"the 95 % {kind} of the difference, {signed(low)} to {signed(high)},"
     if -margin <= low and high <= margin:
         return REPRODUCED, f"{shown} lies within the margin of {margin:g}"
     if low > 0 or high < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -188,11 +189,16 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
         The state, or None if there is no file.
 
     Raises:
-        ValueError: If the file was made with other settings or other weights.
+        ValueError: If the file was made with other settings or other weights, or is no checkpoint.
     """
     if path is None or not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state["key"].items()
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, AttributeError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint ({line}): delete it, or name another file.") from error
     differing = sorted(name for name in {*key, *state["key"]} if state["key"].get(name) != key.get(name))
     if differing:
         raise ValueError(f"{path} was made with another {', '.join(differing)}: delete it, or name another file.")

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.flatness.landscape import FloatArray, Landscape, Mark, Progress, describe, evaluate_grid
+from flatpatch.flatness.basis import Progress
+from flatpatch.flatness.landscape import FloatArray, Landscape, Mark, describe, evaluate_grid
 from flatpatch.flatness.points import Objective, moving, plain
 from flatpatch.flatness.problem import Problem
-from flatpatch.flatness.scope import adapter_factor, find_scope
+from flatpatch.flatness.scope import adapter_factor, find_scope, rank_axis
 
 SPACES = {"adapter": "factor space (A and B)", "merged": "merged space (W + s B A)"}
 
@@ -167,7 +168,8 @@ def checkpoint_point(problem: Problem, state: Mapping[str, Tensor], *, name: str
         raise ValueError("a checkpoint must be read before the problem is active")
     parameters = dict(problem.model.named_parameters())
     merged = problem.scope.name == "merged"
-    wanted = [key for key in parameters if adapter_factor(key)] if merged else list(problem.scope.names)
+    absorbed = {id(parameter) for parameter in problem.scope.absorbed}
+    wanted = [key for key, p in parameters.items() if id(p) in absorbed] if merged else list(problem.scope.names)
     _check_checkpoint(state, parameters, wanted, name)
     if not merged:
         return problem.flatten([state[key] for key in wanted], torch.float64)
@@ -207,7 +209,7 @@ def model_point(problem: Problem, other: Problem, *, name: str = "the other mode
         )
     shapes = {key: variable.shape for key, variable in zip(mine.names, mine.variables, strict=True)}
     for key, variable in zip(others.names, others.variables, strict=True):
-        _check_shape(key, variable.shape, shapes[key], name)
+        _check_shape(key, variable.shape, shapes, name)
     base = _base(problem)
     for key, value in _base(other).items():
         if key in base and (value.shape != base[key].shape or not torch.equal(value.to(base[key].device), base[key])):
@@ -217,7 +219,7 @@ def model_point(problem: Problem, other: Problem, *, name: str = "the other mode
 
 def _base(problem: Problem) -> dict[str, Tensor]:
     """Return the weights that the scope does not vary and no adapter does."""
-    varied = {id(variable) for variable in problem.variables}
+    varied = {id(tensor) for tensor in (*problem.variables, *problem.scope.absorbed)}
     return {
         key: parameter.detach()
         for key, parameter in problem.model.named_parameters()
@@ -235,8 +237,9 @@ def _check_checkpoint(
         )
     if unknown := [key for key in state if key not in parameters]:
         raise UserError(f"{name} has tensors the model has not, such as {unknown[0]}. It belongs to another model.")
+    shapes = {key: parameter.shape for key, parameter in parameters.items()}
     for key, value in state.items():
-        _check_shape(key, value.shape, parameters[key].shape, name)
+        _check_shape(key, value.shape, shapes, name)
         if key not in wanted and not torch.equal(value.to(parameters[key]), parameters[key].detach()):
             raise _other_base(key, name)
     for key in wanted:
@@ -244,11 +247,11 @@ def _check_checkpoint(
             raise UserError(f"{key} of {name} is not finite. Its training diverged.")
 
 
-def _check_shape(key: str, got: torch.Size, expected: torch.Size, name: str) -> None:
+def _check_shape(key: str, got: torch.Size, shapes: Mapping[str, torch.Size], name: str) -> None:
+    expected = shapes[key]
     if got == expected:
         return
-    factor = adapter_factor(key)
-    axis = {"A": 0, "B": 1}.get(factor or "")
+    axis = rank_axis(key, shapes)
     if axis is not None and len(got) == len(expected) and got[axis] != expected[axis]:
         raise UserError(
             f"{name} has rank {got[axis]} in {key}, the model rank {expected[axis]}: factors of different rank have no "

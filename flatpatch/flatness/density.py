@@ -19,7 +19,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, random_vectors, save_state
-from flatpatch.flatness.operator import LinearOperator
+from flatpatch.flatness.operator import LinearOperator, compile_seconds, plan
 
 LAWS = ("rademacher", "gaussian")
 
@@ -33,12 +33,14 @@ class Quadrature:
         weights: Each row sums to 1.
         size: Dimension n of the operator; n times a weight counts eigenvalues.
         products: Matrix-vector products it took.
+        compile_seconds: Time that went into compiling the operator's products meanwhile.
     """
 
     nodes: Tensor  # (num_probes, num_steps), float64
     weights: Tensor  # (num_probes, num_steps), float64
     size: int
     products: int
+    compile_seconds: float = 0.0
 
     def moments(self, order: int) -> Tensor:
         """Estimate the mean of the eigenvalues' powers tr(H^order) / n, once per probe ``(num_probes,)``."""
@@ -66,6 +68,7 @@ class Quadrature:
             "weights": self.weights.tolist(),
             "size": self.size,
             "products": self.products,
+            "compile_seconds": self.compile_seconds,
             "trace": self.trace,
             "trace_standard_error": None if len(self.nodes) < 2 else self.trace_standard_error,
             "frobenius_norm": self.frobenius_norm,
@@ -115,6 +118,8 @@ def quadrature(
     state = load_state(checkpoint, key)
     done: list[list[list[float]]] = state["probes"] if state else []
     products = state["products"] if state else 0
+    compiled = compile_seconds(operator)
+    plan(operator, max(num_probes - len(done), 0) * steps)
     while len(done) < num_probes:
         indices = list(range(len(done), min(len(done) + together, num_probes)))
         start = random_vectors(operator.size, indices, seed=seed, device=operator.device, law=law)
@@ -134,7 +139,8 @@ def quadrature(
         if checkpoint:
             save_state(checkpoint, {"key": key, "probes": done, "products": products})
     rows = torch.tensor(done[:num_probes], dtype=torch.float64)
-    return Quadrature(nodes=rows[:, 0], weights=rows[:, 1], size=operator.size, products=products)
+    took = compile_seconds(operator) - compiled
+    return Quadrature(rows[:, 0], rows[:, 1], size=operator.size, products=products, compile_seconds=took)
 
 
 def _tridiagonalise(

@@ -15,7 +15,7 @@ either: the slice is flat by construction, whatever the loss. Such parts are cou
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from flatpatch.flatness.points import moving
 from flatpatch.flatness.problem import Problem
-from flatpatch.flatness.scope import adapter_factor, find_scope
+from flatpatch.flatness.scope import adapter_factor, find_scope, partner_factor, rank_axis
 
 NORMALISATIONS = ("filter", "layer", "merged_rows", "l2")
 
@@ -137,14 +137,15 @@ def unit_axes(problem: Problem) -> dict[str, int | None]:
         for parameter in module.parameters(recurse=False):
             # A tied weight is used as an output layer and as an embedding; both count units in dimension 0.
             owners.setdefault(id(parameter), module)
+    shapes = {name: parameter.shape for name, parameter in problem.model.named_parameters()}
     axes: dict[str, int | None] = {}
     for name, variable in zip(problem.scope.names, problem.variables, strict=True):
         if variable.ndim < 2:
             axes[name] = None
         elif problem.scope.name == "merged":
             axes[name] = 0
-        elif factor := adapter_factor(name):
-            axes[name] = 0 if factor == "A" else 1
+        elif (axis := rank_axis(name, shapes)) is not None:
+            axes[name] = axis
         else:
             axes[name] = _output_axis(owners.get(id(variable)))
     return axes
@@ -155,22 +156,16 @@ def _output_axis(owner: nn.Module | None) -> int:
     return 1 if type(owner).__name__ in ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d") else 0
 
 
-def _partner(name: str, names: Container[str]) -> str:
-    """Return the name of the factor A that belongs to a factor B."""
-    position = max(name.rfind("_B"), name.rfind("_b"))
-    partner = name[: position + 1] + ("A" if name[position + 1] == "B" else "a") + name[position + 2 :]
-    if partner not in names:
-        raise ValueError(f"normalisation merged_rows found no factor A for {name}")
-    return partner
-
-
 def _normalise_by_merged_rows_(problem: Problem, directions: Mapping[str, Tensor]) -> dict[str, int]:
     """Scale the rows of B's directions so that each row of s dB A has the norm of that of W + s B A; count zeros."""
     if not directions:
         return {}
     variables = dict(zip(problem.scope.names, problem.variables, strict=True))
     for name, direction in directions.items():
-        rows = torch.linalg.vector_norm(variables[_partner(name, variables)].detach().double(), dim=1)
+        partner = partner_factor(name)
+        if partner not in variables:
+            raise ValueError(f"normalisation merged_rows found no factor A for {name}")
+        rows = torch.linalg.vector_norm(variables[partner].detach().double(), dim=1)
         # Weighing rank indices by their A alike keeps the direction's effect the same under A -> cA, B -> B/c.
         direction.mul_(torch.where(rows > 0, 1 / rows, 0.0))
     wanted = _merged_weights(problem)

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, orthonormal_columns, random_vectors, save_state
-from flatpatch.flatness.operator import LinearOperator
+from flatpatch.flatness.operator import LinearOperator, compile_seconds, plan
 
 Array = npt.NDArray[np.float64]
 
 ENDS = ("largest", "smallest", "magnitude")
+
+_PRODUCTS_A_VALUE = 6  # what separated outer eigenvalues of networks take; only a plan for the operator
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Eigenpairs:
         converged: Whether the residual is at most the tolerance times the value's size (or rounding).
         products: Matrix-vector products it took.
         tolerance: The relative residual that was asked for.
+        compile_seconds: Time that went into compiling the operator's products meanwhile.
     """
 
     values: Tensor  # (k,), float64
@@ -44,6 +47,7 @@ class Eigenpairs:
     converged: Tensor  # (k,), bool
     products: int
     tolerance: float
+    compile_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the vectors, for a file."""
@@ -53,6 +57,7 @@ class Eigenpairs:
             "converged": self.converged.tolist(),
             "products": self.products,
             "tolerance": self.tolerance,
+            "compile_seconds": self.compile_seconds,
         }
 
 
@@ -64,6 +69,8 @@ def power_iteration(
     max_products: int = 200,
     start: Tensor | None = None,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    save_every: float = 60.0,
     progress: Progress | None = None,
 ) -> Eigenpairs:
     """Find the eigenvalues of largest magnitude one after the other, by multiplying again and again.
@@ -79,28 +86,51 @@ def power_iteration(
         max_products: The most products spent on each.
         start: First vector ``(n,)`` for the first eigenvalue, such as that of a similar operator; else random.
         seed: Of the random starts.
+        checkpoint: A file from which an interrupted iteration is continued, and to which it is saved. The result is
+            that of an undisturbed one.
+        save_every: Least seconds between two savings; each value that is done is saved at once.
         progress: Called after each product.
 
     Returns:
         The eigenvalues by decreasing magnitude, converged or not.
 
     Raises:
-        ValueError: If k is not between 1 and the dimension, or a setting is out of range.
+        ValueError: If k is not between 1 and the dimension, a setting is out of range, or the checkpoint is not of
+            this iteration.
     """
     n = operator.size
     _check(n, k, tol, max_products)
+    key = {
+        "algorithm": "power iteration",
+        "settings": [k, tol, max_products, seed, None if start is None else float(start.double().sum())],
+        "weights": operator.fingerprint(),
+    }
     found = Basis(n, operator.dtype, operator.device, k)
-    values, residuals, products = [], [], 0
-    largest = 0.0
-    for index in range(k):
-        random = random_vectors(n, [index], seed=seed, device=operator.device)
-        given = start is not None and index == 0 and float(start.norm()) > 0
-        v = start.to(operator.device).double().unsqueeze(1) if given and start is not None else random
-        found.remove_from(v)
-        if not float(v.norm()) > 0:
-            v = random
-            found.remove_from(v)
-        for step in range(1, max_products + 1):
+    values: list[float] = []
+    residuals: list[float] = []
+    products, first, largest = 0, 1, 0.0
+    v: Tensor | None = None
+    state = load_state(checkpoint, key)
+    if state is not None:
+        found.append(state["found"].T)
+        values, residuals, products = state["values"], state["residuals"], state["products"]
+        first, largest = state["step"], state["largest"]
+        v = state["vector"].to(operator.device) if state["vector"] is not None else None
+    saved, compiled = time.monotonic(), compile_seconds(operator)
+
+    def save(step: int, vector: Tensor | None) -> None:
+        nonlocal saved
+        if checkpoint:
+            state = {"key": key, "found": found.rows.cpu().clone(), "values": values, "residuals": residuals}
+            vector = None if vector is None else vector.cpu()
+            state |= {"products": products, "step": step, "largest": largest, "vector": vector}
+            save_state(checkpoint, state)
+            saved = time.monotonic()
+
+    for index in range(len(values), k):
+        if v is None:
+            v = _start(operator, found, start if index == 0 else None, index, seed)
+        for step in range(first, max_products + 1):
             v = (v / v.norm()).to(operator.dtype).double()
             w = operator.matmat(v)
             products += 1
@@ -114,11 +144,29 @@ def power_iteration(
             if done or step == max_products:
                 break
             v = w
+            if checkpoint and time.monotonic() - saved >= save_every:
+                save(step + 1, v)
         values.append(value)
         residuals.append(residual)
         found.append(v)
+        v, first = None, 1
+        save(first, v)
     order = np.argsort([-abs(value) for value in values], kind="stable")
-    return _pairs(np.array(values)[order], np.array(residuals)[order], found.rows[order].T, products, tol, largest)
+    took = compile_seconds(operator) - compiled
+    vectors = found.rows[torch.from_numpy(order)].T
+    return _pairs(np.array(values)[order], np.array(residuals)[order], vectors, products, tol, largest, took)
+
+
+def _start(operator: LinearOperator, found: Basis, given: Tensor | None, index: int, seed: int) -> Tensor:
+    """Return a vector (n, 1) with a part outside what has been found: the given one if it has one, else random."""
+    if given is not None:
+        v = given.to(operator.device).double().unsqueeze(1).clone()
+        found.remove_from(v)
+        if float(v.norm()) > 0:
+            return v
+    v = random_vectors(operator.size, [index], seed=seed, device=operator.device)
+    found.remove_from(v)
+    return v
 
 
 def lanczos(
@@ -181,6 +229,8 @@ def lanczos(
         "settings": [k, which, tol, block_size, capacity, seed],
         "weights": operator.fingerprint(),
     }
+    compiled = compile_seconds(operator)
+    plan(operator, min(_PRODUCTS_A_VALUE * k, max_products))
     search = _Search(operator, capacity, basis_device, seed)
     state = load_state(checkpoint, key)
     if state is None:
@@ -210,7 +260,8 @@ def lanczos(
         search.step()
     vectors = search.basis.combine(torch.from_numpy(np.ascontiguousarray(S[:, best])).to(operator.device))
     vectors = (vectors / vectors.norm(dim=0)).to(operator.dtype)
-    return _pairs(theta[best], residuals[best], vectors, search.products, tol, search.norm)
+    took = compile_seconds(operator) - compiled
+    return _pairs(theta[best], residuals[best], vectors, search.products, tol, search.norm, took)
 
 
 class _Search:
@@ -313,7 +364,9 @@ def _allowed(value: float, tol: float, norm: float, dtype: torch.dtype) -> float
     return max(tol * abs(value), 10 * torch.finfo(dtype).eps * norm)
 
 
-def _pairs(values: Array, residuals: Array, vectors: Tensor, products: int, tol: float, norm: float) -> Eigenpairs:
+def _pairs(
+    values: Array, residuals: Array, vectors: Tensor, products: int, tol: float, norm: float, took: float
+) -> Eigenpairs:
     allowed = [_allowed(float(value), tol, norm, vectors.dtype) for value in values]
     return Eigenpairs(
         values=torch.from_numpy(np.ascontiguousarray(values)),
@@ -322,6 +375,7 @@ def _pairs(values: Array, residuals: Array, vectors: Tensor, products: int, tol:
         converged=torch.from_numpy(residuals <= np.array(allowed)),
         products=products,
         tolerance=tol,
+        compile_seconds=took,
     )
 
 

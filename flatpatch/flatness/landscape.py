@@ -33,13 +33,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.flatness.basis import Progress
 from flatpatch.flatness.directions import Direction
 from flatpatch.flatness.points import Objective, moving
 from flatpatch.flatness.problem import Problem
 
 FloatArray = NDArray[np.float64]
-Progress = Callable[[int, int], None]
-"""Called with the number of points done and of all, after each point."""
 
 SCHEMA = 1
 _SAVE_SECONDS = 10.0
@@ -311,7 +310,7 @@ def evaluate_grid(
             finished += 1
             save()
             if progress is not None:
-                progress(finished, total)
+                progress(finished, total, f"loss {result.losses[index]:.4g}")
     return result
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.flatness.compiled import Compiler, Product
+from flatpatch.flatness.compiled import CompileError, Compiler, Product, expected_gain, graph_size
 from flatpatch.flatness.problem import Problem, differentiate
 
 MODES = ("autograd", "finite-difference")
@@ -46,6 +47,17 @@ class LinearOperator(Protocol):
 
     def fingerprint(self) -> list[int]:
         """Return numbers that differ if the matrix has become another one."""
+
+
+def plan(operator: LinearOperator, products: int) -> None:
+    """Tell an operator that can use it how many products an algorithm is about to ask for."""
+    if isinstance(operator, HessianOperator):
+        operator.plan(products)
+
+
+def compile_seconds(operator: LinearOperator) -> float:
+    """Return the seconds that an operator has spent on compiling, 0 for one that cannot."""
+    return operator.compile_seconds if isinstance(operator, HessianOperator) else 0.0
 
 
 class MatrixOperator:
@@ -87,9 +99,12 @@ class HessianOperator:
             is about 1e-3. It moves the weights during a product and puts them back bit for bit.
         memory_budget: Bytes that may be used for kept graphs and, on a GPU, for products with several vectors at
             once. By default half of what is free at the first product (on a CPU 8 GiB at most). Zero keeps nothing.
-        compile: Whether to compile the products of kept batches: about half as fast again on a CPU, after half a
-            minute or more, so for hundreds of products. Needs a C++ compiler (on a GPU Triton). The compiled code is
-            compared with the plain product once.
+        compile: Whether to compile the products of kept batches, which takes half a minute or more and then saves
+            about two fifths of each product's time on a CPU; needs a C++ compiler (on a GPU Triton). The compiled code
+            is compared with the plain product once. By default it is done, on a CPU, when the products that an
+            algorithm plans save more than it is expected to cost; if it then fails, a warning says so and the plain
+            product goes on. Either way products differ in rounding alone, but by that: set it to True or False where
+            runs are to be equal bit for bit.
         vectors_per_pass: How many vectors one backward pass takes. By default one on a CPU, where batching gains
             nothing, and on a GPU as many as fit the budget, 16 at most.
 
@@ -107,7 +122,7 @@ class HessianOperator:
         *,
         mode: str = "autograd",
         memory_budget: int | None = None,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         vectors_per_pass: int | None = None,
     ) -> None:
         if mode not in MODES:
@@ -123,7 +138,10 @@ class HessianOperator:
         self.dtype = problem.dtype
         self.products = 0
         self.compile_seconds = 0.0
-        self._compiler = Compiler() if compile else None
+        self._compiler = Compiler() if compile is True else None
+        self._may_compile = compile == "auto" and self.device.type == "cpu" and vectors_per_pass in (None, 1)
+        self._planned = 0
+        self._seconds = 0.0  # of one product, once all graphs were there
         self._compiled: dict[int, Product] = {}
         self._budget = memory_budget
         self._vectors = vectors_per_pass if self.device.type == "cuda" else vectors_per_pass or 1
@@ -150,6 +168,10 @@ class HessianOperator:
         tensors.update((id(b), b) for b in model.buffers() if b.is_floating_point())
         sums = [_bit_sum(tensor).to(self.device) for tensor in tensors.values()]
         return torch.stack(sums).tolist()  # one wait for the GPU, not one a tensor
+
+    def plan(self, products: int) -> None:
+        """Say how many products are to come, by which ``compile="auto"`` decides."""
+        self._planned = self.products + products
 
     def release(self) -> None:
         """Free the kept graphs. Later products build them anew."""
@@ -182,7 +204,12 @@ class HessianOperator:
             raise ValueError("weights have changed since this operator was made: make a new one (and a new Problem).")
         rows = V.T.to(self.device, self.dtype).contiguous()
         with self.problem.active(), torch.set_grad_enabled(True):
+            if self._may_compile and self._compiling_pays():
+                self._compile_all()
+            start, had_graphs = time.perf_counter(), len(self._graphs) == len(self.problem.weights)
             total = self._by_differences(rows) if self.mode == "finite-difference" else self._by_autograd(rows)
+        if had_graphs and len(rows):
+            self._seconds = (time.perf_counter() - start) / len(rows)
         self.products += len(rows)
         if not bool(torch.isfinite(total).all()):
             raise ValueError("a Hessian-vector product is not finite; the loss overflows near these weights.")
@@ -290,20 +317,43 @@ class HessianOperator:
             self._may_keep = False
         return gradients
 
+    def _compiling_pays(self) -> bool:
+        """Whether the products still planned save more than compiling costs; only if all graphs are kept."""
+        remaining = self._planned - self.products
+        if not self._seconds or remaining <= 0 or len(self._graphs) < len(self.problem.weights):
+            return False
+        if expected_gain(self._seconds, remaining, []) <= 0:
+            return False
+        graphs = [graph_size(self._graphs[index], self.problem.num_terms[index]) for index in self._graphs]
+        return expected_gain(self._seconds, remaining, graphs) > 0
+
+    def _compile_all(self) -> None:
+        self._may_compile = False
+        self._compiler = Compiler()
+        try:
+            for index, gradients in list(self._graphs.items()):
+                self._compile(index, gradients)
+        except CompileError as error:
+            warnings.warn(f"{error} Going on without.", stacklevel=3)
+            self._compiler = None
+
     def _compile(self, index: int, gradients: list[Tensor]) -> None:
         """Let compiled code take over from a batch's next product on; it holds what it needs of the graph."""
         assert self._compiler
         start = time.perf_counter()
+        graph = graph_size(gradients, self.problem.num_terms[index])
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.size, generator=generator).to(self.device, self.dtype)
 
         def product(vector: Tensor) -> Tensor:
             return self._vector_products(gradients, vector.unsqueeze(0)).squeeze(0)
 
-        if any(gradient.requires_grad for gradient in gradients):
-            self._compiled[index] = self._compiler.compile(product, v)
-            del self._graphs[index]
-        self.compile_seconds += time.perf_counter() - start
+        try:
+            if any(gradient.requires_grad for gradient in gradients):
+                self._compiled[index] = self._compiler.compile(product, v, graph)
+                del self._graphs[index]
+        finally:
+            self.compile_seconds += time.perf_counter() - start
 
     def _make_room(self, error: RuntimeError) -> bool:
         """Give up the kept graphs when memory ran out; False if that was not the error, or there were none."""

@@ -9,15 +9,13 @@ as a part of M and "model" as a part of the model; it never enters "adapter" and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.flatness.merged import MergedLayer, merged_layers
 
 SCOPES = ("adapter", "merged", "trainable", "model")
 
@@ -31,6 +29,34 @@ def adapter_factor(name: str) -> str | None:
     return match[1].upper() if match else None
 
 
+def rank_axis(name: str, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Return the dimension of a LoRA factor that counts rank indices, None for any other parameter.
+
+    It is A's first and B's second, unless a code base names them the other way round, as CL-LoRA does; then A is
+    taller than wide and B wider than tall.
+
+    Args:
+        name: Of a parameter.
+        shapes: Of all of the model's parameters, by name.
+    """
+    factor = adapter_factor(name)
+    if factor is None:
+        return None
+    partner = partner_factor(name)
+    A, B = (name, partner) if factor == "A" else (partner, name)
+    swapped = A in shapes and B in shapes and shapes[A][0] > shapes[A][1] and shapes[B][0] < shapes[B][1]
+    return (0 if factor == "A" else 1) ^ swapped
+
+
+def partner_factor(name: str) -> str:
+    """Return the name of the other factor of a LoRA pair, A for B and B for A."""
+    match = _FACTOR.search(name)
+    if match is None:
+        raise ValueError(f"{name} is not the name of a LoRA factor")
+    other = {"A": "B", "B": "A", "a": "b", "b": "a"}[match[1]]
+    return name[: match.start(1)] + other + name[match.end(1) :]
+
+
 class Scope:
     """Named variables of a model, and how the model is made to depend on them.
 
@@ -40,17 +66,20 @@ class Scope:
         name: One of ``SCOPES``.
         names: One name per variable.
         variables: Leaf tensors: the model's own parameters, or in "merged" new ones that start as W + s B A.
-        layers: In "merged" the LoRA layers that the variables stand in for, in the same order; else empty.
+        layers: In "merged" the modules that the variables stand in for, in the model's order; else empty.
+        absorbed: In "merged" the parameters that the variables are made of beside the frozen weights; else empty.
     """
 
     def __init__(
-        self, model: nn.Module, name: str, named: Sequence[tuple[str, Tensor]], layers: Sequence[nn.Module] = ()
+        self, model: nn.Module, name: str, named: Sequence[tuple[str, Tensor]], merged: Sequence[MergedLayer] = ()
     ) -> None:
         self.model = model
         self.name = name
         self.names = tuple(name for name, _ in named)
         self.variables = tuple(variable for _, variable in named)
-        self.layers = tuple(layers)
+        self._merged = tuple(merged)
+        self.layers = tuple(each.layer for each in merged)
+        self.absorbed = tuple(parameter for each in merged for parameter in each.absorbed)
         self.sizes = [variable.numel() for variable in self.variables]
 
     @property
@@ -67,8 +96,8 @@ class Scope:
                 if parameter.requires_grad != (id(parameter) in chosen):
                     stack.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(id(parameter) in chosen)
-            for layer, weight in zip(self.layers, self.variables, strict=False):
-                stack.enter_context(_computing_with(layer, weight))
+            for each in self._merged:
+                stack.enter_context(each.installed())
             yield
 
 
@@ -76,7 +105,7 @@ def find_scope(model: nn.Module, name: str) -> Scope:
     """Choose the variables of a scope.
 
     Args:
-        model: Any module. For "merged", one with LoRA layers like those of peft and of N-LoRA's copy of it.
+        model: Any module. For "merged", one of the structures of :mod:`flatpatch.flatness.merged`.
         name: "adapter": the trainable LoRA factors A and B. "merged": W + s B A of every LoRA layer. "trainable":
             whatever requires a gradient. "model": every floating-point parameter, frozen or not.
 
@@ -119,68 +148,13 @@ def _refuse_shared_storage(named: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _merged(model: nn.Module) -> Scope:
-    found = [(key, layer) for key, layer in model.named_modules() if _is_lora_linear(layer)]
+    found = merged_layers(model)
     if not found:
         raise UserError(
-            "scope=merged needs LoRA layers that hold their factors in lora_A and lora_B beside the weight they change "
-            "(peft's, N-LoRA's); the model has none. Choose scope=adapter or scope=trainable."
+            "scope=merged needs LoRA layers that are known to be one matrix each: factors in lora_A and lora_B beside "
+            "the weight they change (peft's, N-LoRA's), lists of them beside qkv (InfLoRA's), or a transformer with "
+            "blocks, cur_adapter, adapt_pos and specfic_pos (CL-LoRA's). The model has none. Choose scope=adapter or "
+            "scope=trainable."
         )
-    named = [(f"{key}.merged", _merged_weight(key, layer)) for key, layer in found]
-    return Scope(model, "merged", named, [layer for _, layer in found])
-
-
-def _is_lora_linear(layer: nn.Module) -> bool:
-    factors = [getattr(layer, name, None) for name in ("lora_A", "lora_B")]
-    return hasattr(layer, "weight") and all(isinstance(factor, nn.ModuleDict) and len(factor) for factor in factors)
-
-
-def _bias_holder(layer: nn.Module) -> Any:
-    """Return the layer that owns weight and bias: itself, or the one that newer releases of peft wrap."""
-    return getattr(layer, "base_layer", layer)
-
-
-def _bias(layer: nn.Module) -> Tensor | None:
-    bias: Tensor | None = getattr(_bias_holder(layer), "bias", None)
-    return bias
-
-
-@torch.no_grad()
-def _merged_weight(key: str, layer: nn.Module) -> Tensor:
-    """Read W + s B A, (out, in), off the layer's own output, whatever adapters and scales it adds up."""
-    weight: Tensor = _bias_holder(layer).weight
-    bias = _bias(layer)
-    modes = [(module, module.training) for module in layer.modules()]
-    try:
-        layer.eval()
-        if bias is not None:
-            _bias_holder(layer).bias = None
-        width = int(getattr(layer, "in_features", 0))
-        columns: Tensor = layer(torch.eye(width, dtype=weight.dtype, device=weight.device))
-        # A layer that is not linear (or acts on something else than its input) cannot be one matrix.
-        doubled: Tensor = layer(2 * torch.eye(width, dtype=weight.dtype, device=weight.device))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if bias is not None:
-            _bias_holder(layer).bias = bias
-    if not torch.allclose(doubled, 2 * columns, rtol=1e-3, atol=1e-6):
-        raise UserError(f"scope=merged: {key} is not linear in its input, so W + s B A does not describe it.")
-    return columns.T.contiguous().requires_grad_()
-
-
-@contextmanager
-def _computing_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Let a LoRA layer compute with one matrix in the place of its weight and its adapters."""
-    bias = _bias(layer)
-    previous = layer.__dict__.get("forward")
-
-    def forward(x: Tensor) -> Tensor:
-        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if previous is not None:
-            layer.forward = previous
+    named = [pair for layer in found for pair in layer.weights.items()]
+    return Scope(model, "merged", named, found)

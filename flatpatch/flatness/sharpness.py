@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
+from flatpatch.flatness.basis import Progress
 from flatpatch.flatness.points import Objective, moving, plain
 from flatpatch.flatness.problem import Problem
 
@@ -149,6 +150,7 @@ def keskar_sharpness(
     ascent_steps: int = 10,
     random_starts: int = 1,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> KeskarSharpness:
     """Measure sharpness as Keskar et al. 2017 define it (arXiv:1609.04836, Metric 2.1).
 
@@ -162,6 +164,7 @@ def keskar_sharpness(
         ascent_steps: Steps of each of the further searches.
         random_starts: How many corners of the box, drawn at random, to search from besides.
         seed: Of A and the random starts.
+        progress: Called after each evaluation, with about how many there will be.
 
     Returns:
         The paper's value, the stronger bound and how they were found.
@@ -172,7 +175,8 @@ def keskar_sharpness(
     """
     _check_positive("epsilon", epsilon)
     with moving(problem) as objective:
-        search = _Search(objective)
+        planned = 1 + _PAPER_ITERATIONS + (1 + random_starts) * (1 + ascent_steps)
+        search = _Search(objective, planned, progress)
         if 1 + search.start_loss <= 0:
             raise ValueError(f"sharpness divides by 1 + loss, which must be positive; the loss is {search.start_loss}")
         generator = torch.Generator().manual_seed(seed)
@@ -213,6 +217,7 @@ def ball_sharpness(
     directions: Sequence[Tensor] = (),
     random_starts: int = 1,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> BallSharpness:
     """Measure how far the loss rises in SAM's ball, by one ascent step and by projected ascent.
 
@@ -228,6 +233,7 @@ def ball_sharpness(
         directions: Vectors (n,) to start from as well, both ways, such as the top eigenvectors.
         random_starts: How many random directions to start from, one way each.
         seed: Of the random starts.
+        progress: Called after each evaluation, with about how many there will be.
 
     Returns:
         Both values and how they were found.
@@ -239,7 +245,8 @@ def ball_sharpness(
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be finite and not negative, got {eta!r}")
     with moving(problem) as objective:
-        search = _Search(objective)
+        planned = 1 + (1 + 2 * len(directions) + random_starts) * (1 + ascent_steps)
+        search = _Search(objective, planned, progress)
         scale = search.origin.abs() + eta if adaptive else torch.ones_like(search.origin)
         ball = _Neighbourhood("ball", rho * scale)
         one_step = search.climb(ball, [("gradient", None)], ascent_steps)
@@ -282,6 +289,7 @@ def m_sharpness(
     ascent_steps: int = 0,
     random_starts: int = 0,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> MSharpness:
     """Measure SAM-ball sharpness per batch of m examples and average it.
 
@@ -299,6 +307,7 @@ def m_sharpness(
         ascent_steps: Steps of projected ascent per batch; 0 leaves the one step alone, as the paper does.
         random_starts: Random directions per batch to search from besides.
         seed: Of the random starts.
+        progress: Called after each batch.
 
     Returns:
         The weighted means and each batch's own result.
@@ -314,24 +323,18 @@ def m_sharpness(
     shares = np.asarray([1.0] * len(batches) if weights is None else weights, dtype=np.float64)
     if shares.shape != (len(batches),) or not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
         raise ValueError(f"weights must be {len(batches)} numbers >= 0, not all zero; got {weights!r}")
-    results = tuple(
-        ball_sharpness(
-            batch,
-            rho,
-            adaptive=adaptive,
-            eta=eta,
-            ascent_steps=ascent_steps,
-            random_starts=random_starts,
-            seed=seed,
-        )
-        for batch in batches
-    )
+    results: list[BallSharpness] = []
+    for batch in batches:
+        options: dict[str, Any] = {"adaptive": adaptive, "eta": eta, "random_starts": random_starts, "seed": seed}
+        results.append(ball_sharpness(batch, rho, ascent_steps=ascent_steps, **options))
+        if progress:
+            progress(len(results), len(batches), f"rise {results[-1].ascent:.4g}")
     shares /= shares.sum()
     return MSharpness(
         one_step=float(shares @ [result.one_step for result in results]),
         ascent=float(shares @ [result.ascent for result in results]),
         m=m,
-        batches=results,
+        batches=tuple(results),
     )
 
 
@@ -386,8 +389,9 @@ class _Neighbourhood:
 class _Search:
     """Evaluates points, counts, and keeps the best one seen. Displacements are float64."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, planned: int, progress: Progress | None) -> None:
         self.objective = objective
+        self.planned, self.progress = planned, progress
         self.weights = objective.origin
         self.origin = self.weights.to(torch.float64)
         if self.origin.ndim != 1 or not len(self.origin):
@@ -421,6 +425,9 @@ class _Search:
             self.norm = float(torch.linalg.vector_norm(moved))
             size = float(torch.linalg.vector_norm(intended))
             self.rounding = float(torch.linalg.vector_norm(moved - intended)) / size if size else 0.0
+        if self.progress:
+            # A step that has to be shortened takes more evaluations than one, so the plan may be overrun.
+            self.progress(min(self.evaluations, self.planned), self.planned, f"rise {self.best_rise:.4g}")
         return rise, neighbourhood.pull(gradient.to(torch.float64))
 
     def climb(self, neighbourhood: _Neighbourhood, starts: Sequence[tuple[str, Tensor | None]], steps: int) -> float:

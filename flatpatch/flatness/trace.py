@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, orthonormal_columns, random_vectors, save_state
-from flatpatch.flatness.operator import LinearOperator
+from flatpatch.flatness.operator import LinearOperator, compile_seconds, plan
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Trace:
         standard_error: Of ``value``, from the spread of the samples; NaN for one sample, 0 if nothing is random.
         samples: The independent estimates whose mean ``value`` is.
         products: Matrix-vector products it took.
+        compile_seconds: Time that went into compiling the operator's products meanwhile.
     """
 
     value: float
     standard_error: float
     samples: Tensor  # (num_samples,), float64
     products: int
+    compile_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for a file."""
@@ -38,6 +41,7 @@ class Trace:
             "standard_error": error,
             "samples": self.samples.tolist(),
             "products": self.products,
+            "compile_seconds": self.compile_seconds,
         }
 
 
@@ -76,6 +80,8 @@ def hutchinson(
     key = {"algorithm": "hutchinson", "settings": [seed], "weights": operator.fingerprint()}
     state = load_state(checkpoint, key)
     samples: list[float] = state["samples"] if state else []
+    compiled = compile_seconds(operator)
+    plan(operator, num_probes - len(samples))
     while len(samples) < num_probes and not _is_enough(samples, tol):
         indices = list(range(len(samples), min(len(samples) + together, num_probes)))
         V = random_vectors(operator.size, indices, seed=seed, device=operator.device, law="rademacher")
@@ -84,7 +90,8 @@ def hutchinson(
             save_state(checkpoint, {"key": key, "samples": samples})
         if progress:
             progress(len(samples), num_probes, f"trace {sum(samples) / len(samples):.4g}")
-    return _trace(torch.tensor(samples, dtype=torch.float64), 0.0, len(samples))
+    took = compile_seconds(operator) - compiled
+    return _trace(torch.tensor(samples, dtype=torch.float64), 0.0, len(samples), took)
 
 
 def hutch_plus_plus(
@@ -93,6 +100,8 @@ def hutch_plus_plus(
     num_products: int = 30,
     seed: int = 0,
     probes_per_pass: int | None = None,
+    checkpoint: Path | None = None,
+    save_every: float = 60.0,
     progress: Progress | None = None,
 ) -> Trace:
     """Estimate the trace by Hutch++ (Meyer et al. 2021, arXiv:2010.09649, algorithm 1).
@@ -105,47 +114,68 @@ def hutch_plus_plus(
         num_products: Matrix-vector products in all, at least 3.
         seed: Of the random vectors.
         probes_per_pass: Vectors multiplied at a time, by default one on a CPU and 16 on a GPU.
+        checkpoint: A file from which an interrupted run is continued, and to which it is saved: a third of the
+            products, of 8 n bytes each. The result is that of an undisturbed run.
+        save_every: Least seconds between two savings.
         progress: Called after each pass.
 
     Returns:
         The estimate; its standard error is that of the last third.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range or the checkpoint is not of this run.
     """
     _check(num_products, "num_products", 3)
     n, device = operator.size, operator.device
     together = _together(operator, probes_per_pass)
     sketches = min(num_products // 3, n)
-    done = 0
+    key = {"algorithm": "hutch++", "settings": [num_products, seed, together], "weights": operator.fingerprint()}
+    state = load_state(checkpoint, key)
+    W = state["sketch"].to(device) if state else torch.empty(n, 0, dtype=torch.float64, device=device)
+    forms: list[float] = state["forms"] if state else []  # <q, H q> over the basis, then <g, H g> of the rest
+    saved, compiled = time.monotonic(), compile_seconds(operator)
+    plan(operator, num_products - W.shape[1] - len(forms))
 
-    def multiply(V: Tensor) -> Tensor:
-        nonlocal done
-        results = []
-        for part in torch.split(V, together, dim=1):
-            results.append(operator.matmat(part))
-            done += part.shape[1]
-            if progress:
-                progress(done, num_products, "Hutch++")
-        return torch.cat(results, dim=1)
+    def step(last: bool) -> None:
+        nonlocal saved
+        if checkpoint and (last or time.monotonic() - saved >= save_every):
+            save_state(checkpoint, {"key": key, "sketch": W.cpu(), "forms": forms})
+            saved = time.monotonic()
+        if progress:
+            progress(W.shape[1] + len(forms), num_products, "Hutch++")
 
-    S = random_vectors(n, list(range(sketches)), seed=seed, device=device, law="rademacher")
+    def add_forms(V: Tensor, before: int) -> None:
+        """Append <v, H v> for the columns of V that are not done; ``before`` come before them."""
+        while (start := len(forms) - before) < V.shape[1]:
+            part = V[:, start : start + together]
+            forms.extend((part * operator.matmat(part)).sum(dim=0).tolist())
+            step(len(forms) - before == V.shape[1])
+
+    while (start := W.shape[1]) < sketches:
+        indices = list(range(start, min(start + together, sketches)))
+        S = random_vectors(n, indices, seed=seed, device=device, law="rademacher")
+        W = torch.cat([W, operator.matmat(S)], dim=1)
+        step(W.shape[1] == sketches)
     basis = Basis(n, torch.float64, device, sketches)
-    W = multiply(S)
     threshold = 10 * torch.finfo(operator.dtype).eps * float(W.norm(dim=0).max()) / math.sqrt(n)
-    Q = basis.append(orthonormal_columns(W, basis, threshold, seed + 1)[0])
-    exact = float((Q * multiply(Q)).sum())
-    if Q.shape[1] == n:
-        return Trace(exact, 0.0, torch.tensor([exact], dtype=torch.float64), done)
+    Q = basis.append(orthonormal_columns(W.clone(), basis, threshold, seed + 1)[0])
+    rank = Q.shape[1]
+    add_forms(Q, 0)
+    exact = math.fsum(forms[:rank])
+    if rank == n:
+        took = compile_seconds(operator) - compiled
+        return Trace(exact, 0.0, torch.tensor([exact], dtype=torch.float64), sketches + len(forms), took)
     G = random_vectors(n, list(range(sketches, num_products - sketches)), seed=seed, device=device, law="rademacher")
     basis.remove_from(G)
-    return _trace((G * multiply(G)).sum(dim=0).cpu(), exact, done)
+    add_forms(G, rank)
+    took = compile_seconds(operator) - compiled
+    return _trace(torch.tensor(forms[rank:], dtype=torch.float64), exact, sketches + len(forms), took)
 
 
-def _trace(samples: Tensor, exact: float, products: int) -> Trace:
+def _trace(samples: Tensor, exact: float, products: int, took: float = 0.0) -> Trace:
     samples = samples + exact
     error = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-    return Trace(float(samples.mean()), error, samples, products)
+    return Trace(float(samples.mean()), error, samples, products, took)
 
 
 def _is_enough(samples: list[float], tol: float | None) -> bool:

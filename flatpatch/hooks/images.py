@@ -21,7 +21,7 @@ from flatpatch.hooks.run_files import VARIABLE, read_description
 DATASET = "flatpatch_quick"
 
 # What our weights may lack: weights that upstream adds to the ViT, and the head that it does not use.
-_OWN = ("lora_", "cur_adapter.", "block_weight", "head.", "fc_norm.")
+_OWN = ("lora_", "cur_adapter.", "block_weight", "_grow", "head.", "fc_norm.")
 
 
 def vision_run() -> dict[str, Any] | None:

@@ -6,7 +6,10 @@
      "metrics": "/.../metrics.jsonl", "progress": "/.../progress.json", "summary": "/.../summary.json",
      "sam": {"kind": "off" | "sam" | "asam", "rho": 0.05, "eta": 0.01, "scope": "lora" | "A" | "B" | "head" | "all",
              "sync": "local" | "global", "ascent_loss": "total" | "task"},
-     "adapters": "upstream" | "fp32"}
+     "adapters": "upstream" | "fp32",
+     "measure": null | {"request": {...}, "folder": "/.../flatness"}}
+
+``measure`` may be left out; what it holds, flatpatch.measurement.in_run says.
 
 A run of one of the image repositories, whose single process learns all tasks, has ``"task_index": null, "task": null``
 and ``"sync": "local", "ascent_loss": "total", "adapters": "upstream"``, and says where and on what it runs::
@@ -67,7 +70,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         found = run.get("schema") if isinstance(run, dict) else type(run).__name__
         raise UserError(f"{where} has schema {found!r}, expected {SCHEMA}. Start the run again with this flatpatch.")
-    problems = _differences(run, (*_TOP, "vision") if "vision" in run else _TOP, where)
+    problems = _differences(run, (*_TOP, *(name for name in ("vision", "measure") if name in run)), where)
     settings = run.get("sam")
     if isinstance(settings, dict):
         problems += _differences(settings, (*_CHOICES, *_RADII), f"{where}: sam")

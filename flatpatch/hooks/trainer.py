@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -73,6 +74,11 @@ class _RecordedTraining:
         self._steps = 0
         self._predicted = 0
         self._predicting: Any = None
+        self._measurer: Any = None
+        if run.get("measure") is not None:
+            from flatpatch.measurement.in_run import Measurer
+
+            self._measurer = Measurer(run, progress=self._write_measuring)
 
     def __getattr__(self, name: str) -> Any:
         """Ignore the callback events that are not listened to."""
@@ -104,6 +110,8 @@ class _RecordedTraining:
             return
         announce(self._liveness())
         self._recorder.start(state.global_step)
+        if state.global_step == 0:
+            self._measure("before")
         self._recorder.write_progress("train", state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -142,6 +150,7 @@ class _RecordedTraining:
             "launcher": _launcher(self._trainer),
             "dtype": self._dtype,
         }
+        self._measure("after")
         self._recorder.write_summary(summary)
         self._recorder.write_progress("train", state.global_step, state.max_steps)
 
@@ -153,6 +162,30 @@ class _RecordedTraining:
         total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
         if self._writes and (self._recorder.progress_due() or self._predicted == total):
             self._recorder.write_progress("predict", self._predicted, total)
+
+    def _measure(self, when: str) -> None:
+        """Measure the task loss, as the trainer computes it, on a fixed sample of the training data."""
+        if self._measurer is None or not self._measurer.wants(when):
+            return
+        from flatpatch.measurement.in_run import sample_of
+
+        trainer = self._trainer
+        collator = copy.copy(trainer.data_collator)
+        if getattr(collator, "input_record_file", None):
+            collator.input_record_file = None  # upstream's log of what it trains on
+        self._measurer.at(
+            when,
+            task_index=self._run["task_index"],
+            task=self._run["task"],
+            model=trainer.model,
+            sample=sample_of(trainer.train_dataset, collator),
+            loss=lambda model, batch: trainer.compute_loss(model, dict(batch)),
+            loss_name="the trainer's compute_loss, without the penalties that training_step adds",
+        )
+
+    def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
+        if self._recorder.progress_due():
+            self._recorder.write_progress(phase, step, total, note=note)
 
     def _liveness(self) -> str:
         perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]

@@ -222,6 +222,8 @@ def _paper_problems(baseline: Mapping[str, Any]) -> Iterator[str]:
             unknown = set(row["verification"].split(", ")) - set(baseline["verification_levels"])
             if unknown:
                 yield f"{where}: verification {', '.join(sorted(unknown))} is not among verification_levels"
+            if row["std"] is not None and baseline["runs"] in (None, 1):
+                yield f"{where}: a standard deviation of {baseline['runs']} runs"
             if ("applies_to" in row) != ("record_metric" in row):
                 yield f"{where}: applies_to and record_metric belong together"
             elif "applies_to" in row:

@@ -141,7 +141,7 @@ def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
 
 def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Return the training loss, and under SAM the perturbed loss, over all steps; None if none was logged."""
-    curves = _curves(record["tasks"], _of_one_loss(metrics, "loss"))
+    curves = step_curves(record["tasks"], metrics)
     if not curves.has("loss"):
         return None
     figure = _figure(9.0, 4.6)
@@ -165,7 +165,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     The effective perturbation is what the weights moved after rounding to their number format. None if no
     perturbation was logged (SAM off).
     """
-    curves = _curves(record["tasks"], _of_one_loss(metrics, "perturbation_norm"))
+    curves = step_curves(record["tasks"], metrics, of="perturbation_norm")
     norms = [key for key in _NORMS if curves.has(key)]
     panels = [key for key in ("grad_norm", "norms", "perturbation_cosine") if key == "norms" or curves.has(key)]
     if not norms:
@@ -194,7 +194,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
 
 
 @dataclass(frozen=True)
-class _Curves:
+class StepCurves:
     """Step metrics of all tasks laid end to end."""
 
     x: FloatArray  # (n,) steps counted over the whole run
@@ -236,8 +236,12 @@ def _of_one_loss(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Mapping
     return [row for row in metrics if row.get("loss_name") in (None, chosen)]
 
 
-def _curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> _Curves:
-    """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts."""
+def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]], of: str = "loss") -> StepCurves:
+    """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts.
+
+    Where a batch takes several steps, one loss's steps are kept: the task's, unless only another's have measured ``of``.
+    """
+    metrics = _of_one_loss(metrics, of)
     lines: dict[tuple[int, float], Mapping[str, Any]] = {}
     for row in metrics:
         task = row.get("task")
@@ -262,10 +266,10 @@ def _curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> _Curv
         for key in ("loss", "perturbed_loss", "grad_norm", *_NORMS, "perturbation_cosine")
     }
     losses = tuple(sorted({row["loss_name"] for row in ordered if row.get("loss_name")}))
-    return _Curves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), losses, values)
+    return StepCurves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), losses, values)
 
 
-def _draw_curve(axes: Axes, curves: _Curves, key: str, name: str, colour: str, style: str) -> None:
+def _draw_curve(axes: Axes, curves: StepCurves, key: str, name: str, colour: str, style: str) -> None:
     smoothed = curves.smooth(key)
     # One line per task: a line across two would suggest training that never happened.
     for part in curves.parts:
@@ -276,7 +280,7 @@ def _draw_curve(axes: Axes, curves: _Curves, key: str, name: str, colour: str, s
         name = "_"  # matplotlib's mark for a line that is not in the legend
 
 
-def _mark_tasks(axes: Axes, curves: _Curves, *, names: bool = True) -> None:
+def _mark_tasks(axes: Axes, curves: StepCurves, *, names: bool = True) -> None:
     for start in curves.starts[1:]:
         axes.axvline(start, color=_GREY, linewidth=0.8, linestyle=":")
     if not names:
@@ -299,7 +303,7 @@ def _mark_tasks(axes: Axes, curves: _Curves, *, names: bool = True) -> None:
         )
 
 
-def _finish_steps(figure: Figure, axes: Axes, curves: _Curves, heading: str, record: Mapping[str, Any]) -> None:
+def _finish_steps(figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any]) -> None:
     window = curves.window
     note = f"thin: each step; thick: mean of {window} steps" if window > 1 else "each step"
     if curves.losses:

@@ -101,7 +101,39 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         # [after task i][on task j], percent, null where not evaluated.
         "accuracy_matrix": {"type": "array", "items": {"type": "array", "items": _PERCENT}},
         "metrics": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
-        "flatness": {"type": "array", "items": {"type": "object"}},
+        # What was measured, by task, time and scope; flatpatch/measurement/files.py says what the names mean. The loss
+        # is null, and values are missing or null, where the file tells why they could not be measured.
+        "flatness": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": [
+                    "task",
+                    "task_index",
+                    "when",
+                    "scope",
+                    "samples",
+                    "loss",
+                    "values",
+                    "file",
+                    "arrays",
+                    "seconds",
+                ],
+                "properties": {
+                    "task": _TEXT,
+                    "task_index": {"type": "integer", "minimum": 0},
+                    "when": {"enum": ["before", "after", "finished"]},
+                    "scope": {"enum": ["adapter", "merged", "trainable", "model"]},
+                    "samples": {"type": "integer", "minimum": 0},
+                    "loss": _MAYBE_NUMBER,
+                    "values": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
+                    "file": _TEXT,
+                    "arrays": _MAYBE_TEXT,
+                    "seconds": {"type": "number", "minimum": 0},
+                },
+            },
+        },
         # What each finished task's training counted: steps, perturbed parameters and the like.
         "training": {"type": "array", "items": {"type": "object"}},
         "timing": {
@@ -256,6 +288,13 @@ def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
     widths = [len(row) for row in record["accuracy_matrix"]]
     if widths != [size] * size:
         yield f"accuracy_matrix has rows of {widths} entries, expected {size} rows of {size}, one per task"
+    seen = [(entry["task_index"], entry["when"], entry["scope"]) for entry in record["flatness"]]
+    for place in sorted({each for each in seen if seen.count(each) > 1}):
+        yield f"flatness has several entries for task {place[0]}, {place[1]}, {place[2]}, expected one"
+    for entry in record["flatness"]:
+        index = entry["task_index"]
+        if index >= size or record["tasks"][index] != entry["task"]:
+            yield f"flatness has an entry for task {index} {entry['task']}, which is not one of the run's"
     for key in ("train_seconds", "predict_seconds"):
         length = len(record["timing"].get(key, ()))
         if length not in (0, size):

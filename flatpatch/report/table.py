@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flatpatch.report.flatness_run import flatness_table
 from flatpatch.report.titles import describe, of_images, warning
 
 # The two averages upstream's readers know, then the transfer measures; names as in the record.
@@ -55,6 +56,8 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
     titles = _IMAGE_METRICS if of_images(record) else _METRICS
     title_width = max(map(len, titles.values()))
     lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in titles.items()]
+    if table := flatness_table(record):
+        lines += ["", *table]
     lines += ["", _times(record["timing"]), *_status(record)]
     return "\n".join(lines) + "\n"
 

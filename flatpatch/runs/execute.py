@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -24,7 +25,10 @@ from flatpatch import patches
 from flatpatch.continual import metrics, quick
 from flatpatch.continual.results import read_results
 from flatpatch.errors import FlatpatchError, Interrupted, UserError
+from flatpatch.measurement import files as measurements
+from flatpatch.measurement.request import WHENS
 from flatpatch.report.figures import draw_run
+from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.records import read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs import vision_run
@@ -90,6 +94,7 @@ def _show(folder: Path, record: dict[str, Any]) -> None:
     """Print the table and draw the figures."""
     print(summary_table(record))
     drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
+    drawn += draw_flatness(record, folder)
     print(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
     for path in drawn:
         print(f"figure   {path}")
@@ -107,6 +112,8 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
     for task in plan.stages[kept:]:
         shutil.rmtree(_task_folder(plan, task), ignore_errors=True)
         shutil.rmtree(_output(plan, task), ignore_errors=True)
+        for path in _measured(plan, task):
+            path.unlink(missing_ok=True)
     for index, task in enumerate(plan.stages):
         own = _task_folder(plan, task)
         if index < kept:
@@ -116,6 +123,15 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
         write_record(plan.folder, record)
+        if index >= kept:
+            _say_failures(plan, task)
+
+
+def _say_failures(plan: Plan, task: Stage) -> None:
+    for path in _measured(plan, task):
+        if path.suffix == ".json":
+            for failure in measurements.failures(read_json(path)):
+                print(f"WARNING: not measured: {path.stem}: {failure}", flush=True)
 
 
 def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
@@ -168,6 +184,21 @@ def _output(plan: Plan, task: Stage) -> Path:
     """Return the folder that upstream's process fills."""
     work = plan.folder / "work"
     return work / task.invocation.get("output_dir") if isinstance(task, TaskPlan) else work / vision_run.LOGS
+
+
+def _measurements(plan: Plan, stage: Stage) -> list[str]:
+    """Return the names of the measuring points that a process of the run may have."""
+    tasks = list(enumerate(plan.task_names))
+    if isinstance(stage, TaskPlan):
+        tasks = [tasks[plan.tasks.index(stage)]]
+    return [measurements.stem(index, name, when) for index, name in tasks for when in WHENS]
+
+
+def _measured(plan: Plan, stage: Stage) -> list[Path]:
+    """Return the files of what was measured in a process of the run."""
+    folder = plan.folder / measurements.FOLDER
+    names = _measurements(plan, stage)
+    return sorted(path for name in names for path in folder.glob(f"{glob.escape(name)}[.-]*"))
 
 
 def _is_done(plan: Plan, task: Stage) -> bool:
@@ -224,7 +255,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
     else:
         files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
         files.append(output / "all_results.json")
-    files += [own / "metrics.jsonl", own / "summary.json"]
+    files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, task)]
     kept = {str(path.relative_to(plan.folder)): _digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
@@ -248,6 +279,9 @@ def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, 
             "ascent_loss": settings.ascent_loss,
         },
         "adapters": settings.adapters,
+        "measure": None
+        if settings.measuring is None
+        else {"request": settings.measuring.as_dict(), "folder": str(plan.folder / measurements.FOLDER)},
         **({"vision": dict(plan.hook)} if isinstance(plan, VisionPlan) else {}),
     }
 
@@ -256,13 +290,16 @@ def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _
     """Show the task's progress until it ends; stop it when asked to."""
     started = time.monotonic()
     with tqdm(desc=f"{title}: starting", unit="step", file=sys.stderr, disable=None, leave=True) as bar:
-        phase = ""
+        phase = note = ""
         while process.poll() is None:
             if stop.asked:
                 _end(process)
                 raise Interrupted(f"stopped by {stop.asked} during {title}. The same command continues the run.")
             with contextlib.suppress(OSError, ValueError):
                 state = json.loads(progress.read_text(encoding="utf-8"))
+                if state.get("note", note) != note:
+                    note = state["note"]
+                    tqdm.write(f"{title}: {note}", file=sys.stdout)
                 if (now := " ".join(filter(None, (state["phase"], state.get("task"))))) != phase:
                     phase = now
                     bar.reset(total=state["total"])
@@ -297,6 +334,8 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
         lines = vision_run.named_steps(plan, lines)
     write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
     record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.stages[:count]]
+    names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
+    record["flatness"] = measurements.read_entries(plan.folder, names)
     if isinstance(plan, VisionPlan):
         vision_run.collect(plan, record)
         return

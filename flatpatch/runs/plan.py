@@ -194,6 +194,11 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
     devices = devices[:world_size]
+    if settings.measuring is not None and world_size > 1:
+        raise UserError(
+            f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or leave "
+            "measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
+        )
     off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
     if settings.adapters != "upstream" and launcher == "deepspeed":
         editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
@@ -441,6 +446,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         }
         # "adapters" in the name would itself be one of the words that upstream misreads.
         parts += [f"{key}{value}".replace(",", "+").replace("adapters", "lora") for key, value in changed.items()]
+        parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join([*parts, f"seed{settings.seed}"]))
     return (Path(settings.output).expanduser() / name).absolute()

@@ -18,6 +18,7 @@ from torch import Tensor
 from flatpatch.continual import reference
 from flatpatch.continual.reference import ReferenceTask
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.measurement.in_run import Measurer, sample_of
 from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
 from flatpatch.sam import SAM
@@ -37,6 +38,7 @@ def main(words: Sequence[str]) -> int:
                 make_gradients=recorder.make_gradients,
                 on_step=recorder.on_step,
                 on_predict=recorder.on_predict,
+                at=recorder.measure,
             )
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)
@@ -80,6 +82,7 @@ class StepRecorder:
         self.perturbed_loss: float | None = None
         self.steps = self.fallbacks = self.trainable = self.perturbed = 0
         self._written = 0.0
+        self._measurer = Measurer(run, progress=self._measuring)
         self._metrics = Path(run["metrics"]).open("w", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
 
     def __enter__(self) -> StepRecorder:
@@ -160,12 +163,20 @@ class StepRecorder:
         """Say how far the prediction is."""
         self._progress("predict", state, None, task)
 
-    def _progress(self, phase: str, state: dict[str, Any], loss: float | None, task: str) -> None:
+    def measure(self, when: str, model: torch.nn.Module, examples: Sequence[Any], collate: Callable[..., Any]) -> None:
+        """Measure the task loss on a fixed sample of the training data, if asked to at this time."""
+        sample = sample_of(examples, collate)
+        self._measurer.at(when, task_index=self.run["task_index"], task=self.run["task"], model=model, sample=sample)
+
+    def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
+        self._progress(phase, {"step": step, "total": total}, None, "", note=note)
+
+    def _progress(self, phase: str, state: dict[str, Any], loss: float | None, task: str, **more: str) -> None:
         step, total = state["step"], state["total"]
         if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
             self._written = time.monotonic()
             text = json.dumps(
-                {"phase": phase, "step": step, "total": total, "loss": loss, "task": task}
+                {"phase": phase, "step": step, "total": total, "loss": loss, "task": task} | more
             )
             write_atomically(Path(self.run["progress"]), text)
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from flatpatch.comparison import compare_runs
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.figures import draw_run
-from flatpatch.report.records import read_record, read_step_metrics
+from flatpatch.report.flatness_run import draw_flatness
+from flatpatch.report.groups import Group, group_runs, read_run
+from flatpatch.report.page import make_page, work
+from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.plan import make_plan, render
-from flatpatch.runs.record import check_continues
+from flatpatch.runs.record import check_continues, write_atomically
 from flatpatch.settings import PLACES, parse, split_word
 
 USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
@@ -29,6 +37,20 @@ example:
 
 settings:
 {settings}
+"""
+
+REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
+
+Prints each run's table again, redraws the figures of finished ones, and writes one HTML page about all of them that
+needs no other file and no network. A folder of runs stands for all runs in it. Runs that differ by their seed alone
+are put together as mean, standard deviation and n; missing, unfinished and unreadable ones are named.
+
+The page is FOLDER/report.html for one run, report.html in the folder that holds the first run for several.
+
+examples:
+  python -m flatpatch report run=runs/NAME
+  python -m flatpatch report run=runs/NAME,runs/OTHER page=both.html
+  python -m flatpatch report run=runs
 """
 
 
@@ -135,23 +157,85 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def show(words: Sequence[str]) -> int:
-    """Print finished runs' tables again and redraw their figures: ``report run=FOLDER[,FOLDER...]``."""
+    """Print runs' tables again, redraw their figures and write one HTML page about all of them."""
     if not words or "--help" in words or "-h" in words:
-        print("usage: python -m flatpatch report run=FOLDER[,FOLDER...]\n\nexample: report run=runs/NAME")
+        print(REPORT_USAGE)
         return 0
     given = dict(split_word(word) for word in words)
-    unknown = [key for key in given if key != "run"]
-    if unknown or "run" not in given:
-        raise UserError(f"report takes run=FOLDER alone (got {' '.join(words)}), e.g. run=runs/NAME.")
-    records = []
-    for name in given["run"].split(","):
-        folder = Path(name) if Path(name).exists() else Path("runs") / name
-        record = read_record(folder / "record.json")
+    unknown = [key for key in given if key not in ("run", "page")]
+    if unknown or not given.get("run"):
+        raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
+    folders, unreadable = _find_runs(given["run"].split(","))
+    page = _page_file(given.get("page", ""), folders)
+    finished = []
+    for folder in folders:
+        record = read_record(folder)
         print(summary_table(record), "\n")
         if record["status"] == "finished":
-            for path in draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures"):
+            drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
+            for path in [*drawn, *draw_flatness(record, folder)]:
                 print(f"figure   {path}")
-            records.append(record)
-    if len(records) > 1:
-        print(seeds_table(records))
+            finished.append(record)
+    if len(finished) > 1:
+        print(seeds_table(finished))
+    for text in unreadable:
+        print(f"left out {text}")
+    groups = group_runs([read_run(folder) for folder in folders])
+    with tqdm(desc="page", total=work(groups), unit="figure", file=sys.stderr, disable=None, leave=False) as bar:
+        text = make_page(groups, comparisons=_comparisons(groups), unreadable=unreadable, advance=bar.update)
+    write_atomically(page, text)
+    print(f"page     {page}")
     return 0
+
+
+def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the run folders that are meant, and a sentence for each damaged one in a folder of runs."""
+    folders: list[Path] = []
+    unreadable: list[str] = []
+    for name in names:
+        place = Path(name).expanduser()
+        place = (place if place.exists() else Path("runs") / name).absolute()
+        inside = sorted(path.parent for path in place.glob(f"*/{RECORD_FILE}"))
+        if (place / RECORD_FILE).exists() or not inside:
+            read_record(place)  # a run that is named must be sound
+            folders.append(place)
+            continue
+        for folder in inside:
+            try:
+                read_record(folder)
+            except UserError as error:
+                unreadable.append(str(error))
+            else:
+                folders.append(folder)
+    if not folders:
+        raise UserError.collect(unreadable)
+    return list(dict.fromkeys(folders)), unreadable
+
+
+def _comparisons(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """Compare each finished group with what upstream published of such runs; by the group's letter."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        if not group.is_finished:
+            found[group.letter] = {"refused": "no run of this setting is finished."}
+            continue
+        try:
+            found[group.letter] = compare_runs(
+                [run.record for run in group.counted], names=[run.name for run in group.counted]
+            )
+        except UserError as error:
+            found[group.letter] = {"refused": str(error)}
+    return found
+
+
+def _page_file(name: str, folders: Sequence[Path]) -> Path:
+    """Return where the page goes; checked before anything is drawn."""
+    if name:
+        page = Path(name).expanduser()
+    else:
+        page = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
+    if page.is_dir() or not page.parent.is_dir():
+        raise UserError(f"page={page}: expected a file in a folder that exists, e.g. page=report.html.")
+    if not os.access(page.parent, os.W_OK):
+        raise UserError(f"the page cannot be written into {page.parent}. Choose another place with page=FILE.")
+    return page

@@ -1,9 +1,9 @@
-"""The reference engine: four continual-learning methods with LoRA, to be read beside their papers.
+"""The reference engine: continual-learning methods with LoRA, to be read beside their papers.
 
 It serves where the authors' repositories cannot be had, and as an oracle for them: from the same weights
 and batches it gives the losses of their code. One module per method (what becomes of the earlier tasks'
 adapter, and the penalty), one training loop for all; each task is one call of `run_task`, in a process of
-its own or not.
+its own or not. Methods for images go through the same loop and are in the sub-package `vision`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ __all__ = [
     "run_task",
     "train_task",
 ]
+
+
+AtTrainingsEnds = Callable[[str, PreTrainedModel, Sequence[Any], Callable[[Sequence[Any]], dict[str, Tensor]]], None]
+"""Called with "before" or "after", the model, the training examples and what collates them."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,11 @@ def learn(
     *,
     make_gradients: MakeGradients | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    at: AtTrainingsEnds | None = None,
 ) -> tuple[TrainingResult, int]:
     """Train a prepared model on the task's training split.
+
+    ``at`` is called as ``at("before", model, examples, collate)`` and, after the last step, with "after".
 
     Returns:
         The training's result and the number of training examples.
@@ -133,15 +140,20 @@ def learn(
     method = METHODS[task.method]
     # As the Trainer does when it is made: batches and dropout do not depend on how the weights were drawn.
     set_seed(task.seed)
+    collate = make_collate(tokenizer, task.max_source_length, task.max_target_length)
+    if at is not None:
+        at("before", model, examples, collate)
     result = train_task(
         model,
         examples,
-        make_collate(tokenizer, task.max_source_length, task.max_target_length),
+        collate,
         task,
         lambda: method.penalty(layers, task.lamda_1, task.lamda_2),
         make_gradients=make_gradients or plain_gradients,
         on_step=on_step,
     )
+    if at is not None:
+        at("after", model, examples, collate)
     return result, len(examples)
 
 
@@ -151,6 +163,7 @@ def run_task(
     make_gradients: MakeGradients | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     on_predict: Callable[[dict[str, int]], None] | None = None,
+    at: AtTrainingsEnds | None = None,
 ) -> None:
     """Train on one task, save its adapter, answer the test sets and write the results.
 
@@ -164,6 +177,7 @@ def run_task(
         make_gradients: See `train_task`; SAM goes here.
         on_step: See `train_task`.
         on_predict: Called after each predicted batch with ``step`` (from 1) and ``total``.
+        at: See `learn`.
 
     Raises:
         UserError: If the method, the data, the model or the previous adapter is not usable.
@@ -175,7 +189,7 @@ def run_task(
         raise UserError(f"unknown method '{task.method}'.{hint} Known methods: {', '.join(METHODS)}.")
     check_benchmark(task.data_dir, [(*task.task, "train"), *((*each, "test") for each in task.eval_tasks)])
     model, tokenizer = prepare(task)
-    result, train_samples = learn(model, tokenizer, task, make_gradients=make_gradients, on_step=on_step)
+    result, train_samples = learn(model, tokenizer, task, make_gradients=make_gradients, on_step=on_step, at=at)
     adapters.save(task.output_dir / "adapter", Adapter(adapters.joined(model), _made(task)))
 
     instructions = read_instructions(task.instruction_file)

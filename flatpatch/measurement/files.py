@@ -1,0 +1,153 @@
+r"""The files a measurement leaves, and the entries of a run's record that name them.
+
+``flatness/<n>-<task>-<when>.json`` holds one measuring point::
+
+    {"schema": 1,
+     "task": "dbpedia", "task_index": 0, "when": "before" | "after" | "finished",
+     "samples": 64, "batches": [16, ...] (loss terms of each), "sample_seed": 0, "indices": [...] or null,
+     "weights": "float32" | "float32 copy of bfloat16 weights" | ..., "loss": what is measured, in words,
+     "request": {kinds, scopes, when, samples, batch, rho, effort},
+     "error": null, or why nothing could be measured,
+     "scopes": {scope: {"num_parameters": n, "loss": 0.7, "values": {name: number or null},
+                        "results": {kind: all that the kind found, its settings with it},
+                        "errors": {kind: message}, "arrays": "flatness/....npz" or null, "seconds": 12.3}},
+     "seconds": 25.1}
+
+The values' names are those of :data:`VALUES`. ``flatness/<n>-<task>-<when>-<scope>.npz`` holds arrays: the
+landscape's, as :mod:`flatpatch.flatness.landscape` describes them (such a file can be read as a landscape), and besides
+``eigenvalues``, ``residuals``, ``density_nodes``, ``density_weights`` (probes, steps), ``batch_eigenvalues``,
+``slice_coordinates`` and ``slice_losses``, as far as they were measured.
+
+A run's record has one entry per task, time and scope::
+
+    {"task": "dbpedia", "task_index": 0, "when": "after", "scope": "adapter", "samples": 64, "loss": 0.7,
+     "values": {...}, "file": "flatness/1-dbpedia-after.json", "arrays": "flatness/....npz" or null, "seconds": 12.3}
+
+with the loss and values null, or the values missing, where something could not be measured; the file says why. File
+names are relative to the run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+FOLDER = "flatness"
+
+VALUES: Mapping[str, str] = {
+    "top_eigenvalue": "largest eigenvalue of the Hessian",
+    "top_eigenvalue_residual": "norm of H x - theta x of the largest eigenvalue",
+    "eigenvalue_ratio_1_5": "largest over fifth largest eigenvalue",
+    "eigenvalues_unconverged": "eigenvalues whose residual missed the tolerance",
+    "trace": "trace of the Hessian",
+    "trace_standard_error": "standard error of the trace",
+    "density_smallest": "smallest node of the quadrature",
+    "density_largest": "largest node of the quadrature",
+    "negative_mass": "share of eigenvalues below minus a thousandth of the largest magnitude",
+    "negative_weight": "their share in the sum of all magnitudes",
+    "effective_rank": "(sum of magnitudes)^2 over the sum of squares",
+    "outliers": "eigenvalues above a tenth of the largest magnitude, estimated",
+    "batch_eigenvalue_median": "median over batches of the dominant eigenvalue",
+    "batch_eigenvalue_lower_quartile": "its lower quartile over batches",
+    "batch_eigenvalue_upper_quartile": "its upper quartile over batches",
+    "batches_unconverged": "batches whose residual missed the tolerance",
+    "keskar_sharpness": "phi of Keskar et al., by the paper's protocol, in percent",
+    "keskar_lower_bound": "the highest phi found by any search in the same box",
+    "sam_sharpness": "loss rise at SAM's one step",
+    "sam_sharpness_ascent": "highest loss rise found in SAM's ball",
+    "asam_sharpness": "loss rise at ASAM's one step",
+    "asam_sharpness_ascent": "highest loss rise found in ASAM's ball",
+    "gradient_norm": "L2 norm of the gradient",
+    "landscape_mean_rise": "mean over the plane of the loss above that at the weights",
+    "slice_mean_rise": "mean over the line of the loss above that at the weights",
+}
+"""Every scalar a measurement may give, and what it is."""
+
+
+def stem(task_index: int, task: str, when: str) -> str:
+    """Return the name, without ending, of a measuring point's files."""
+    return f"{task_index + 1}-{re.sub(r'[^A-Za-z0-9_.+-]', '_', task)}-{when}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all; numbers must be finite."""
+    _write(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an ``.npz`` file whole or not at all."""
+    with tempfile.TemporaryFile() as buffer:
+        np.savez_compressed(buffer, **arrays)
+        buffer.seek(0)
+        _write(path, buffer.read())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def entries(content: Mapping[str, Any], file: str) -> list[dict[str, Any]]:
+    """Return a measuring point's entries for the run's record, one per scope.
+
+    Args:
+        content: Of the JSON file.
+        file: Its name, relative to the run's folder.
+    """
+    return [
+        {
+            **{key: content[key] for key in ("task", "task_index", "when")},
+            "scope": scope,
+            "samples": content["samples"],
+            **{key: found[key] for key in ("loss", "values")},
+            "file": file,
+            **{key: found[key] for key in ("arrays", "seconds")},
+        }
+        for scope, found in content["scopes"].items()
+    ]
+
+
+def read_entries(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the entries of those of some measuring points whose files are there.
+
+    Args:
+        folder: The run's folder.
+        names: Measuring points, as ``stem`` names them.
+    """
+    found = []
+    for name in names:
+        path = folder / FOLDER / f"{name}.json"
+        if path.is_file():
+            found += entries(json.loads(path.read_text(encoding="utf-8")), f"{FOLDER}/{name}.json")
+    return found
+
+
+def failures(content: Mapping[str, Any]) -> list[str]:
+    """Return what could not be measured, one line each."""
+    if content["error"]:
+        return [str(content["error"])]
+    return [
+        f"{scope}, {kind}: {message}"
+        for scope, found in content["scopes"].items()
+        for kind, message in found["errors"].items()
+    ]

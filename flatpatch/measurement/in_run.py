@@ -1,0 +1,235 @@
+"""Measuring at points of a run, for whatever hook or loop trains: ``Measurer(description).at("before", ...)``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flatpatch.errors import UserError, did_you_mean
+from flatpatch.flatness import Loss, model_loss
+from flatpatch.flatness.points import plain
+from flatpatch.measurement import files
+from flatpatch.measurement.guard import random_states_kept, working_copy
+from flatpatch.measurement.request import Request, read_request
+from flatpatch.measurement.sample import SEED, Sample, draw_sample
+from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
+
+_DESCRIPTION = ("request", "folder")
+
+
+def read_description(values: Any, where: str) -> tuple[Request, Path]:
+    """Check what a run's description says of measuring: ``{"request": {...}, "folder": "/.../flatness"}``.
+
+    Raises:
+        UserError: With what is wrong with it.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is not an object or null.")
+    problems = [
+        f"{where} has an unknown key {key!r}.{did_you_mean(key, _DESCRIPTION)}"
+        for key in values
+        if key not in _DESCRIPTION
+    ]
+    problems += [f"{where} has no {key!r}" for key in _DESCRIPTION if key not in values]
+    if problems:
+        raise UserError.collect(problems)
+    return read_request(values["request"], f"{where}.request"), Path(values["folder"])
+
+
+class Measurer:
+    """Measures a model that is being trained, without changing anything of the training.
+
+    It works on a copy of the model, in evaluation mode, and puts every global random number generator back. Whatever
+    fails is said loudly and written into the measurement's file; the training goes on.
+    """
+
+    def __init__(self, description: Mapping[str, Any] | None, *, progress: Progress | None = None) -> None:
+        """Read what is asked for.
+
+        Args:
+            description: The run's; its ``measure`` is null or ``{"request", "folder"}``.
+            progress: Called during the work.
+
+        Raises:
+            UserError: If the description is not valid.
+        """
+        asked = (description or {}).get("measure")
+        self._progress = progress
+        self._note = ""
+        self.request: Request | None = None
+        if asked is not None:
+            self.request, self._folder = read_description(asked, "measure")
+
+    def wants(self, when: str) -> bool:
+        """Tell whether anything is measured at this time."""
+        return self.request is not None and when in self.request.when
+
+    def at(
+        self,
+        when: str,
+        *,
+        task_index: int,
+        task: str,
+        model: nn.Module,
+        sample: Sample | Callable[[Request], Sample],
+        loss: Loss = model_loss,
+        loss_name: str = "the model's own loss, without the method's penalty",
+    ) -> list[dict[str, Any]]:
+        """Measure, if asked to at this time, and write the files.
+
+        Args:
+            when: "before" or "after" the task's training.
+            task_index: Counted from 0.
+            task: Its name.
+            model: As it is trained: not copied, moved or put into evaluation mode by the caller.
+            sample: What is measured on, or a function that makes it from the request; the random numbers it draws
+                are put back. :func:`sample_of` makes such a function of a data set and a collator.
+            loss: From a model and a batch to the mean loss over the batch's loss terms.
+            loss_name: What that is, in words, for the file.
+
+        Returns:
+            The entries for the run's record, empty where nothing was asked for.
+        """
+        if not self.wants(when):
+            return []
+        request = self.request
+        assert request is not None
+        # The random states are put back whatever happens, and nothing may reach the training loop but a keyboard's ^C.
+        with random_states_kept():
+            return self._measure(when, task_index, task, model, sample, loss, loss_name, request)
+
+    def _measure(
+        self,
+        when: str,
+        task_index: int,
+        task: str,
+        model: nn.Module,
+        sample: Sample | Callable[[Request], Sample],
+        loss: Loss,
+        loss_name: str,
+        request: Request,
+    ) -> list[dict[str, Any]]:
+        name = files.stem(task_index, task, when)
+        title = f"{when} task {task_index + 1} {task}"
+        started = time.perf_counter()
+        results = {scope: ScopeResult() for scope in request.scopes}
+        terms: list[int] = []
+        weights, error = "", None
+        made = Sample((), 0)
+        try:
+            made = sample(request) if callable(sample) else sample
+            copied, weights = working_copy(model)
+            results, terms = measure_model(
+                copied,
+                made.batches,
+                request,
+                loss=loss,
+                title=title,
+                say=self._say,
+                progress=None if self._progress is None else lambda n, of: self._tell(f"measure {when}", n, of),
+            )
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        content = describe(
+            request,
+            results,
+            task=task,
+            task_index=task_index,
+            when=when,
+            sample=made,
+            terms=terms,
+            weights=weights,
+            loss_name=loss_name,
+            error=error,
+            seconds=time.perf_counter() - started,
+        )
+        for failure_text in files.failures(content):
+            self._say(f"FAILED {title}: {failure_text} (the training goes on)")
+        try:
+            return write(self._folder, name, content, results)
+        except OSError as failure:
+            self._say(f"FAILED {title}: its files were not written: {failure} (the training goes on)")
+            return []
+
+    def _tell(self, phase: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(phase, done, total, self._note)
+
+    def _say(self, text: str) -> None:
+        self._note = text
+        # On a line of its own, although a progress bar may already stand in this one.
+        print(f"\nflatpatch: {text}", file=sys.stderr, flush=True)
+
+
+def sample_of(dataset: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Request], Sample]:
+    """Return a function that draws the fixed sample of a data set and collates it."""
+    return lambda request: draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
+
+
+def describe(
+    request: Request,
+    results: Mapping[str, ScopeResult],
+    *,
+    task: str,
+    task_index: int,
+    when: str,
+    sample: Sample,
+    terms: list[int],
+    weights: str,
+    loss_name: str,
+    error: str | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the content of a measuring point's file; see :mod:`flatpatch.measurement.files`."""
+    name = files.stem(task_index, task, when)
+    scopes = {
+        scope: {
+            "num_parameters": result.num_parameters,
+            "loss": plain(result.loss),
+            "values": result.values,
+            "results": result.results,
+            "errors": result.errors,
+            "arrays": f"{files.FOLDER}/{name}-{scope}.npz" if result.arrays else None,
+            "seconds": result.seconds,
+        }
+        for scope, result in results.items()
+    }
+    return {
+        "schema": files.SCHEMA,
+        "task": task,
+        "task_index": task_index,
+        "when": when,
+        "samples": sample.size,
+        "batches": terms,
+        "sample_seed": SEED,
+        "indices": sample.indices,
+        "weights": weights,
+        "loss": loss_name,
+        "request": {**request.as_dict(), "numbers": describe_effort(request)},
+        "error": error,
+        "scopes": scopes,
+        "seconds": round(seconds, 3),
+    }
+
+
+def write(
+    folder: Path, name: str, content: Mapping[str, Any], results: Mapping[str, ScopeResult]
+) -> list[dict[str, Any]]:
+    """Write a measuring point's arrays, then the file that names them.
+
+    Returns:
+        Its entries for the run's record.
+    """
+    for scope, result in results.items():
+        if result.arrays:
+            files.write_arrays(folder / f"{name}-{scope}.npz", result.arrays)
+    files.write_json(folder / f"{name}.json", content)
+    return files.entries(content, f"{files.FOLDER}/{name}.json")

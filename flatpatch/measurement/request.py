@@ -1,0 +1,174 @@
+"""What to measure, as settings say it. Knows names and numbers alone, so that reading settings loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatpatch.errors import UserError, did_you_mean
+
+KINDS: Mapping[str, str] = {
+    "loss": "the loss of the sample (always)",
+    "eigenvalues": "largest eigenvalues of the Hessian, each with its residual",
+    "trace": "trace of the Hessian with its standard error (Hutchinson)",
+    "density": "density of all eigenvalues (stochastic Lanczos quadrature)",
+    "batchwise": "median over batches of each batch's dominant eigenvalue (Kaddour et al. 2022)",
+    "keskar": "sharpness of Keskar et al. 2017, and a stronger bound of the same maximum",
+    "sam": "loss rise in SAM's and ASAM's ball: at the one step, and by projected ascent",
+    "landscape": "loss on a plane of two random filter-normalised directions",
+    "slice": "loss along the first of them, more finely",
+}
+SCOPES = ("adapter", "merged", "trainable", "model")
+WHENS = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work each kind may do."""
+
+    eigenvalues: int
+    eigenvalue_products: int
+    eigenvalue_tolerance: float
+    trace_probes: int
+    density_probes: int
+    density_steps: int
+    batch_products: int
+    batch_tolerance: float
+    ascent_steps: int
+    grid_points: int
+    slice_points: int
+
+
+EFFORTS: Mapping[str, Effort] = {
+    "quick": Effort(5, 40, 1e-2, 16, 2, 16, 20, 5e-2, 4, 9, 17),
+    "full": Effort(10, 300, 1e-3, 100, 4, 50, 100, 1e-2, 20, 25, 51),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured at each measuring point.
+
+    Attributes:
+        kinds: Of ``KINDS``, in their order, "loss" always among them.
+        scopes: Of ``SCOPES``: which weights vary.
+        when: Of ``WHENS``: around each task's training.
+        samples: Training examples in the sample; all of them where there are fewer.
+        batch: Examples in a batch of the sample.
+        rho: Radius of SAM's ball, in weight units, whatever the run trains with: so runs can be compared.
+        effort: Of ``EFFORTS``.
+    """
+
+    kinds: tuple[str, ...]
+    scopes: tuple[str, ...] = ("adapter", "merged")
+    when: tuple[str, ...] = WHENS
+    samples: int = 64
+    batch: int = 16
+    rho: float = 0.05
+    effort: str = "quick"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for a JSON file."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+
+def make_request(
+    kinds: str, scopes: str, when: str = "before,after", *, samples: int, batch: int, rho: float, effort: str
+) -> Request | None:
+    """Turn the texts of the settings into a request.
+
+    Args:
+        kinds: Names of kinds with commas between them, or "all"; empty for no measuring.
+        scopes: Names of scopes likewise.
+        when: "before", "after" or both.
+        samples: As in :class:`Request`.
+        batch: As in :class:`Request`.
+        rho: As in :class:`Request`.
+        effort: As in :class:`Request`.
+
+    Returns:
+        The request; None where nothing is to be measured.
+
+    Raises:
+        UserError: With every mistake.
+    """
+    request, problems = check_request(kinds, scopes, when, samples=samples, batch=batch, rho=rho, effort=effort)
+    if problems:
+        raise UserError.collect(problems)
+    return request
+
+
+def check_request(
+    kinds: str, scopes: str, when: str, *, samples: int, batch: int, rho: float, effort: str
+) -> tuple[Request | None, list[str]]:
+    """Return what ``make_request`` does, and the mistakes instead of raising them."""
+    problems: list[str] = []
+    chosen = _names("measure", kinds, (*KINDS, "all"), problems)
+    if "all" in chosen:
+        chosen = tuple(KINDS)
+    scope_names = _names("measure_scope", scopes, SCOPES, problems)
+    whens = _names("measure_when", when, WHENS, problems)
+    for key, value in (("measure_samples", samples), ("measure_batch", batch)):
+        if value < 1:
+            problems.append(f"{key}={value} is an empty sample (expected at least 1, e.g. {key}=16).")
+    if not (math.isfinite(rho) and rho > 0):
+        problems.append(f"measure_rho={rho:g} is out of range (expected a number > 0, e.g. measure_rho=0.05).")
+    if effort not in EFFORTS:
+        problems.append(
+            f"unknown measure_effort '{effort}'.{did_you_mean(effort, EFFORTS)} Expected: {', '.join(EFFORTS)}."
+        )
+    if chosen:
+        for key, names in (("measure_scope", scope_names), ("measure_when", whens)):
+            if not names and not any(problem.startswith(f"{key}=") for problem in problems):
+                problems.append(f"{key}= is empty (expected at least one name).")
+    if problems or not chosen:
+        return None, problems
+    ordered = tuple(kind for kind in KINDS if kind == "loss" or kind in chosen)
+    return Request(ordered, scope_names, whens, samples, batch, rho, effort), []
+
+
+def read_request(values: Any, where: str) -> Request:
+    """Read a request back from a JSON file.
+
+    Args:
+        values: What :meth:`Request.as_dict` gave.
+        where: The place it was read from, for the error.
+
+    Raises:
+        UserError: If keys are missing or unknown, or a value is not allowed.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Request)}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is not an object.")
+    problems = [
+        f"{where} has an unknown key {key!r}.{did_you_mean(key, fields)}" for key in values if key not in fields
+    ]
+    problems += [f"{where} has no {key!r}" for key in fields if key not in values]
+    if problems:
+        raise UserError.collect(problems)
+    try:
+        request = make_request(
+            *(",".join(values[key]) for key in ("kinds", "scopes", "when")),
+            samples=int(values["samples"]),
+            batch=int(values["batch"]),
+            rho=float(values["rho"]),
+            effort=values["effort"],
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} has a value of the wrong kind: {error}") from None
+    if request is None:
+        raise UserError(f"{where} has no kinds.")
+    return request
+
+
+def _names(key: str, text: str, known: Sequence[str], problems: list[str]) -> tuple[str, ...]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    problems += [
+        f"{key}={text}: unknown name '{word}'.{did_you_mean(word, known)} Expected some of: {', '.join(known)}."
+        for word in words
+        if word not in known
+    ]
+    return tuple(dict.fromkeys(word for word in words if word in known))

@@ -1,0 +1,65 @@
+"""The fixed sample that a measurement is made on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flatpatch.errors import UserError
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a measurement is made on.
+
+    Attributes:
+        batches: What the loss takes.
+        size: Examples in all.
+        indices: Which of the data set's they are; None where that is not known.
+    """
+
+    batches: Sequence[Any]
+    size: int
+    indices: list[int] | None = None
+
+
+def choose_indices(size: int, samples: int, *, seed: int = SEED) -> list[int]:
+    """Choose which examples of a data set are measured: the same ones for every run, whatever its seed.
+
+    Args:
+        size: Examples there are.
+        samples: Examples wanted; all where there are fewer.
+        seed: Of the choice.
+
+    Returns:
+        Indices in increasing order, none twice.
+
+    Raises:
+        UserError: If there are no examples.
+    """
+    if size < 1:
+        raise UserError("the sample is empty: the data set has no examples to measure on.")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:samples].tolist())
+
+
+def draw_sample(dataset: Any, collate: Callable[[list[Any]], Any], *, samples: int, batch: int) -> Sample:
+    """Choose examples and collate them. Call it where the random numbers a collator draws are put back.
+
+    Args:
+        dataset: Anything with a length and items by index.
+        collate: From a list of items to a batch.
+        samples: As in ``choose_indices``.
+        batch: Examples in a batch; the last may have fewer.
+
+    Returns:
+        The sample; batches that are mappings of some other kind become dictionaries.
+    """
+    indices = choose_indices(len(dataset), samples)
+    made = [collate([dataset[i] for i in indices[start : start + batch]]) for start in range(0, len(indices), batch)]
+    return Sample([dict(each) if isinstance(each, Mapping) else each for each in made], len(indices), indices)

@@ -1,0 +1,435 @@
+"""Measure one model on one sample: every kind over every scope, with an estimate of the time beforehand."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flatpatch.errors import UserError
+from flatpatch.flatness import (
+    HessianOperator,
+    Landscape,
+    Loss,
+    Problem,
+    ball_sharpness,
+    batch_eigenvalues,
+    find_scope,
+    first_to_fifth,
+    hutchinson,
+    keskar_sharpness,
+    lanczos,
+    landscape,
+    model_loss,
+    quadrature,
+    random_direction,
+    spectrum_statistics,
+)
+from flatpatch.flatness.points import Objective, moving, plain
+from flatpatch.measurement.request import EFFORTS, Effort, Request
+
+SEED = 0
+# The radius of ASAM's paper (arXiv:2102.11600, section 5); on its own scale.
+ASAM_RHO = 0.5
+_LOUD_SECONDS = 60.0
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+"""Called with the seconds of planned work done and planned in all."""
+
+
+@dataclass
+class ScopeResult:
+    """What was measured over one scope; see :mod:`flatpatch.measurement.files` for how it is written."""
+
+    num_parameters: int = 0
+    loss: float | None = None
+    values: dict[str, float | None] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one loss, one loss with its gradient and one Hessian product take on the sample, in seconds."""
+
+    loss: float
+    gradient: float
+    product: float
+
+    def of(self, kind: str, effort: Effort, num_batches: int) -> float:
+        """Return an upper estimate of a kind's time. A search stops earlier where it has converged."""
+        # Each round of ascent tries a step and a few halvings; two starts, and for SAM two balls.
+        climbs = 2 * (1 + 2 * effort.ascent_steps)
+        seconds: Mapping[str, float] = {
+            "loss": 0.0,
+            "eigenvalues": effort.eigenvalue_products * self.product,
+            "trace": effort.trace_probes * self.product,
+            "density": effort.density_probes * effort.density_steps * self.product,
+            # One batch takes its share of a product; one more search from a random start, and one over all batches.
+            "batchwise": effort.batch_products * self.product * (2 + 1 / num_batches),
+            "keskar": (25 + climbs) * self.gradient,
+            "sam": 2 * climbs * self.gradient,
+            "landscape": effort.grid_points**2 * self.loss,
+            "slice": effort.slice_points * self.loss,
+        }
+        return seconds[kind]
+
+
+def measure_model(
+    model: nn.Module,
+    batches: Sequence[Any],
+    request: Request,
+    *,
+    loss: Loss = model_loss,
+    title: str = "",
+    say: Say = print,
+    progress: Progress | None = None,
+) -> tuple[dict[str, ScopeResult], list[int]]:
+    """Measure a model as it is, in evaluation mode. Use a copy of a model that is being trained.
+
+    Args:
+        model: On the device where it is to be measured; put back as it was.
+        batches: The sample.
+        request: What to measure.
+        loss: Mean loss of a batch.
+        title: What is measured, for the progress bar and the estimate.
+        say: Where the estimate goes.
+        progress: Called now and then.
+
+    Returns:
+        A result per scope, and the loss terms of each batch. What fails is in the result's ``errors``.
+    """
+    results: dict[str, ScopeResult] = {}
+    terms: list[int] = []
+    for scope in request.scopes:
+        result = results[scope] = ScopeResult()
+        started = time.perf_counter()
+        try:
+            problem = Problem(model, batches, loss, scope=scope)
+            terms = list(problem.num_terms)
+            _measure_scope(problem, request, result, f"{title}, {scope}" if title else scope, say, progress)
+        except Exception as error:  # whatever it is: training must go on
+            result.errors.setdefault("loss", _reason(error))
+        result.seconds = round(time.perf_counter() - started, 3)
+    return results, terms
+
+
+def _measure_scope(
+    problem: Problem, request: Request, result: ScopeResult, title: str, say: Say, progress: Progress | None
+) -> None:
+    result.num_parameters = problem.size
+    result.loss = problem.loss()
+    kinds = [kind for kind in request.kinds if kind != "loss"]
+    if not kinds:
+        return
+    effort = EFFORTS[request.effort]
+    operator = HessianOperator(problem)
+    try:
+        costs = _time_once(
+            problem, operator, products=bool({"eigenvalues", "trace", "density", "batchwise"} & {*kinds})
+        )
+    except Exception as error:
+        result.errors["eigenvalues"] = _reason(error)
+        return
+    plan = {kind: costs.of(kind, effort, len(problem.batches)) for kind in kinds}
+    _say_estimate(title, problem, costs, plan, say)
+    measures: Mapping[str, Callable[[_Work], None]] = {
+        "eigenvalues": _eigenvalues,
+        "trace": _trace,
+        "density": _density,
+        "batchwise": _batchwise,
+        "keskar": _keskar,
+        "sam": _sam,
+        "landscape": _landscape,
+        "slice": _slice,
+    }
+    with _Bar(title, plan, progress) as bar:
+        work = _Work(problem, operator, request, effort, result, bar)
+        for kind in kinds:
+            bar.begin(kind)
+            if kind in ("keskar", "sam", "landscape", "slice"):
+                work.operator = None  # what follows moves the weights: its kept graphs would only take memory
+            try:
+                measures[kind](work)
+            except Exception as error:
+                result.errors[kind] = _reason(error)
+            bar.end()
+    result.values = {name: _finite(value) for name, value in result.values.items()}
+    result.results = plain(result.results)
+
+
+def _time_once(problem: Problem, operator: HessianOperator, *, products: bool) -> Costs:
+    def timed(work: Callable[[], object]) -> float:
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize(problem.device)
+        began = time.perf_counter()
+        work()
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize(problem.device)
+        return time.perf_counter() - began
+
+    loss, gradient = timed(problem.loss), timed(problem.loss_and_gradient)
+    if not products:
+        return Costs(loss, gradient, 0.0)
+    vector = torch.zeros(problem.size, 1, dtype=torch.float64, device=problem.device)
+    vector[0] = 1.0
+    first = timed(lambda: operator.matmat(vector))
+    # The first product builds the graphs and keeps what fits; a second one tells what the rest will take.
+    return Costs(loss, gradient, first if first > _LOUD_SECONDS else timed(lambda: operator.matmat(vector)))
+
+
+def _say_estimate(title: str, problem: Problem, costs: Costs, plan: Mapping[str, float], say: Say) -> None:
+    total = sum(plan.values())
+    product = f", Hessian product {costs.product:.2g} s" if costs.product else ""
+    line = (
+        f"measuring {title}: {problem.size:,} weights, {sum(problem.num_terms)} loss terms, about {_duration(total)} "
+        f"at most (forward and backward {costs.gradient:.2g} s{product})"
+    )
+    if total > _LOUD_SECONDS:
+        shares = ", ".join(f"{kind} {_duration(seconds)}" for kind, seconds in plan.items() if seconds >= 1)
+        line = f"NOTE: {line}. That is {shares}. Fewer kinds, or a smaller measure_samples=, take less."
+    say(line)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class _Bar:
+    """A progress bar over planned seconds: each kind fills its share as it goes along, whatever it really takes."""
+
+    def __init__(self, title: str, plan: Mapping[str, float], progress: Progress | None) -> None:
+        self._plan = plan
+        self._total = sum(plan.values()) or 1.0
+        self._progress = progress
+        self._before = 0.0
+        self._kind = ""
+        self._bar = tqdm(total=100, desc=title, unit="%", file=sys.stderr, disable=None, leave=False)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, kind: str) -> None:
+        self._kind = kind
+        self._bar.set_postfix_str(kind)
+        self.update(0, 1)
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        share = self._before + self._plan[self._kind] * min(done / total, 1.0)
+        self._bar.n = round(100 * share / self._total)
+        self._bar.set_postfix_str(f"{self._kind} {text}".strip(), refresh=False)
+        self._bar.refresh()
+        if self._progress is not None:
+            self._progress(round(share), max(1, round(self._total)))
+
+    def end(self) -> None:
+        self.update(1, 1)
+        self._before += self._plan[self._kind]
+
+
+@dataclass
+class _Work:
+    problem: Problem
+    operator: HessianOperator | None
+    request: Request
+    effort: Effort
+    result: ScopeResult
+    bar: _Bar
+    directions: tuple[Tensor, ...] = ()
+
+    @property
+    def hessian(self) -> HessianOperator:
+        if self.operator is None:
+            self.operator = HessianOperator(self.problem)
+        return self.operator
+
+
+class _Counted:
+    """An objective that tells a bar of every evaluation with a gradient."""
+
+    def __init__(self, objective: Objective, bar: _Bar, planned: float) -> None:
+        self._objective = objective
+        self._bar = bar
+        self._planned = max(1, round(planned))
+        self._done = 0
+        self.origin = objective.origin
+
+    def loss(self, x: Tensor) -> float:
+        return self._objective.loss(x)
+
+    def loss_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        self._done += 1
+        self._bar.update(self._done, self._planned, f"{self._done} evaluations")
+        return self._objective.loss_and_gradient(x)
+
+
+def _eigenvalues(work: _Work) -> None:
+    effort = work.effort
+    pairs = lanczos(
+        work.hessian,
+        min(effort.eigenvalues, work.problem.size),
+        tol=effort.eigenvalue_tolerance,
+        max_products=effort.eigenvalue_products,
+        seed=SEED,
+        progress=work.bar.update,
+    )
+    result = work.result
+    result.results["eigenvalues"] = pairs.as_dict()
+    result.arrays |= {"eigenvalues": pairs.values.numpy(), "residuals": pairs.residuals.numpy()}
+    result.values["top_eigenvalue"] = float(pairs.values[0])
+    result.values["top_eigenvalue_residual"] = float(pairs.residuals[0])
+    result.values["eigenvalues_unconverged"] = int((~pairs.converged).sum())
+    if len(pairs.values) >= 5:
+        result.values["eigenvalue_ratio_1_5"] = first_to_fifth(pairs.values)
+    work.directions = tuple(pairs.vectors[:, :1].T)
+
+
+def _trace(work: _Work) -> None:
+    found = hutchinson(work.hessian, num_probes=work.effort.trace_probes, seed=SEED, progress=work.bar.update)
+    work.result.results["trace"] = found.as_dict()
+    work.result.values |= {"trace": found.value, "trace_standard_error": found.standard_error}
+
+
+def _density(work: _Work) -> None:
+    found = quadrature(
+        work.hessian,
+        num_probes=work.effort.density_probes,
+        num_steps=min(work.effort.density_steps, work.problem.size),
+        seed=SEED,
+        progress=work.bar.update,
+    )
+    # A node within a thousandth of the largest is not told from zero by so few steps in float32.
+    statistics = spectrum_statistics(found, rounding=1e-3)
+    work.result.results["density"] = {**found.as_dict(), "statistics": statistics.as_dict()}
+    work.result.arrays |= {"density_nodes": found.nodes.numpy(), "density_weights": found.weights.numpy()}
+    work.result.values |= {
+        "density_smallest": statistics.smallest,
+        "density_largest": statistics.largest,
+        "negative_mass": statistics.negative_mass,
+        "negative_weight": statistics.negative_weight,
+        "effective_rank": statistics.effective_rank,
+        "outliers": statistics.outliers,
+    }
+
+
+def _batchwise(work: _Work) -> None:
+    found = batch_eigenvalues(
+        work.problem,
+        tol=work.effort.batch_tolerance,
+        max_products=work.effort.batch_products,
+        restarts=1,
+        seed=SEED,
+        progress=work.bar.update,
+    )
+    work.result.results["batchwise"] = found.as_dict()
+    work.result.arrays["batch_eigenvalues"] = found.values.numpy()
+    lower, median, upper = found.quartiles
+    work.result.values |= {
+        "batch_eigenvalue_median": median,
+        "batch_eigenvalue_lower_quartile": lower,
+        "batch_eigenvalue_upper_quartile": upper,
+        "batches_unconverged": found.num_unconverged,
+    }
+
+
+def _keskar(work: _Work) -> None:
+    with moving(work.problem) as objective:
+        found = keskar_sharpness(
+            _Counted(objective, work.bar, 25 + 2 * (1 + 2 * work.effort.ascent_steps)),
+            ascent_steps=work.effort.ascent_steps,
+            seed=SEED,
+        )
+    work.result.results["keskar"] = found.as_dict()
+    work.result.values |= {"keskar_sharpness": found.phi, "keskar_lower_bound": found.phi_lower_bound}
+
+
+def _sam(work: _Work) -> None:
+    work.result.results["sam"] = {}
+    with moving(work.problem) as objective:
+        counted = _Counted(objective, work.bar, 4 * (1 + 2 * work.effort.ascent_steps))
+        for name, rho, adaptive in (("sam", work.request.rho, False), ("asam", ASAM_RHO, True)):
+            found = ball_sharpness(
+                counted,
+                rho,
+                adaptive=adaptive,
+                ascent_steps=work.effort.ascent_steps,
+                directions=work.directions,
+                seed=SEED,
+            )
+            work.result.results["sam"][name] = found.as_dict()
+            work.result.values |= {f"{name}_sharpness": found.one_step, f"{name}_sharpness_ascent": found.ascent}
+            work.result.values["gradient_norm"] = found.grad_norm
+
+
+def _landscape(work: _Work) -> None:
+    axis = torch.linspace(-1, 1, work.effort.grid_points, dtype=torch.float64).numpy()
+    kind = _normalisation(work.problem)
+    directions = [random_direction(work.problem, normalisation=kind, seed=seed) for seed in (SEED, SEED + 1)]
+    found = landscape(work.problem, directions, [axis, axis], progress=work.bar.update)
+    work.result.results["landscape"] = {**found.about, "shape": list(found.losses.shape)}
+    work.result.arrays |= landscape_arrays(found)
+    work.result.values["landscape_mean_rise"] = float(found.losses.mean()) - found.origin_loss
+
+
+def _slice(work: _Work) -> None:
+    axis = torch.linspace(-1, 1, work.effort.slice_points, dtype=torch.float64).numpy()
+    direction = random_direction(work.problem, normalisation=_normalisation(work.problem), seed=SEED)
+    found = landscape(work.problem, [direction], [axis], progress=work.bar.update)
+    work.result.results["slice"] = {**found.about, "losses": found.losses.tolist(), "coordinates": axis.tolist()}
+    work.result.arrays |= {"slice_coordinates": axis, "slice_losses": found.losses}
+    work.result.values["slice_mean_rise"] = float(found.losses.mean()) - found.origin_loss
+
+
+def _normalisation(problem: Problem) -> str:
+    """Filters; of a LoRA pair the merged matrix's, for B's own are zero before a task and small after it.
+
+    A landscape by those would be flat by construction, and could not be set beside one of another time or scope.
+    """
+    if problem.scope.name == "adapter":
+        try:
+            find_scope(problem.model, "merged")
+        except UserError:
+            return "filter"
+        return "merged_rows"
+    return "filter"
+
+
+def landscape_arrays(found: Landscape) -> dict[str, Any]:
+    """Return a landscape's arrays under the names that its own files use."""
+    return {
+        "losses": found.losses,
+        "done": found.done,
+        "marks": found.marks,
+        "mark_losses": found.mark_losses,
+        "origin_loss": found.origin_loss,
+        "about": json.dumps(dict(found.about)),
+        **{f"axis_{k}": axis for k, axis in enumerate(found.axes)},
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def describe_effort(request: Request) -> dict[str, int | float]:
+    """Return the numbers behind the request's effort."""
+    return asdict(EFFORTS[request.effort])

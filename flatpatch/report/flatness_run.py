@@ -1,0 +1,213 @@
+"""Figures and a table of the flatness that was measured in a run, from its record and the files that this names."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from flatpatch.report.flatness_figures import (
+    Grid,
+    make_contour_figure,
+    make_density_figure,
+    make_eigenvalues_figure,
+    make_slices_figure,
+    make_surface_figure,
+    read_grid,
+)
+from flatpatch.report.titles import describe, short_warning
+
+_DPI = 110
+_PREFIX = "flatness_"
+_COLOURS = {"before": "#56B4E9", "after": "#0072B2", "finished": "#D55E00"}
+_MARKERS = {"before": "o", "after": "s", "finished": "^"}
+# What is drawn over the tasks, with the value that tells how far it can be trusted.
+_OVER_TASKS = {
+    "loss": ("loss of the sample", None),
+    "top_eigenvalue": ("largest eigenvalue", "top_eigenvalue_residual"),
+    "trace": ("trace", "trace_standard_error"),
+    "keskar_lower_bound": ("Keskar's sharpness (%),\nstronger bound", None),
+    "sam_sharpness_ascent": ("loss rise in SAM's ball,\nprojected ascent", None),
+}
+_COLUMNS = {
+    "loss": "loss",
+    "top_eigenvalue": "top eigenv.",
+    "trace": "trace",
+    "keskar_lower_bound": "Keskar",
+    "sam_sharpness_ascent": "SAM ball",
+}
+
+Entry = Mapping[str, Any]
+
+
+def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw what was measured in a run, as PNG files in ``figures/``.
+
+    Args:
+        record: The run's record.
+        folder: The run's folder, in which the measurements' files are.
+
+    Returns:
+        The files written, none where nothing was measured: per scope the values over the tasks, eigenvalues, densities
+        and slices, and each landscape as contours; the last landscape as a surface too. A file that is missing or
+        damaged is left out.
+    """
+    target = folder / "figures"
+    for old in target.glob(f"{_PREFIX}*.png"):
+        old.unlink()
+    written = []
+    for name, figure in _figures(record, folder):
+        path = target / f"{_PREFIX}{name}.png"
+        figure.savefig(path, dpi=_DPI)
+        written.append(path)
+    return written
+
+
+def _figures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Figure]]:
+    for scope in dict.fromkeys(entry["scope"] for entry in record["flatness"]):
+        chosen = [entry for entry in record["flatness"] if entry["scope"] == scope]
+        if (figure := make_over_tasks_figure(chosen, record)) is not None:
+            yield f"{scope}_over_tasks", figure
+        results = {_name(entry): _results(folder, entry) for entry in chosen}
+        if spectra := {name: found["eigenvalues"] for name, found in results.items() if "eigenvalues" in found}:
+            yield f"{scope}_eigenvalues", make_eigenvalues_figure(spectra, scope=scope, record=record)
+        latest = [entry for entry in chosen if entry["when"] != "before"] or chosen
+        densities = {_name(entry): results[_name(entry)].get("density") for entry in latest}
+        if shown := {name: density for name, density in densities.items() if density}:
+            yield f"{scope}_density", make_density_figure(shown, scope=scope, record=record)
+        if slices := {name: grid for name, found in results.items() if (grid := _slice(found)) is not None}:
+            yield f"{scope}_slices", make_slices_figure(slices, record=record)
+        last: Grid | None = None
+        for entry in chosen:
+            grid = _landscape(folder, entry)
+            if grid is not None:
+                last = grid
+                place = f"{entry['task_index'] + 1}_{entry['when']}"
+                yield f"{scope}_landscape_{place}", make_contour_figure(grid, record=record)
+        if last is not None:
+            yield f"{scope}_surface", make_surface_figure(last, record=record)
+
+
+def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) -> Figure | None:
+    """Return the values of one scope over the tasks, before and after each.
+
+    Args:
+        entries: Of the record's ``flatness``, of one scope.
+        record: The run's record.
+
+    Returns:
+        The figure, with bars for the residual of an eigenvalue and the standard error of a trace; None where
+        nothing was measured.
+    """
+    known = [name for name in _OVER_TASKS if any(_value(entry, name) is not None for entry in entries)]
+    if not known:
+        return None
+    tasks = record["tasks"]
+    figure = Figure(figsize=(7.5, 1.1 + 1.55 * len(known)), layout="constrained")
+    panels = figure.subplots(len(known), 1, sharex=True, squeeze=False)[:, 0]
+    whens = [when for when in _COLOURS if any(entry["when"] == when for entry in entries)]
+    for axes, name in zip(panels, known, strict=True):
+        text, error = _OVER_TASKS[name]
+        for k, when in enumerate(whens):
+            points = [(e["task_index"], _value(e, name), _value(e, error)) for e in entries if e["when"] == when]
+            seen = [point for point in points if point[1] is not None]
+            if not seen:
+                continue
+            places = np.array([point[0] for point in seen]) + 0.12 * (k - (len(whens) - 1) / 2)
+            axes.errorbar(
+                places,
+                [point[1] for point in seen],
+                yerr=[point[2] or 0.0 for point in seen] if error else None,
+                color=_COLOURS[when],
+                marker=_MARKERS[when],
+                markersize=5,
+                linestyle="none",
+                capsize=3,
+                label=f"{when} the task" if when != "finished" else "measured afterwards",
+            )
+        axes.set_ylabel(text, fontsize=8.5)
+        axes.tick_params(labelsize=8.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    panels[-1].set_xticks(range(len(tasks)), [f"{i + 1} {task}" for i, task in enumerate(tasks)])
+    panels[0].legend(loc="best", fontsize=8.5, framealpha=0.9, edgecolor="none", ncols=len(whens))
+    samples = sorted({entry["samples"] for entry in entries})
+    lines = [
+        f"Flatness around each task, scope {entries[0]['scope']}",
+        f"{', '.join(map(str, samples))} training examples of the task at hand; bars: residual, standard error",
+        describe(record),
+    ]
+    if warning := short_warning(record):
+        lines.append(warning)
+    figure.suptitle("\n".join(lines), fontsize=10, color="#A33B00" if warning else "black")
+    return figure
+
+
+def flatness_table(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a small table of what was measured; none where nothing was."""
+    entries = record["flatness"]
+    shown = [name for name in _COLUMNS if any(_value(entry, name) is not None for entry in entries)]
+    if not entries:
+        return []
+    width = max(len(f"{entry['task_index'] + 1} {entry['task']} {entry['when']}") for entry in entries)
+    head = f"{'flatness around':<{width}} {'scope':<9}" + "".join(f"{_COLUMNS[name]:>12}" for name in shown)
+    lines = [head.rstrip()]
+    for entry in entries:
+        place = f"{entry['task_index'] + 1} {entry['task']} {entry['when']}"
+        numbers = "".join(f"{_short(_value(entry, name)):>12}" for name in shown)
+        lines.append(f"{place:<{width}} {entry['scope']:<9}{numbers}")
+    return lines
+
+
+def _value(entry: Entry, name: str | None) -> float | None:
+    if name is None:
+        return None
+    value = entry["loss"] if name == "loss" else entry["values"].get(name)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry['task_index'] + 1} {entry['task']}, {entry['when']}"
+
+
+def _results(folder: Path, entry: Entry) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / entry["file"]).read_text(encoding="utf-8"))
+        found: dict[str, Any] = content["scopes"][entry["scope"]]["results"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
+
+
+def _slice(results: Mapping[str, Any]) -> Grid | None:
+    found = results.get("slice")
+    if not found:
+        return None
+    losses = np.array([math.nan if loss is None else loss for loss in found["losses"]], dtype=np.float64)
+    axes = (np.asarray(found["coordinates"], dtype=np.float64),)
+    return Grid(losses, np.ones(len(losses), dtype=bool), axes, np.empty((0, 1)), np.empty(0), math.nan, found)
+
+
+def _landscape(folder: Path, entry: Entry) -> Grid | None:
+    path = folder / (entry["arrays"] or "")
+    if entry["arrays"] is None or not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "losses" not in file:
+                return None
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    grid = read_grid(path)
+    return replace(grid, about={**grid.about, "note": _name(entry)})

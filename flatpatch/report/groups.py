@@ -1,0 +1,279 @@
+"""Runs put together: those that differ by their seed alone make one group, with mean and standard deviation."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
+
+# Settings that say where a run lies, or that make the runs of one group different.
+_NOT_COMPARED = frozenset({"seed", "run", "output", "port"})
+# Without SAM these change nothing.
+_OF_SAM = frozenset({"rho", "eta", "scope", "sync", "ascent_loss"})
+# What mostly follows from the settings: told only where two groups would else have one name.
+_FOLLOWING = ("tasks", "benchmark", "profile", "engine", "device", "launcher", "processes", "pin", "patched_tree")
+# What draw_run makes anew from the record; every other figure of a run was measured.
+_REDRAWN = frozenset({"accuracy_matrix.png", "accuracy_over_tasks.png", "loss.png", "perturbation.png"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its folder holds it."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]] = ()
+    images: tuple[Path, ...] = ()  # figures of what was measured, PNG
+    digest: str = ""  # SHA-256 of record.json
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def seed(self) -> str:
+        """The run's seed, or its seeds, as text."""
+        return ", ".join(map(str, self.record["seeds"])) or "none"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every task was trained."""
+        return bool(self.record["status"] == "finished")
+
+    @property
+    def tasks_done(self) -> int:
+        """Number of tasks after which anything was evaluated."""
+        return sum(any(x is not None for x in row) for row in self.record["accuracy_matrix"])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1) of a few numbers."""
+
+    mean: float
+    deviation: float | None  # None for one number
+    n: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs whose settings are equal but for the seed."""
+
+    letter: str
+    title: str  # what sets it apart from the other groups
+    runs: tuple[Run, ...]
+    counted: tuple[Run, ...]  # one finished run per seed; else the one run that got furthest
+    differences: Mapping[str, Sequence[str]]  # what else differs among the counted runs: name to values, run by run
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the counted runs are finished ones."""
+        return self.counted[0].is_finished
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The first counted run's record."""
+        return self.counted[0].record
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, in the order of training."""
+        return tuple(self.record["tasks"])
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UserError: If it holds no sound record.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    return Run(
+        folder=folder,
+        record=record,
+        steps=read_step_metrics(folder / "metrics.jsonl"),
+        images=tuple(path for path in sorted((folder / "figures").rglob("*.png")) if path.name not in _REDRAWN),
+        digest=hashlib.sha256((folder / RECORD_FILE).read_bytes()).hexdigest(),
+    )
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Put together the runs that differ by their seed alone.
+
+    A seed that was run twice counts once: two runs of one seed are not two observations.
+
+    Args:
+        runs: At least one.
+
+    Returns:
+        The groups, in the order in which their first runs were given.
+    """
+    members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        members.setdefault(tuple(sorted(_facets(run.record).items())), []).append(run)
+    titles = _titles([dict(key) for key in members])
+    return [
+        Group(_letter(k), title, tuple(own), counted := _counted(own), _differences(counted))
+        for k, (title, own) in enumerate(zip(titles, members.values(), strict=True))
+    ]
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return mean, standard deviation and n of the numbers there are; None if there is none."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+
+def matrix_spread(group: Group) -> list[list[Spread | None]]:
+    """Return the accuracy matrix over the group's seeds, percent."""
+    matrices = [run.record["accuracy_matrix"] for run in group.counted]
+    size = range(len(group.tasks))
+    return [[spread(matrix[i][j] for matrix in matrices) for j in size] for i in size]
+
+
+def mean_accuracies(run: Run) -> list[float | None]:
+    """Return, after each task, the mean accuracy over the tasks seen so far; None where an entry is missing."""
+    rows = [row[: i + 1] for i, row in enumerate(run.record["accuracy_matrix"])]
+    return [None if None in row else statistics.fmean(row) for row in rows]
+
+
+def forgetting_per_task(run: Run) -> list[float | None]:
+    """Return each old task's best earlier accuracy minus its last, in points; None where an entry is missing."""
+    matrix = run.record["accuracy_matrix"]
+    losses: list[float | None] = []
+    for j in range(len(matrix) - 1):
+        seen = [row[j] for row in matrix[j:]]
+        losses.append(None if None in seen else max(seen[:-1]) - seen[-1])
+    return losses
+
+
+def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
+    """Name every run that one would expect here and that does not count, each with the reason.
+
+    Args:
+        groups: As ``group_runs`` returns them.
+
+    Returns:
+        Rows of ``letter``, ``seed``, ``state`` and ``why``.
+    """
+    seeds = list(dict.fromkeys(run.seed for group in groups for run in group.runs))
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            if not run.is_finished:
+                done = f"{run.tasks_done} of {len(run.record['tasks'])} tasks have results"
+                error = run.record.get("error", "")
+                rows.append(
+                    _gap(group, run.seed, run.record["status"], f"{run.name}: {done}" + (f"; {error}" if error else ""))
+                )
+            elif run not in group.counted:
+                first = next(other for other in group.counted if other.seed == run.seed)
+                same = run.record["accuracy_matrix"] == first.record["accuracy_matrix"]
+                why = f"{run.name} has the settings and the seed of {first.name}"
+                rows.append(
+                    _gap(group, run.seed, "not counted", f"{why}, with {'the same' if same else 'OTHER'} accuracies")
+                )
+        for seed in seeds:
+            if seed not in {run.seed for run in group.runs}:
+                others = [other.letter for other in groups if seed in {run.seed for run in other.runs}]
+                rows.append(_gap(group, seed, "no run", f"{' and '.join(others)} has this seed"))
+    return rows
+
+
+def _gap(group: Group, seed: str, state: str, why: str) -> dict[str, str]:
+    return {"letter": group.letter, "seed": seed, "state": state, "why": why}
+
+
+def _facets(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return all that two runs must share to be of one group."""
+    sam = setting(record, "sam", "off")
+    environment = record["environment"]
+    facets = {
+        key: str(entry["value"])
+        for key, entry in record["settings"].items()
+        if key not in _NOT_COMPARED and not (sam == "off" and key in _OF_SAM) and not (key == "eta" and sam != "asam")
+    }
+    # Where a setting says "auto", what it came to.
+    facets |= {key: str(record[key]) for key in ("method", "benchmark", "profile", "engine")}
+    facets |= {key: str(environment[key]) for key in ("device", "launcher") if key in environment}
+    facets |= {"processes": str(environment["world_size"])} if "world_size" in environment else {}
+    facets["sam"] = str(sam)
+    facets["tasks"] = ",".join(record["tasks"])
+    if record["upstream"]:
+        facets |= {key: record["upstream"][key] for key in ("pin", "patched_tree")}
+    return facets
+
+
+def _titles(keys: Sequence[Mapping[str, str]]) -> list[str]:
+    """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart."""
+    names = list(dict.fromkeys(name for key in keys for name in key))
+    # Without SAM a group has no radius: that is told by "SAM off" already.
+    differing = [
+        name for name in names if len({key.get(name) for key in keys if name in key or name not in _OF_SAM}) > 1
+    ]
+    asked = [name for name in differing if name not in ("method", "sam", "rho", *_FOLLOWING)]
+    titles = []
+    for key in keys:
+        parts = [key["method"]] if "method" in differing else []
+        parts.append("SAM off" if key["sam"] == "off" else f"{key['sam'].upper()} rho={key.get('rho', '?')}")
+        titles.append(", ".join([*parts, *(_named(key, name) for name in asked if name in key)]))
+    for name in _FOLLOWING:
+        same = [k for k in range(len(keys)) if titles.count(titles[k]) > 1]
+        if name in differing and len({keys[k].get(name) for k in same}) > 1:
+            titles = [
+                f"{title}, {_named(keys[k], name)}" if k in same and name in keys[k] else title
+                for k, title in enumerate(titles)
+            ]
+    return titles
+
+
+def _named(key: Mapping[str, str], name: str) -> str:
+    return f"{name}={_shortened(key[name])}"
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= 30 else value[:12] + "…"
+
+
+def _counted(runs: Sequence[Run]) -> tuple[Run, ...]:
+    first: dict[str, Run] = {}
+    for run in runs:
+        if run.is_finished:
+            first.setdefault(run.seed, run)
+    return tuple(first.values()) or (max(runs, key=lambda run: run.tasks_done),)
+
+
+def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return what the environment of the counted runs does not share."""
+    flat = [flatten(run.record["environment"]) for run in runs]
+    inputs = [flatten(run.record.get("inputs", {}), "inputs") for run in runs]
+    rows = [{**a, **b} for a, b in zip(flat, inputs, strict=True)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: [row.get(name, "not recorded") for row in rows] for name in names}
+    return {name: values for name, values in found.items() if len(set(values)) > 1}
+
+
+def flatten(value: Any, name: str = "") -> dict[str, str]:
+    """Return nested mappings as one, ``{"a": {"b": 1}}`` as ``{"a.b": "1"}``; values as text."""
+    if not isinstance(value, Mapping):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        return {name: "none" if shown in (None, "") else str(shown)}
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _letter(number: int) -> str:
+    """Return A, B, ... Z, AA, AB, ... for 0, 1, ..."""
+    first, last = divmod(number, 26)
+    return (_letter(first - 1) if first else "") + chr(ord("A") + last)
