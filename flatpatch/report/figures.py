@@ -239,7 +239,7 @@ def _of_one_loss(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Mapping
 def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]], of: str = "loss") -> StepCurves:
     """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts.
 
-    Where a batch takes several steps, one loss's steps are kept: the task's, unless only another's have measured ``of``.
+    Where a batch takes several steps, those on one loss are kept: the task's, unless another alone has ``of``.
     """
     metrics = _of_one_loss(metrics, of)
     lines: dict[tuple[int, float], Mapping[str, Any]] = {}

@@ -155,7 +155,7 @@ def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, in
             "a task of one class: upstream's log leaves out a last group of one class. "
             "Choose upstream.init_cls= and upstream.increment= of at least 2."
         )
-    elif "total_sessions" not in config and first < TOP_K:
+    elif "general_pos" in config and first < TOP_K:
         problems.append(
             f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task already. "
             f"Choose upstream.init_cls= of at least {TOP_K}."
