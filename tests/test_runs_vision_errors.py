@@ -95,6 +95,16 @@ def test_cuda_where_there_is_none_is_refused(refused: Refused) -> None:
 
 
 @pytest.mark.third_party
+def test_model_that_upstream_trains_on_several_gpus_alone_is_refused(
+    refused: Refused, upstream: Callable[[str], Path]
+) -> None:
+    upstream("InfLoRA")
+    text = refused("method=inflora", "variant=infloraca", "profile=quick", "device=cpu")
+    assert "InfLoRA's code of InfLoRA_CA1 (configs/cifar100_infloraca.json) stops on a single device" in text
+    assert "device=0,1" in text
+
+
+@pytest.mark.third_party
 def test_missing_images_and_weights_are_told_what_to_fetch(
     refused: Refused, upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
