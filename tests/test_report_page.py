@@ -102,10 +102,23 @@ def test_unfinished_run_is_named_and_counts_nowhere(page):
 
 def test_seed_that_one_setting_lacks_is_named(four):
     groups = group_runs([read_run(folder) for folder in four[:4]])
-    assert [(row["letter"], row["seed"], row["state"]) for row in gaps(groups)] == [
-        ("B", "1", "no run"),
-        ("B", "2", "no run"),
-    ]
+    assert [(row["letter"], row["seed"], row["state"]) for row in gaps(groups)] == [("B", "1, 2", "no run")]
+
+
+def test_seeds_of_another_method_are_not_expected(tmp_path):
+    folders = [write_run(tmp_path / "a", seeded(0)), write_run(tmp_path / "b", seeded(1, method="olora"))]
+    assert gaps(group_runs([read_run(folder) for folder in folders])) == []
+
+
+def test_settings_another_method_lacks_are_named_only_if_somebody_set_them(tmp_path):
+    records = [seeded(0), seeded(0, method="cllora")]
+    records[1]["settings"] |= {
+        "sam_on": {"value": "both", "source": "default"},
+        "variant": {"value": "full", "source": "command line"},
+    }
+    folders = [write_run(tmp_path / str(k), record) for k, record in enumerate(records)]
+    titles = [group.title for group in group_runs([read_run(folder) for folder in folders])]
+    assert titles == ["nlora, SAM rho=0.05", "cllora, SAM rho=0.05, variant=full"]
 
 
 def test_failed_run_says_why(tmp_path):
@@ -151,12 +164,16 @@ def test_without_sam_its_radius_sets_nothing_apart(tmp_path):
     assert len(group_runs([read_run(folder) for folder in folders])) == 1
 
 
-def test_other_conditions_within_a_group_are_told(tmp_path):
-    folders = [
-        write_run(tmp_path / str(k), seeded(k, environment={"threads": k + 1, "python": "3.11.7"})) for k in (0, 1)
-    ]
+def test_other_conditions_of_some_runs_are_told(tmp_path):
+    def record(seed, sam, threads):
+        variables = {"PYTHONPATH": str(seed)}  # where the package lies changes no number
+        return seeded(seed, sam=sam, environment={"threads": threads, "python": "3.11.7", "variables": variables})
+
+    records = [record(0, "off", 1), record(1, "off", 1), record(0, "sam", 1), record(1, "sam", 2)]
+    folders = [write_run(tmp_path / str(k), one) for k, one in enumerate(records)]
     _, reader = read(folders)
-    assert "threads is 1 (seed 0), 2 (seed 1)" in reader.words
+    assert "the same conditions: threads: 1 (A; B seed 0), 2 (B seed 1)" in reader.words
+    assert "PYTHONPATH: " not in reader.words
 
 
 @pytest.mark.parametrize(("record", "banner"), [(make_quick_record(), True), (make_record(), False)])
@@ -208,9 +225,7 @@ def test_flatness_is_tabled_per_time_and_setting(page):
 
 def test_entries_that_measured_nothing_are_no_number(tmp_path):
     record = make_record()
-    entry = flatness_entry(0, "after", "merged", {}, loss=None, samples=3)
-    del entry["values"]
-    record["flatness"] = [entry]
+    record["flatness"] = [flatness_entry(0, "after", "merged", {}, loss=None, samples=3)]
     _, reader = read([write_run(tmp_path / "run", record)])
     assert reader.table("Measured in scope merged")[1:] == []
 
@@ -321,10 +336,7 @@ def test_hostile_text_stays_text(tmp_path):
     record["metrics"][HOSTILE] = 1.0
     record["inputs"] = {HOSTILE: HOSTILE}
     record["timing"]["started"] = HOSTILE
-    record["flatness"] = [
-        flatness_entry(0, HOSTILE, HOSTILE, {HOSTILE: 1.0}),
-        flatness_entry(0, "after", "<i>", {"<u>": 1.0}),
-    ]
+    record["flatness"] = [flatness_entry(0, "after", "adapter", {HOSTILE: 1.0, "<u>": 2.0}, task=tasks[0])]
     failed = seeded(1, tasks=tasks, done=1) | {"error": HOSTILE, "status": "failed"}
     comparison = dict.fromkeys(("verdict", "why"), HOSTILE) | {
         "baseline": dict.fromkeys(("name", "source", "kind", "verification"), HOSTILE),

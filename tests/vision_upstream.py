@@ -1,14 +1,13 @@
 """Run an image repository's own main.py, patched or not, on a tiny model and data, and keep all that it computed.
 
-    python vision_upstream.py TREE CONFIG RESULTS [unpatched]
+    python vision_upstream.py TREE CONFIG RESULTS [emulated]
 
-In an unpatched tree everything that has to be otherwise on a machine without GPU is put in place from outside, by
-replacing attributes of upstream's modules and of torch; none of it comes from flatpatch.
+With "emulated" everything that has to be otherwise on a machine without GPU is put in place from outside, by replacing
+attributes of upstream's modules and of torch; none of it comes from flatpatch.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import runpy
 import sys
@@ -87,7 +86,7 @@ def on_the_cpu(args: dict) -> None:
 
 
 def emulate(repo: str) -> None:
-    """Let an unpatched repository run here."""
+    """Let an unpatched repository run here, or a patched one whose hooks do nothing."""
     import trainer
     import utils.data_manager
 
@@ -147,24 +146,50 @@ def emulate(repo: str) -> None:
     torch.optim.SGD.step = uncounted
 
 
-def watch() -> tuple[list, list]:
-    """Return lists that fill with the learners that upstream makes and with every number it takes from a tensor."""
+def watch() -> list[tuple[object, list]]:
+    """Return a list that fills with the learners that upstream makes, each with every number it takes from a tensor."""
     import trainer
 
-    learners, numbers = [], []
+    seen: list[tuple[object, list]] = []
+    numbers: list[list] = [[]]
     get_model, item = trainer.factory.get_model, torch.Tensor.item
 
     def kept(*arguments):
-        learners.append(get_model(*arguments))
-        return learners[-1]
+        numbers.append([])
+        learner = get_model(*arguments)
+        seen.append((learner, numbers[-1]))
+        return learner
 
     def noted(tensor):
-        numbers.append(item(tensor))
-        return numbers[-1]
+        number = item(tensor)
+        numbers[-1].append(number)
+        return number
 
     trainer.factory.get_model = kept
     torch.Tensor.item = noted
-    return learners, numbers
+    return seen
+
+
+def watch_features(sinet) -> list[bool]:
+    """Return a list that says of each of InfLoRA's feature passes whether the weights stood as a step left them."""
+    found: list[bool] = []
+    after: dict = {}
+    step, forward = torch.optim.Adam.step, sinet.SiNet.forward
+
+    def stepped(optimizer, *arguments):
+        result = step(optimizer, *arguments)
+        after.update(
+            (p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        )
+        return result
+
+    def passed(network, *arguments, get_cur_feat=False, **more):
+        if get_cur_feat:
+            found.append(all(torch.equal(p, after[p]) for p in network.parameters() if p in after))
+        return forward(network, *arguments, get_cur_feat=get_cur_feat, **more)
+
+    torch.optim.Adam.step, sinet.SiNet.forward = stepped, passed
+    return found
 
 
 def results(learner) -> dict:
@@ -193,11 +218,19 @@ def main() -> None:
     sys.path.insert(0, tree)
     if rest:
         emulate(repo)
-    learners, numbers = watch()
+    seen = watch()
+    features: list[bool] = []
+    if repo == "InfLoRA":
+        import models.sinet_inflora
+
+        features = watch_features(models.sinet_inflora)
     sys.argv = ["main.py", *(["--config", config] if repo == "InfLoRA" else [config])]
     runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
-    seeds = json.loads(Path(config).read_text())["seed"]
-    torch.save({"seeds": seeds, "results": [results(learner) for learner in learners], "numbers": numbers}, output)
+    # Evaluating once more, below, takes more numbers and would write more into the log.
+    numbers = [tuple(numbers) for _, numbers in seen]
+    logging.disable()
+    found = [results(learner) | {"numbers": taken} for (learner, _), taken in zip(seen, numbers, strict=True)]
+    torch.save({"seeds": found, "features_unperturbed": features}, output)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from flatpatch.hooks.images import (
     width,
     workers,
 )
-from flatpatch.hooks.loop import begin_batch, begin_task, end_task, second_pass
+from flatpatch.hooks.loop import begin_task, end_task, first_pass, second_pass
 from flatpatch.hooks.losses import classification_loss, cllora_distillation_loss, cllora_loss
 from flatpatch.hooks.trainer import attach_trainer
 
 __all__ = [
     "attach_trainer",
     "backbones",
-    "begin_batch",
     "begin_task",
     "block_weight",
     "classification_loss",
@@ -37,6 +36,7 @@ __all__ = [
     "dataset",
     "end_task",
     "fetches",
+    "first_pass",
     "forget_the_step",
     "keep_versions",
     "load_weights",

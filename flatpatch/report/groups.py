@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ _NOT_COMPARED = frozenset({"seed", "run", "output", "port"})
 _OF_SAM = frozenset({"rho", "eta", "scope", "sync", "ascent_loss"})
 # What mostly follows from the settings: told only where two groups would else have one name.
 _FOLLOWING = ("tasks", "benchmark", "profile", "engine", "device", "launcher", "processes", "pin", "patched_tree")
+# Where the package lies and which of several GPUs ran it.
+_HARMLESS = frozenset({"variables.PYTHONPATH", "variables.CUDA_VISIBLE_DEVICES"})
 # What draw_run makes anew from the record; every other figure of a run was measured.
 _REDRAWN = frozenset({"accuracy_matrix.png", "accuracy_over_tasks.png", "loss.png", "perturbation.png"})
 
@@ -69,7 +71,6 @@ class Group:
     title: str  # what sets it apart from the other groups
     runs: tuple[Run, ...]
     counted: tuple[Run, ...]  # one finished run per seed; else the one run that got furthest
-    differences: Mapping[str, Sequence[str]]  # what else differs among the counted runs: name to values, run by run
 
     @property
     def is_finished(self) -> bool:
@@ -118,9 +119,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(sorted(_facets(run.record).items())), []).append(run)
-    titles = _titles([dict(key) for key in members])
+    given = {key for run in runs for key, entry in run.record["settings"].items() if entry["source"] != "default"}
+    titles = _titles([dict(key) for key in members], given)
     return [
-        Group(_letter(k), title, tuple(own), counted := _counted(own), _differences(counted))
+        Group(_letter(k), title, tuple(own), _counted(own))
         for k, (title, own) in enumerate(zip(titles, members.values(), strict=True))
     ]
 
@@ -165,7 +167,6 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
     Returns:
         Rows of ``letter``, ``seed``, ``state`` and ``why``.
     """
-    seeds = list(dict.fromkeys(run.seed for group in groups for run in group.runs))
     rows = []
     for group in groups:
         for run in group.runs:
@@ -182,11 +183,50 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
                 rows.append(
                     _gap(group, run.seed, "not counted", f"{why}, with {'the same' if same else 'OTHER'} accuracies")
                 )
-        for seed in seeds:
-            if seed not in {run.seed for run in group.runs}:
-                others = [other.letter for other in groups if seed in {run.seed for run in other.runs}]
-                rows.append(_gap(group, seed, "no run", f"{' and '.join(others)} has this seed"))
+        own = {run.seed for run in group.runs}
+        others = [other for other in groups if _family(other) == _family(group)]
+        if lacking := list(dict.fromkeys(run.seed for other in others for run in other.runs if run.seed not in own)):
+            holders = [other.letter for other in others if any(run.seed in lacking for run in other.runs)]
+            rows.append(_gap(group, ", ".join(lacking), "no run", f"there is one in {', '.join(holders)}"))
     return rows
+
+
+def other_conditions(groups: Sequence[Group]) -> dict[str, dict[str, str]]:
+    """Return what the runs do not share beside their settings: libraries, hardware, inputs, code.
+
+    Args:
+        groups: As ``group_runs`` returns them.
+
+    Returns:
+        For each such thing its values, each with the groups, and seeds where not all of a group's, that have it.
+    """
+    runs = [(group, run) for group in groups for run in group.runs]
+    rows = [{**flatten(run.record["environment"]), **flatten(run.record.get("inputs", {}), "input")} for _, run in runs]
+    found: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        holders: dict[str, list[tuple[Group, Run]]] = {}
+        for row, holder in zip(rows, runs, strict=True):
+            if name in row:  # methods record different things
+                holders.setdefault(row[name], []).append(holder)
+        if len(holders) > 1 and name not in _HARMLESS:
+            found[name] = {value: where(groups, own) for value, own in holders.items()}
+    return found
+
+
+def where(groups: Sequence[Group], holders: Sequence[tuple[Group, Run]]) -> str:
+    """Name the groups that some runs are of; with the seeds where they are not all of a group's runs."""
+    parts = []
+    for group in groups:
+        own = [run for other, run in holders if other is group]
+        if own:
+            whole = len(own) == len(group.runs)
+            parts.append(group.letter if whole else f"{group.letter} seed {', '.join(run.seed for run in own)}")
+    return "; ".join(parts)
+
+
+def _family(group: Group) -> tuple[str, ...]:
+    """Return what groups share in which one expects the same seeds."""
+    return tuple(group.record[key] for key in ("method", "benchmark", "profile", "engine"))
 
 
 def _gap(group: Group, seed: str, state: str, why: str) -> dict[str, str]:
@@ -213,14 +253,21 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
     return facets
 
 
-def _titles(keys: Sequence[Mapping[str, str]]) -> list[str]:
-    """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart."""
+def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[str]:
+    """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart.
+
+    Args:
+        keys: Each group's facets.
+        given: Names of the settings that somebody set; one that is unknown to other methods is told only if it was.
+    """
     names = list(dict.fromkeys(name for key in keys for name in key))
-    # Without SAM a group has no radius: that is told by "SAM off" already.
-    differing = [
-        name for name in names if len({key.get(name) for key in keys if name in key or name not in _OF_SAM}) > 1
+    differing = [name for name in names if len({key.get(name) for key in keys}) > 1]
+    asked = [
+        name
+        for name in differing
+        if name not in ("method", "sam", "rho", *_FOLLOWING)
+        and (len({key[name] for key in keys if name in key}) > 1 or (name in given and name not in _OF_SAM))
     ]
-    asked = [name for name in differing if name not in ("method", "sam", "rho", *_FOLLOWING)]
     titles = []
     for key in keys:
         parts = [key["method"]] if "method" in differing else []
@@ -250,16 +297,6 @@ def _counted(runs: Sequence[Run]) -> tuple[Run, ...]:
         if run.is_finished:
             first.setdefault(run.seed, run)
     return tuple(first.values()) or (max(runs, key=lambda run: run.tasks_done),)
-
-
-def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return what the environment of the counted runs does not share."""
-    flat = [flatten(run.record["environment"]) for run in runs]
-    inputs = [flatten(run.record.get("inputs", {}), "inputs") for run in runs]
-    rows = [{**a, **b} for a, b in zip(flat, inputs, strict=True)]
-    names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: [row.get(name, "not recorded") for row in rows] for name in names}
-    return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
 def flatten(value: Any, name: str = "") -> dict[str, str]:

@@ -29,7 +29,9 @@ from flatpatch.report.groups import (
     gaps,
     matrix_spread,
     mean_accuracies,
+    other_conditions,
     spread,
+    where,
 )
 from flatpatch.report.records import setting
 from flatpatch.report.titles import warning
@@ -120,6 +122,7 @@ def make_page(
         "warnings": _warnings(groups),
         "gaps": gaps(groups),
         "unreadable": unreadable,
+        "conditions": other_conditions(groups),
         "headline": _metric_rows(groups, HEADLINE),
         "metrics": _metric_rows(groups, _metric_names(groups)),
         "matrices": {group.letter: _matrix(group) for group in groups},
@@ -169,7 +172,7 @@ def _common(groups: Sequence[Group]) -> list[tuple[str, str]]:
     tasks = list(dict.fromkeys(_chain(record["tasks"]) for record in records))
     return [
         ("method", all_of(record["method"] for record in records)),
-        ("benchmark", all_of(record["benchmark"] for record in records)),
+        ("benchmark", "; ".join(dict.fromkeys(record["benchmark"] for record in records))),
         ("tasks", "; ".join(tasks)),
         ("SAM", all_of(optimisers)),
         ("seeds", all_of(seed for record in records for seed in record["seeds"]) or "none"),
@@ -249,11 +252,11 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
     tables = []
     for members in _by_tasks(groups):
         entries = [entry for group in members for run in group.counted for entry in run.record["flatness"]]
-        for scope in dict.fromkeys(str(entry.get("scope", "")) for entry in entries):
+        for scope in dict.fromkeys(entry["scope"] for entry in entries):
             names = _scalars(members, scope)
             rows = []
             for name in names:
-                for when in dict.fromkeys(str(entry.get("when", "")) for entry in entries):
+                for when in dict.fromkeys(entry["when"] for entry in entries):
                     for group in members:
                         measured = [drawing.measured(run, scope, when, name) for run in group.counted]
                         cells = [
@@ -262,16 +265,16 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
                         ]
                         if any(cells):
                             rows.append({"name": name, "when": when, "group": group, "cells": cells})
-            facts = [entry for entry in entries if entry.get("scope") == scope]
+            facts = [entry for entry in entries if entry["scope"] == scope]
             tables.append(
                 {
                     "scope": scope,
                     "tasks": members[0].tasks,
-                    "letters": ", ".join(group.letter for group in members),
+                    "letters": "" if len(members) == len(groups) else ", ".join(group.letter for group in members),
                     "rows": rows,
-                    "samples": sorted({entry["samples"] for entry in facts if entry.get("samples") is not None}),
+                    "samples": sorted({entry["samples"] for entry in facts}),
                     "figure": f"flatness-{scope}-{members[0].letter}",
-                    "undefined": sum(value is None for entry in facts for value in entry.get("values", {}).values()),
+                    "undefined": sum(value is None for entry in facts for value in entry["values"].values()),
                 }
             )
     return tables
@@ -279,8 +282,8 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _scalars(groups: Sequence[Group], scope: str) -> list[str]:
     entries = [entry for group in groups for run in group.counted for entry in run.record["flatness"]]
-    own = [entry for entry in entries if entry.get("scope") == scope]
-    return list(dict.fromkeys(name for entry in own for name in ("loss", *entry.get("values", {}))))
+    own = [entry for entry in entries if entry["scope"] == scope]
+    return list(dict.fromkeys(name for entry in own for name in ("loss", *entry["values"])))
 
 
 def _by_tasks(groups: Sequence[Group]) -> list[list[Group]]:
@@ -450,20 +453,13 @@ def _deviations(groups: Sequence[Group]) -> list[dict[str, Any]]:
         for run in group.runs:
             for row in run.record["deviations"]:
                 key = tuple(str(row.get(name)) for name in ("what", "upstream", "here", "why", "tasks"))
-                entry = found.setdefault(key, {**row, "tasks": row.get("tasks", []), "runs": {}})
-                entry["runs"].setdefault(group.letter, []).append(run)
-    rows = []
-    for entry in found.values():
-        parts = []
-        for group in groups:
-            own = entry["runs"].get(group.letter, [])
-            if len(own) == len(group.runs):
-                parts.append(group.letter)
-            elif own:
-                parts.append(f"{group.letter} seed {', '.join(run.seed for run in own)}")
-        everywhere = parts == [group.letter for group in groups]
-        rows.append({**entry, "where": "all" if everywhere else "; ".join(parts)})
-    return rows
+                entry = found.setdefault(key, {**row, "tasks": row.get("tasks", []), "holders": []})
+                entry["holders"].append((group, run))
+    count = sum(len(group.runs) for group in groups)
+    return [
+        {**entry, "where": "all" if len(entry["holders"]) == count else where(groups, entry["holders"])}
+        for entry in found.values()
+    ]
 
 
 def _rerun(group: Group) -> dict[str, Any]:

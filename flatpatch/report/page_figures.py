@@ -184,10 +184,9 @@ def measured(run: Run, scope: str, when: str, name: str) -> list[float]:
     """
     values = [math.nan] * len(run.record["tasks"])
     for entry in run.record["flatness"]:
-        index = entry.get("task_index", -1)
-        if entry.get("scope") == scope and entry.get("when") == when and 0 <= index < len(values):
-            value = entry.get("loss") if name == "loss" else entry.get("values", {}).get(name)
-            values[index] = math.nan if value is None else float(value)
+        if (entry["scope"], entry["when"]) == (scope, when):
+            value = entry["loss"] if name == "loss" else entry["values"].get(name)
+            values[entry["task_index"]] = math.nan if value is None else float(value)
     return values
 
 

@@ -67,7 +67,7 @@ def execute(plan: Plan) -> dict[str, Any]:
         return old
     print("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]), flush=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with _only_runner(plan.folder), _Stop() as stop:
+    with only_runner(plan.folder), _Stop() as stop:
         record = new_record(plan)
         if old is not None:
             record["restarts"] = old["restarts"] + 1
@@ -381,7 +381,7 @@ def _end_leftovers(hook: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_runner(folder: Path) -> Iterator[None]:
+def only_runner(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
     with (folder / LOCK).open("w") as file:
         try:
