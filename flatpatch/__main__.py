@@ -15,6 +15,7 @@ verbs:
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
   report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
+  measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
 
@@ -72,6 +73,7 @@ def _dispatch(arguments: list[str]) -> int:
         "sweep": _sweep,
         "compare": _compare,
         "report": _report,
+        "measure": _measure,
         "patches": _patches,
         "doctor": _doctor,
     }
@@ -124,6 +126,12 @@ def _report(words: list[str]) -> int:
     from flatpatch.runs import sweep
 
     return sweep.show(words)
+
+
+def _measure(words: list[str]) -> int:
+    from flatpatch.runs import measure
+
+    return measure.measure(words)
 
 
 def _patches(words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.hooks import images, loop
+from flatpatch.measurement.request import Request
 
 
 class Network(nn.Module):
@@ -53,9 +55,8 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_trainings", [])
     monkeypatch.setattr(images, "_kept_versions", [])
 
-    def start(vision=None, **settings):
-        run = description(tmp_path, **settings)
-        run["vision"] |= vision or {}
+    def start(more=None, **settings):
+        run = description(tmp_path, **settings) | (more or {})
         path = tmp_path / "hook.json"
         path.write_text(json.dumps(run))
         monkeypatch.setenv("FLATPATCH_RUN", str(path))
@@ -74,9 +75,9 @@ def batches(count=3, size=5, dtype=torch.float64):
     return [(torch.randn(size, 4, dtype=dtype), torch.randint(0, 3, (size,))) for _ in range(count)]
 
 
-def train(network, data, optimizer, task=0, again=None):
+def train(network, data, optimizer, task=0, again=None, who=None):
     """The shape of InfLoRA's loop."""
-    hooks.begin_task(learner(network, task), optimizer, data, 1)
+    hooks.begin_task(who or learner(network, task), optimizer, data, 1)
     for inputs, targets in data:
         hooks.first_pass()
         loss = cross_entropy(network(inputs)["logits"], targets)
@@ -404,6 +405,49 @@ def test_a_gradient_that_is_not_finite_gives_a_plain_step_and_is_counted(started
     assert line["perturbation_norm"] == 0
     assert line["perturbed_loss"] == line["loss"]
     assert json.loads((tmp_path / "summary.json").read_text())["ascent_fallbacks"] == 1
+
+
+class Images:
+    """Five examples as upstream's data sets give them, with noise drawn anew each time."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return index, torch.randn(4, generator=generator) + 0.1 * torch.randn(4), 10 + index % 3
+
+
+class Batches(list):
+    dataset = Images()
+
+
+def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_nothing(started, tmp_path):
+    request = Request(kinds=("loss",), scopes=("trainable",), samples=4, batch=3).as_dict()
+    results = []
+    for measure in (None, {"request": request, "folder": str(tmp_path / "flatness")}):
+        loop._trainings.clear()
+        torch.manual_seed(4)
+        network = Network(dropout=0.3)
+        start = copy.deepcopy(network)
+        started({"measure": measure})
+        who = learner(network)
+        who._known_classes, who._total_classes = 10, 13
+        data = Batches(batches(dtype=torch.float32))
+        torch.manual_seed(5)
+        train(network, data, torch.optim.SGD(network.parameters(), lr=0.5), who=who)
+        results.append((*copies(network), torch.get_rng_state()))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+    torch.manual_seed(0)
+    indices = sorted(torch.randperm(5, generator=torch.Generator().manual_seed(0))[:4].tolist())
+    items = [Images()[index] for index in indices]
+    inputs, targets = torch.stack([image for _, image, _ in items]), torch.tensor([c - 10 for _, _, c in items])
+    for model, when in ((start, "before"), (network, "after")):
+        point = json.loads((tmp_path / "flatness" / f"1-10-12-{when}.json").read_text())
+        assert point["error"] is None
+        assert (point["indices"], point["batches"]) == (indices, [3, 1])
+        expected = cross_entropy(model.eval()(inputs)["logits"], targets).item()
+        assert point["scopes"]["trainable"]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_data_parallel_trains_as_the_bare_network_does(started):

@@ -328,7 +328,6 @@ def test_non_finite_loss_is_an_error_in_the_file_and_no_exception(
     record = make_record(flatness=entries)
     validate_record(record)
     assert len(flatness_table(record)) == 2
-    (tmp_path / "figures").mkdir()
     assert draw_flatness(record, tmp_path) == []
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import vision_upstream
 
+from flatpatch.measurement.request import Request
 from flatpatch.patches import build
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -27,15 +28,20 @@ TASKS = {"InfLoRA": 10, "CL-LoRA": 5}
 # Two batches in each of two epochs; CL-LoRA takes two steps a batch from its second task on.
 STEPS = {"InfLoRA": [4] * 10, "CL-LoRA": [8] + [16] * 4}
 
+MEASURED = Request(kinds=("loss", "eigenvalues"), scopes=("adapter",), samples=6, batch=4)
 
-def run(folder: Path, repo: str, seeds: list[int], *, patched: bool = True, **sam: Any) -> dict[str, Any]:
+
+def run(
+    folder: Path, repo: str, seeds: list[int], *, patched: bool = True, measured: bool = False, **sam: Any
+) -> dict[str, Any]:
     """Run main.py in a folder; with SAM settings the hooks are on, without them everything is emulated from outside."""
     folder.mkdir()
     tree = build(repo, patched=patched, into=folder.parent).path
     (folder / "config.json").write_text(json.dumps(vision_upstream.CONFIGS[repo] | {"seed": seeds}))
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     if sam:
-        (folder / "hook.json").write_text(json.dumps(description(repo, **sam)))
+        measure = {"request": MEASURED.as_dict(), "folder": str(folder / "flatness")} if measured else None
+        (folder / "hook.json").write_text(json.dumps(description(repo, **sam) | {"measure": measure}))
         environment["FLATPATCH_RUN"] = str(folder / "hook.json")
     command = [sys.executable, TESTS / "vision_upstream.py", tree, "config.json", "results.pt"]
     done = subprocess.run(
@@ -141,12 +147,25 @@ def test_rho_zero_equals_the_authors_run_bit_for_bit(repo: str, folder: Path, au
     assert all(line["grad_norm"] > 0 and line["perturbation_norm"] == 0 for line in lines)
 
 
-def test_sam_off_and_a_seed_of_its_own_equal_the_authors_second_seed(
+def test_sam_off_with_measuring_on_and_a_seed_of_its_own_equal_the_authors_second_seed(
     repo: str, folder: Path, authors: dict[str, Any]
 ) -> None:
-    ours = run(folder / "off", repo, [1], kind="off")
+    ours = run(folder / "off", repo, [1], measured=True, kind="off")
     assert differences(ours["seeds"][0], authors["seeds"][1]) == []
     assert logged(ours["folder"], 1) == logged(authors["folder"], 1)
+    points = [json.loads(path.read_text()) for path in (ours["folder"] / "flatness").glob("*.json")]
+    whens = [(task, when) for task in range(TASKS[repo]) for when in ("after", "before")]
+    assert sorted((point["task_index"], point["when"]) for point in points) == whens
+    for point in points:
+        assert (point["error"], point["scopes"]["adapter"]["errors"]) == (None, {})
+        assert point["samples"] == 6
+        assert point["scopes"]["adapter"]["values"]["top_eigenvalue"] is not None
+    losses = {(p["task_index"], p["when"]): p["scopes"]["adapter"]["loss"] for p in points}
+    assert all(losses[task, "after"] != losses[task, "before"] for task in range(TASKS[repo]))
+    classes = vision_upstream.CONFIGS[repo]["increment"]
+    assert {point["task"] for point in points} == {
+        f"{classes * task}-{classes * (task + 1) - 1}" for task in range(TASKS[repo])
+    }
 
 
 def test_patched_code_without_a_run_equals_the_authors(repo: str, folder: Path, authors: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from reference_images import CLASSES, SIZES, TinyImages, make_reference
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from flatpatch.continual.reference.vision.images import load_tasks
 from flatpatch.continual.reference.vision.inflora import input_covariances
 from flatpatch.continual.reference.vision.vit import KeyValueLoRA, build
 from flatpatch.errors import UserError
+from flatpatch.flatness.scope import find_scope
 from flatpatch.sam import SAM
 
 METHODS = ("inflora", "seqlora")
@@ -85,29 +87,55 @@ def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> set[str]:
 # The model
 
 
-def test_layer_adds_old_and_present_updates_to_keys_and_values_alone() -> None:
-    qkv = torch.nn.Linear(5, 15).double()
+def random_layer(bias: bool = True) -> KeyValueLoRA:
+    """Return a layer of width 5 with an update, and another of earlier tasks."""
+    layer = KeyValueLoRA(torch.nn.Linear(5, 15, bias=bias).double(), rank=2).double()
+    for part in (layer.k, layer.v):
+        torch.nn.init.normal_(part.factor("B"))
+        part.old.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_adds_old_and_present_updates_to_keys_and_values_alone(bias: bool) -> None:
+    qkv = torch.nn.Linear(5, 15, bias=bias).double()
     layer = KeyValueLoRA(qkv, rank=2).double()
-    for B in layer.factors("B"):
-        torch.nn.init.normal_(B)
-    layer.old.normal_()
-    (A_k, A_v), (B_k, B_v) = layer.factors("A"), layer.factors("B")
     x = torch.randn(3, 4, 5, dtype=torch.float64)
-    W = qkv.weight
-    change = torch.cat([torch.zeros(5, 5, dtype=torch.float64), B_k @ A_k + layer.old[:5], B_v @ A_v + layer.old[5:]])
-    torch.testing.assert_close(layer(x), x @ (W + change).T + qkv.bias)
+    torch.testing.assert_close(layer(x), qkv(x))
+    for part in (layer.k, layer.v):
+        torch.nn.init.normal_(part.factor("B"))
+        part.old.normal_()
+    (A_k, A_v), (B_k, B_v) = layer.factors("A"), layer.factors("B")
+    changes = [torch.zeros(5, 5, dtype=torch.float64), B_k @ A_k + layer.k.old, B_v @ A_v + layer.v.old]
+    torch.testing.assert_close(layer(x), qkv(x) + x @ torch.cat(changes).T)
 
 
 def test_folding_an_update_changes_no_output_and_leaves_a_new_one_of_zero() -> None:
-    layer = KeyValueLoRA(torch.nn.Linear(5, 15), rank=2).double()
-    for B in layer.factors("B"):
-        torch.nn.init.normal_(B)
+    layer = random_layer()
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     expected = layer(x)
     for _ in range(2):
         layer.fold()
         torch.testing.assert_close(layer(x), expected)
-        assert not layer.update().any()
+        assert not layer.k.update().any() and not layer.v.update().any()
+
+
+def test_flatness_measures_the_merged_keys_and_values(runs: dict[str, Run]) -> None:
+    state = runs["inflora"].after[1]
+    scope = find_scope(state.model, "merged")
+    parts = [part for layer in state.model.layers for part in (layer.k, layer.v)]
+    for part, matrix in zip(parts, scope.variables, strict=True):
+        torch.testing.assert_close(matrix, part.weight + part.update() + part.old)
+    images, targets = next(state.tasks[1].batches(22))
+    with scope.installed():
+        loss = F.cross_entropy(state.model(images), targets)
+        gradients = torch.autograd.grad(loss, scope.variables)
+    torch.testing.assert_close(loss, F.cross_entropy(state.model(images), targets))
+    # The chain rule: what reaches B is the merged gradient times A^T.
+    trained = [part.factor("B") for part in parts]
+    through_B = torch.autograd.grad(F.cross_entropy(state.model(images), targets), trained)
+    for G, found, part in zip(gradients, through_B, parts, strict=True):
+        torch.testing.assert_close(found, G @ part.factor("A").T, rtol=1e-4, atol=1e-7)
 
 
 def test_fresh_adapters_leave_timms_model_as_it_is(tmp_path: Path) -> None:
@@ -199,7 +227,7 @@ def test_only_the_methods_factors_and_the_tasks_classifier_move(method: str, run
     for task, (before, state) in enumerate(zip(runs[method].before, runs[method].after, strict=True)):
         moved = differing(weights_of(before), weights_of(state.model))
         trained = {name for name, weight in state.model.named_parameters() if weight.requires_grad}
-        factors = ("lora_B_",) if method == "inflora" else ("lora_A_", "lora_B_")
+        factors = ("lora_B.",) if method == "inflora" else ("lora_A.", "lora_B.")
         expected = {name for name in weights_of(before) if any(factor in name for factor in factors)}
         assert moved == trained == expected | {f"heads.{task}.weight", f"heads.{task}.bias"}
 

@@ -10,6 +10,7 @@ import pytest
 
 from flatpatch import conflicts
 from flatpatch.__main__ import main
+from flatpatch.continual import quick_vision
 from flatpatch.errors import UserError
 from flatpatch.methods import METHODS
 from flatpatch.runs.plan import ROOT, make_plan
@@ -102,7 +103,9 @@ def test_benchmark_has_the_papers_number_of_tasks(
         ("method=inflora", "profile=upstream", "device=cpu", "seed=3", "upstream.rank=5"),
         ("method=inflora", "profile=upstream", "upstream.increment=20", "upstream.init_cls=20"),
         ("method=inflora", "profile=paper", "benchmark=domainnet"),
+        ("method=inflora", "profile=quick", "engine=upstream"),
         ("method=cllora", "profile=paper", "benchmark=imagenet_r", "device=0,1"),
+        ("method=cllora", "profile=quick", "upstream.specfic_pos=[4,5]"),
     ],
     ids=" ".join,
 )
@@ -165,6 +168,17 @@ def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Cal
     assert {key: shipped[key] for key in REFERENCE_DEFAULTS} == dict(REFERENCE_DEFAULTS)
 
 
+def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatpatch import patches
+
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/InfLoRA"))
+    plan = plan_of("method=inflora")
+    assert plan.labels == ("quick", "reference")
+    assert len(plan.classes) == quick_vision.TASKS
+    assert [d.what for d in plan.deviations] == ["engine"]
+
+
 def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatpatch import patches
 
@@ -177,3 +191,10 @@ def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatc
     assert "CL-LoRA has no reference implementation" in text
     assert "git submodule update --init third_party/CL-LoRA" in text
     assert "method=inflora" in text
+
+
+def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    plan = plan_of("method=seqlora_vit", "seed=5")
+    assert (plan.engine, plan.config["seed"]) == ("reference", [5])
+    assert plan.command(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.runs.reference_vision"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.hooks.images import vision_run
+from flatpatch.hooks.losses import classification_loss
 from flatpatch.hooks.recording import Recorder, announce, counts, describe, dtypes
 
 
@@ -35,7 +36,7 @@ def begin_task(learner: Any, optimizer: Any, loader: Any, epochs: int, steps_per
         return
     if not _trainings:
         _trainings.append(_Training(run))
-    _trainings[0].begin_task(learner, optimizer, epochs * len(loader) * steps_per_batch, steps_per_batch > 1)
+    _trainings[0].begin_task(learner, optimizer, loader, epochs * len(loader) * steps_per_batch, steps_per_batch > 1)
 
 
 def first_pass(name: str = "task") -> None:
@@ -94,8 +95,13 @@ class _Training:
         self._pending: tuple[str, dict[str, Any]] | None = None
         self._earlier: list[tuple[Any, Any]] = []
         self._random_states: dict[str, Any] = {}
+        self._measurer: Any = None
+        if run.get("measure") is not None:
+            from flatpatch.measurement.in_run import Measurer
 
-    def begin_task(self, learner: Any, optimizer: Any, total: int, several_steps: bool) -> None:
+            self._measurer = Measurer(run, progress=self._write_measuring)
+
+    def begin_task(self, learner: Any, optimizer: Any, loader: Any, total: int, several_steps: bool) -> None:
         from flatpatch.sam import select_parameters
 
         named = [(name, p) for name, p in learner._network.named_parameters() if p.requires_grad]
@@ -109,10 +115,12 @@ class _Training:
         self._counts = counts(self._trainable, self._perturbed)
         self._dtype = dtypes(self._perturbed or self._trainable)
         self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
+        self._learner, self._dataset = learner, getattr(loader, "dataset", None)
         optimizer.register_step_post_hook(self._after_step)
         perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
         on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sharpened else ""
         announce(f"{self._describe()}{on} ({self._dtype}), {self._task}, seed {self._seed}")
+        self._measure("before")
         self._recorder.write_progress("train", 0, total, task=self._task)
 
     def first_pass(self, name: str) -> None:
@@ -204,9 +212,42 @@ class _Training:
             "dtype": self._dtype,
         }
         self._tasks.append({"task": self._task, "seed": self._seed, **about})
+        self._measure("after")
         total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
         self._recorder.write_summary({**about, **total, "tasks": self._tasks})
         self._recorder.write_progress("train", self._step, self._total, task=self._task)
+
+    def _measure(self, when: str) -> None:
+        """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""
+        if self._measurer is None or not self._measurer.wants(when):
+            return
+        import torch
+
+        from flatpatch.measurement.sample import SEED, draw_sample
+
+        first_class, last_class = self._learner._known_classes, self._learner._total_classes - 1
+
+        def collate(items: list[Any]) -> tuple[Any, Any]:
+            inputs = torch.stack([image for _, image, _ in items])
+            return inputs, torch.tensor([int(label) - first_class for _, _, label in items])
+
+        def sample(request: Any) -> Any:
+            torch.manual_seed(SEED)  # the measurer puts the training's random numbers back
+            return draw_sample(self._dataset, collate, samples=request.samples, batch=request.batch)
+
+        self._measurer.at(
+            when,
+            task_index=self._learner._cur_task,
+            task=f"{first_class}-{last_class}",
+            model=getattr(self._learner._network, "module", self._learner._network),
+            sample=sample,
+            loss=lambda model, batch: classification_loss(model, *batch),
+            loss_name="cross-entropy over the task's classes, without the method's penalty",
+        )
+
+    def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
+        if self._recorder.progress_due():
+            self._recorder.write_progress(phase, step, total, task=self._task, note=note)
 
 
 @contextmanager

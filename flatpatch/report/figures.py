@@ -128,7 +128,8 @@ def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
         ends.append((float(means[-1]), "mean of tasks seen", "black"))
     axes.set_ylim(*_percent_limits(accuracy))
     axes.set_xlim(-0.2, rows[-1] + 0.15)
-    axes.set_xticks(range(rows[-1] + 1), [f"{i + 1}\n{tasks[i]}" for i in range(rows[-1] + 1)])
+    named = size <= 20  # more names than that would run into each other; the ends of the lines have them too
+    axes.set_xticks(range(rows[-1] + 1), [f"{i + 1}\n{tasks[i]}" if named else str(i + 1) for i in range(rows[-1] + 1)])
     if size > 6:
         axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("after training task")
@@ -164,7 +165,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     The effective perturbation is what the weights moved after rounding to their number format. None if no
     perturbation was logged (SAM off).
     """
-    curves = step_curves(record["tasks"], metrics)
+    curves = step_curves(record["tasks"], metrics, of="perturbation_norm")
     norms = [key for key in _NORMS if curves.has(key)]
     panels = [key for key in ("grad_norm", "norms", "perturbation_cosine") if key == "norms" or curves.has(key)]
     if not norms:
@@ -200,6 +201,7 @@ class StepCurves:
     starts: tuple[float, ...]  # one per task that logged: where it begins, in steps
     first: tuple[int, ...]  # one per start: the task's first place in x
     names: tuple[str, ...]  # one per start
+    losses: tuple[str, ...]  # whose steps they are, where a batch takes several
     values: Mapping[str, FloatArray]  # each (n,), NaN where not logged
 
     @property
@@ -227,8 +229,19 @@ class StepCurves:
         return smoothed
 
 
-def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> StepCurves:
-    """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts."""
+def _of_one_loss(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """Keep the steps of one loss where batches take several steps, each with a loss of its own (CL-LoRA)."""
+    losses = {row["loss_name"] for row in metrics if row.get("loss_name") and row.get(key) is not None}
+    chosen = "task" if "task" in losses else next(iter(losses), None)
+    return [row for row in metrics if row.get("loss_name") in (None, chosen)]
+
+
+def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]], of: str = "loss") -> StepCurves:
+    """Put the logged lines in the order of the run; of a step logged twice (a resumed task) the later counts.
+
+    Where a batch takes several steps, those on one loss are kept: the task's, unless another alone has ``of``.
+    """
+    metrics = _of_one_loss(metrics, of)
     lines: dict[tuple[int, float], Mapping[str, Any]] = {}
     for row in metrics:
         task = row.get("task")
@@ -252,7 +265,8 @@ def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> S
         key: np.array([math.nan if row.get(key) is None else float(row[key]) for row in ordered])
         for key in ("loss", "perturbed_loss", "grad_norm", *_NORMS, "perturbation_cosine")
     }
-    return StepCurves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), values)
+    losses = tuple(sorted({row["loss_name"] for row in ordered if row.get("loss_name")}))
+    return StepCurves(np.array(x, dtype=np.float64), tuple(starts), tuple(first), tuple(names), losses, values)
 
 
 def _draw_curve(axes: Axes, curves: StepCurves, key: str, name: str, colour: str, style: str) -> None:
@@ -292,6 +306,8 @@ def _mark_tasks(axes: Axes, curves: StepCurves, *, names: bool = True) -> None:
 def _finish_steps(figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any]) -> None:
     window = curves.window
     note = f"thin: each step; thick: mean of {window} steps" if window > 1 else "each step"
+    if curves.losses:
+        note += f"; steps on the {' and '.join(curves.losses)} loss"
     axes.set_xlabel(f"optimizer steps over all tasks ({note})")
     axes.set_xlim(0, max(1.0, curves.x[-1]))
     _title(figure, heading, record)

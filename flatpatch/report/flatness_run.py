@@ -64,6 +64,7 @@ def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
         old.unlink()
     written = []
     for name, figure in _figures(record, folder):
+        target.mkdir(parents=True, exist_ok=True)
         path = target / f"{_PREFIX}{name}.png"
         figure.savefig(path, dpi=_DPI)
         written.append(path)

@@ -43,13 +43,13 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
     lines: list[str] = []
     if label := warning(record):
         lines += ["*" * width, *_wrapped(label, width, "* "), "*" * width]
-    lines += [*_wrapped(describe(record), width), *_wrapped(record["benchmark"], width)]
+    lines += _wrapped(describe(record), width)
+    lines += _wrapped("tasks are named by their classes" if of_images(record) else record["benchmark"], width)
     for key in ("profile", "engine"):
         if reason := record.get(f"{key}_reason"):
             lines += _wrapped(f"{key} {record[key]}: {reason}", width)
     lines += _wrapped(_departures(record), width)
-    named = ", each named by its classes" if of_images(record) else ""
-    lines += ["", f"accuracy in percent, after training a task (row) on a task (column){named}"]
+    lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
     for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):
         lines += [*block, ""]
     values = record["metrics"]

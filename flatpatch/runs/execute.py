@@ -67,7 +67,7 @@ def execute(plan: Plan) -> dict[str, Any]:
         return old
     print("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]), flush=True)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with _only_runner(plan.folder), _Stop() as stop:
+    with only_runner(plan.folder), _Stop() as stop:
         record = new_record(plan)
         if old is not None:
             record["restarts"] = old["restarts"] + 1
@@ -243,7 +243,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
             _end(process)
             _end_leftovers(hook)
     if process.returncode != 0:
-        raise FlatpatchError(_failure(plan.title(task), process.returncode, own / "log.txt"))
+        raise FlatpatchError(_failure(plan, task, process.returncode, own / "log.txt"))
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
             f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
@@ -300,8 +300,8 @@ def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _
                 if state.get("note", note) != note:
                     note = state["note"]
                     tqdm.write(f"{title}: {note}", file=sys.stdout)
-                if state["phase"] != phase:
-                    phase = state["phase"]
+                if (now := " ".join(filter(None, (state["phase"], state.get("task"))))) != phase:
+                    phase = now
                     bar.reset(total=state["total"])
                     bar.set_description(f"{title}: {phase}")
                 bar.total, bar.n = state["total"], state["step"]
@@ -313,12 +313,14 @@ def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _
     print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _failure(title: str, code: int, log: Path) -> str:
+def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     advice = "Finished tasks are kept: the same command goes on from here."
-    return f"{title} {reason}. The end of {log}:\n{shown}\n{advice}"
+    if isinstance(plan, VisionPlan):
+        advice = "Upstream cannot go on within a run: the same command starts it anew."
+    return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{advice}"
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
@@ -328,6 +330,8 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
         path = _task_folder(plan, task) / "metrics.jsonl"
         if path.is_file():
             lines.append(path.read_text(encoding="utf-8"))
+    if isinstance(plan, VisionPlan):
+        lines = vision_run.named_steps(plan, lines)
     write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
     record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.stages[:count]]
     names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
@@ -377,7 +381,7 @@ def _end_leftovers(hook: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_runner(folder: Path) -> Iterator[None]:
+def only_runner(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
     with (folder / LOCK).open("w") as file:
         try:

@@ -96,7 +96,7 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "tasks": list(plan.task_names),
         "inputs": dict(plan.inputs)
         if isinstance(plan, VisionPlan)
-        else {name: _digest(place) for name, place in sorted(plan.links.items())},
+        else {name: folder_digest(place) for name, place in sorted(plan.links.items())},
         "accuracy_matrix": [[None] * len(plan.task_names) for _ in plan.task_names],
         "metrics": {},
         "flatness": [],
@@ -186,7 +186,7 @@ def finish_record(record: dict[str, Any], status: str) -> None:
 
 
 @functools.cache
-def _digest(place: Path) -> str | None:
+def folder_digest(place: Path) -> str | None:
     """Return a hash over the names and contents of a folder's files, None where there is no such folder."""
     if not place.is_dir():
         return None

@@ -176,7 +176,7 @@ class StepRecorder:
         if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
             self._written = time.monotonic()
             text = json.dumps(
-                {"phase": f"{phase} {task}".strip(), "step": step, "total": total, "loss": loss} | more
+                {"phase": phase, "step": step, "total": total, "loss": loss, "task": task} | more
             )
             write_atomically(Path(self.run["progress"]), text)
 

@@ -19,6 +19,7 @@ OURS = {
     "model_name": "method= or variant=",
     "seed": "seed=",
 }
+TOP_K = 5  # CL-LoRA's models/base.py
 COUNTS = ("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions", "epochs", "init_epoch")
 _READS = re.compile(r"""args(?:\.get\(|\[)\s*["'](\w+)["']""")
 
@@ -153,6 +154,11 @@ def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, in
         problems.append(
             "a task of one class: upstream's log leaves out a last group of one class. "
             "Choose upstream.init_cls= and upstream.increment= of at least 2."
+        )
+    elif "general_pos" in config and first < TOP_K:
+        problems.append(
+            f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task already. "
+            f"Choose upstream.init_cls= of at least {TOP_K}."
         )
     count = 1 + rest // step
     if "total_sessions" in config and not problems:

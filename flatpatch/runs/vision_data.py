@@ -258,7 +258,10 @@ def check_weights(path: Path) -> None:
         else:
             import torch
 
-            torch.load(path, map_location="meta", weights_only=True)
+            try:
+                torch.load(path, map_location="meta", weights_only=True)
+            except Exception as error:  # its own words are about pickling, and many
+                raise ValueError(f"torch.load cannot read it ({type(error).__name__})") from error
     except Exception as error:
         raise UserError(f"the weights {path} are damaged: {error}. {remedy}") from error
 

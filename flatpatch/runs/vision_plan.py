@@ -32,6 +32,8 @@ from flatpatch.settings import Request
 CONFIG = "flatpatch-config.json"  # the changed copy, in the work folder
 QUICK_DATASET = "flatpatch_quick"  # the name under which the hooks give upstream our images
 QUICK_CLASS = "flatpatch.continual.quick_vision:QuickImages"
+# Models of InfLoRA's whose code takes the network out of its DataParallel wrapper whether there is one or not.
+SEVERAL_GPUS = ("InfLoRA_CA1", "InfLoRA_domain", "InfLoRAb5_domain")
 # A saved ViT-B/16 with its adapters; InfLoRA's code saves one after every task.
 BYTES_OF_A_MODEL = 400 * 2**20
 # What the reference engine is told, in InfLoRA's spelling, with the values of its configs/cifar100_inflora.json.
@@ -144,7 +146,16 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     request = _choose_seed(request, editor, file)
     if verified and device == "cuda" and "device" in shipped:
         editor.set("device", _upstream_devices(devices).split(","), "the chosen GPUs, counted from 0")
-    off_reference = device == "cuda" and len(devices) > 1
+    several = shipped.get("model_name") in SEVERAL_GPUS
+    if several and len(devices) < 2:
+        lack = (
+            f"InfLoRA's code of {shipped['model_name']} ({file}) stops on a single device: it needs two GPUs or more. "
+            f"Name them with device=0,1, or choose another variant= or benchmark=."
+        )
+        if not dry_run:
+            raise UserError(lack)
+        notes.append(lack)
+    off_reference = len(devices) > 1 and not several
     if verified and device == "cpu":
         editor.note("device", "cuda:0", "cpu", "setting device=" if settings.device != "auto" else "no GPU here")
         off_reference = not quick

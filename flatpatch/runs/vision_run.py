@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from flatpatch.runs.vision_plan import VisionPlan
 
 LOGS = "logs"  # in the work folder: where upstream, and the reference engine, write what they measured
 RESULTS = "results.json"  # of the reference engine
+_TIME = re.compile(r"\[trainer\.py\] => Time:([\d.]+)")
 
 
 def result_file(plan: VisionPlan) -> Path:
@@ -45,11 +48,21 @@ def collect(plan: VisionPlan, record: dict[str, Any]) -> None:
     else:
         run = _the_run(plan)
         matrix, curve = run.accuracy_matrix(), list(run.top1_curve)
+        seconds = [float(text) for text in _TIME.findall(result_file(plan).read_text(encoding="utf-8"))]
+        if len(seconds) == 2 * size:  # InfLoRA's trainer prints one for training, one for testing; CL-LoRA's none
+            record["timing"]["train_seconds"], record["timing"]["predict_seconds"] = seconds[::2], seconds[1::2]
     if len(matrix) != size or len(curve) != size:
         raise FlatpatchError(f"{result_file(plan)} has results of {len(curve)} tasks, expected {size}.")
     accuracy = metrics.from_lists(matrix)
     record["accuracy_matrix"] = metrics.to_lists(accuracy)
     record["metrics"] = metrics.summarise(accuracy, sample_weighted=curve)
+
+
+def named_steps(plan: VisionPlan, texts: list[str]) -> list[str]:
+    """Return the steps' lines with each task under its name in the record; the hooks only count them, from 1."""
+    counted = {f"task {number}": name for number, name in enumerate(plan.task_names, 1)}
+    steps = [json.loads(line) for text in texts for line in text.splitlines()]
+    return [json.dumps({**step, "task": counted.get(step["task"], step["task"])}) + "\n" for step in steps]
 
 
 def _the_run(plan: VisionPlan) -> LoggedRun:

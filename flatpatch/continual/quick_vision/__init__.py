@@ -2,6 +2,11 @@
 
 It trains in minutes on one CPU core and serves upstream's code and the reference implementations alike.
 Its numbers say nothing about any paper's.
+
+What makes it hard is the sequence: a linear classifier on the shipped model's features sorts the images of one task
+93 to 100 % right, and those of all twenty classes, learned together, 87 %. LoRA alone on a task reaches over 95 %, but
+sequential LoRA ends at half of all classes and less. Learning rates and epochs were chosen with images drawn from seeds
+1 and 2, with the test accuracies in view; the package's runs and tests use those of seed 0.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +16,65 @@ from torch import Tensor, nn
 from flatpatch.continual.reference.vision.options import VisionReference
 from flatpatch.errors import UserError
 
-SLOTS = ("k", "v")
+
+class LoRALinear(nn.Linear):
+    """A linear layer with LoRA: ``(W + B A + old) x + b``, where ``old`` sums up earlier tasks' updates.
+
+    There is no scaling. The factors are held as peft holds them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rank: int) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None)
+        # A as usual for LoRA: uniform, as torch begins a linear layer.
+        self.lora_A = nn.ModuleDict({"new": nn.Linear(self.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"new": nn.Linear(rank, self.out_features, bias=False)})
+        self.old: Tensor
+        self.register_buffer("old", torch.zeros_like(weight))
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.factor("B").zero_()
+            if bias is not None:
+                self.bias.copy_(bias)
+
+    def factor(self, which: str) -> nn.Parameter:
+        """Return A ``(rank, in)`` or B ``(out, rank)``."""
+        return getattr(self, f"lora_{which}")["new"].get_parameter("weight")  # type: ignore[no-any-return]
+
+    def update(self) -> Tensor:
+        """Return the present task's B A: ``(out, in)``."""
+        return self.factor("B") @ self.factor("A")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        return super().forward(x) + F.linear(x, self.update() + self.old)
 
 
 class KeyValueLoRA(nn.Module):
-    """An attention's joint projection, its keys and values with LoRA: earlier tasks' frozen, the present one's beside.
-
-    With d the width, it computes ``[q, k + (B_k A_k + old_k) x, v + (B_v A_v + old_v) x]``; there is no scaling.
-    """
+    """An attention's joint projection to queries, keys and values, the last two with LoRA."""
 
     def __init__(self, qkv: nn.Linear, rank: int) -> None:
         super().__init__()
-        d = qkv.in_features
-        self.qkv = qkv
-        for slot in SLOTS:
-            A = nn.Parameter(torch.empty(rank, d))
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            setattr(self, f"lora_A_{slot}", A)
-            setattr(self, f"lora_B_{slot}", nn.Parameter(torch.zeros(d, rank)))
-        self.old: Tensor
-        self.register_buffer("old", torch.zeros(2 * d, d))
+        W_q, W_k, W_v = qkv.weight.detach().chunk(3)
+        b_q, b_k, b_v = (None, None, None) if qkv.bias is None else qkv.bias.detach().chunk(3)
+        self.q = nn.Linear(qkv.in_features, qkv.in_features, bias=b_q is not None)
+        self.q.load_state_dict({"weight": W_q} if b_q is None else {"weight": W_q, "bias": b_q})
+        self.k = LoRALinear(W_k, b_k, rank)
+        self.v = LoRALinear(W_v, b_v, rank)
 
     def factors(self, which: str) -> list[nn.Parameter]:
-        """Return A ``(rank, d)`` or B ``(d, rank)`` of keys and values."""
-        return [getattr(self, f"lora_{which}_{slot}") for slot in SLOTS]
-
-    def update(self) -> Tensor:
-        """Return the present task's B A of keys, above that of values: ``(2 d, d)``."""
-        return torch.cat([B @ A for A, B in zip(self.factors("A"), self.factors("B"), strict=True)])
+        """Return A ``(rank, d)`` or B ``(d, rank)`` of keys and of values."""
+        return [self.k.factor(which), self.v.factor(which)]
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Count the present update among the earlier tasks', and start another from B = 0."""
-        self.old += self.update()
-        for B in self.factors("B"):
-            B.zero_()
+        """Count the present updates among the earlier tasks', and start others from B = 0."""
+        for part in (self.k, self.v):
+            part.old += part.update()
+            part.factor("B").zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., d)`` to queries, keys and values ``(..., 3 d)``."""
-        change = F.linear(x, self.update() + self.old)
-        result: Tensor = self.qkv(x) + F.pad(change, (x.shape[-1], 0))
-        return result
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
 class LoRAViT(nn.Module):
@@ -67,12 +84,12 @@ class LoRAViT(nn.Module):
         task: The task that is learned or was learned last, from 0.
     """
 
-    def __init__(self, sizes: Mapping[str, Any], rank: int, classes: Sequence[int]) -> None:
+    def __init__(self, vit: VisionTransformer, rank: int, classes: Sequence[int]) -> None:
         super().__init__()
-        self.vit: Any = VisionTransformer(num_classes=0, **sizes)
+        self.vit: Any = vit
         for block in self.vit.blocks:
             block.attn.qkv = KeyValueLoRA(block.attn.qkv, rank)
-        self.heads = nn.ModuleList(nn.Linear(sizes["embed_dim"], count) for count in classes)
+        self.heads = nn.ModuleList(nn.Linear(self.vit.embed_dim, count) for count in classes)
         self.task = 0
 
     @property
@@ -112,26 +129,22 @@ def build(reference: VisionReference, classes: Sequence[int]) -> LoRAViT:
         UserError: If the weights cannot be read or belong to a model of other sizes.
     """
     torch.manual_seed(reference.seed)
-    model = LoRAViT(reference.model, reference.rank, classes).eval()
+    vit = VisionTransformer(num_classes=0, **reference.model)
     if reference.weights is not None:
-        _load(model, reference.weights)
-    return model.to(reference.device)
+        _load(vit, reference.weights)
+    return LoRAViT(vit, reference.rank, classes).eval().to(reference.device)
 
 
-def _load(model: LoRAViT, weights: Path) -> None:
+def _load(vit: VisionTransformer, weights: Path) -> None:
     try:
         loaded = {key: value for key, value in load_file(weights).items() if not key.startswith("head.")}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights} cannot be read as safetensors: {error}. Download or make it again.") from None
-    own = {
-        key.replace(".qkv.qkv.", ".qkv."): value for key, value in model.vit.named_parameters() if ".lora_" not in key
-    }
+    own = vit.state_dict()
     wrong = sorted(own.keys() ^ loaded.keys()) or [key for key in own if own[key].shape != loaded[key].shape]
     if wrong:
         raise UserError(
             f"{weights} is not of a Vision Transformer of these sizes: {len(wrong)} tensors are missing, unknown or of"
             f" another shape, the first {wrong[0]}. Give the sizes the weights were made with."
         )
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(loaded[key])
+    vit.load_state_dict(loaded)

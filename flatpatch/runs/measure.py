@@ -1,0 +1,391 @@
+"""The verb ``measure``: flatness of finished runs' models, and of what lies between two or three of them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+from flatpatch.flatness import (
+    Problem,
+    find_scope,
+    linear_connectivity,
+    model_point,
+    plane_landscape,
+    plane_through,
+)
+from flatpatch.flatness.landscape import save_landscape
+from flatpatch.measurement import files, in_run
+from flatpatch.measurement.guard import working_copy
+from flatpatch.measurement.request import EFFORTS, KINDS, SCOPES, Request, make_request
+from flatpatch.measurement.sample import Sample
+from flatpatch.measurement.suite import ScopeResult, measure_model
+from flatpatch.report.flatness_figures import (
+    make_connectivity_figure,
+    make_contour_figure,
+    make_density_figure,
+    make_eigenvalues_figure,
+    make_surface_figure,
+    read_grid,
+)
+from flatpatch.report.flatness_run import draw_flatness, flatness_table
+from flatpatch.report.records import read_record
+from flatpatch.runs.execute import only_runner
+from flatpatch.runs.record import write_record
+from flatpatch.runs.trained import (
+    TrainedRun,
+    check_against_run,
+    draw_task_sample,
+    find_run,
+    names_of,
+    rebuild,
+)
+from flatpatch.settings import split_word
+
+SCHEMA = 1
+COMPARISON = "comparison.json"
+JOINT_SCOPES = ("adapter", "merged")
+LINE_POINTS = 25
+
+USAGE = """usage: python -m flatpatch measure run=FOLDER[,FOLDER[,FOLDER]] [key=value ...]
+
+Measures the models that finished runs left, on a fixed sample of the training data of the task after which they were
+saved, and adds the results to each run's record. With two runs also the straight line between their models, with its
+barrier, in the space of the factors A and B (adapter) and of W + s B A (merged); with three the plane through them.
+
+  run=                    one to three runs: folders, or names inside runs/
+  task=                   after which task: a name of the order, several with commas, or all; default: the last
+  measure=all             {kinds}
+  measure_scope=adapter,merged   over which weights: some of {scopes}
+  measure_samples=64      training examples to measure on, the same for every run
+  measure_batch=16        examples in a batch of them
+  measure_rho=0.05        radius of SAM's ball to measure in
+  measure_effort=quick    {efforts}
+  output=                 where the results of several runs together go; default: runs/comparison-NAMES
+
+examples:
+  python -m flatpatch measure run=runs/nlora-sam
+  python -m flatpatch measure run=nlora-sam measure=eigenvalues,trace measure_samples=256 task=all
+  python -m flatpatch measure run=nlora-off,nlora-sam measure=eigenvalues,density
+  python -m flatpatch measure run=seed0,seed1,seed2 measure=loss measure_scope=merged output=runs/three-seeds
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the words ask for."""
+
+    runs: tuple[str, ...]
+    task: str
+    request: Request
+    output: str
+
+
+def measure(words: Sequence[str]) -> int:
+    """Measure as the words say; returns 1 if a part of it failed."""
+    if not words or "--help" in words or "-h" in words:
+        print(USAGE.format(kinds=f"all, or some of {', '.join(KINDS)}", scopes=", ".join(SCOPES), efforts="|".join(EFFORTS)))
+        return 0
+    asked = parse_words(words)
+    runs = [find_run(name) for name in asked.runs]
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError(f"run={','.join(asked.runs)} names a run twice. Name different runs.")
+    names = runs[0].record["tasks"] if asked.task == "all" else [name for name in asked.task.split(",") if name] or [""]
+    indices = [[run.task_index(name) for name in names] for run in runs]
+    joint = _prepare_joint(asked, runs, [each[0] for each in indices]) if len(runs) > 1 else None
+    for run, own in zip(runs, indices, strict=True):
+        for index in own:
+            _check_scopes(run, index, asked.request)
+    found = [_measure_run(run, own, asked.request) for run, own in zip(runs, indices, strict=True)]
+    failed = any(files.failures(content) for contents in found for content, _ in contents)
+    if joint is not None:
+        joint.measure([contents[0][0] for contents in found])
+    return 1 if failed else 0
+
+
+def parse_words(words: Sequence[str]) -> Asked:
+    """Read the verb's words.
+
+    Raises:
+        UserError: With every mistake.
+    """
+    defaults = {
+        **{"run": "", "task": "", "output": "", "measure": "all", "measure_scope": "adapter,merged"},
+        **{"measure_samples": "64", "measure_batch": "16", "measure_rho": "0.05", "measure_effort": "quick"},
+    }
+    given = dict(split_word(word) for word in words)
+    problems = [
+        f"unknown setting '{key}'.{did_you_mean(key, defaults)} Known settings: {', '.join(defaults)}."
+        for key in given
+        if key not in defaults
+    ]
+    values = defaults | {key: value.strip() for key, value in given.items() if key in defaults}
+    numbers: dict[str, float] = {}
+    for key, kind in (("measure_samples", int), ("measure_batch", int), ("measure_rho", float)):
+        try:
+            numbers[key] = kind(values[key])
+        except ValueError:
+            example = f"{key}={defaults[key]}"
+            problems.append(f"{key}='{values[key]}' is not a {'whole ' * (kind is int)}number (expected e.g. {example}).")
+            numbers[key] = float(defaults[key])
+    runs = tuple(name.strip() for name in values["run"].split(",") if name.strip())
+    if not 1 <= len(runs) <= 3:
+        problems.append(f"run='{values['run']}' names {len(runs)} runs (expected one to three, e.g. run=runs/NAME).")
+    if values["output"] and len(runs) == 1:
+        problems.append("output= is for several runs together; one run's results go into its own folder.")
+    if len(runs) > 1 and ("," in values["task"] or values["task"] == "all"):
+        problems.append(f"task={values['task']}: several runs are compared after one task. Name one.")
+    request = None
+    try:
+        request = make_request(
+            values["measure"],
+            values["measure_scope"],
+            samples=int(numbers["measure_samples"]),
+            batch=int(numbers["measure_batch"]),
+            rho=numbers["measure_rho"],
+            effort=values["measure_effort"],
+        )
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError.collect(problems)
+    if request is None:
+        raise UserError("measure= is empty: name what to measure, e.g. measure=eigenvalues,trace or measure=all.")
+    return Asked(runs, values["task"], request, values["output"])
+
+
+def _check_scopes(run: TrainedRun, index: int, request: Request) -> None:
+    """Let a scope that chooses nothing stop the work before anything is written."""
+    model = rebuild(run, index)
+    for scope in request.scopes:
+        find_scope(model, scope)
+
+
+def _measure_run(
+    run: TrainedRun, indices: Sequence[int], request: Request
+) -> list[tuple[dict[str, Any], dict[str, ScopeResult]]]:
+    """Measure one run's models, and add them to its record when all of them are done."""
+    made = []
+    for index in indices:
+        name = run.record["tasks"][index]
+        sample = draw_task_sample(run, index, request)
+        copied, weights = working_copy(rebuild(run, index))
+        began = time.perf_counter()
+        title = f"{run.name} after task {index + 1} {name}"
+        results, terms = measure_model(copied, sample.batches, request, title=title, say=_say)
+        for scope, result in results.items():
+            if result.loss is None:
+                raise FlatpatchError(f"{title}, {scope}: {result.errors.get('loss', 'not measured')}")
+            check_against_run(run, index, sample.size, result.loss)
+        content = in_run.describe(
+            request,
+            results,
+            task=name,
+            task_index=index,
+            when="finished",
+            sample=sample,
+            terms=terms,
+            weights=weights,
+            loss_name="the model's own loss, without the method's penalty",
+            error=None,
+            seconds=time.perf_counter() - began,
+        )
+        made.append((content, results))
+    _add_to_run(run, made)
+    return made
+
+
+def _add_to_run(run: TrainedRun, made: Sequence[tuple[dict[str, Any], dict[str, ScopeResult]]]) -> None:
+    with only_runner(run.folder):
+        record = read_record(run.folder)
+        for content, results in made:
+            name = files.stem(content["task_index"], content["task"], content["when"])
+            entries = in_run.write(run.folder / files.FOLDER, name, content, results)
+            places = {(entry["task_index"], entry["when"], entry["scope"]) for entry in entries}
+            record["flatness"] = [
+                *(e for e in record["flatness"] if (e["task_index"], e["when"], e["scope"]) not in places),
+                *entries,
+            ]
+        write_record(run.folder, record)
+        figures = draw_flatness(record, run.folder)
+    print("\n".join([f"\n{run.folder}", *flatness_table(record)]))
+    for content, _ in made:
+        for failure in files.failures(content):
+            print(f"WARNING: not measured: {content['task']}: {failure}")
+    print("\n".join(f"figure   {path}" for path in figures))
+
+
+class _Joint:
+    """What two or three runs give together: lines or a plane between their models, and their spectra side by side."""
+
+    def __init__(self, asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[int], output: Path) -> None:
+        self.asked = asked
+        self.runs = runs
+        self.indices = indices
+        self.output = output
+        self.names = names_of(runs)
+        self.task = runs[0].record["tasks"][indices[0]]
+        self.sample: Sample = draw_task_sample(runs[0], indices[0], asked.request)
+        self.problems: dict[str, Problem] = {}
+        self.points: dict[str, list[Tensor]] = {}
+
+    def find_points(self) -> None:
+        """Read every model as a point of each space.
+
+        Raises:
+            UserError: If the models lie in no common space, or on no line or plane of their own.
+        """
+        models = [rebuild(run, index, joined=True) for run, index in zip(self.runs, self.indices, strict=True)]
+        for scope in [scope for scope in JOINT_SCOPES if scope in self.asked.request.scopes]:
+            problems = [Problem(model, self.sample.batches, scope=scope) for model in models]
+            first = problems[0]
+            points = [first.flatten(first.variables, torch.float64)]
+            points += [
+                model_point(first, other, name=name) for other, name in zip(problems[1:], self.names[1:], strict=True)
+            ]
+            try:
+                if len(points) == 3:
+                    plane_through(*points)
+                elif torch.equal(*points):
+                    raise ValueError("the two models are the same point")
+            except ValueError as error:
+                raise UserError(f"{', '.join(self.names)}, scope {scope}: {error}. Name other runs.") from None
+            self.problems[scope], self.points[scope] = first, points
+
+    def measure(self, contents: Sequence[Mapping[str, Any]]) -> None:
+        """Measure, draw, and put all of it into the output folder at once."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=self.output.parent, prefix=f".{self.output.name}."))
+        try:
+            found: dict[str, Any] = {
+                "schema": SCHEMA,
+                "runs": [{"name": n, "folder": str(r.folder)} for n, r in zip(self.names, self.runs, strict=True)],
+                "task": self.task,
+                "samples": self.sample.size,
+                "indices": self.sample.indices,
+                "request": self.asked.request.as_dict(),
+                "scopes": {},
+            }
+            figures: dict[str, Figure] = {}
+            if len(self.runs) == 2:
+                self._lines(made, found, figures)
+            else:
+                self._planes(made, found, figures)
+            self._spectra(contents, figures)
+            files.write_json(made / COMPARISON, found)
+            for name, figure in figures.items():
+                figure.savefig(made / f"{name}.png", dpi=110)
+            made.chmod(0o755)
+            if self.output.exists():
+                shutil.rmtree(self.output)
+            made.rename(self.output)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        print(f"\n{self.output}")
+        for scope, result in found["scopes"].items():
+            if "barrier" in result:
+                print(f"{scope:<9} {result['space']}: barrier {_number(result['barrier'])} at {result['barrier_alpha']:.2f}")
+        print("\n".join(f"figure   {self.output / name}.png" for name in figures))
+
+    def _lines(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure]) -> None:
+        grids = {}
+        for scope, problem in self.problems.items():
+            path = folder / f"connectivity-{scope}.npz"
+            first, second = self.points[scope]
+            with _bar(f"line, {scope}") as progress:
+                line = linear_connectivity(
+                    problem,
+                    first,
+                    second,
+                    points=LINE_POINTS,
+                    names=(self.names[0], self.names[1]),
+                    progress=progress,
+                )
+            save_landscape(line.landscape, path)
+            found["scopes"][scope] = {**line.as_dict(), "arrays": path.name}
+            grids[scope] = read_grid(path)
+        figures["connectivity"] = make_connectivity_figure(grids)
+
+    def _planes(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure]) -> None:
+        points = EFFORTS[self.asked.request.effort].grid_points
+        for scope, problem in self.problems.items():
+            path = folder / f"plane-{scope}.npz"
+            with _bar(f"plane, {scope}") as progress:
+                plane = plane_landscape(
+                    problem, dict(zip(self.names, self.points[scope], strict=True)), points=points, progress=progress
+                )
+            save_landscape(plane, path)
+            losses = dict(zip(self.names, plane.mark_losses.tolist(), strict=True))
+            found["scopes"][scope] = {"coordinates": plane.marks.tolist(), "losses": losses, "arrays": path.name}
+            grid = read_grid(path)
+            figures[f"plane-{scope}"] = make_contour_figure(grid)
+            figures[f"surface-{scope}"] = make_surface_figure(grid)
+
+    def _spectra(self, contents: Sequence[Mapping[str, Any]], figures: dict[str, Figure]) -> None:
+        for scope in self.asked.request.scopes:
+            results = {
+                name: content["scopes"][scope]["results"] for name, content in zip(self.names, contents, strict=True)
+            }
+            for kind, make in (("eigenvalues", make_eigenvalues_figure), ("density", make_density_figure)):
+                if all(kind in result for result in results.values()):
+                    spectra = {name: result[kind] for name, result in results.items()}
+                    figures[f"{kind}-{scope}"] = make(spectra, scope=scope)
+
+
+def _prepare_joint(asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[int]) -> _Joint:
+    """Find out whether the runs can be measured together, before anything is measured or written.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    if not set(JOINT_SCOPES) & set(asked.request.scopes):
+        raise UserError(
+            f"measure_scope={','.join(asked.request.scopes)}: between runs lie the spaces {' and '.join(JOINT_SCOPES)}. "
+            "Add one of them, or measure one run at a time."
+        )
+    tasks = [run.record["tasks"][index] for run, index in zip(runs, indices, strict=True)]
+    if len(set(tasks)) > 1:
+        raise UserError(f"the runs end with different tasks ({', '.join(tasks)}). Name the one to compare after: task=.")
+    output = Path(asked.output).expanduser() if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
+    if asked.output == "":
+        output = output.with_name(output.name.replace("/", "_")[:200])
+    output = output.absolute()
+    if output.exists() and not (output / COMPARISON).is_file():
+        raise UserError(f"output={output} is there and is no comparison of this verb's. Choose another folder.")
+    joint = _Joint(asked, runs, indices, output)
+    joint.find_points()
+    return joint
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield what a progress bar over evaluated points is told with."""
+    with tqdm(desc=title, unit="point", file=sys.stderr, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield progress
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
