@@ -3,7 +3,7 @@
     python benchmarks/landscape.py                      # a 1 M-parameter transformer with LoRA, 25 x 25 points
     python benchmarks/landscape.py scope=model side=9 rounds=3
 
-All evaluate the same loss of the same 256 sequences at as many points, in float32. Every round runs each once, in a
+All evaluate the same loss of the same sequences at as many points, in float32. Every round runs each once, in a
 changing order, so that whatever else the machine does falls on all alike; the ratios are of medians. On a CPU the time
 is that of the processor, which others' programs disturb less than the clock's.
 
@@ -12,7 +12,7 @@ is that of the processor, which others' programs disturb less than the clock's.
 - ours: ``flatpatch.flatness.landscape`` with two filter-normalised random directions.
 - loss-landscape: as its plotter goes over a grid: new tensors for all parameters at every point, frozen ones too.
 
-Settings (key=value): scope=adapter|merged|model  side=25  batch=64  rounds=3  threads=1  device=cpu|cuda
+Settings (key=value): scope=adapter|merged|model  side=25  samples=256  batch=64  rounds=3  threads=1  device=cpu|cuda
 """
 
 from __future__ import annotations
@@ -34,8 +34,16 @@ from flatpatch.flatness.directions import random_direction
 from flatpatch.flatness.landscape import landscape
 from flatpatch.flatness.problem import Problem, supervised_loss
 
-DEFAULTS = {"scope": "adapter", "side": "25", "batch": "64", "rounds": "3", "threads": "1", "device": "cpu"}
-WIDTH, HEADS, LAYERS, VOCABULARY, CLASSES, RANK, SAMPLES, LENGTH = 128, 4, 4, 1000, 10, 8, 256, 32
+DEFAULTS = {
+    "scope": "adapter",
+    "side": "25",
+    "samples": "256",
+    "batch": "64",
+    "rounds": "3",
+    "threads": "1",
+    "device": "cpu",
+}
+WIDTH, HEADS, LAYERS, VOCABULARY, CLASSES, RANK, LENGTH = 128, 4, 4, 1000, 10, 8, 32
 
 
 class LoraLinear(nn.Linear):
@@ -87,15 +95,15 @@ def main(words: list[str]) -> None:
     settings = DEFAULTS | dict(word.split("=", 1) for word in words)
     if unknown := settings.keys() - DEFAULTS.keys():
         sys.exit(f"unknown settings {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
-    side, batch, rounds = (int(settings[key]) for key in ("side", "batch", "rounds"))
+    side, samples, batch, rounds = (int(settings[key]) for key in ("side", "samples", "batch", "rounds"))
     device = torch.device(settings["device"])
     torch.set_num_threads(int(settings["threads"]))
     torch.manual_seed(0)
     model = Classifier().to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
-    inputs = torch.randint(VOCABULARY, (SAMPLES, LENGTH), device=device).split(batch)
-    targets = torch.randint(CLASSES, (SAMPLES,), device=device).split(batch)
+    inputs = torch.randint(VOCABULARY, (samples, LENGTH), device=device).split(batch)
+    targets = torch.randint(CLASSES, (samples,), device=device).split(batch)
     batches = list(zip(inputs, targets, strict=True))
     problem = Problem(model, batches, supervised_loss(F.cross_entropy), scope=settings["scope"])
     directions = [random_direction(problem, seed=seed) for seed in (0, 1)]
@@ -103,7 +111,7 @@ def main(words: list[str]) -> None:
 
     @torch.no_grad()
     def mean_loss() -> float:
-        return sum(F.cross_entropy(model(x), y).item() * len(y) for x, y in batches) / SAMPLES
+        return sum(F.cross_entropy(model(x), y).item() * len(y) for x, y in batches) / samples
 
     def forward() -> None:
         model.eval()
@@ -138,7 +146,8 @@ def main(words: list[str]) -> None:
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
     base = statistics.median(seconds["forward"])
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {problem.size:,} varied, {side} x {side} points")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters, {problem.size:,} varied, {side} x {side} points, {samples} samples")
     for name, times in seconds.items():
         middle = statistics.median(times)
         print(
