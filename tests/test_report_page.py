@@ -251,6 +251,22 @@ def test_curves_are_means_over_seeds(four):
     assert page_figures.make_ascent_figure(groups[:1], ["A"]) is None  # SAM off
 
 
+@pytest.mark.parametrize(("size", "legends", "bands"), [(4, 1, 4), (40, 0, 0)])
+def test_many_tasks_are_told_apart_by_shade_and_few_by_name(tmp_path, size, legends, bands):
+    tasks = tuple(f"classes {k}" for k in range(size))
+    for seed in (0, 1):
+        matrix = [[50.0 + i - j + seed if j <= i else None for j in range(size)] for i in range(size)]
+        write_run(tmp_path / str(seed), seeded(seed, tasks=tasks, accuracy_matrix=matrix))
+    (group,) = group_runs([read_run(tmp_path / str(seed)) for seed in (0, 1)])
+    figure = page_figures.make_tasks_figure(group)
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == size
+    np.testing.assert_allclose(lines[0].get_ydata(), 50.5 + np.arange(size))
+    assert len({str(line.get_color()) for line in lines}) == size
+    assert len(figure.legends) == legends
+    assert len(figure.axes[0].collections) == bands
+
+
 def test_steps_of_seeds_are_averaged_step_by_step(tmp_path):
     for seed, loss in ((0, 1.0), (1, 3.0)):
         rows = [{"task": "dbpedia", "step": k, "loss": loss * k} for k in range(1, 4)]
@@ -258,7 +274,22 @@ def test_steps_of_seeds_are_averaged_step_by_step(tmp_path):
     groups = group_runs([read_run(tmp_path / str(seed)) for seed in (0, 1)])
     line = page_figures.make_losses_figure(groups, ["A"]).axes[0].get_lines()[0]
     np.testing.assert_allclose(line.get_ydata(), [2.0, 4.0, 6.0])
+    # Losses k and 3k lie sqrt(2) k around their mean 2k, with n - 1.
+    band = page_figures.make_losses_figure(groups, ["A"]).axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(6.0 + 3 * math.sqrt(2))
     assert page_figures.step_summary(groups[0].runs[1])["loss"] == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_training_that_diverged_is_shown_as_such(tmp_path, bad):
+    for seed in (0, 1):
+        rows = make_steps(steps=5)
+        rows[-1] |= {"loss": bad, "perturbed_loss": bad}
+        if seed:
+            rows = [row | {"loss": bad} for row in rows]
+        write_run(tmp_path / str(seed), seeded(seed), rows)
+    _, reader = read([tmp_path / "0", tmp_path / "1"])
+    assert reader.row("Means over all logged steps", "A SAM rho=0.05")[1] == f"{bad} ± nan"
 
 
 def test_page_is_whole_and_needs_nothing_else(page):

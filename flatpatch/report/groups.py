@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,10 +129,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Return mean, standard deviation and n of the numbers there are; None if there is none."""
+    """Return mean, standard deviation and n of the numbers there are; None if there is none.
+
+    A training that diverged has infinite or undefined losses: then the standard deviation is NaN.
+    """
     found = [value for value in values if value is not None]
     if not found:
         return None
+    if not all(map(math.isfinite, found)):
+        return Spread(sum(found) / len(found), math.nan if len(found) > 1 else None, len(found))
     return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
 
 

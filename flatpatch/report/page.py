@@ -139,6 +139,7 @@ def make_page(
         "figures": figures,
         "heat": [_heat(level) for level in range(21)],
         "colours": drawing.COLOURS,
+        "few_tasks": drawing.FEW_TASKS,
         "missing": _MISSING,
     }
     return environment.get_template("page.html.jinja").render(context)

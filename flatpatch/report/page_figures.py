@@ -7,11 +7,14 @@ colour, line style and letter in all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
@@ -25,12 +28,14 @@ FloatArray = NDArray[np.float64]
 COLOURS = ("#0072B2", "#C24E00", "#00785A", "#A0408A", "#8A5F00", "#4A5FA8", "#4D4D4D")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# More tasks than these are told apart by shade, not by name, and without bands.
+FEW_TASKS = 10
 _TASK_MAP = "viridis"
 _BAND = 0.18
 # Scalars that tell how far another one can be trusted: in the table only.
 _AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged")
-# Points drawn per task and line: more than a screen can show tells nothing, and makes the page large.
-_POINTS = 150
+# Points drawn per line over all tasks: more than a screen can show tells nothing, and makes the page large.
+_POINTS = 900
 _LOG_RATIO = 30.0
 
 
@@ -63,22 +68,26 @@ def make_tasks_figure(group: Group) -> Figure | None:
     if len(rows) < 2:
         return None
     tasks = group.tasks
-    figure = _figure(8.0, 4.2 if len(tasks) <= 8 else 5.4)
+    few = len(tasks) <= FEW_TASKS
+    figure = _figure(8.0, 4.2 if few else 4.8)
     axes = figure.subplots()
     x = np.arange(1.0, len(tasks) + 1)
-    shades = _shades(len(tasks))
+    shades = Normalize(1, max(2, len(tasks)))
     for j, task in enumerate(tasks):
-        look = {
-            "color": shades[j],
-            "linestyle": _STYLES[j % len(_STYLES)],
-            "marker": _MARKERS[j % len(_MARKERS)],
-            "markersize": 4,
-            "linewidth": 1.3,
-        }
-        _draw_spread(axes, x, matrices[:, :, j], look, f"{j + 1} {task}")
+        look = _look(j, marker=True) | {"linewidth": 1.3}
+        if not few:
+            look = {"color": colormaps[_TASK_MAP](0.92 * shades(j + 1)), "linewidth": 1.1}
+        _draw_spread(axes, x, matrices[:, :, j], look, f"{j + 1} {task}", band=few)
     axes.set_ylabel("accuracy (%)")
     _name_tasks(axes, tasks)
-    _finish(figure, axes, columns=4 if len(tasks) <= 20 else 6)
+    if few:
+        _finish(figure, axes, columns=5)
+        return figure
+    axes.grid(axis="y", color="0.9", linewidth=0.7)
+    levels = ListedColormap([colormaps[_TASK_MAP](0.92 * k / 255) for k in range(256)])
+    bar = figure.colorbar(ScalarMappable(shades, levels), ax=axes, label="task tested", fraction=0.05, pad=0.02)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _trim(figure)
     return figure
 
 
@@ -137,7 +146,7 @@ def make_flatness_figure(
     several = len({when for lines in drawn.values() for _, when, _ in lines}) > 1
     for axes, (name, lines) in zip(all_axes.flat, drawn.items(), strict=False):
         for group, when, values in lines:
-            look = _look(letters.index(group.letter), marker=True) | {"linestyle": times[when]}
+            look = _look(letters.index(group.letter), marker=len(tasks) <= 20) | {"linestyle": times[when]}
             _draw_spread(axes, x, values, look, _legend(group) + (f", {_WHEN[when]}" if several else ""))
         axes.set_title(name.replace("_", " "), fontsize=9.5)
         _scale(axes, np.concatenate([values.ravel() for *_, values in lines]))
@@ -243,30 +252,35 @@ def _draw_steps(axes: Axes, curves: Sequence[StepCurves], key: str, look: dict[s
         inside = (common > low) & (common <= high)
         if not inside.any():
             continue
-        x, y = _thinned(common[inside]), np.array([_thinned(row) for row in values[:, inside]])
+        most = max(20, _POINTS // len(curves[0].starts))
+        x, y = _thinned(common[inside], most), np.array([_thinned(row, most) for row in values[:, inside]])
         _draw_spread(axes, x, y, look, label)
         label = "_"  # matplotlib's mark for a line that is not in the legend
 
 
-def _thinned(values: FloatArray) -> FloatArray:
-    """Return means over neighbours, at most ``_POINTS`` of them."""
-    size = math.ceil(len(values) / _POINTS)
+def _thinned(values: FloatArray, most: int) -> FloatArray:
+    """Return means over neighbours, at most so many of them."""
+    size = math.ceil(len(values) / most)
     if size == 1:
         return values
     return np.array([values[k : k + size].mean() for k in range(0, len(values), size)])
 
 
-def _draw_spread(axes: Axes, x: FloatArray, values: FloatArray, look: dict[str, Any], label: str) -> None:
+def _draw_spread(
+    axes: Axes, x: FloatArray, values: FloatArray, look: dict[str, Any], label: str, *, band: bool = True
+) -> None:
     """Draw the mean over rows and, for two rows or more, a band of one standard deviation on either side."""
     known = np.isfinite(values).any(axis=0)
     if not known.any():
         return
     x, values = x[known], values[:, known]
-    columns = [spread(value for value in column if math.isfinite(value)) for column in values.T.tolist()]
-    means = np.array([column.mean for column in columns if column])
-    deviations = np.array([column.deviation or 0.0 for column in columns if column])
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    means = np.where(finite, values, 0.0).sum(axis=0) / count
+    squares = (np.where(finite, values, means) - means) ** 2
+    deviations = np.sqrt(squares.sum(axis=0) / np.maximum(count - 1, 1))
     axes.plot(x, means, label=label, **look)
-    if deviations.any():
+    if band and deviations.any():
         axes.fill_between(x, means - deviations, means + deviations, color=look["color"], alpha=_BAND, linewidth=0)
 
 
@@ -282,15 +296,6 @@ def _look(number: int, *, marker: bool) -> dict[str, Any]:
 def _legend(group: Group) -> str:
     count = f"n = {len(group.counted)}" if group.is_finished else "unfinished"
     return f"{group.letter}: {group.title} ({count})"
-
-
-def _shades(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
-    pick: Callable[[float], Any] = colormaps[_TASK_MAP]
-    return [pick(0.9 * j / (count - 1)) for j in range(count)]
 
 
 def _stacked(rows: Sequence[Sequence[float | None]]) -> FloatArray:
