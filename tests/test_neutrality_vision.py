@@ -32,20 +32,32 @@ MEASURED = Request(kinds=("loss", "eigenvalues"), scopes=("adapter",), samples=6
 
 
 def run(
-    folder: Path, repo: str, seeds: list[int], *, patched: bool = True, measured: bool = False, **sam: Any
+    folder: Path,
+    repo: str,
+    seeds: list[int],
+    *,
+    patched: bool = True,
+    measured: bool = False,
+    changes: tuple[dict[str, Any], ...] = ({},),
+    depth: int = vision_upstream.SIZES["depth"],
+    **sam: Any,
 ) -> dict[str, Any]:
     """Run main.py in a folder; with SAM settings the hooks are on, without them everything is emulated from outside."""
     folder.mkdir()
     tree = build(repo, patched=patched, into=folder.parent).path
-    (folder / "config.json").write_text(json.dumps(vision_upstream.CONFIGS[repo] | {"seed": seeds}))
+    configs = [f"config{number}.json" for number in range(len(changes))]
+    for config, change in zip(configs, changes, strict=True):
+        (folder / config).write_text(json.dumps(vision_upstream.CONFIGS[repo] | {"seed": seeds} | change))
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     if sam:
         measure = {"request": MEASURED.as_dict(), "folder": str(folder / "flatness")} if measured else None
-        (folder / "hook.json").write_text(json.dumps(description(repo, **sam) | {"measure": measure}))
+        hook = description(repo, **sam) | {"measure": measure}
+        hook["vision"]["model"] = vision_upstream.SIZES | {"depth": depth}
+        (folder / "hook.json").write_text(json.dumps(hook))
         environment["FLATPATCH_RUN"] = str(folder / "hook.json")
-    command = [sys.executable, TESTS / "vision_upstream.py", tree, "config.json", "results.pt"]
+    command = [sys.executable, TESTS / "vision_upstream.py", tree, ",".join(configs), "results.pt"]
     done = subprocess.run(
-        [*map(str, command), *([] if sam else ["emulated"])],
+        [*map(str, command), *([] if sam else [str(depth)])],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -188,3 +200,21 @@ def test_sam_perturbs_every_step_and_nothing_else(repo: str, folder: Path, autho
     summary = json.loads((ours["folder"] / "summary.json").read_text())
     assert [task["steps"] for task in summary["tasks"]] == STEPS[repo]
     assert summary["steps"] == sum(STEPS[repo])
+
+
+def test_every_variant_of_inflora_is_neutral_at_rho_zero(upstream: Callable[[str], Path], tmp_path: Path) -> None:
+    upstream("InfLoRA")
+    names = ("InfLoRAb5", "InfLoRA_CA", "InfLoRA_CA1", "InfLoRA_domain", "InfLoRAb5_domain")
+    # The b5 variants adapt the first five blocks.
+    few = {"init_cls": 10, "increment": 10, "total_sessions": 2, "fc_lrate": 0.01}
+    # CA1 stops with an AttributeError in its second task, on one device as on several.
+    one = {"init_cls": 20, "increment": 20, "total_sessions": 1}
+    variants = tuple(few | {"model_name": name} | (one if name == "InfLoRA_CA1" else {}) for name in names)
+    theirs = run(tmp_path / "authors", "InfLoRA", [0], patched=False, changes=variants, depth=6)
+    ours = run(tmp_path / "zero", "InfLoRA", [0], changes=variants, depth=6, kind="sam", rho=0.0)
+    assert len(theirs["seeds"]) == len(names)
+    assert differences(ours["seeds"], theirs["seeds"]) == []
+    lines = [json.loads(line) for line in (ours["folder"] / "metrics.jsonl").read_text().splitlines()]
+    # Nine batches of up to nine images, two epochs, two tasks; or eighteen in one.
+    assert len(lines) == len(names) * 2 * 2 * 9
+    assert all(line["perturbed_loss"] == line["loss"] for line in lines)

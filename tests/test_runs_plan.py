@@ -11,6 +11,7 @@ import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.methods import METHODS
+from flatpatch.runs.execute import prepare_work
 from flatpatch.runs.plan import Plan, make_plan, visible_devices
 from flatpatch.settings import parse
 
@@ -233,3 +234,15 @@ def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.Monkey
     assert [task.name for task in plan.tasks] == ["yahoo", "amazon", "agnews", "dbpedia"]
     assert plan.tasks[2].evaluates == (("TC", "yahoo"), ("SC", "amazon"), ("TC", "agnews"))
     assert plan.tasks[2].invocation.get("model_name_or_path").endswith("2-amazon/adapter")
+
+
+@pytest.mark.third_party
+def test_quick_run_of_upstreams_code_has_the_quick_benchmark_in_its_work_folder(
+    upstream: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Upstream's own benchmark folder stands beside it and must not be taken for data= being set."""
+    upstream("N-LoRA")
+    plan = make_plan(parse(["method=nlora", "profile=quick", "engine=upstream", "device=cpu", f"output={tmp_path}"]))
+    prepare_work(plan, tmp_path / "work")
+    assert (tmp_path / "work" / "CL_Benchmark").is_dir()
+    assert (tmp_path / "work" / plan.tasks[0].invocation.get("data_dir") / "TC" / "dbpedia" / "train.json").is_file()

@@ -1,9 +1,9 @@
 """Run an image repository's own main.py, patched or not, on a tiny model and data, and keep all that it computed.
 
-    python vision_upstream.py TREE CONFIG RESULTS [emulated]
+    python vision_upstream.py TREE CONFIG[,CONFIG...] RESULTS [DEPTH]
 
-With "emulated" everything that has to be otherwise on a machine without GPU is put in place from outside, by replacing
-attributes of upstream's modules and of torch; none of it comes from flatpatch.
+With the depth of a model everything that has to be otherwise on a machine without GPU is put in place from outside, by
+replacing attributes of upstream's modules and of torch; none of it comes from flatpatch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torchvision import transforms
+
+import flatpatch.hooks
 
 SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 
@@ -81,12 +83,17 @@ class TwentyImages(TinyImages):
 DATA = {"InfLoRA": TwentyImages, "CL-LoRA": TinyImages}
 
 
+# These can only train under DataParallel, which without a GPU passes its inputs on to the network.
+SEVERAL_DEVICES = ("InfLoRA_CA1", "InfLoRA_domain", "InfLoRAb5_domain")
+
+
 def on_the_cpu(args: dict) -> None:
-    args["device"] = [torch.device("cpu")]
+    args["device"] = [torch.device("cpu")] * (2 if args["model_name"] in SEVERAL_DEVICES else 1)
 
 
-def emulate(repo: str) -> None:
+def emulate(repo: str, depth: int) -> None:
     """Let an unpatched repository run here, or a patched one whose hooks do nothing."""
+    sizes = SIZES | {"depth": depth}
     import trainer
     import utils.data_manager
 
@@ -100,12 +107,13 @@ def emulate(repo: str) -> None:
 
     trainer._train = train_with_its_own_log
     if repo == "InfLoRA":
-        import models.sinet_inflora as sinet
+        from models import sinet_inflora, sinet_inflorab5
 
-        create = sinet._create_vision_transformer
-        sinet._create_vision_transformer = lambda variant, pretrained, **arguments: create(
-            variant, pretrained=False, **arguments | SIZES
-        )
+        for sinet in (sinet_inflora, sinet_inflorab5):
+            create = sinet._create_vision_transformer
+            sinet._create_vision_transformer = lambda variant, pretrained, create=create, **arguments: create(
+                variant, pretrained=False, **arguments | sizes
+            )
         return
     import models.cllora
     from backbone import linears, vit_cllora
@@ -123,12 +131,12 @@ def emulate(repo: str) -> None:
 
         def __init__(self, tuning_config, **arguments) -> None:
             tuning_config.d_model = SIZES["embed_dim"]
-            super().__init__(tuning_config=tuning_config, **arguments | SIZES)
+            super().__init__(tuning_config=tuning_config, **arguments | sizes)
 
     vit_cllora.VisionTransformer = Small
 
     def create_model(name: str, **_: object) -> SimpleNamespace:
-        weights = VisionTransformer(num_classes=0, **SIZES).state_dict()
+        weights = VisionTransformer(num_classes=0, **sizes).state_dict()
         for key in [key for key in weights if ".qkv." in key]:
             for letter, part in zip("qkv", weights.pop(key).split(SIZES["embed_dim"]), strict=True):
                 weights[key.replace(".qkv.", f".{letter}_proj.")] = part
@@ -202,7 +210,7 @@ def results(learner) -> dict:
     if hasattr(learner, "feature_list"):
         found["features"] = [torch.as_tensor(feature) for feature in learner.feature_list]
         found["projections"] = learner.feature_mat
-        found["project_types"] = learner.project_type
+        found["project_types"] = getattr(learner, "project_type", None)  # the variants without DualGPM have none
         found["keys"] = learner.all_keys
     else:
         backbone = network.backbone
@@ -217,15 +225,24 @@ def main() -> None:
     # As for `python main.py`; this file's own folder must stay findable for the data set.
     sys.path.insert(0, tree)
     if rest:
-        emulate(repo)
+        emulate(repo, int(rest[0]))
+    else:
+        place = flatpatch.hooks.place
+
+        def place_on_several(args: dict) -> None:
+            place(args)
+            on_the_cpu(args)
+
+        flatpatch.hooks.place = place_on_several
     seen = watch()
     features: list[bool] = []
     if repo == "InfLoRA":
         import models.sinet_inflora
 
         features = watch_features(models.sinet_inflora)
-    sys.argv = ["main.py", *(["--config", config] if repo == "InfLoRA" else [config])]
-    runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
+    for path in config.split(","):
+        sys.argv = ["main.py", *(["--config", path] if repo == "InfLoRA" else [path])]
+        runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
     # Evaluating once more, below, takes more numbers and would write more into the log.
     numbers = [tuple(numbers) for _, numbers in seen]
     logging.disable()

@@ -33,7 +33,7 @@ from flatpatch.flatness import (
     random_direction,
     spectrum_statistics,
 )
-from flatpatch.flatness.points import Objective, moving, plain
+from flatpatch.flatness.points import plain
 from flatpatch.measurement.request import EFFORTS, Effort, Request
 
 SEED = 0
@@ -259,25 +259,6 @@ class _Work:
         return self.operator
 
 
-class _Counted:
-    """An objective that tells a bar of every evaluation with a gradient."""
-
-    def __init__(self, objective: Objective, bar: _Bar, planned: float) -> None:
-        self._objective = objective
-        self._bar = bar
-        self._planned = max(1, round(planned))
-        self._done = 0
-        self.origin = objective.origin
-
-    def loss(self, x: Tensor) -> float:
-        return self._objective.loss(x)
-
-    def loss_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
-        self._done += 1
-        self._bar.update(self._done, self._planned, f"{self._done} evaluations")
-        return self._objective.loss_and_gradient(x)
-
-
 def _eigenvalues(work: _Work) -> None:
     effort = work.effort
     pairs = lanczos(
@@ -348,32 +329,26 @@ def _batchwise(work: _Work) -> None:
 
 
 def _keskar(work: _Work) -> None:
-    with moving(work.problem) as objective:
-        found = keskar_sharpness(
-            _Counted(objective, work.bar, 25 + 2 * (1 + 2 * work.effort.ascent_steps)),
-            ascent_steps=work.effort.ascent_steps,
-            seed=SEED,
-        )
+    found = keskar_sharpness(work.problem, ascent_steps=work.effort.ascent_steps, seed=SEED, progress=work.bar.update)
     work.result.results["keskar"] = found.as_dict()
     work.result.values |= {"keskar_sharpness": found.phi, "keskar_lower_bound": found.phi_lower_bound}
 
 
 def _sam(work: _Work) -> None:
     work.result.results["sam"] = {}
-    with moving(work.problem) as objective:
-        counted = _Counted(objective, work.bar, 4 * (1 + 2 * work.effort.ascent_steps))
-        for name, rho, adaptive in (("sam", work.request.rho, False), ("asam", ASAM_RHO, True)):
-            found = ball_sharpness(
-                counted,
-                rho,
-                adaptive=adaptive,
-                ascent_steps=work.effort.ascent_steps,
-                directions=work.directions,
-                seed=SEED,
-            )
-            work.result.results["sam"][name] = found.as_dict()
-            work.result.values |= {f"{name}_sharpness": found.one_step, f"{name}_sharpness_ascent": found.ascent}
-            work.result.values["gradient_norm"] = found.grad_norm
+    for name, rho, adaptive in (("sam", work.request.rho, False), ("asam", ASAM_RHO, True)):
+        found = ball_sharpness(
+            work.problem,
+            rho,
+            adaptive=adaptive,
+            ascent_steps=work.effort.ascent_steps,
+            directions=work.directions,
+            seed=SEED,
+            progress=work.bar.update,
+        )
+        work.result.results["sam"][name] = found.as_dict()
+        work.result.values |= {f"{name}_sharpness": found.one_step, f"{name}_sharpness_ascent": found.ascent}
+        work.result.values["gradient_norm"] = found.grad_norm
 
 
 def _landscape(work: _Work) -> None:

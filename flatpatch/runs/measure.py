@@ -42,6 +42,7 @@ from flatpatch.report.flatness_figures import (
 )
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.records import read_record
+from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
 from flatpatch.runs.record import write_record
 from flatpatch.runs.trained import (
@@ -285,7 +286,9 @@ class _Joint:
                 self._planes(made, found, figures)
             self._spectra(contents, figures)
             files.write_json(made / COMPARISON, found)
+            warnings = "\n".join(dict.fromkeys(text for run in self.runs if (text := short_warning(run.record))))
             for name, figure in figures.items():
+                figure.suptitle(f"{figure.get_suptitle()}\n{warnings}".strip(), fontsize=10, color="#A33B00" if warnings else "black")
                 figure.savefig(made / f"{name}.png", dpi=110)
             made.chmod(0o755)
             if self.output.exists():
