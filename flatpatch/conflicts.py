@@ -173,7 +173,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         Conflict(
             "gradient of the task loss",
             "of one joint loss (Eq. 13)",
-            "forward pass before the distillation step, backward pass after it, so that it mixes the weights from before "
+            "forward pass before the distillation step, backward pass after it, so it mixes the weights from before "
             "and after; newer versions of torch than its own (2.0.1, on CUDA) refuse that",
             "as the repository with torch 2.0.1, and so is SAM's second pass; only torch's count of writes is put back",
             f"{_CLLORA}; models/cllora.py",
