@@ -171,6 +171,14 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             f"{_CLLORA}; models/cllora.py",
         ),
         Conflict(
+            "gradient of the task loss",
+            "of one joint loss (Eq. 13)",
+            "forward pass before the distillation step, backward pass after it, so it mixes the weights from before "
+            "and after; newer versions of torch than its own (2.0.1, on CUDA) refuse that",
+            "as the repository with torch 2.0.1, and so is SAM's second pass; only torch's count of writes is put back",
+            f"{_CLLORA}; models/cllora.py",
+        ),
+        Conflict(
             "orthogonality of block weights",
             "sum of norms (Eq. 12)",
             "mean absolute cosine of the flattened block weights",

@@ -30,12 +30,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "sam_on": ("both", "task", "distillation"),
 }
 # Settings that say something to one kind of method alone.
-# Measuring inside a run is of text alone: the hooks of the image repositories do not measure.
 OF_MEASURING = tuple(f"measure{part}" for part in ("", "_scope", "_when", "_samples", "_batch", "_rho", "_effort"))
-OF_TEXT = (
-    *("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port"),
-    *OF_MEASURING,
-)
+OF_TEXT = ("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port")
 OF_VISION = ("benchmark", "variant", "sam_on")
 # A comma in these is part of the value, not a list of values to sweep over.
 PLACES = ("model", "data", "run", "output", "device", "tasks", "measure", "measure_scope", "measure_when")

@@ -109,7 +109,7 @@ def test_one_run_is_measured_after_each_task_and_its_record_updated(make_run: Ma
     words = [
         "measure",
         f"run={folder}",
-        "measure=trace,slice",
+        "measure=slice",
         "task=all",
         "measure_scope=adapter,merged,model",
         *SMALL,
@@ -120,7 +120,7 @@ def test_one_run_is_measured_after_each_task_and_its_record_updated(make_run: Ma
         (task, "finished", scope) for task in ("dbpedia", "amazon") for scope in ("adapter", "merged", "model")
     ]
     for entry in record["flatness"]:
-        assert set(entry["values"]) == {"trace", "trace_standard_error", "slice_mean_rise"}
+        assert set(entry["values"]) == {"slice_mean_rise"}
         assert (folder / entry["file"]).is_file() and (folder / entry["arrays"]).is_file()
     # One function in three spaces.
     by_task = [{e["loss"] for e in record["flatness"] if e["task_index"] == k} for k in range(2)]
