@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import flatpatch.continual.reference  # noqa: F401  # DeepSpeed, which it loads, announces itself on stdout once
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
 from flatpatch.runs import choices

@@ -89,11 +89,6 @@ def test_benchmark_in_profile_quick_is_refused(refused: Refused) -> None:
     assert "profile=upstream" in text
 
 
-def test_measuring_where_nothing_measures_is_refused(refused: Refused) -> None:
-    text = refused("method=inflora", "engine=reference", "profile=quick", "measure=loss")
-    assert "measure=loss: our reference implementation of InfLoRA does not measure; only upstream's code does." in text
-
-
 def test_cuda_where_there_is_none_is_refused(refused: Refused) -> None:
     text = refused("method=inflora", "engine=reference", "profile=quick", "device=cuda")
     assert "device=cuda needs a CUDA device, and torch sees no CUDA device" in text

@@ -86,6 +86,9 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
         assert step["perturbation_norm"] == pytest.approx(0.05, rel=1e-4)
         assert step["perturbed_loss"] > step["loss"]
     assert record["training"][0]["steps"] == 28
+    # Scope lora is B of keys and values alone, 2 x 6 layers x 64 x 10; the classifier of 10 classes is not in it.
+    assert record["training"][0]["perturbed_parameters"] == 7680
+    assert record["training"][0]["trainable_parameters"] == 7680 + 10 * 64 + 10
     names = {path.name for path in (undisturbed / "figures").iterdir()}
     assert {"accuracy_matrix.png", "accuracy_over_tasks.png", "loss.png", "perturbation.png"} <= names
 
@@ -97,6 +100,19 @@ def test_same_command_on_a_finished_run_does_nothing(undisturbed: Path, capsys: 
     assert "is finished; nothing to do" in shown
     assert "final accuracy (all test images; the papers' A_T)" in shown
     assert (undisturbed / "record.json").stat().st_mtime_ns == before
+
+
+def test_measuring_changes_nothing_of_the_training(undisturbed: Path, tmp_path: Path) -> None:
+    assert main(words(tmp_path, "measured", "measure=eigenvalues", "measure_samples=6", "measure_batch=4")) == 0
+    assert results(tmp_path / "measured") == results(undisturbed)
+    flatness = json.loads((tmp_path / "measured/record.json").read_text())["flatness"]
+    times = [(entry["task_index"], entry["when"], entry["scope"]) for entry in flatness]
+    assert times == [
+        (i, when, scope) for i in (0, 1) for when in ("before", "after") for scope in ("adapter", "merged")
+    ]
+    for entry in flatness:
+        assert entry["samples"] == 6
+        assert entry["values"]["top_eigenvalue"] is not None
 
 
 def started(folder: Path, task: str) -> bool:

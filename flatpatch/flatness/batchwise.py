@@ -107,7 +107,8 @@ def batch_eigenvalues(
         UserError: If the model has no second derivative.
     """
     count = len(problem.batches)
-    whole = HessianOperator(problem, mode=mode, memory_budget=memory_budget)
+    # Not compiled: each batch would need code of its own, and the clock would decide how the results are rounded.
+    whole = HessianOperator(problem, mode=mode, memory_budget=memory_budget, compile=False)
     key = {
         "algorithm": "batch_eigenvalues",
         "settings": [tol, max_products, restarts, mode, seed, problem.num_terms],
@@ -118,7 +119,7 @@ def batch_eigenvalues(
     vector: Tensor | None = state["vector"].to(problem.device) if state else None
     change, products = (state["change"], state["products"]) if state else (0.0, 0)
     for index in range(len(found), count):
-        operator = HessianOperator(problem.subset([index]), mode=mode, memory_budget=memory_budget)
+        operator = HessianOperator(problem.subset([index]), mode=mode, memory_budget=memory_budget, compile=False)
         pair = power_iteration(operator, tol=tol, max_products=max_products, start=vector, seed=seed)
         if 1 <= index <= restarts:
             cold = power_iteration(operator, tol=tol, max_products=max_products, seed=seed + index)

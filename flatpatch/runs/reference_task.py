@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flatpatch.continual import reference
@@ -22,6 +23,9 @@ from flatpatch.measurement.in_run import Measurer, sample_of
 from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
 from flatpatch.sam import SAM
+
+if TYPE_CHECKING:
+    from flatpatch.continual.reference import vision
 
 SECONDS_BETWEEN_PROGRESS = 0.5
 
@@ -113,7 +117,8 @@ class StepRecorder:
         scope = settings["scope"]
         if scope not in ("lora", "all", *groups):
             raise UserError(f"scope={scope}: this model trains no such weights. It has: lora, {', '.join(groups)}.")
-        chosen = groups.get(scope, everything)
+        adapters = [parameter for name, group in groups.items() if name != "head" for parameter in group]
+        chosen = {"all": everything, "lora": adapters, **groups}[scope]
         self.perturbed = sum(parameter.numel() for parameter in chosen)
         adaptive = settings["kind"] == "asam"
         self.sam = SAM(optimizer, rho=settings["rho"], adaptive=adaptive, eta=settings["eta"], parameters=chosen)
@@ -167,6 +172,24 @@ class StepRecorder:
         """Measure the task loss on a fixed sample of the training data, if asked to at this time."""
         sample = sample_of(examples, collate)
         self._measurer.at(when, task_index=self.run["task_index"], task=self.run["task"], model=model, sample=sample)
+
+    def measure_images(self, when: str, state: vision.TaskState, task: str) -> None:
+        """Measure the cross-entropy over a task's classes on a fixed sample of its training images, not augmented."""
+        images = state.tasks[state.index]
+
+        def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+            inputs, labels = zip(*items, strict=True)
+            return torch.stack(inputs), torch.tensor(labels) - images.classes.start
+
+        self._measurer.at(
+            when,
+            task_index=state.index,
+            task=task,
+            model=state.model,
+            sample=sample_of(images.measure, collate),
+            loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            loss_name="cross-entropy over the task's classes",
+        )
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
         self._progress(phase, {"step": step, "total": total}, None, "", note=note)

@@ -35,6 +35,8 @@ def main(words: Sequence[str]) -> int:
                 make_gradients=recorder.make_gradients,
                 on_step=lambda state: recorder.on_step(state, names[state["task"]]),
                 on_predict=lambda state: recorder.on_predict(state, names[state["task"]]),
+                before_task=lambda state: recorder.measure_images("before", state, names[state.index]),
+                after_task=lambda state: recorder.measure_images("after", state, names[state.index]),
             )
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)

@@ -118,11 +118,6 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"{method.title} has no reference implementation, and profile quick needs its code too ({engine_reason}). "
             f"Run: git submodule update --init third_party/{method.repository}, or use method=inflora."
         )
-    if engine == "reference" and settings.measuring is not None:
-        raise UserError(
-            f"measure={settings.measure}: our reference implementation of {method.title} does not measure; only "
-            "upstream's code does. Leave measure= out, or use engine=upstream."
-        )
     if quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has images "
