@@ -198,3 +198,11 @@ def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pyte
     plan = plan_of("method=seqlora_vit", "seed=5")
     assert (plan.engine, plan.config["seed"]) == ("reference", [5])
     assert plan.command(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.runs.reference_vision"]
+
+
+def test_quick_run_takes_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = parse(["method=inflora", "engine=reference", "profile=quick", "device=cpu"])
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "3"

@@ -223,7 +223,7 @@ class _Training:
             return
         import torch
 
-        from flatpatch.measurement.sample import SEED, draw_sample
+        from flatpatch.measurement.in_run import IMAGE_LOSS, augmented_sample_of
 
         first_class, last_class = self._learner._known_classes, self._learner._total_classes - 1
 
@@ -231,18 +231,14 @@ class _Training:
             inputs = torch.stack([image for _, image, _ in items])
             return inputs, torch.tensor([int(label) - first_class for _, _, label in items])
 
-        def sample(request: Any) -> Any:
-            torch.manual_seed(SEED)  # the measurer puts the training's random numbers back
-            return draw_sample(self._dataset, collate, samples=request.samples, batch=request.batch)
-
         self._measurer.at(
             when,
             task_index=self._learner._cur_task,
             task=f"{first_class}-{last_class}",
             model=getattr(self._learner._network, "module", self._learner._network),
-            sample=sample,
+            sample=augmented_sample_of(self._dataset, collate),
             loss=lambda model, batch: classification_loss(model, *batch),
-            loss_name="cross-entropy over the task's classes, without the method's penalty",
+            loss_name=IMAGE_LOSS,
         )
 
     def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from flatpatch.errors import UserError, did_you_mean
@@ -19,6 +20,10 @@ from flatpatch.measurement.request import Request, read_request
 from flatpatch.measurement.sample import SEED, Sample, draw_sample
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
 
+IMAGE_LOSS = (
+    "cross-entropy over the task's own classes, of training images augmented once with a fixed seed, without the "
+    "method's penalty"
+)
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
 
@@ -172,6 +177,16 @@ class Measurer:
 def sample_of(dataset: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Request], Sample]:
     """Return a function that draws the fixed sample of a data set and collates it."""
     return lambda request: draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
+
+
+def augmented_sample_of(dataset: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Request], Sample]:
+    """As :func:`sample_of`, of images that are augmented at random: the same way for every run and point in time."""
+
+    def draw(request: Request) -> Sample:
+        torch.manual_seed(SEED)  # the measurer puts the training's random numbers back
+        return draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
+
+    return draw
 
 
 def describe(

@@ -19,7 +19,7 @@ from torch import Tensor
 from flatpatch.continual import reference
 from flatpatch.continual.reference import ReferenceTask
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.measurement.in_run import Measurer, sample_of
+from flatpatch.measurement.in_run import IMAGE_LOSS, Measurer, augmented_sample_of, sample_of
 from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
 from flatpatch.sam import SAM
@@ -174,7 +174,7 @@ class StepRecorder:
         self._measurer.at(when, task_index=self.run["task_index"], task=self.run["task"], model=model, sample=sample)
 
     def measure_images(self, when: str, state: vision.TaskState, task: str) -> None:
-        """Measure the cross-entropy over a task's classes on a fixed sample of its training images, not augmented."""
+        """Measure the cross-entropy over a task's classes on the images that upstream's hook would draw."""
         images = state.tasks[state.index]
 
         def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -186,9 +186,9 @@ class StepRecorder:
             task_index=state.index,
             task=task,
             model=state.model,
-            sample=sample_of(images.measure, collate),
+            sample=augmented_sample_of(images.train, collate),
             loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-            loss_name="cross-entropy over the task's classes",
+            loss_name=IMAGE_LOSS,
         )
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
