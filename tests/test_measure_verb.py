@@ -193,7 +193,9 @@ def test_plane_through_three_runs_holds_their_own_losses(make_run: MakeRun, tmp_
 
 
 def test_run_that_is_not_there_or_not_finished_is_refused(make_run: MakeRun, refused: Callable[..., str]) -> None:
-    assert "there is no run" in refused("run=nothing")
+    for name in ("nothing", "runs/nothing"):
+        text = refused(f"run={name}")
+        assert "there is no run" in text and text.count("runs/nothing.") == 1 and "runs/runs" not in text
     folder = make_run("one", 1)
     record = read_record(folder)
     write_record(folder, {**record, "status": "interrupted"})

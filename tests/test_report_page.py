@@ -297,6 +297,16 @@ def test_steps_of_seeds_are_averaged_step_by_step(tmp_path):
     assert page_figures.step_summary(groups[0].runs[1])["loss"] == pytest.approx(6.0)
 
 
+def test_mean_loss_is_of_one_loss_where_batches_take_two_steps(tmp_path):
+    rows = [
+        {"task": "dbpedia", "step": k, "loss": value, "perturbed_loss": value + rise, "loss_name": name}
+        for k, (name, value, rise) in enumerate([("distillation", 9.0, 3.0), ("task", 1.0, 0.5)] * 2, start=1)
+    ]
+    write_run(tmp_path / "0", seeded(0), rows)
+    summary = page_figures.step_summary(read_run(tmp_path / "0"))
+    assert (summary["loss"], summary["rise"]) == (1.0, 0.5)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_training_that_diverged_is_shown_as_such(tmp_path, bad):
     for seed in (0, 1):

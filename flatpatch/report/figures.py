@@ -229,7 +229,7 @@ class StepCurves:
         return smoothed
 
 
-def _of_one_loss(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+def of_one_loss(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
     """Keep the steps of one loss where batches take several steps, each with a loss of its own (CL-LoRA)."""
     losses = {row["loss_name"] for row in metrics if row.get("loss_name") and row.get(key) is not None}
     chosen = "task" if "task" in losses else next(iter(losses), None)
@@ -241,7 +241,7 @@ def step_curves(tasks: Sequence[str], metrics: Sequence[Mapping[str, Any]], of: 
 
     Where a batch takes several steps, those on one loss are kept: the task's, unless another alone has ``of``.
     """
-    metrics = _of_one_loss(metrics, of)
+    metrics = of_one_loss(metrics, of)
     lines: dict[tuple[int, float], Mapping[str, Any]] = {}
     for row in metrics:
         task = row.get("task")

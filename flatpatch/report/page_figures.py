@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from flatpatch.report.figures import StepCurves, step_curves
+from flatpatch.report.figures import StepCurves, of_one_loss, step_curves
 from flatpatch.report.groups import Group, Run, Spread, mean_accuracies, spread
 
 FloatArray = NDArray[np.float64]
@@ -166,12 +166,15 @@ _WHEN = {"before": "before training the task", "after": "after training the task
 
 
 def step_summary(run: Run) -> dict[str, float | None]:
-    """Return the means over all logged steps of what SAM's steps measured; None where nothing was logged."""
+    """Return the means over the logged steps of what SAM's steps measured; None where nothing was logged.
+
+    Where a batch takes several steps, each with a loss of its own, those of the task's loss count, as in the figures.
+    """
     keys = ("loss", "grad_norm", "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
-    means = {key: _mean(row.get(key) for row in run.steps) for key in keys}
+    means = {key: _mean(row.get(key) for row in of_one_loss(run.steps, key)) for key in keys}
     means["rise"] = _mean(
         row["perturbed_loss"] - row["loss"]
-        for row in run.steps
+        for row in of_one_loss(run.steps, "perturbed_loss")
         if row.get("perturbed_loss") is not None and row.get("loss") is not None
     )
     return means

@@ -91,7 +91,7 @@ def find_run(name: str) -> TrainedRun:
         UserError: If there is no such run, it is not finished, or it is not one that can be rebuilt.
     """
     place = Path(name).expanduser()
-    folder = (place if place.exists() else Path("runs") / name).absolute()
+    folder = (Path("runs") / name if place.name == name and not place.exists() else place).absolute()
     if not folder.is_dir():
         raise UserError(f"run={name}: there is no run {folder}. Name a run's folder, e.g. run=runs/NAME.")
     record = read_record(folder)
