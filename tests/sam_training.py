@@ -78,8 +78,8 @@ class PenaltyTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        if self.args.gradient_accumulation_steps > 1 and not self.deepspeed:
-            loss = loss / self.args.gradient_accumulation_steps
+        steps = self.args.gradient_accumulation_steps
+        loss = loss if self.deepspeed else loss / steps
         adapters = [p for name, p in self.model.named_parameters() if "lora_" in name]
         loss = loss + self.penalty * sum(p.abs().sum() for p in adapters)
         if self.do_grad_scaling:

@@ -309,9 +309,20 @@ def test_sets_of_runs_that_make_no_sense_are_users_errors(records, message):
         compare_runs(records)
 
 
-def test_rho_of_runs_without_sam_does_not_set_them_apart():
-    records = [inflora_record(0), with_setting(inflora_record(1), rho=0.1)]
+@pytest.mark.parametrize(
+    "values",
+    [{"rho": 0.1}, {"sam_on": "task"}, {"sync": "global"}, {"ascent_loss": "task"}, {"measure": "loss,trace"}],
+    ids=lambda values: next(iter(values)),
+)
+def test_what_leaves_training_without_sam_as_it_is_does_not_set_runs_apart(values):
+    records = [inflora_record(0), with_setting(inflora_record(1), **values)]
     assert compare_runs(records, metrics=[FINAL])["verdict"] == "reproduced"
+
+
+def test_with_sam_the_step_that_it_perturbs_sets_runs_apart():
+    records = [with_setting(inflora_record(0), sam="sam"), with_setting(inflora_record(1), sam="sam", sam_on="task")]
+    with pytest.raises(UserError, match="more than their seed: sam_on"):
+        compare_runs(records)
 
 
 @pytest.mark.parametrize(

@@ -157,11 +157,28 @@ def test_runs_of_other_settings_are_not_put_together(tmp_path):
     assert len(set(titles)) == 4
 
 
-def test_without_sam_its_radius_sets_nothing_apart(tmp_path):
+@pytest.mark.parametrize(("key", "value"), [("rho", 0.1), ("sam_on", "task"), ("measure", "loss")])
+def test_without_sam_its_settings_and_measuring_set_nothing_apart(tmp_path, key, value):
     records = [seeded(0, sam="off"), seeded(1, sam="off")]
-    records[1]["settings"]["rho"] = {"value": 0.1, "source": "command line"}
+    records[1]["settings"][key] = {"value": value, "source": "command line"}
     folders = [write_run(tmp_path / str(k), record) for k, record in enumerate(records)]
     assert len(group_runs([read_run(folder) for folder in folders])) == 1
+
+
+def test_runs_measured_in_different_ways_are_not_averaged(tmp_path):
+    records = [seeded(0), seeded(1), seeded(2)]
+    for record, samples in zip(records, (16, 64, 16), strict=True):
+        record["settings"] |= {
+            "measure": {"value": "loss", "source": "command line"},
+            "measure_samples": {"value": samples, "source": "command line"},
+        }
+    folders = [write_run(tmp_path / str(k), record) for k, record in enumerate(records)]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [[run.seed for run in group.runs] for group in groups] == [["0", "2"], ["1"]]
+    assert [group.title for group in groups] == [
+        "SAM rho=0.05, measure_samples=16",
+        "SAM rho=0.05, measure_samples=64",
+    ]
 
 
 def test_other_conditions_of_some_runs_are_told(tmp_path):

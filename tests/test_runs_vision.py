@@ -206,3 +206,9 @@ def test_quick_run_takes_one_thread_unless_told_otherwise(monkeypatch: pytest.Mo
     assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_measured_run_has_a_folder_of_its_own() -> None:
+    words = ("method=seqlora_vit", "profile=quick")
+    plain, measured = plan_of(*words), plan_of(*words, "measure=loss")
+    assert measured.folder.name == plain.folder.name.replace("-seed", "-measured-seed")

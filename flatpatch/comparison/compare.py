@@ -34,6 +34,7 @@ from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.records import setting
 from flatpatch.report.titles import labels
+from flatpatch.settings import OF_MEASURING
 
 MARGIN = 1.0
 # Compared unless others are asked for, where both sides have them.
@@ -41,8 +42,8 @@ METRICS = ("average_accuracy", "sample_weighted_accuracy", "averaged_accuracy_in
 REPRODUCED, EQUIVALENT, WITHIN_SPREAD = "reproduced", "equivalent", "within the paper's spread"
 UNDECIDED, OFF, NOT_COMPARABLE = "undecided", "off by", "not comparable because"
 _FROM_BEST = (REPRODUCED, EQUIVALENT, WITHIN_SPREAD, UNDECIDED, OFF, NOT_COMPARABLE)
-# Settings in which runs of one set may differ.
-_OWN = ("seed", "run", "output", "port", "device")
+# Settings in which runs of one set may differ; measuring leaves the training as it is.
+_OWN = ("seed", "run", "output", "port", "device", *OF_MEASURING)
 
 
 def compare_runs(
@@ -364,7 +365,7 @@ def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> No
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     keys = {*one["settings"], *other["settings"]} - set(_OWN)
     if "off" in (sam := {str(setting(record, "sam", "off")) for record in (one, other)}) and len(sam) == 1:
-        keys -= {"rho", "eta", "scope"}
+        keys -= {"rho", "eta", "scope", "sam_on", "sync", "ascent_loss"}
     found = [key for key in keys if setting(one, key) != setting(other, key)]
     found += [key for key in ("benchmark", "profile", "engine", "tasks") if one[key] != other[key]]
     pins = [(record["upstream"] or {}).get("pin") for record in (one, other)]

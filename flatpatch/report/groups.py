@@ -15,7 +15,9 @@ from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics
 # Settings that say where a run lies, or that make the runs of one group different.
 _NOT_COMPARED = frozenset({"seed", "run", "output", "port"})
 # Without SAM these change nothing.
-_OF_SAM = frozenset({"rho", "eta", "scope", "sync", "ascent_loss"})
+_OF_SAM = frozenset({"rho", "eta", "scope", "sam_on", "sync", "ascent_loss"})
+# Measuring leaves the training as it is; all its settings begin with this word.
+_MEASURING = "measure"
 # What mostly follows from the settings: told only where two groups would else have one name.
 _FOLLOWING = ("tasks", "benchmark", "profile", "engine", "device", "launcher", "processes", "pin", "patched_tree")
 # Where the package lies and which of several GPUs ran it.
@@ -107,7 +109,7 @@ def read_run(folder: Path) -> Run:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put together the runs that differ by their seed alone.
+    """Put together the runs that differ by their seed alone; runs that were not measured join those that were.
 
     A seed that was run twice counts once: two runs of one seed are not two observations.
 
@@ -120,6 +122,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(sorted(_facets(run.record).items())), []).append(run)
+    members = {facets: own for key, trained in members.items() for facets, own in _by_measuring(key, trained).items()}
     given = {key for run in runs for key, entry in run.record["settings"].items() if entry["source"] != "default"}
     titles = _titles([dict(key) for key in members], given)
     return [
@@ -240,13 +243,16 @@ def _gap(group: Group, seed: str, state: str, why: str) -> dict[str, str]:
 
 
 def _facets(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return all that two runs must share to be of one group."""
+    """Return all that two runs must share to be of one group, but for how they were measured."""
     sam = setting(record, "sam", "off")
     environment = record["environment"]
     facets = {
         key: str(entry["value"])
         for key, entry in record["settings"].items()
-        if key not in _NOT_COMPARED and not (sam == "off" and key in _OF_SAM) and not (key == "eta" and sam != "asam")
+        if key not in _NOT_COMPARED
+        and not key.startswith(_MEASURING)
+        and not (sam == "off" and key in _OF_SAM)
+        and not (key == "eta" and sam != "asam")
     }
     # Where a setting says "auto", what it came to.
     facets |= {key: str(record[key]) for key in ("method", "benchmark", "profile", "engine")}
@@ -257,6 +263,26 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
     if record["upstream"]:
         facets |= {key: record["upstream"][key] for key in ("pin", "patched_tree")}
     return facets
+
+
+def _by_measuring(
+    key: tuple[tuple[str, str], ...], runs: Sequence[Run]
+) -> dict[tuple[tuple[str, str], ...], list[Run]]:
+    """Take apart runs that were measured in different ways, whose values have no common mean."""
+    ways = [
+        tuple(
+            (name, str(entry["value"]))
+            for name, entry in sorted(run.record["settings"].items())
+            if name.startswith(_MEASURING)
+        )
+        for run in runs
+    ]
+    if len({way for way, run in zip(ways, runs, strict=True) if setting(run.record, "measure")}) < 2:
+        return {key: list(runs)}
+    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for way, run in zip(ways, runs, strict=True):
+        found.setdefault((*key, *way), []).append(run)
+    return found
 
 
 def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[str]:

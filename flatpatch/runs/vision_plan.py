@@ -337,6 +337,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
             for key in ("eta", "scope", "sam_on", "device")
             if request.sources[key] == "command line"
         ]
+        parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))
     return (Path(settings.output).expanduser() / name).absolute()
