@@ -247,7 +247,7 @@ def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main(words(data, tmp_path, "failing", f"model={model}")) == 1
     said = capsys.readouterr().err
-    assert "task dbpedia failed with exit code" in said
+    assert "task 1/2 dbpedia failed with exit code" in said
     assert "  | " in said
     assert "safetensors" in said.lower()  # the cause
     assert "Finished tasks are kept" in said
