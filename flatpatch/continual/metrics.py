@@ -226,7 +226,8 @@ def forgetting_cllora(accuracy: ArrayLike) -> float | None:
 def averaged_accuracy_inflora(sample_weighted: Sequence[float | None]) -> float | None:
     """Return the mean over steps of the sample-weighted accuracy, as InfLoRA's code prints it.
 
-    It is CL-LoRA's average accuracy too, whose paper takes the accuracy on all classes seen so far. InfLoRA's paper defines ``average_over_steps``; the two differ when tasks have unequal test sets.
+    It is CL-LoRA's average accuracy too, whose paper takes the accuracy on all classes seen so far. InfLoRA's paper
+    defines ``average_over_steps``; the two differ when tasks have unequal test sets.
 
     Args:
         sample_weighted: (T,) percent of all test samples seen so far answered correctly after each
