@@ -137,6 +137,21 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path):
     assert reader.row("Runs that one would expect", "A", "0")[2] == "not counted"
 
 
+def test_images_are_headed_by_the_numbers_of_their_papers(tmp_path):
+    record = seeded(0, tasks=("0-9", "10-19"), benchmark="cifar100")
+    record["settings"]["benchmark"] = {"value": "", "source": "default"}
+    record["metrics"] |= {"sample_weighted_accuracy": 86.51, "averaged_accuracy_inflora": 91.7}
+    text, reader = read([write_run(tmp_path / "run", record)])
+    assert reader.row(SUMMARY, "A SAM rho=0.05")[3:5] == ["86.51", "91.70"]
+    assert reader.row("All metrics", "final accuracy (%)")[1:] == [
+        "86.51",
+        "over all test images after the last task; the papers' A_T; higher is better",
+    ]
+    assert "CL-LoRA's average" in reader.row("All metrics", "averaged accuracy (%)")[2]
+    assert "CL-LoRA" not in reader.row("All metrics", "average over steps (%)")[2]
+    assert "predict_exact_match" not in text
+
+
 def test_a_metric_that_some_seeds_lack_says_its_own_n(tmp_path):
     records = [with_average(seeded(k), value) for k, value in enumerate((70.0, 72.0, None))]
     _, reader = read([write_run(tmp_path / str(k), record) for k, record in enumerate(records)])

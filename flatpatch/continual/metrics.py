@@ -59,7 +59,8 @@ def learning_accuracy(accuracy: ArrayLike) -> float | None:
 def average_over_steps(accuracy: ArrayLike) -> float | None:
     """Return the mean over steps of the mean over the tasks seen: ``(1/T) sum_t mean_{j<=t} A[t, j]``.
 
-    InfLoRA's paper calls it averaged accuracy, CL-LoRA's average accuracy.
+    InfLoRA's paper calls it averaged accuracy; its code, and CL-LoRA, average over all classes seen instead:
+    ``averaged_accuracy_inflora``.
 
     Args:
         accuracy: (T, T) percent, NaN where not evaluated.
@@ -225,7 +226,8 @@ def forgetting_cllora(accuracy: ArrayLike) -> float | None:
 def averaged_accuracy_inflora(sample_weighted: Sequence[float | None]) -> float | None:
     """Return the mean over steps of the sample-weighted accuracy, as InfLoRA's code prints it.
 
-    InfLoRA's paper defines ``average_over_steps``; the two differ when tasks have unequal test sets.
+    It is CL-LoRA's average accuracy too, whose paper takes the accuracy on all classes seen so far. InfLoRA's paper
+    defines ``average_over_steps``; the two differ when tasks have unequal test sets.
 
     Args:
         sample_weighted: (T,) percent of all test samples seen so far answered correctly after each

@@ -34,7 +34,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.records import setting
-from flatpatch.report.titles import warning
+from flatpatch.report.titles import of_images, warning
 
 # Title, whether more is better, and meaning; the definitions are those of flatpatch.continual.metrics.
 METRICS: Mapping[str, tuple[str, str, str]] = {
@@ -42,7 +42,7 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "sample_weighted_accuracy": (
         "sample-weighted accuracy (%)",
         "higher",
-        "over all test samples after the last task; what N-LoRA and O-LoRA print as predict_exact_match",
+        "over all test samples after the last task; N-LoRA and O-LoRA print it as predict_exact_match",
     ),
     "forgetting": ("forgetting (points)", "lower", "best earlier accuracy minus the last, mean over old tasks"),
     "backward_transfer": (
@@ -55,12 +55,12 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "average_over_steps": (
         "average over steps (%)",
         "higher",
-        "mean accuracy of the tasks seen, averaged over the training; InfLoRA's and CL-LoRA's average",
+        "mean accuracy of the tasks seen, averaged over the training; as InfLoRA's paper defines it",
     ),
     "averaged_accuracy_inflora": (
-        "averaged accuracy, InfLoRA's code (%)",
+        "averaged accuracy (%)",
         "higher",
-        "sample-weighted accuracy averaged over the training",
+        "over all test images seen, averaged over the training; InfLoRA's code prints it, CL-LoRA's average",
     ),
     "forgetting_lower_bound": (
         "forgetting, lower bound (points)",
@@ -71,6 +71,17 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "forgetting_cllora": ("forgetting, CL-LoRA's (points)", "lower", "CL-LoRA's own formula"),
 }
 HEADLINE = ("average_accuracy", "forgetting", "backward_transfer", "learning_accuracy")
+# Where the image papers' words are others.
+IMAGE_METRICS: Mapping[str, tuple[str, str, str]] = {
+    **METRICS,
+    "average_accuracy": ("average accuracy (%)", "higher", "mean over tasks after the last one; no paper's number"),
+    "sample_weighted_accuracy": (
+        "final accuracy (%)",
+        "higher",
+        "over all test images after the last task; the papers' A_T",
+    ),
+}
+IMAGE_HEADLINE = ("sample_weighted_accuracy", "averaged_accuracy_inflora", "forgetting", "backward_transfer")
 LARGEST_SVG = 150_000  # bytes
 # Of an embedded picture, in pixels, and of all of them on a page, in bytes.
 LARGEST_SIDE = 1400
@@ -123,7 +134,7 @@ def make_page(
         "gaps": gaps(groups),
         "unreadable": unreadable,
         "conditions": other_conditions(groups),
-        "headline": _metric_rows(groups, HEADLINE),
+        "headline": _metric_rows(groups, _headline(groups)),
         "metrics": _metric_rows(groups, _metric_names(groups)),
         "matrices": {group.letter: _matrix(group) for group in groups},
         "finals": {group.letter: _finals(group) for group in groups},
@@ -209,12 +220,21 @@ def _metric_names(groups: Sequence[Group]) -> list[str]:
     return known + [name for name in present if name not in METRICS]
 
 
+def _all_images(groups: Sequence[Group]) -> bool:
+    return all(of_images(run.record) for group in groups for run in group.runs)
+
+
+def _headline(groups: Sequence[Group]) -> tuple[str, ...]:
+    return IMAGE_HEADLINE if _all_images(groups) else HEADLINE
+
+
 def _metric_rows(groups: Sequence[Group], names: Iterable[str]) -> list[dict[str, Any]]:
     rows = []
+    words = IMAGE_METRICS if _all_images(groups) else METRICS
     for name in names:
-        title, better, meaning = METRICS.get(name, (name.replace("_", " "), "", ""))
+        title, better, meaning = words.get(name, (name.replace("_", " "), "", ""))
         cells = [spread(run.record["metrics"].get(name) for run in group.counted) for group in groups]
-        if any(cells) or name in HEADLINE:
+        if any(cells) or name in _headline(groups):
             rows.append({"title": title, "better": better, "meaning": meaning, "cells": cells})
     return rows
 
