@@ -50,7 +50,9 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "DomainNet: optimizer, learning rate, rank",
             "Adam, 5e-4, rank 20",
             "SGD, 5e-3 (head 1e-2), rank 30",
-            _PAPER_PROFILE + " (with Adam the code gives the head the same learning rate)",
+            _PAPER_PROFILE
+            + " (with Adam the code gives the head the same learning rate and takes its cosine schedule, not "
+            "MultiStep)",
             f"{_INFLORA}; {', '.join(_DOMAINNET)}",
             (
                 PaperArgument(_DOMAINNET, "optim", "adam"),
@@ -65,6 +67,21 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             _PAPER_PROFILE,
             f"{_INFLORA}; configs/mimg5_inflorab5.json",
             (PaperArgument(("configs/mimg5_inflorab5.json",), "lamb", 0.99),),
+        ),
+        Conflict(
+            "InfLoRA with classifier alignment (`variant=infloraca`): optimizer",
+            "Adam everywhere",
+            "SGD",
+            "as the repository, in `profile=paper` too",
+            f"{_INFLORA}; configs/cifar100_infloraca.json, configs/mimg10_infloraca.json",
+        ),
+        Conflict(
+            "InfLoRA with classifier alignment (`variant=infloraca`): second stage, from task 2 on",
+            "-",
+            "the classifier is trained again after each task, in a loop with its own SGD",
+            "as the repository: SAM does not perturb there, no step of it is recorded, and `measure_when=after` "
+            "measures the model before it",
+            "methods/inflora_ca.py, methods/inflora_ca1.py",
         ),
         Conflict(
             "trials",
@@ -198,6 +215,13 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "SGD with momentum 0.9 and the values of exps/*.json",
             _AS_SHIPPED,
             f"{_CLLORA}; exps/*.json",
+        ),
+        Conflict(
+            "names of LoRA's factors",
+            "-",
+            "`lora_A` is the up-projection that starts at zero, which other repositories call B",
+            "`scope=A` and `scope=B` go by the repository's names",
+            "backbone/vit_cllora.py",
         ),
         Conflict(
             "positions of the task-specific blocks",

@@ -56,7 +56,9 @@ class Settings:
     sam: str = _setting("off", "off, sam, or asam (adaptive)")
     rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)")
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser")
-    scope: str = _setting("lora", "which trainable parameters are perturbed")
+    scope: str = _setting(
+        "lora", "which trainable parameters are perturbed (A, B by upstream's names; CL-LoRA's A is the up-projection)"
+    )
     sync: str = _setting("local", "several ranks: each its own perturbation, or one for all")
     ascent_loss: str = _setting("total", "climb the whole loss, or the task loss without the method's penalty")
     sam_on: str = _setting("both", "CL-LoRA: perturb in both steps of a batch, or in one alone")
@@ -69,7 +71,7 @@ class Settings:
         "auto", "deepspeed as upstream, or plain python; auto: deepspeed on GPUs, python on the CPU"
     )
     port: int = _setting(0, "port of the launcher; 0: a free one")
-    model: str = _setting("", "folder of the pretrained model; default: what the profile needs")
+    model: str = _setting("", "pretrained model: its folder, or for images its file; default: what the profile needs")
     data: str = _setting("", "folder of the benchmark; default: what the profile needs")
     run: str = _setting("", "name of the run's folder; default: made from the settings")
     output: str = _setting("runs", "where run folders are made")
@@ -250,6 +252,13 @@ def _check_kind(settings: Settings, method: Method) -> list[str]:
         problems.append(
             f"sam_on={settings.sam_on} is for CL-LoRA, which takes two steps a batch; {method.title} takes one. "
             "Leave it out."
+        )
+    if settings.sam != "off" and settings.method == "inflora" and settings.scope == "A":
+        problems.append("scope=A has nothing to perturb: InfLoRA trains no A. Use scope=B or scope=lora.")
+    if settings.sam != "off" and settings.method == "cllora" and settings.scope == "B" and settings.sam_on != "task":
+        problems.append(
+            "scope=B has nothing to perturb in CL-LoRA's distillation step: B of the general blocks is frozen. "
+            "Add sam_on=task, or use scope=A or scope=lora."
         )
     if (settings.benchmark or settings.variant) and not method.configs:
         problems.append(f"{method.title} has no repository and so no benchmark= or variant= to choose. Leave them out.")

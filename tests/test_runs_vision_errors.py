@@ -13,7 +13,7 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.runs import vision_data
-from flatpatch.runs.vision_config import task_classes
+from flatpatch.runs.vision_config import known_keys, task_classes
 from flatpatch.runs.vision_data import Dataset, check_images, check_weights, find_weights, list_hash
 
 Refused = Callable[..., str]
@@ -313,3 +313,33 @@ def test_key_in_upstreams_own_spelling_is_taken(upstream: Callable[[str], Path])
         "specfic_pos": [8, 9],
         "print_forget": True,
     }
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("later_epochs=1", "never reads it where init_cls equals increment"),
+        ("init_epochs=0", "init_epochs=0 is out of range"),
+        ("optimizer=lbfgs", 'optimizer="lbfgs" is unknown here. Expected: sgd, adam, adamw.'),
+        ("scheduler=foo", 'scheduler="foo" is unknown here. Expected: cosine, constant.'),
+    ],
+)
+def test_override_that_cllora_would_not_follow_is_refused(
+    word: str, text: str, refused: Refused, upstream: Callable[[str], Path]
+) -> None:
+    upstream("CL-LoRA")
+    assert text in refused("method=cllora", "profile=quick", "device=cpu", f"upstream.{word}")
+
+
+@pytest.mark.third_party
+def test_override_that_this_model_of_infloras_never_reads_is_refused(
+    refused: Refused, upstream: Callable[[str], Path]
+) -> None:
+    checkout = upstream("InfLoRA")
+    known = known_keys(checkout, checkout / "configs/domainnet_inflora.json")
+    assert {"lrate", "fc_lrate", "epochs"} <= known
+    assert "init_lr" not in known
+    text = refused("method=inflora", "profile=quick", "upstream.fc_lrate=0.5")
+    assert "upstream knows no key 'fc_lrate'" in text
+    assert 'optim="lion" is unknown here' in refused("method=inflora", "profile=quick", "upstream.optim=lion")

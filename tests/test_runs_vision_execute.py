@@ -210,7 +210,7 @@ def test_killed_run_of_the_authors_code_ends_as_an_undisturbed_one(
     def command(run: str) -> list[str]:
         given = ["method=cllora", "profile=quick", "engine=upstream", "device=cpu", "sam=sam", "sam_on=task"]
         tasks = ["upstream.init_cls=10", "upstream.increment=10", "upstream.batch_size=128"]
-        epochs = ["upstream.init_epochs=1", "upstream.later_epochs=1"]
+        epochs = ["upstream.init_epochs=1"]
         return ["run", *given, *tasks, *epochs, f"output={tmp_path}", f"run={run}"]
 
     assert main(command("undisturbed")) == 0

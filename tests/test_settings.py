@@ -113,3 +113,13 @@ def test_sweep_leaves_names_of_places_whole() -> None:
 def test_sweep_refuses_an_empty_range() -> None:
     with pytest.raises(UserError, match=r"the range is empty .* seed=1\.\.3"):
         expand(["seed=3..1"])
+
+
+@pytest.mark.parametrize("words", [("method=inflora", "scope=A"), ("method=cllora", "scope=B")])
+def test_scope_without_a_trained_weight_is_refused(words: tuple[str, str]) -> None:
+    assert f"{words[1]} has nothing to perturb" in message(*words, "sam=sam")
+
+
+def test_frozen_factor_of_cllora_is_perturbed_in_the_task_step_alone() -> None:
+    assert parse(["method=cllora", "sam=sam", "scope=B", "sam_on=task"]).settings.scope == "B"
+    assert "has nothing to perturb" in message("method=cllora", "sam=sam", "scope=B", "sam_on=distillation")

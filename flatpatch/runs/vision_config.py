@@ -20,7 +20,12 @@ OURS = {
     "seed": "seed=",
 }
 TOP_K = 5  # CL-LoRA's models/base.py
-COUNTS = ("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions", "epochs", "init_epoch")
+COUNTS = (
+    *("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions"),
+    *("epochs", "init_epoch", "init_epochs", "later_epochs"),
+)
+# What upstream's code knows; CL-LoRA's steplr needs milestones that no configuration it ships has.
+WORDS = {"optimizer": ("sgd", "adam", "adamw"), "scheduler": ("cosine", "constant"), "optim": ("adam", "sgd")}
 _READS = re.compile(r"""args(?:\.get\(|\[)\s*["'](\w+)["']""")
 
 
@@ -40,9 +45,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def known_keys(checkout: Path, shipped: Path) -> set[str]:
-    """Return the keys that upstream knows: those of every configuration it ships, and those its trainer reads."""
-    keys = {key for path in shipped.parent.glob("*.json") for key in read_config(path)}
-    return keys | set(_READS.findall((checkout / "trainer.py").read_text(encoding="utf-8")))
+    """Return the keys of the shipped configuration, and those that trainer and this model's own code read."""
+    config = read_config(shipped)
+    folder = checkout / ("methods" if (checkout / "methods").is_dir() else "models")
+    code = (checkout / "trainer.py", folder / "base.py", folder / f"{config['model_name'].lower()}.py")
+    read = {key for path in code if path.is_file() for key in _READS.findall(path.read_text(encoding="utf-8"))}
+    return {*config, *read}
 
 
 class ConfigEditor:
@@ -94,6 +102,12 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         if key not in known:
             problems.append(f"upstream.{key}: upstream knows no key '{key}'.{did_you_mean(key, known)}")
             continue
+        if key.startswith("later_") and later_unread(editor.current, overrides):
+            problems.append(
+                f"upstream.{key}: CL-LoRA's code never reads it where init_cls equals increment, as here. "
+                f"Use upstream.{key.replace('later_', 'init_')}, which every task reads."
+            )
+            continue
         value = _parse(word)
         if key in editor.current and (problem := _wrong_kind(key, word, value, editor.current[key])):
             problems.append(problem)
@@ -101,6 +115,14 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         editor.set(key, value, f"setting upstream.{key}=")
     if problems:
         raise UserError.collect(problems)
+
+
+def later_unread(config: Mapping[str, Any], overrides: Mapping[str, str]) -> bool:
+    """Return whether every task reads ``init_*``, so that ``later_*`` would change nothing."""
+    first, step = (
+        _parse(overrides[key]) if key in overrides else config.get(key) for key in ("init_cls", "increment")
+    )
+    return bool(first == step)
 
 
 def _parse(word: str) -> Any:
@@ -141,6 +163,9 @@ def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, in
         value = config.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{key}={json.dumps(value)} is out of range (expected a whole number of at least 1).")
+    for key, words in WORDS.items():
+        if key in config and config[key] not in words:
+            problems.append(f"{key}={json.dumps(config[key])} is unknown here. Expected: {', '.join(words)}.")
     if problems:
         raise UserError.collect(problems)
     first, step = config["init_cls"], config["increment"]

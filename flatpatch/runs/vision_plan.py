@@ -185,6 +185,11 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     if settings.model and weights and weights.name != _weights_name(editor):
         editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
         off_reference = True
+    if settings.variant == "infloraca" and (settings.sam != "off" or settings.measuring is not None):
+        stage = "InfLoRA's second stage trains the classifier with its own SGD"
+        notes.append(f"{stage}: no SAM there, and measure_when=after measures the model before it")
+        if settings.sam != "off":
+            editor.note("SAM", None, "in the first stage of a task alone", stage)
     if verified and quick:
         editor.note("model", "ViT-B/16, pretrained", "a small ViT of ours", "profile quick")
     workers = 0 if quick else None

@@ -37,7 +37,6 @@ METHOD_PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
                 "init_cls": 5,
                 "increment": 5,
                 "init_epochs": 6,
-                "later_epochs": 6,
                 "general_pos": [0, 1, 2],
                 "specfic_pos": [3, 4, 5],
             }
