@@ -193,8 +193,10 @@ def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatc
     text = str(caught.value)
     assert caught.value.exit_code == 2
     assert "CL-LoRA has no reference implementation" in text
+    assert "nothing under third_party/CL-LoRA" in text
     assert "git submodule update --init third_party/CL-LoRA" in text
-    assert "method=inflora" in text
+    with pytest.raises(UserError, match="Leave out engine=reference"):
+        make_plan(parse(["method=cllora", "engine=reference"]))
 
 
 def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
