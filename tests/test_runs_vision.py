@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 from flatpatch import conflicts
 from flatpatch.__main__ import main
 from flatpatch.continual import quick_vision
-from flatpatch.errors import UserError
+from flatpatch.continual.vision_logs import LoggedRun
+from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.methods import METHODS
 from flatpatch.runs.plan import ROOT, make_plan
 from flatpatch.runs.vision_plan import REFERENCE_DEFAULTS, VisionPlan, written_config
+from flatpatch.runs.vision_run import _check_curve
 from flatpatch.settings import parse
 
 SHIPPED = [
@@ -224,3 +228,19 @@ def test_second_stage_without_sam_is_said(upstream: Callable[[str], Path]) -> No
         "in the first stage of a task alone"
     ]
     assert not any("second stage" in note for note in make_plan(parse(words), dry_run=True).notes)
+
+
+@pytest.mark.parametrize(
+    ("totals", "equal_tests", "is_sound"),
+    [
+        ((90.0, 80.01), True, True),
+        ((90.0, 80.02), True, False),
+        ((90.0, 88.0), False, True),
+        ((90.0, 90.5), False, False),
+    ],
+)
+def test_totals_must_come_from_their_tasks(totals: tuple[float, ...], equal_tests: bool, is_sound: bool) -> None:
+    run = LoggedRun(**dict.fromkeys(field.name for field in dataclasses.fields(LoggedRun)))
+    run = dataclasses.replace(run, accuracy=((90.0,), (70.0, 90.0)), top1_curve=totals)
+    with contextlib.nullcontext() if is_sound else pytest.raises(FlatpatchError, match="the total"):
+        _check_curve(Path("log"), run, equal_tests)

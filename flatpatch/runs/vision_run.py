@@ -12,10 +12,12 @@ from flatpatch.continual import metrics
 from flatpatch.continual.vision_logs import LoggedRun, read_cllora_log, read_inflora_log
 from flatpatch.errors import FlatpatchError
 from flatpatch.runs.record import read_json
-from flatpatch.runs.vision_plan import VisionPlan
+from flatpatch.runs.vision_plan import QUICK_DATASET, VisionPlan
 
 LOGS = "logs"  # in the work folder: where upstream, and the reference engine, write what they measured
 RESULTS = "results.json"  # of the reference engine
+EVEN_TESTS = ("cifar100", "cifar224", QUICK_DATASET)  # as many test images of every class
+_ROUNDING = 0.01 + 1e-9  # percent: the total and the accuracies are each printed with two decimals
 _TIME = re.compile(r"\[trainer\.py\] => Time:([\d.]+)")
 
 
@@ -74,13 +76,17 @@ def _the_run(plan: VisionPlan) -> LoggedRun:
         raise FlatpatchError(f"{path} does not hold the one whole run of seed {seed} (found: {found}).")
     if runs[0].task_ranges != plan.classes:
         raise FlatpatchError(f"{path} has tasks {runs[0].task_ranges}, expected {plan.classes}.")
-    _check_curve(path, runs[0])
+    even = len({last - first for first, last in plan.classes}) == 1
+    _check_curve(path, runs[0], even and plan.config["dataset"].lower() in EVEN_TESTS)
     return runs[0]
 
 
-def _check_curve(path: Path, run: LoggedRun) -> None:
-    """A total outside the accuracies it is made of would mean that the log was misread."""
+def _check_curve(path: Path, run: LoggedRun, equal_tests: bool) -> None:
+    """A total that cannot come from its tasks' accuracies would mean that the log was misread."""
     for total, row in zip(run.top1_curve, run.accuracy, strict=True):
         known = [value for value in row if value is not None]
         if not (math.floor(min(known)) <= total <= math.ceil(max(known))):
             raise FlatpatchError(f"{path}: the total {total} does not lie among its tasks' accuracies {known}.")
+        mean = sum(known) / len(known)
+        if equal_tests and abs(total - mean) > _ROUNDING:
+            raise FlatpatchError(f"{path}: the total {total} is not the mean {mean:.3f} of its tasks' accuracies {known}.")
