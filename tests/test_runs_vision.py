@@ -220,6 +220,18 @@ def test_a_measured_run_has_a_folder_of_its_own() -> None:
     assert measured.folder.name == plain.folder.name.replace("-seed", "-measured-seed")
 
 
+@pytest.mark.third_party
+def test_second_stage_without_sam_is_said(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    words = ["method=inflora", "variant=infloraca", "benchmark=imagenet_r_10", "profile=upstream", "device=cpu"]
+    plan = make_plan(parse([*words, "sam=sam"]), dry_run=True)
+    assert any("second stage" in note for note in plan.notes)
+    assert [deviation.here for deviation in plan.deviations if deviation.what == "SAM"] == [
+        "in the first stage of a task alone"
+    ]
+    assert not any("second stage" in note for note in make_plan(parse(words), dry_run=True).notes)
+
+
 @pytest.mark.parametrize(
     ("totals", "equal_tests", "is_sound"),
     [
