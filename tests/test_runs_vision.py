@@ -193,8 +193,10 @@ def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatc
     text = str(caught.value)
     assert caught.value.exit_code == 2
     assert "CL-LoRA has no reference implementation" in text
+    assert "nothing under third_party/CL-LoRA" in text
     assert "git submodule update --init third_party/CL-LoRA" in text
-    assert "method=inflora" in text
+    with pytest.raises(UserError, match="Leave out engine=reference"):
+        make_plan(parse(["method=cllora", "engine=reference"]))
 
 
 def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +218,18 @@ def test_a_measured_run_has_a_folder_of_its_own() -> None:
     words = ("method=seqlora_vit", "profile=quick")
     plain, measured = plan_of(*words), plan_of(*words, "measure=loss")
     assert measured.folder.name == plain.folder.name.replace("-seed", "-measured-seed")
+
+
+@pytest.mark.third_party
+def test_second_stage_without_sam_is_said(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    words = ["method=inflora", "variant=infloraca", "benchmark=imagenet_r_10", "profile=upstream", "device=cpu"]
+    plan = make_plan(parse([*words, "sam=sam"]), dry_run=True)
+    assert any("second stage" in note for note in plan.notes)
+    assert [deviation.here for deviation in plan.deviations if deviation.what == "SAM"] == [
+        "in the first stage of a task alone"
+    ]
+    assert not any("second stage" in note for note in make_plan(parse(words), dry_run=True).notes)
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,12 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     if engine == "reference" and not method.reference:
         raise UserError(
-            f"{method.title} has no reference implementation, and profile quick needs its code too ({engine_reason}). "
-            f"Run: git submodule update --init third_party/{method.repository}, or use method=inflora."
+            f"{method.title} has no reference implementation: every profile needs the authors' code. "
+            + (
+                "Leave out engine=reference."
+                if settings.engine == "reference"
+                else f"{engine_reason}\nIt comes with: git submodule update --init third_party/{method.repository}"
+            )
         )
     if quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
