@@ -6,6 +6,7 @@ earlier adapters stay as they are, so each task keeps its own; of CL-LoRA's, all
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -47,5 +48,6 @@ def keep_model(folder: Path, network: Any, task: int) -> None:
         save_file(tensors, unfinished, metadata={"trained": json.dumps(trained)})
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         announce(f"FAILED to keep the model after task {task + 1}: {error} (the training goes on)")
