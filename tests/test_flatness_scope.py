@@ -562,9 +562,9 @@ def test_a_factor_pair_named_the_other_way_round_has_its_rank_on_the_other_side(
     assert rank_axis("0.weight", {"0.weight": (2, 4)}) is None
 
 
-@pytest.mark.third_party
-def test_cllora_transformer_is_measured_in_both_spaces(upstream: Callable[[str], Path]) -> None:
-    module = import_file(upstream("CL-LoRA") / "backbone" / "vit_cllora.py", "cllora_vit")
+def cllora_transformer(checkout: Path) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """Upstream's transformer with an adapter and a block weight in each of its two blocks, and images."""
+    module = import_file(checkout / "backbone" / "vit_cllora.py", "cllora_vit")
     sizes = {"d_model": 4, "attn_bn": 2, "ffn_num": 2, "vpt_num": 0}
     options = {"ffn_adapter_init_option": "lora", "ffn_adapter_scalar": "1.0", "ffn_adapter_layernorm_option": "none"}
     flags = {"ffn_adapt": True, "vpt_on": False, "msa_adapt": True, "use_distillation": True, "use_block_weight": True}
@@ -577,7 +577,12 @@ def test_cllora_transformer_is_measured_in_both_spaces(upstream: Callable[[str],
     randomised(model).double()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("cur_adapter" in name)
-    batches = [(torch.randn(n, 3, 4, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (4, 3)]
+    return model, [(torch.randn(n, 3, 4, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (4, 3)]
+
+
+@pytest.mark.third_party
+def test_cllora_transformer_is_measured_in_both_spaces(upstream: Callable[[str], Path]) -> None:
+    model, batches = cllora_transformer(upstream("CL-LoRA"))
     adapter = Problem(model, batches, CROSS_ENTROPY, scope="adapter")
     torch.testing.assert_close(all_products(HessianOperator(adapter)), dense_hessian(adapter), rtol=1e-9, atol=1e-11)
     merged = Problem(model, batches, CROSS_ENTROPY, scope="merged")

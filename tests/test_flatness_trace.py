@@ -12,12 +12,14 @@ import torch
 from flatness_cases import SPECTRA, TinyTransformer, dense_hessian, symmetric, token_batches, token_loss
 
 from flatpatch.flatness import (
+    Eigenpairs,
     HessianOperator,
     MatrixOperator,
     Problem,
     Trace,
     hutch_plus_plus,
     hutchinson,
+    lanczos,
     quadrature,
 )
 
@@ -75,6 +77,54 @@ def test_hutch_plus_plus_survives_every_spectrum_and_is_exact_when_it_sketches_e
     assert found.value == pytest.approx(sum(values), rel=1e-9, abs=1e-10)
 
 
+def _pairs(matrix: torch.Tensor, vectors: torch.Tensor) -> Eigenpairs:
+    """Any orthonormal vectors with their Rayleigh quotients, as a search that has not converged leaves them."""
+    values = ((matrix @ vectors) * vectors).sum(dim=0)
+    residuals = (matrix @ vectors - vectors * values).norm(dim=0)
+    return Eigenpairs(values, vectors, residuals, residuals < 1e-9, 0, 1e-9)
+
+
+@pytest.mark.parametrize("source", ["lanczos", "random"])
+def test_known_vectors_leave_the_expectation_and_reduce_the_variance_as_they_should(source: str) -> None:
+    matrix = symmetric(DECAYING)
+    operator = MatrixOperator(matrix)
+    if source == "lanczos":
+        known = lanczos(operator, 3, tol=1e-2, seed=5)
+    else:
+        known = _pairs(matrix, torch.linalg.qr(torch.randn(200, 7, dtype=torch.float64))[0])
+    found = hutchinson(operator, num_probes=2000, known=known, seed=1)
+    P = torch.eye(200, dtype=torch.float64) - known.vectors @ known.vectors.T
+    rest = P @ matrix @ P
+    variance = 2 * (rest.norm() ** 2 - rest.diag().norm() ** 2)
+    assert found.products == 2000
+    assert found.standard_error == pytest.approx(float(torch.sqrt(variance / 2000)), rel=0.1)
+    assert abs(found.value - sum(DECAYING)) < 4 * found.standard_error
+    if source == "lanczos":
+        assert found.standard_error < 0.2 * hutchinson(operator, num_probes=2000, seed=1).standard_error
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_trace_is_exact_when_every_eigenvalue_is_known(spectrum: str) -> None:
+    values = SPECTRA[spectrum]
+    operator = MatrixOperator(symmetric(values))
+    known = lanczos(operator, len(values), max_products=5 * len(values))
+    found = hutchinson(operator, num_probes=3, known=known)
+    assert found.value == pytest.approx(sum(values), rel=1e-9, abs=1e-9)
+    assert found.standard_error == pytest.approx(0, abs=1e-9)
+
+
+def test_known_vectors_that_cannot_be_are_refused() -> None:
+    matrix = symmetric(DECAYING)
+    vectors = torch.linalg.qr(torch.randn(200, 2, dtype=torch.float64))[0]
+    leaning = vectors.clone()
+    leaning[:, 1] = (vectors[:, 0] + vectors[:, 1]) / math.sqrt(2)
+    for wrong in (leaning, 2 * vectors):
+        with pytest.raises(ValueError, match="not orthonormal"):
+            hutchinson(MatrixOperator(matrix), known=_pairs(matrix, wrong))
+    with pytest.raises(ValueError, match="length 200, the operator's size is 4"):
+        hutchinson(MatrixOperator(torch.eye(4)), known=_pairs(matrix, vectors))
+
+
 def test_traces_of_a_transformer_agree_with_its_dense_hessian() -> None:
     problem = Problem(TinyTransformer(lora=False), token_batches(2, 1), token_loss)
     truth = float(dense_hessian(problem).trace())
@@ -128,6 +178,8 @@ def test_interrupted_samples_are_continued(tmp_path: Path) -> None:
     assert operator.products == 4
     with pytest.raises(ValueError, match="another settings"):
         hutchinson(operator, num_probes=10, seed=1, checkpoint=path)
+    with pytest.raises(ValueError, match="another settings"):
+        hutchinson(operator, num_probes=10, known=lanczos(operator, 2), checkpoint=path)
 
 
 @pytest.mark.parametrize("together", [1, 4])

@@ -189,6 +189,21 @@ def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     assert set(values) == set(files.VALUES)  # each is documented, and each was measured
 
 
+@pytest.mark.parametrize(("kinds", "known"), [("trace", 0), ("eigenvalues,trace", 6)])
+def test_the_trace_takes_the_part_of_known_eigenvalues_as_it_is(kinds: str, known: int) -> None:
+    model, batches = linear_problem()
+    found, _ = measure_model(model, batches, ask(kinds, effort="full"), loss=MSE, say=lambda text: None)
+    result = found["trainable"]
+    assert result.results["trace"]["known_eigenvalues"] == known
+    error = result.values["trace_standard_error"]
+    assert error is not None
+    if known:
+        assert result.values["trace"] == pytest.approx(float(hessian(batches).trace()), rel=1e-9)
+        assert error < 1e-9
+    else:
+        assert error > 1e-3
+
+
 def test_values_do_not_depend_on_global_random_numbers() -> None:
     model, batches = linear_problem()
     seen = []

@@ -28,7 +28,7 @@ TASKS = {"InfLoRA": 10, "CL-LoRA": 5}
 # Two batches in each of two epochs; CL-LoRA takes two steps a batch from its second task on.
 STEPS = {"InfLoRA": [4] * 10, "CL-LoRA": [8] + [16] * 4}
 
-MEASURED = Request(kinds=("loss", "eigenvalues"), scopes=("adapter",), samples=6, batch=4)
+MEASURED = Request(kinds=("loss", "eigenvalues", "slice"), scopes=("adapter",), samples=6, batch=4)
 
 
 def run(
@@ -172,6 +172,11 @@ def test_sam_off_with_measuring_on_and_a_seed_of_its_own_equal_the_authors_secon
         assert (point["error"], point["scopes"]["adapter"]["errors"]) == (None, {})
         assert point["samples"] == 6
         assert point["scopes"]["adapter"]["values"]["top_eigenvalue"] is not None
+        # Before a task too, when the factor next to the output is zero, the loss changes along the slice.
+        along = point["scopes"]["adapter"]["results"]["slice"]
+        assert along["axes"][0]["normalisation"] == "merged_rows"
+        assert along["axes"][0]["zero_units"] == {}
+        assert max(along["losses"]) - min(along["losses"]) > 1e-4
     losses = {(p["task_index"], p["when"]): p["scopes"]["adapter"]["loss"] for p in points}
     assert all(losses[task, "after"] != losses[task, "before"] for task in range(TASKS[repo]))
     classes = vision_upstream.CONFIGS[repo]["increment"]

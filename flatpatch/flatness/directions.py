@@ -10,7 +10,8 @@ the same filter of the weights. What a filter is:
 
 A part of the weights that is zero gives a direction of zero. A new LoRA B is all zero, and then A has no effect
 either: the slice is flat by construction, whatever the loss. Such parts are counted, and the normalisation
-"merged_rows" measures B's direction by what it does to the merged matrix instead.
+"merged_rows" measures B's direction by what it does to the merged matrix instead. B is here the factor next to the
+output, whatever it is called: CL-LoRA names it A.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from flatpatch.flatness.points import moving
 from flatpatch.flatness.problem import Problem
-from flatpatch.flatness.scope import adapter_factor, find_scope, partner_factor, rank_axis
+from flatpatch.flatness.scope import find_scope, partner_factor, rank_axis
 
 NORMALISATIONS = ("filter", "layer", "merged_rows", "l2")
 
@@ -59,8 +60,8 @@ def random_direction(problem: Problem, *, normalisation: str = "filter", seed: i
             - "filter": each filter as long as the weights' (see the module's text for what a filter is);
             - "layer": each variable as long as the weights';
             - "merged_rows": in the scope "adapter" alone. B's direction changes each row of ``s B A`` by the norm of
-              that row of ``W + s B A``, as filter normalisation of the merged matrix would; A's is as in "filter".
-              Not zero where B is;
+              that row of ``W + s B A``, as filter normalisation of the merged matrix would; A's, where it varies, is
+              as in "filter". Not zero where B is. Several pairs of one matrix change it by that norm together;
             - "l2": the whole direction has norm 1, no variable is skipped; coordinates are in weight units.
         seed: Of the random numbers, which are standard normal.
 
@@ -90,7 +91,7 @@ def random_direction(problem: Problem, *, normalisation: str = "filter", seed: i
         if axis is None:
             draw.zero_()
             skipped.append(name)
-        elif normalisation == "merged_rows" and adapter_factor(name) == "B":
+        elif normalisation == "merged_rows" and axis == 1:
             by_rows[name] = draw
         elif zeros := filter_normalise_(draw, variable.detach(), None if normalisation == "layer" else axis):
             zero_units[name] = zeros
@@ -160,36 +161,41 @@ def _normalise_by_merged_rows_(problem: Problem, directions: Mapping[str, Tensor
     """Scale the rows of B's directions so that each row of s dB A has the norm of that of W + s B A; count zeros."""
     if not directions:
         return {}
-    variables = dict(zip(problem.scope.names, problem.variables, strict=True))
+    parameters = dict(problem.model.named_parameters())
+    # InfLoRA's code marks factors of later tasks as trainable too (task 1 of 20: those of 10 to 19). They are in no
+    # matrix yet, so they must not share in its change.
+    unused = problem.unused_variables()
     for name, direction in directions.items():
         partner = partner_factor(name)
-        if partner not in variables:
+        if partner not in parameters:
             raise ValueError(f"normalisation merged_rows found no factor A for {name}")
-        rows = torch.linalg.vector_norm(variables[partner].detach().double(), dim=1)
+        rows = torch.linalg.vector_norm(parameters[partner].detach().double(), dim=1)
         # Weighing rank indices by their A alike keeps the direction's effect the same under A -> cA, B -> B/c.
-        direction.mul_(torch.where(rows > 0, 1 / rows, 0.0))
-    wanted = _merged_weights(problem)
+        direction.mul_(torch.where(rows > 0, 1 / rows, 0.0) * (name not in unused))
+    matrices, wanted = _merged_weights(problem)
     with moving(problem), torch.no_grad():
         # Without B, so that the effect of dB is not the small difference of two large matrices.
         for name in directions:
-            variables[name].zero_()
-        without = _merged_weights(problem)
+            parameters[name].zero_()
+        _, without = _merged_weights(problem)
         for name, direction in directions.items():
-            variables[name].copy_(direction)
-        changed = _merged_weights(problem)
+            parameters[name].copy_(direction)
+        _, changed = _merged_weights(problem)
     zero_units = {}
     for name, direction in directions.items():
-        layer = next((key for key in wanted if name.startswith(key.removesuffix("merged"))), None)
-        if layer is None:
+        matrix = matrices.get(id(parameters[name]))
+        if matrix is None:
             raise ValueError(f"normalisation merged_rows found no merged matrix for {name}")
-        length = torch.linalg.vector_norm(wanted[layer], dim=1)
-        change = torch.linalg.vector_norm(changed[layer] - without[layer], dim=1)
+        length = torch.linalg.vector_norm(wanted[matrix], dim=1)
+        change = torch.linalg.vector_norm(changed[matrix] - without[matrix], dim=1)
         direction.mul_(torch.where(change > 0, length / change, 0.0)[:, None])
-        if zeros := int(((change == 0) | (length == 0)).sum()):
+        if zeros := int((torch.linalg.vector_norm(direction, dim=1) == 0).sum()):
             zero_units[name] = zeros
     return zero_units
 
 
-def _merged_weights(problem: Problem) -> dict[str, Tensor]:
+def _merged_weights(problem: Problem) -> tuple[dict[int, str], dict[str, Tensor]]:
+    """Return the name of the matrix that each factor (by ``id``) is a part of, and the matrices by name."""
     scope = find_scope(problem.model, "merged")
-    return {name: weight.detach().double() for name, weight in zip(scope.names, scope.variables, strict=True)}
+    matrices = {id(factor): name for name, factors in scope.factors.items() for factor in factors}
+    return matrices, {name: w.detach().double() for name, w in zip(scope.names, scope.variables, strict=True)}

@@ -33,12 +33,14 @@ class MergedLayer(Protocol):
     Attributes:
         layer: The module whose forward is replaced.
         weights: The matrices M by name, ``(out, in)``, leaf tensors with the values they have now.
-        absorbed: The parameters that M is made of beside W: the factors, and scales that are learned.
+        factors: By the same names, the factors that each matrix is made of beside W.
+        scales: Learned scales of the factors, which the matrices hold too.
     """
 
     layer: nn.Module
     weights: dict[str, Tensor]
-    absorbed: list[nn.Parameter]
+    factors: dict[str, list[nn.Parameter]]
+    scales: Sequence[nn.Parameter]
 
     def installed(self) -> Any:
         """Let the layer compute with ``weights`` until the block is left."""
@@ -105,7 +107,8 @@ class _Linear:
         self._bias: Tensor | None = getattr(self._holder, "bias", None)
         self.weights = {f"{prefix}merged": self._read(prefix)}
         own = {id(self._holder.weight), id(self._bias)}
-        self.absorbed = [parameter for parameter in layer.parameters() if id(parameter) not in own]
+        self.factors = {f"{prefix}merged": [p for p in layer.parameters() if id(p) not in own]}
+        self.scales: Sequence[nn.Parameter] = ()
 
     @torch.no_grad()
     def _read(self, prefix: str) -> Tensor:
@@ -159,8 +162,9 @@ class _TaskAttention:
                 "expected three times as many, for queries, keys and values. Choose scope=adapter."
             )
         rows = dict(zip(PROJECTIONS, self._qkv.weight.detach().chunk(3), strict=True))
-        self.weights, self.absorbed, self._learned = {}, [], 0
-        self._factors: dict[str, Any] = {}
+        self.scales: Sequence[nn.Parameter] = ()
+        self.weights, self.factors, self._learned = {}, {}, 0
+        self._ups: dict[str, Any] = {}
         for name in PROJECTIONS:
             A, B = (getattr(layer, f"lora_{factor}_{name}", None) for factor in "AB")
             if A is None and B is None:
@@ -174,16 +178,16 @@ class _TaskAttention:
                     self._learned = max(self._learned, task + 1)
                     matrix = matrix + change
             self.weights[f"{prefix}{name}.merged"] = _trainable(matrix)
-            self.absorbed += [*A.parameters(), *B.parameters()]
-            self._factors[name] = B
+            self.factors[f"{prefix}{name}.merged"] = [*A.parameters(), *B.parameters()]
+            self._ups[name] = B
         self._where = where
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         original = self.layer.forward
-        stand_ins = dict(zip(self._factors, self.weights.values(), strict=True))
+        stand_ins = dict(zip(self._ups, self.weights.values(), strict=True))
         rows = self._qkv.weight.chunk(3)
-        zeros = {f"lora_B_{name}": _zeros_like(B) for name, B in self._factors.items()}
+        zeros = {f"lora_B_{name}": _zeros_like(B) for name, B in self._ups.items()}
 
         def project(x: Tensor) -> Tensor:
             weight = torch.cat([stand_ins.get(name, row) for name, row in zip(PROJECTIONS, rows, strict=True)])
@@ -267,8 +271,7 @@ class _AdaptedAttention:
         self._adapters = adapters
         self._scale = scale
         self._where = prefix.removesuffix(".")
-        self.weights = {}
-        self.absorbed = [*adapters.parameters(), *scales]
+        self.weights, self.factors, self.scales = {}, {}, scales
         self._projections: list[nn.Linear] = []
         for index, name in enumerate(PROJECTIONS):
             if layer.msa[index] != 1:
@@ -279,6 +282,7 @@ class _AdaptedAttention:
                 change = adapters[index](unit).T
             matrix = projection.weight.detach() + (1.0 if scale is None else scale[index]) * change
             self.weights[f"{prefix}{name}_proj.merged"] = _trainable(matrix)
+            self.factors[f"{prefix}{name}_proj.merged"] = list(adapters[index].parameters())
             self._projections.append(projection)
 
     @contextmanager

@@ -224,6 +224,12 @@ class Problem:
         values = torch.stack(losses).tolist()
         return math.fsum(w * value for w, value in zip(self.weights, values, strict=True)), total
 
+    def unused_variables(self) -> set[str]:
+        """Return the names of variables that the loss does not depend on, judged by the first batch."""
+        with self.active(), torch.set_grad_enabled(True):
+            found = torch.autograd.grad(self.batch_loss(0), self.variables, allow_unused=True)
+        return {name for name, gradient in zip(self.scope.names, found, strict=True) if gradient is None}
+
     def _check(self) -> None:
         with self.active():  # once around both: leaving it puts the generators back, and dropout would repeat
             first, second = self.loss(), self.loss()

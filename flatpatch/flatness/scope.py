@@ -67,7 +67,9 @@ class Scope:
         names: One name per variable.
         variables: Leaf tensors: the model's own parameters, or in "merged" new ones that start as W + s B A.
         layers: In "merged" the modules that the variables stand in for, in the model's order; else empty.
-        absorbed: In "merged" the parameters that the variables are made of beside the frozen weights; else empty.
+        factors: In "merged" the LoRA factors that each variable is made of, by its name; else empty.
+        absorbed: In "merged" all parameters that the variables are made of beside the frozen weights: the factors, and
+            scales of theirs that are learned; else empty.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Scope:
         self.variables = tuple(variable for _, variable in named)
         self._merged = tuple(merged)
         self.layers = tuple(each.layer for each in merged)
-        self.absorbed = tuple(parameter for each in merged for parameter in each.absorbed)
+        self.factors = {name: factors for each in merged for name, factors in each.factors.items()}
+        scales = [scale for each in merged for scale in each.scales]
+        self.absorbed = (*(factor for factors in self.factors.values() for factor in factors), *scales)
         self.sizes = [variable.numel() for variable in self.variables]
 
     @property

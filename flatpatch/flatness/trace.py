@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, orthonormal_columns, random_vectors, save_state
+from flatpatch.flatness.eigenvalues import Eigenpairs
 from flatpatch.flatness.operator import LinearOperator, compile_seconds, plan
 
 
@@ -50,6 +51,7 @@ def hutchinson(
     *,
     num_probes: int = 30,
     tol: float | None = None,
+    known: Eigenpairs | None = None,
     seed: int = 0,
     probes_per_pass: int | None = None,
     checkpoint: Path | None = None,
@@ -57,11 +59,15 @@ def hutchinson(
 ) -> Trace:
     """Estimate the trace as the mean of <v, H v> over vectors of random signs (Hutchinson 1990).
 
-    The variance of one sample is 2 (|H|_F^2 - sum of the squared diagonal).
+    The variance of one sample is 2 (|H|_F^2 - sum of the squared diagonal), so a few large eigenvalues make most of
+    it. Where these have been found already, their part need not be estimated: for orthonormal vectors Q, of any
+    accuracy, tr(H) = tr(Q^T H Q) + tr(P H P) with P = I - Q Q^T, the identity behind :func:`hutch_plus_plus`.
 
     Args:
         operator: A symmetric operator.
         num_probes: The most vectors.
+        known: Eigenpairs of this operator found before. Their values' sum is taken as it is, and the random vectors
+            are made orthogonal to theirs. No further products are needed.
         tol: Stop as soon as the standard error is at most this share of the estimate, after 8 vectors at least. It
             is never the change of the running mean that stops, which is small by luck sooner or later.
         seed: Of the vectors; each depends on the seed and its number alone.
@@ -73,11 +79,14 @@ def hutchinson(
         The estimate.
 
     Raises:
-        ValueError: If a setting is out of range or the checkpoint is not of this run.
+        ValueError: If a setting is out of range, the known vectors are not orthonormal vectors of the operator's size,
+            or the checkpoint is not of this run.
     """
     _check(num_probes, "num_probes", 1)
     together = _together(operator, probes_per_pass)
-    key = {"algorithm": "hutchinson", "settings": [seed], "weights": operator.fingerprint()}
+    basis = _known_basis(operator, known)
+    exact = math.fsum(known.values.tolist()) if known else 0.0
+    key = {"algorithm": "hutchinson", "settings": [seed, exact], "weights": operator.fingerprint()}
     state = load_state(checkpoint, key)
     samples: list[float] = state["samples"] if state else []
     compiled = compile_seconds(operator)
@@ -85,7 +94,9 @@ def hutchinson(
     while len(samples) < num_probes and not _is_enough(samples, tol):
         indices = list(range(len(samples), min(len(samples) + together, num_probes)))
         V = random_vectors(operator.size, indices, seed=seed, device=operator.device, law="rademacher")
-        samples += (V * operator.matmat(V)).sum(dim=0).tolist()
+        if basis.count:
+            basis.remove_from(V)
+        samples += ((V * operator.matmat(V)).sum(dim=0) + exact).tolist()
         if checkpoint:
             save_state(checkpoint, {"key": key, "samples": samples})
         if progress:
@@ -170,6 +181,21 @@ def hutch_plus_plus(
     add_forms(G, rank)
     took = compile_seconds(operator) - compiled
     return _trace(torch.tensor(forms[rank:], dtype=torch.float64), exact, sketches + len(forms), took)
+
+
+def _known_basis(operator: LinearOperator, known: Eigenpairs | None) -> Basis:
+    """Return the known vectors as a basis, made orthonormal beyond the rounding of the operator's precision."""
+    basis = Basis(operator.size, torch.float64, operator.device, known.vectors.shape[1] if known else 0)
+    if known is None:
+        return basis
+    if len(known.vectors) != operator.size:
+        raise ValueError(f"known has vectors of length {len(known.vectors)}, the operator's size is {operator.size}")
+    Q, R = torch.linalg.qr(known.vectors.double())
+    error = float((R.abs() - torch.eye(len(R), dtype=R.dtype, device=R.device)).abs().max())
+    if not error <= 1e-3:
+        raise ValueError(f"known has vectors that are not orthonormal (by {error:.2g}): their part would be wrong.")
+    basis.append(Q)
+    return basis
 
 
 def _trace(samples: Tensor, exact: float, products: int, took: float = 0.0) -> Trace:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flatpatch.errors import UserError
 from flatpatch.flatness import (
+    Eigenpairs,
     HessianOperator,
     Landscape,
     Loss,
@@ -251,6 +252,7 @@ class _Work:
     result: ScopeResult
     bar: _Bar
     directions: tuple[Tensor, ...] = ()
+    eigenpairs: Eigenpairs | None = None
 
     @property
     def hessian(self) -> HessianOperator:
@@ -278,11 +280,20 @@ def _eigenvalues(work: _Work) -> None:
     if len(pairs.values) >= 5:
         result.values["eigenvalue_ratio_1_5"] = first_to_fifth(pairs.values)
     work.directions = tuple(pairs.vectors[:, :1].T)
+    work.eigenpairs = pairs
 
 
 def _trace(work: _Work) -> None:
-    found = hutchinson(work.hessian, num_probes=work.effort.trace_probes, seed=SEED, progress=work.bar.update)
-    work.result.results["trace"] = found.as_dict()
+    # A seed of its own: vectors of the Lanczos run's start would not be independent of what it found.
+    found = hutchinson(
+        work.hessian,
+        num_probes=work.effort.trace_probes,
+        known=work.eigenpairs,
+        seed=SEED + 1,
+        progress=work.bar.update,
+    )
+    known = len(work.eigenpairs.values) if work.eigenpairs else 0
+    work.result.results["trace"] = {**found.as_dict(), "known_eigenvalues": known}
     work.result.values |= {"trace": found.value, "trace_standard_error": found.standard_error}
 
 
