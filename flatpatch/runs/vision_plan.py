@@ -23,6 +23,7 @@ from flatpatch import patches
 from flatpatch.continual import quick_vision
 from flatpatch.errors import UserError
 from flatpatch.methods import METHODS, Method
+from flatpatch.report import splits
 from flatpatch.runs import vision_data
 from flatpatch.runs.changes import Deviation, Stage
 from flatpatch.runs.choices import choose_device, choose_engine, choose_profile
@@ -194,6 +195,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
 
     root = Path(settings.data).expanduser().absolute() if settings.data else ROOT / "data"
     weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
+    off_reference |= settings.method == "inflora" and _another_split(editor, inputs, notes)
     if settings.model and weights and weights.name != _weights_name(editor):
         editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
         off_reference = True
@@ -317,6 +319,21 @@ def _find_inputs(
         raise UserError.collect(problems)
     notes += problems
     return weights, inputs
+
+
+def _another_split(editor: ConfigEditor, inputs: Mapping[str, str], notes: list[str]) -> bool:
+    """Say which split of ImageNet-R is here, record one that InfLoRA's logs did not have, and tell if it is unknown."""
+    split = splits.split_of(inputs)
+    if split is None:  # another benchmark
+        return False
+    said = f"the split of {splits.FOLDER} is {split}"
+    if split != splits.LOGGED:
+        why = f"train/ and test/ of data= hold other images: the logs' split is drawn by its code at seed {splits.SEED}"
+        editor.note(f"split of {splits.FOLDER}", splits.LOGGED, split, why)
+        without = "any published number" if split == splits.OTHER else "the shipped logs (beside the paper it will)"
+        said = f"WARNING: {said}; compare will not set this run beside {without}"
+    notes.append(said)
+    return split == splits.OTHER
 
 
 def _library_deviations(verified: patches.Verified) -> list[Deviation]:
