@@ -185,7 +185,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             )
     known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
     before = dict(editor.current)
-    override(editor, request.overrides, known)
+    override(editor, request.overrides, known, quick=quick)
     classes = quick_vision.CLASSES if quick else vision_data.DATASETS[editor.current["dataset"].lower()].classes
     _fit_sessions(editor, request, classes)
     idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
