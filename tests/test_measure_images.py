@@ -185,6 +185,8 @@ def test_runs_that_do_not_fit_together_are_refused(make_run: MakeRun, refused: C
     assert "are of different benchmarks (quick images and cifar100)" in with_second()
     write_record(second, {**record, "inputs": {"model.safetensors": "0" * 64}})
     assert "are of different pretrained weights" in with_second()
+    write_record(second, {**record, "inputs": {**record["inputs"], "images": "0" * 64}})
+    assert "are of different images" in with_second()
     write_record(second, {**record, "engine": "upstream"})
     assert "are of different engines (reference and upstream)" in with_second()
     write_record(second, record)

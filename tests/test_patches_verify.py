@@ -11,7 +11,15 @@ import pytest
 from patches_project import REPO, Project, best_seconds, git, make_project
 
 from flatpatch.errors import UserError
-from flatpatch.patches import find_checkout, is_available, verify, verify_patches
+from flatpatch.patches import (
+    check_named,
+    cli,
+    find_checkout,
+    is_available,
+    passed_over,
+    verify,
+    verify_patches,
+)
 from flatpatch.patches.patchfile import Insertion
 from flatpatch.patches.workspace import CONFIG, VARIABLE
 
@@ -278,6 +286,35 @@ def test_the_checkout_is_looked_for_in_the_variable_then_the_configuration_then_
     own = checkout_in(tmp_path / "own")
     assert find_checkout(REPO, workspace=project.workspace) == own
     assert verify(REPO, workspace=project.workspace).checkout == own
+
+
+def test_a_named_folder_without_the_checkout_is_told_and_may_be_refused(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert passed_over(REPO, workspace=project.workspace) == []
+    check_named(REPO, workspace=project.workspace)
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    (shared / REPO).mkdir(parents=True)
+    git("config", "--global", CONFIG, str(shared), folder=tmp_path)
+    configured = f"git config {CONFIG}={shared} has no {REPO}: {shared / REPO} is not a git checkout"
+    assert passed_over(REPO, workspace=project.workspace) == [configured]
+    with pytest.raises(UserError, match=f"git config --global --unset {CONFIG}") as caught:
+        check_named(REPO, workspace=project.workspace)
+    assert f"{configured}." in str(caught.value)
+
+    monkeypatch.setenv(VARIABLE, str(own))
+    named = f"{VARIABLE}={own} has no {REPO}: {own / REPO} does not exist, nor does {own}"
+    assert passed_over(REPO, workspace=project.workspace) == [named, configured]
+    with pytest.raises(UserError, match=f"unset {VARIABLE}") as caught:
+        check_named(REPO, workspace=project.workspace)
+    assert f"{named}." in str(caught.value)
+    assert f"git clone {project.workspace.recorded_url(REPO)} {own / REPO}" in str(caught.value)
+    assert cli(["verify"], workspace=project.workspace) == 0
+    assert capsys.readouterr().out.startswith(f"note: {named}\nnote: {configured}\n{REPO}: ok")
+
+    git("clone", "--quiet", str(project.checkout), str(own / REPO), folder=tmp_path)
+    assert passed_over(REPO, workspace=project.workspace) == [], "what is named but not asked is nobody's concern"
+    check_named(REPO, workspace=project.workspace)
 
 
 def test_an_empty_submodule_is_filled_with_the_pinned_commit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 import flatpatch.continual.reference  # noqa: F401  # DeepSpeed, which it loads, announces itself on stdout once
+from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
+from flatpatch.methods import METHODS
 from flatpatch.runs import choices
+from flatpatch.runs.doctor import doctor
 
 Refused = Callable[..., str]
 
@@ -195,6 +199,43 @@ def test_submodule_at_another_commit_is_refused(
     text = refused("engine=upstream", "method=nlora")
     assert "7301afe" in text
     assert str(checkout) in text
+
+
+@pytest.mark.parametrize(
+    ("words", "repo"),
+    [
+        (["method=nlora", "engine=upstream"], "N-LoRA"),
+        (["method=inflora", "profile=upstream", "engine=auto", "device=cpu"], "InfLoRA"),
+        (["method=cllora", "engine=auto"], "CL-LoRA"),
+    ],
+)
+def test_named_folder_without_the_code_that_must_run_is_refused(
+    words: list[str], repo: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "nothing-here"
+    monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(folder))
+    text = refused(*words)
+    assert f"FLATPATCH_THIRD_PARTY={folder} has no {repo}: {folder / repo} does not exist, nor does {folder}" in text
+    assert "unset FLATPATCH_THIRD_PARTY" in text
+    assert f"{repo}.git {folder / repo}" in text
+
+
+def test_other_place_than_the_named_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path))
+    named = f"FLATPATCH_THIRD_PARTY={tmp_path} has no N-LoRA: {tmp_path / 'N-LoRA'} does not exist"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(patches, "is_available", lambda _: (True, "/elsewhere/N-LoRA"))
+        engine, why = choices.choose_engine("auto", METHODS["nlora"], "quick")
+        assert engine == "upstream"
+        assert why.startswith(f"N-LoRA is here: /elsewhere/N-LoRA; {named}")
+        doctor([])
+        assert f"] N-LoRA: /elsewhere/N-LoRA\n[--] {named}; runs that need" in capsys.readouterr().out
+    monkeypatch.setattr("flatpatch.patches.workspace._config", lambda *_: "")
+    monkeypatch.setattr("flatpatch.patches.workspace._fill_submodule", lambda *_: "no network")
+    _, why = choices.choose_engine("auto", METHODS["nlora"], "quick")  # the project's own folder may hold it
+    assert re.search(re.escape(f"FLATPATCH_THIRD_PARTY={tmp_path}") + ".*does not exist", why)
 
 
 def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
@@ -146,6 +147,19 @@ def test_same_command_on_a_finished_run_does_nothing(
     assert (undisturbed / "record.json").stat().st_mtime_ns == before
 
 
+def test_finished_run_is_the_one_asked_for_whatever_has_no_effect(
+    undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(undisturbed)
+    command = [word for word in words(data, undisturbed.parent, "undisturbed") if word != "profile=quick"]
+    more = ["profile=auto"] if not torch.cuda.is_available() else ["profile=quick"]
+    assert main([*command, *more, "eta=0.5", "scope=lora", "upstream.per_device_eval_batch_size=512"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing to do" in shown
+    assert results(undisturbed) == before
+    assert main([*command, *more, "sync=global"]) == 2, "what has an effect makes another run"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, data: Path, tmp_path: Path) -> None:
     command = words(data, tmp_path, "killed")
@@ -272,6 +286,8 @@ def test_sweep_runs_once_without_sam_whatever_the_radius(capsys: pytest.CaptureF
     words = ["profile=quick", "engine=reference", f"output={tmp_path}", "sam=off,sam", "rho=0.01,0.05", "--dry-run"]
     assert main(["sweep", *words]) == 0
     assert capsys.readouterr().out.count("N-LoRA, order 1") == 3
+    assert main(["sweep", *words, "rho=0.05", "scope=lora,A", "sync=local,global", "eta=0.01,1"]) == 0
+    assert capsys.readouterr().out.count("N-LoRA, order 1") == 5, "one without SAM, four with it: eta is ASAM's"
 
 
 def test_new_record_is_valid_before_anything_ran(data: Path, tmp_path: Path) -> None:

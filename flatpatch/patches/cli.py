@@ -8,7 +8,7 @@ from flatpatch.errors import FlatpatchError, UserError, did_you_mean
 from flatpatch.patches.checks import verify, verify_patches
 from flatpatch.patches.copies import build
 from flatpatch.patches.upkeep import drift, refresh, show
-from flatpatch.patches.workspace import PROJECT, Workspace, check_name, is_available
+from flatpatch.patches.workspace import PROJECT, Workspace, check_name, is_available, passed_over
 
 HELP = """\
 usage: python -m flatpatch patches <verb> [repo=NAME] [key=value ...]
@@ -54,6 +54,9 @@ def cli(arguments: Sequence[str], *, workspace: Workspace = PROJECT) -> int:
     settings = _settings(verb, words, keys)
     if "repo" in settings:
         check_name(settings["repo"], workspace)
+    for repo in [settings["repo"]] if "repo" in settings else workspace.repositories():
+        for lack in passed_over(repo, workspace=workspace):
+            print(f"note: {lack}")
     function(settings, workspace)
     return 0
 

@@ -94,18 +94,14 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
     """
     check_name(repo, workspace)
     tried = []
-    for source, folder in (
-        (VARIABLE, os.environ.get(VARIABLE, "")),
-        (f"git config {CONFIG}", _config(workspace.root, "--type=path", CONFIG)),
-    ):
+    for source, folder in _named_folders(workspace):
         if not folder:
             tried.append(f"{source}: not set")
             continue
-        checkout = (workspace.root / Path(folder).expanduser() / repo).resolve()
-        if (checkout / ".git").exists():
+        checkout = _checkout_in(folder, repo, workspace)
+        if not (lack := _lack(checkout)):
             return checkout
-        what = "is not a git checkout" if checkout.exists() else "does not exist"
-        tried.append(f"{source}={folder}: {checkout} {what}")
+        tried.append(f"{source}={folder}: {lack}")
     checkout = workspace.root / "third_party" / repo
     if not (checkout / ".git").exists():
         if checkout.is_dir() and any(checkout.iterdir()):
@@ -121,6 +117,60 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
         f"  If there is a checkout on this machine, run: export {VARIABLE}=<the folder that holds {repo}/>\n"
         f"  or, once for all: git config --global {CONFIG} <the folder that holds {repo}/>"
     )
+
+
+def passed_over(repo: str, *, workspace: Workspace = PROJECT) -> list[str]:
+    """Say of each folder that was named for checkouts, and is looked at first, why it does not serve a repository."""
+    found = []
+    for source, folder in _named_folders(workspace):
+        if not folder:
+            continue
+        if not (lack := _lack(_checkout_in(folder, repo, workspace))):
+            break
+        found.append(f"{source}={folder} has no {repo}: {lack}")
+    return found
+
+
+def check_named(repo: str, *, workspace: Workspace = PROJECT) -> None:
+    """Refuse to take a repository from elsewhere than the folder that was named for it.
+
+    Raises:
+        UserError: If a folder is named that lacks the repository.
+    """
+    for source, folder in _named_folders(workspace):
+        if not folder:
+            continue
+        checkout = _checkout_in(folder, repo, workspace)
+        if lack := _lack(checkout):
+            url = workspace.recorded_url(repo) or "ADDRESS"
+            undo = f"unset {VARIABLE}" if source == VARIABLE else f"git config --global --unset {CONFIG}"
+            raise UserError(
+                f"{source}={folder} has no {repo}: {lack}.\n"
+                f"  Name the folder that holds {repo}/, or fetch it there: git clone {url} {checkout}\n"
+                f"  To look elsewhere, run: {undo}"
+            )
+        return
+
+
+def _named_folders(workspace: Workspace) -> tuple[tuple[str, str], ...]:
+    """Return what names a folder of checkouts, first the one that is looked at first, with the folder or nothing."""
+    return (
+        (VARIABLE, os.environ.get(VARIABLE, "")),
+        (f"git config {CONFIG}", _config(workspace.root, "--type=path", CONFIG)),
+    )
+
+
+def _checkout_in(folder: str, repo: str, workspace: Workspace) -> Path:
+    return (workspace.root / Path(folder).expanduser() / repo).resolve()
+
+
+def _lack(checkout: Path) -> str:
+    """Return why a folder is no checkout, or an empty string."""
+    if os.path.exists(checkout / ".git"):
+        return ""
+    if os.path.exists(checkout):
+        return f"{checkout} is not a git checkout"
+    return f"{checkout} does not exist" + ("" if os.path.isdir(checkout.parent) else f", nor does {checkout.parent}")
 
 
 def is_available(repo: str, *, workspace: Workspace = PROJECT) -> tuple[bool, str]:

@@ -32,7 +32,8 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
     """Return the engine and why.
 
     Raises:
-        UserError: If the method, profile and engine do not go together.
+        UserError: If the method, profile and engine do not go together, or the authors' code must run and is not in
+            the folder that was named for it.
     """
     if method.repository is None:
         if profile != "quick":
@@ -49,17 +50,18 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
                 "Use profile=quick or engine=upstream."
             )
         return "reference", "as asked"
+    if asked == "upstream" or profile != "quick" or not method.reference:
+        patches.check_named(method.repository)
     if asked == "upstream" or profile != "quick":
         return (
             "upstream",
             "as asked" if asked == "upstream" else f"profile {profile} runs the authors' code alone",
         )
     here, why = patches.is_available(method.repository)
-    return (
-        ("upstream", f"{method.repository} is here: {why}")
-        if here
-        else ("reference", f"{method.repository} cannot be had: {why}")
-    )
+    if not here:
+        return "reference", f"{method.repository} cannot be had: {why}"
+    but = patches.passed_over(method.repository)
+    return "upstream", "; ".join((f"{method.repository} is here: {why}", *but))
 
 
 def choose_device(

@@ -37,6 +37,8 @@ def doctor(words: Sequence[str]) -> int:
     for repo in sorted({method.repository for method in METHODS.values() if method.repository}):
         here, why = patches.is_available(repo)
         print(f"[{'ok' if here else '--'}] {repo}: {why}")
+        for lack in patches.passed_over(repo):
+            print(f"[--] {lack}; runs that need the authors' code refuse to start")
     for dataset in sorted({dataset.folder for dataset in DATASETS.values()}):
         here = (ROOT / "data" / dataset).is_dir()
         print(f"[{'ok' if here else '--'}] data/{dataset}: {'here' if here else 'no such folder; data=FOLDER names another'}")

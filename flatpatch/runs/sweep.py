@@ -8,7 +8,6 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.plan import make_plan, render
 from flatpatch.runs.record import check_continues, write_atomically
-from flatpatch.settings import PLACES, parse, split_word
+from flatpatch.settings import PLACES, Request, Settings, parse, split_word, telling
 
 USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
 
@@ -84,13 +83,10 @@ def sweep(words: Sequence[str]) -> int:
     combinations = expand([word for word in words if word != "--dry-run"])
     requests = [parse(combination) for combination in combinations]
     # Without SAM its radius changes nothing: one run stands for all.
-    seen: list[object] = []
-    for request in list(requests):
-        settings = request.settings
-        key = replace(settings, rho=0.0, eta=0.0, scope="lora", sam_on="both") if settings.sam == "off" else settings
-        if key in seen:
-            requests.remove(request)
-        seen.append(key)
+    distinct: dict[Settings, Request] = {}
+    for request in requests:
+        distinct.setdefault(telling(request.settings), request)
+    requests = list(distinct.values())
     if len(requests) > 1 and any(request.settings.run for request in requests):
         raise UserError(
             "run=NAME would put every run of the sweep into one folder. Leave run= out, or set output=FOLDER."

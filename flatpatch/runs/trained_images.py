@@ -139,6 +139,7 @@ class ImageRun(FinishedRun):
             ("benchmarks", self.record["benchmark"], other.record["benchmark"]),
             ("sizes of the model", self.vision["model"], other.vision["model"]),
             ("pretrained weights", self._weights_hash, other._weights_hash),
+            ("images", self._images, other._images),
         ):
             if mine != theirs:
                 raise UserError(
@@ -162,6 +163,12 @@ class ImageRun(FinishedRun):
     def _weights_hash(self) -> str | None:
         found: str | None = self.record["inputs"].get(Path(self.vision["weights"] or "").name)
         return found
+
+    @property
+    def _images(self) -> dict[str, str]:
+        """Hashes of the images, where the record has them."""
+        weights = Path(self.vision["weights"] or "").name
+        return {name: digest for name, digest in self.record["inputs"].items() if name != weights}
 
     def _check_weights(self) -> None:
         weights, expected = self.vision["weights"], self._weights_hash
