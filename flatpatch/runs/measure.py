@@ -43,6 +43,7 @@ from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.records import read_record
 from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
+from flatpatch.runs.pages import leave_page, place_of
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
@@ -109,6 +110,9 @@ def measure(words: Sequence[str]) -> int:
         failed = any(files.failures(content) for contents in found for content, _ in contents)
         if joint is not None:
             joint.measure([contents[0][0] for contents in found])
+    for run in runs:
+        if place_of([run.folder]).is_file():  # it would tell of the run as it was before
+            leave_page([run.folder])
     return 1 if failed else 0
 
 
