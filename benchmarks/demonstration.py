@@ -41,7 +41,7 @@ VALUES = {
 }
 FURTHER = {
     "batch_eigenvalue_median": "median of the batches' top eigenvalues",
-    "effective_rank": "effective rank",
+    "density_smallest": "lowest node",
     "negative_weight": "negative weight",
     "asam_sharpness_ascent": "ASAM ball",
     "landscape_mean_rise": "landscape rise",
