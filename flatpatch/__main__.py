@@ -29,7 +29,7 @@ examples:
 
 RUN_USAGE = """usage: python -m flatpatch run key=value ... [--dry-run]
 
-Trains one method over its tasks and ends with an accuracy matrix, a record and figures in runs/<run>/.
+Trains one method over its tasks and ends with an accuracy matrix, a record, figures and an HTML page in runs/<run>/.
 --dry-run prints the exact commands and how they differ from upstream's own script or configuration, and starts nothing.
 
 settings:
@@ -42,6 +42,20 @@ examples:
   bash run_scripts/inflora_sam.sh rho=0.05 benchmark=imagenet_r_10 profile=upstream data=/datasets --dry-run
   bash run_scripts/cllora_sam.sh rho=0.05 sam_on=task
   bash run_scripts/nlora_sam.sh profile=upstream model=models/t5-large upstream.num_train_epochs=1
+"""
+
+
+SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
+
+One run for every combination; finished ones are kept, so the same command goes on where it stopped.
+seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, and one HTML page about
+its runs, report.html in the folder that holds them.
+
+example:
+  python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
+
+settings:
+{settings}
 """
 
 
@@ -101,18 +115,21 @@ def _run(words: list[str]) -> int:
         print(render(plan))
         return 0
     from flatpatch.runs.execute import execute
+    from flatpatch.runs.pages import leave_page
 
     execute(plan)
+    leave_page([plan.folder])
     return 0
 
 
 def _sweep(words: list[str]) -> int:
-    from flatpatch import settings
+    if _asks_for_help(words):
+        from flatpatch import settings
+
+        print(SWEEP_USAGE.format(settings=settings.describe()))
+        return 0
     from flatpatch.runs import sweep
 
-    if _asks_for_help(words):
-        print(sweep.USAGE.format(settings=settings.describe()))
-        return 0
     return sweep.sweep(words)
 
 

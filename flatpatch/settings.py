@@ -33,6 +33,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 OF_MEASURING = tuple(f"measure{part}" for part in ("", "_scope", "_when", "_samples", "_batch", "_rho", "_effort"))
 OF_TEXT = ("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port")
 OF_VISION = ("benchmark", "variant", "sam_on")
+OF_SAM = ("rho", "eta", "scope", "sam_on", "sync", "ascent_loss")
 # A comma in these is part of the value, not a list of values to sweep over.
 PLACES = ("model", "data", "run", "output", "device", "tasks", "measure", "measure_scope", "measure_when")
 # Words that upstream's code looks for in paths, changing what it does (run_N_lora.py, uie_collator.py).
@@ -119,6 +120,35 @@ class Request:
         for name, value in self.overrides.items():
             record[f"upstream.{name}"] = {"value": value, "source": "command line"}
         return record
+
+
+def without_effect(sam: str) -> tuple[str, ...]:
+    """Return the settings that change nothing with this ``sam``."""
+    return {"off": OF_SAM, "sam": ("eta",)}.get(sam, ())
+
+
+def telling(settings: Settings) -> Settings:
+    """Return the settings with those that change nothing back at their defaults: equal ones make equal runs."""
+    defaults = _defaults()
+    return dataclasses.replace(settings, **{key: defaults[key] for key in without_effect(settings.sam)})
+
+
+def in_name(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
+    """Return those of some settings that a run's name must tell: what differs from its default and has an effect."""
+    chosen, defaults = telling(settings), _defaults()
+    return {key: value for key in keys if (value := getattr(chosen, key)) != defaults[key]}
+
+
+def _defaults() -> dict[str, Any]:
+    return {item.name: item.default for item in dataclasses.fields(Settings)}
+
+
+def as_default(request: Request, key: str, default: str) -> Request:
+    """Return the request with a setting left out that was given the value which leaving it out means."""
+    if getattr(request.settings, key) != default:
+        return request
+    settings = dataclasses.replace(request.settings, **{key: ""})  # type: ignore[arg-type]
+    return dataclasses.replace(request, settings=settings, sources={**request.sources, key: "default"})
 
 
 def describe() -> str:

@@ -11,6 +11,7 @@ from report_records import make_record
 from flatpatch.continual.metrics import from_lists, summarise, to_lists
 from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.report.baselines import load_baseline
+from flatpatch.report.splits import HASHES, LOGGED, list_key
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -47,6 +48,27 @@ def inflora_record(seed: int = 0, points: float = 0.0, *, source: int | None = N
         metrics=summarise(from_lists(matrix), sample_weighted=curve),
     )
     return _changed(record, changes)
+
+
+def imagenet_r_record(seed: int = 0, split: str | None = LOGGED, **changes: Any) -> dict[str, Any]:
+    """Return the record of a run that gave what InfLoRA's shipped ImageNet-R run gave, with the hashes of a split.
+
+    ``split`` names a known one; another word makes hashes of its own, None leaves them out.
+    """
+    run = next(run for run in load_baseline("inflora_imagenet_r_10")["per_seed"] if run["seed"] == seed)
+    record = inflora_record(seed)
+    halves = HASHES.get(split or "", {half: f"{split} {half}" for half in ("train", "test")})
+    return _changed(
+        record,
+        {
+            "benchmark": "imagenet_r_10",
+            "tasks": [f"{20 * i}-{20 * i + 19}" for i in range(10)],
+            "inputs": {list_key(f"imagenet-r/{half}"): value for half, value in halves.items()} if split else {},
+            "accuracy_matrix": run["accuracy_matrix"],
+            "metrics": summarise(from_lists(run["accuracy_matrix"]), sample_weighted=run["top1_curve"]),
+            **changes,
+        },
+    )
 
 
 def olora_record(

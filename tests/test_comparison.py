@@ -6,13 +6,14 @@ import json
 import math
 
 import pytest
-from comparison_cases import inflora_record, logged_runs, olora_record, shifted, with_setting
+from comparison_cases import imagenet_r_record, inflora_record, logged_runs, olora_record, shifted, with_setting
 from report_records import make_quick_record, make_record
 
 from flatpatch.comparison import compare_logged, compare_runs
 from flatpatch.comparison.sides import runs_of_baseline
 from flatpatch.errors import UserError
 from flatpatch.report.baselines import list_baselines, load_baseline
+from flatpatch.report.splits import LISTED, LOGGED, OTHER, list_key
 
 FIELDS = {"metric", "here", "there", "difference", "interval", "detectable", "test", "verdict", "why"}
 FINAL = "sample_weighted_accuracy"
@@ -29,7 +30,7 @@ def test_result_has_its_fields_and_can_be_written_as_json():
         compare_runs([inflora_record(0)], "paper_inflora", metrics=["forgetting"]),
         compare_runs([make_quick_record()]),
     ):
-        assert set(result) == {"baseline", "runs", "verdict", "why", "metrics"}
+        assert set(result) == {"baseline", "runs", "verdict", "why", "notes", "metrics"}
         assert set(result["baseline"]) == {"name", "source", "kind", "verification"}
         for found in result["metrics"]:
             assert set(found) == FIELDS
@@ -275,6 +276,72 @@ def test_other_benchmarks_tasks_and_orders_are_not_compared(record, baseline, wh
     assert result["verdict"].startswith("not comparable because ")
     assert why in result["why"]
     assert result["metrics"] == []
+
+
+def test_run_on_the_split_of_the_shipped_logs_is_compared_with_them_and_with_the_paper():
+    result = compare_runs([imagenet_r_record(0)])
+    assert (result["baseline"]["name"], result["verdict"]) == ("inflora_imagenet_r_10", "reproduced")
+    assert result["notes"] == []
+    paper = compare_runs([imagenet_r_record(0)], "paper_inflora")
+    assert paper["metrics"]
+    assert paper["notes"] == [f"the split of imagenet-r is {LOGGED}; which one the paper's runs had is not said"]
+
+
+def test_run_on_the_listed_split_is_compared_with_the_paper_alone():
+    result = compare_runs([imagenet_r_record(0, LISTED)])
+    assert result["verdict"] == f"not comparable because its split of imagenet-r is {LISTED}, not {LOGGED}"
+    paper = compare_runs([imagenet_r_record(0, LISTED)], "paper_inflora")
+    assert paper["metrics"]
+    assert paper["notes"] == [f"the split of imagenet-r is {LISTED}; which one the paper's runs had is not said"]
+
+
+@pytest.mark.parametrize("baseline", [None, "paper_inflora"])
+def test_run_on_a_split_of_its_own_is_not_compared(baseline):
+    result = compare_runs([imagenet_r_record(0, "mine", labels=["off-reference"])], baseline)
+    assert result["verdict"] == (
+        f"not comparable because it is labelled off-reference; its split of imagenet-r is {OTHER}"
+    )
+    older = compare_runs([imagenet_r_record(0, "mine")], baseline)  # from before such runs were labelled
+    assert older["verdict"] == f"not comparable because its split of imagenet-r is {OTHER}"
+    assert older["metrics"] == []
+
+
+def test_runs_of_different_splits_are_not_compared():
+    moved = with_setting(imagenet_r_record(1, LISTED), data="/elsewhere")
+    result = compare_runs([imagenet_r_record(0), moved], names=["a", "b"])
+    assert result["why"].startswith(
+        "a and b had other images: their lists of imagenet-r/test have the hashes 524afde87656"
+    )
+    assert result["metrics"] == []
+    same = with_setting(imagenet_r_record(1), data="/elsewhere")
+    assert compare_runs([imagenet_r_record(0), same])["verdict"] == "reproduced"
+    with pytest.raises(UserError, match="differ in more than their seed: data"):
+        compare_runs([inflora_record(0), with_setting(inflora_record(1), data="/elsewhere")])
+
+
+def test_record_without_a_split_says_that_it_could_not_be_checked():
+    result = compare_runs([imagenet_r_record(0, None)])
+    assert result["verdict"] == "reproduced"
+    assert result["notes"] == ["the split of imagenet-r could not be checked: a record has no hash of it"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "dataset", "split", "here"),
+    [
+        ("imagenet_r", "imagenet_r", "mine", f"; here it is {OTHER}"),
+        ("imagenet_r", "imagenet_r", LISTED, f"; here it is {LISTED}"),
+        ("vtab", "vtab", None, ""),
+    ],
+)
+def test_split_of_cllora_is_said_to_be_unchecked(benchmark, dataset, split, here):
+    record = imagenet_r_record(0, split, method="cllora", benchmark=benchmark)
+    notes = compare_runs([record])["notes"]
+    assert notes == [
+        f"the split of {dataset} could not be checked: CL-LoRA takes LAMDA-PILOT's, of which no list is published{here}"
+    ]
+    other = record | {"seeds": [1], "inputs": {list_key("vtab/test"): "b"}}
+    one = record | {"inputs": {list_key("vtab/test"): "a"}}
+    assert "had other images: their lists of vtab/test have the hashes a and b" in compare_runs([one, other])["why"]
 
 
 def test_without_a_shipped_run_the_papers_row_is_taken():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from comparison_cases import inflora_record
+from comparison_cases import imagenet_r_record, inflora_record
 from report_records import make_quick_record
 from vision_log_text import log_text, run_lines
 
@@ -113,6 +113,14 @@ def test_quick_run_is_not_compared_and_fails_the_requirement(runs, capsys):
     folder = runs(make_quick_record(method="olora"))
     assert main(["compare", f"run={folder}", "--require", "reproduced"]) == 1
     assert "verdict   not comparable because it is labelled quick, reference\n" in capsys.readouterr().out
+
+
+def test_what_could_not_be_checked_is_printed(runs, capsys):
+    assert main(["compare", f"run={runs(imagenet_r_record(0, None))}"]) == 0
+    assert (
+        "note      the split of imagenet-r could not be checked: a record has no hash of it\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_runs_are_found_by_name_in_the_runs_folder(tmp_path, monkeypatch, capsys):

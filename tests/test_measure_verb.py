@@ -182,7 +182,11 @@ def test_plane_through_three_runs_holds_their_own_losses(make_run: MakeRun, tmp_
     folders = [make_run(name, seed) for name, seed in (("a", 1), ("b", 2), ("c", 3))]
     output = tmp_path / "compared"
     words = [f"run={','.join(map(str, folders))}", "measure=loss", "measure_scope=adapter", f"output={output}", *SMALL]
+    page = folders[0] / "report.html"
+    page.write_text("of the time before the measuring")
     assert main(["measure", *words]) == 0
+    assert hashlib.sha256((folders[0] / "record.json").read_bytes()).hexdigest()[:16] in page.read_text()
+    assert not (folders[1] / "report.html").exists(), "a page that nobody left is not made"
     losses = json.loads((output / verb.COMPARISON).read_text())["scopes"]["adapter"]["losses"]
     for folder in folders:
         # Measured on the first run's sample, which is that of all: they learned the same data.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
@@ -110,6 +112,14 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
+def assert_page_tells_of(page: Path, *folders: Path) -> None:
+    """The page names each run's record by its hash, so one drawn earlier would not do."""
+    text = page.read_text()
+    for folder in folders:
+        assert hashlib.sha256((folder / "record.json").read_bytes()).hexdigest()[:16] in text
+        assert folder.name in text
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     output = tmp_path_factory.mktemp("runs")
@@ -135,6 +145,7 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
         assert step["perturbed_loss"] > step["loss"]
     names = {path.name for path in (undisturbed / "figures").iterdir()}
     assert {"accuracy_matrix.png", "accuracy_over_tasks.png", "loss.png", "perturbation.png"} <= names
+    assert_page_tells_of(undisturbed / "report.html", undisturbed)
 
 
 def test_same_command_on_a_finished_run_does_nothing(
@@ -144,6 +155,43 @@ def test_same_command_on_a_finished_run_does_nothing(
     assert main(words(data, undisturbed.parent, "undisturbed")) == 0
     assert "is finished; nothing to do" in capsys.readouterr().out
     assert (undisturbed / "record.json").stat().st_mtime_ns == before
+
+
+def test_page_that_cannot_be_drawn_is_one_warning_and_no_failure(
+    undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    page = undisturbed / "report.html"
+    before = page.read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr("flatpatch.runs.pages.make_page", fail)
+        assert main(words(data, undisturbed.parent, "undisturbed")) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    (warning,) = [line for line in shown.out.splitlines() if "WARNING" in line]
+    assert f"{page} was not written" in warning
+    assert "No space left on device" in warning
+    assert f"python -m flatpatch report run={undisturbed}" in warning
+    assert page.read_bytes() == before
+
+    page.write_text("of an earlier time")
+    assert main(words(data, undisturbed.parent, "undisturbed")) == 0
+    assert page.read_bytes() == before
+
+
+def test_finished_run_is_the_one_asked_for_whatever_has_no_effect(
+    undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(undisturbed)
+    command = [word for word in words(data, undisturbed.parent, "undisturbed") if word != "profile=quick"]
+    more = ["profile=auto"] if not torch.cuda.is_available() else ["profile=quick"]
+    assert main([*command, *more, "eta=0.5", "scope=lora", "upstream.per_device_eval_batch_size=512"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing to do" in shown
+    assert results(undisturbed) == before
+    assert main([*command, *more, "sync=global"]) == 2, "what has an effect makes another run"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -158,6 +206,9 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     again = start(command)
     output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
+    page = tmp_path / "killed" / "report.html"
+    assert output.rstrip().endswith(f"page     {page}")
+    assert_page_tells_of(page, page.parent)
     assert results(tmp_path / "killed") == results(undisturbed)
     assert json.loads((tmp_path / "killed" / "record.json").read_text())["restarts"] == 1
     assert ("finished before, kept" in output) == (task == "amazon")
@@ -265,13 +316,19 @@ def test_sweep_runs_every_combination_and_averages_over_seeds(
     shown = capsys.readouterr().out
     assert "run 2/2" in shown
     assert " ±" in shown
-    assert len(list(tmp_path.glob("*/record.json"))) == 2
+    folders = [path.parent for path in tmp_path.glob("*/record.json")]
+    assert len(folders) == 2
+    assert shown.rstrip().endswith(f"page     {tmp_path / 'report.html'}")
+    assert_page_tells_of(tmp_path / "report.html", *folders)
+    assert not list(tmp_path.glob("*/report.html"))
 
 
 def test_sweep_runs_once_without_sam_whatever_the_radius(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["profile=quick", "engine=reference", f"output={tmp_path}", "sam=off,sam", "rho=0.01,0.05", "--dry-run"]
     assert main(["sweep", *words]) == 0
     assert capsys.readouterr().out.count("N-LoRA, order 1") == 3
+    assert main(["sweep", *words, "rho=0.05", "scope=lora,A", "sync=local,global", "eta=0.01,1"]) == 0
+    assert capsys.readouterr().out.count("N-LoRA, order 1") == 5, "one without SAM, four with it: eta is ASAM's"
 
 
 def test_new_record_is_valid_before_anything_ran(data: Path, tmp_path: Path) -> None:

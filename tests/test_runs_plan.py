@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from flatpatch.__main__ import main
 from flatpatch.methods import METHODS
 from flatpatch.runs.execute import prepare_work
 from flatpatch.runs.plan import Plan, make_plan, visible_devices
-from flatpatch.settings import parse
+from flatpatch.settings import Settings, parse
 
 ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
 
@@ -226,6 +227,47 @@ def test_auto_says_which_profile_and_engine_and_why(monkeypatch: pytest.MonkeyPa
     assert plan.engine == "reference"
     assert plan.engine_reason == "N-LoRA cannot be had: nothing under third_party/N-LoRA"
     assert plan.labels == ("quick", "reference")
+
+
+def name_of(*words: str) -> str:
+    return make_plan(parse(["profile=quick", "engine=reference", *words])).folder.name
+
+
+def test_names_of_default_runs_stay_as_they_are() -> None:
+    assert name_of() == "nlora-order1-quick-reference-off-seed42"
+    assert name_of("sam=sam", "scope=A") == "nlora-order1-quick-reference-sam-rho0.05-scopeA-seed42"
+    assert name_of("method=inflora", "sam=asam") == "inflora-quick-reference-asam-rho0.05-seed0"
+
+
+@pytest.mark.parametrize("method", ["nlora", "inflora"])
+@pytest.mark.parametrize("sam", ["off", "sam", "asam"])
+def test_setting_given_its_default_makes_no_other_run(method: str, sam: str) -> None:
+    plain = make_plan(parse([f"method={method}", "profile=quick", "engine=reference", f"sam={sam}"]))
+    seed = plain.request.settings.seed
+    known = {item.name: item.default for item in dataclasses.fields(Settings)} | {"seed": seed}
+    given = known | {"method": method, "profile": "quick", "engine": "reference", "sam": sam}
+    plan = make_plan(parse([f"{key}={value}" for key, value in given.items()]))
+    assert plan.folder == plain.folder
+    assert plan.request.settings == plain.request.settings
+    assert plan.labels == plain.labels
+
+
+def test_setting_without_effect_makes_no_other_run() -> None:
+    idle = ["eta=1", "scope=A", "sync=global", "ascent_loss=task"]
+    assert name_of("rho=0.1", *idle) == name_of()
+    assert name_of("sam=sam", "eta=1") == name_of("sam=sam")
+    names = [name_of("sam=asam"), *(name_of("sam=asam", word) for word in idle)]
+    assert len(set(names)) == 5
+
+
+def test_override_that_names_the_value_there_is_makes_no_other_run() -> None:
+    words = ["profile=quick", "engine=reference"]
+    for method, override in (("nlora", "num_train_epochs=10"), ("inflora", "shuffle=false")):
+        plain = make_plan(parse([f"method={method}", *words]))
+        plan = make_plan(parse([f"method={method}", *words, f"upstream.{override}"]))
+        assert (plan.folder, plan.labels, plan.deviations) == (plain.folder, plain.labels, plain.deviations)
+        assert plan.request.as_record() == plain.request.as_record()
+        assert plan.notes == (f"upstream.{override} changes nothing: it is so without it",)
 
 
 def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:

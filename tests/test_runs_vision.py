@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -212,6 +213,24 @@ def test_quick_run_takes_one_thread_unless_told_otherwise(monkeypatch: pytest.Mo
     assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "3"
+
+
+def test_first_benchmark_and_variant_are_those_of_a_run_that_names_none(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA"), upstream("CL-LoRA")
+
+    def named(*words: str) -> tuple[str, dict[str, dict[str, Any]]]:
+        plan = make_plan(parse(["profile=upstream", "device=cpu", *words]), dry_run=True)
+        return plan.folder.name, plan.request.as_record()
+
+    plain = named("method=inflora")
+    assert plain[0] == "inflora-upstream-upstream-off-devicecpu-seed0"
+    assert named("method=inflora", "benchmark=cifar100", "variant=inflora") == plain
+    assert named("method=inflora", "benchmark=imagenet_r_10")[0] == plain[0].replace("-", "-imagenet_r_10-", 1)
+    variant = named("method=inflora", "variant=inflorab5")
+    assert named("method=inflora", "variant=inflorab5", "benchmark=cifar100") == variant != plain
+    assert named("method=cllora", "benchmark=cifar100", "variant=cllora") == named("method=cllora")
+    both = [named("method=cllora", "sam=sam", f"sam_on={step}")[0] for step in ("both", "task")]
+    assert both == [named("method=cllora", "sam=sam")[0], both[0].replace("-device", "-sam_ontask-device")]
 
 
 def test_a_measured_run_has_a_folder_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -71,6 +72,10 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
     assert record["labels"] == ["quick", "reference", "off-reference"]
     assert record["seeds"] == [0]
     assert "order" not in record["settings"]
+    assert (
+        hashlib.sha256((undisturbed / "record.json").read_bytes()).hexdigest()[:16]
+        in (undisturbed / "report.html").read_text()
+    )
     assert record["settings"]["sam_on"] == {"value": "both", "source": "default"}
     matrix = record["accuracy_matrix"]
     assert matrix[0][1] is None

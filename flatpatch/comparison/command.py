@@ -120,6 +120,8 @@ def render(result: Mapping[str, Any], *, width: int = _WIDTH) -> str:
         lines += ["", *(line.rstrip() for line in capture.get().splitlines()), ""]
     for entry in result["metrics"]:
         lines += _wrapped(f"{entry['metric']}: {entry['verdict']} ({entry['why']})", width)
+    for note in result["notes"]:
+        lines += _wrapped(f"note      {note}", width)
     lines += ["", *_wrapped(f"verdict   {result['verdict']}", width)]
     return "\n".join(lines) + "\n"
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatpatch.comparison.differences import Difference, Side, paired_difference, unpaired_difference
+from flatpatch.comparison.images import obstacle_of_images, unchecked_images
 from flatpatch.comparison.sides import (
     Run,
     other_settings,
@@ -33,6 +34,7 @@ from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.records import setting
+from flatpatch.report.splits import list_hashes
 from flatpatch.report.titles import labels
 from flatpatch.settings import OF_MEASURING
 
@@ -66,7 +68,7 @@ def compare_runs(
 
     Returns:
         An object that JSON can hold: ``baseline`` (name, source, kind, verification; None where there is none),
-        ``runs``, ``verdict``, ``why`` and ``metrics``, one object each.
+        ``runs``, ``verdict``, ``why``, ``notes`` (what could not be checked) and ``metrics``, one object each.
 
     Raises:
         UserError: If the runs are none, unfinished or of several kinds, or a name is unknown.
@@ -86,7 +88,10 @@ def compare_runs(
     baseline = next(iter(candidates), None)
     if not obstacle and changed and baseline and load_baseline(baseline)["kind"] != "paper":
         obstacle = f"profile=paper changed {', '.join(changed)}, and {baseline} ran as upstream's code says"
-    return _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
+    kind = load_baseline(baseline)["kind"] if baseline else ""
+    obstacle = "; ".join(filter(None, [obstacle, obstacle_of_images(records, names, subject, kind)]))
+    result = _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
+    return result | {"notes": unchecked_images(records, subject, kind)}
 
 
 def compare_logged(
@@ -136,7 +141,7 @@ def _compare(
     margin: float,
     with_sam: bool,
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {"baseline": None, "runs": [run.name for run in runs], "metrics": []}
+    result: dict[str, Any] = {"baseline": None, "runs": [run.name for run in runs], "notes": [], "metrics": []}
     if name is None:
         why = obstacle or f"no published number of {_words(subject)} is known here"
         return result | {"verdict": f"{NOT_COMPARABLE} {why}", "why": why}
@@ -366,6 +371,8 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     keys = {*one["settings"], *other["settings"]} - set(_OWN)
     if "off" in (sam := {str(setting(record, "sam", "off")) for record in (one, other)}) and len(sam) == 1:
         keys -= {"rho", "eta", "scope", "sam_on", "sync", "ascent_loss"}
+    if all(list_hashes(record.get("inputs", {})) for record in (one, other)):
+        keys -= {"data"}  # the images are compared, not where they lie
     found = [key for key in keys if setting(one, key) != setting(other, key)]
     found += [key for key in ("benchmark", "profile", "engine", "tasks") if one[key] != other[key]]
     pins = [(record["upstream"] or {}).get("pin") for record in (one, other)]

@@ -71,6 +71,10 @@ class Editor:
                 self.current[position] = inv.with_argument(name, value)
                 self.reasons[name, dataset_of(self.originals[position])] = why
 
+    def would_change(self, name: str, value: str) -> bool:
+        """Tell whether setting an argument to a value would change it in any task."""
+        return any(not (inv.has(name) and _same(inv.get(name), value)) for inv in self.current)
+
     def drop(self, name: str, why: str) -> None:
         """Take one argument away from every task."""
         self.current = [inv.without(name) for inv in self.current]

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +34,7 @@ from flatpatch.report.table import summary_table
 from flatpatch.runs import vision_run
 from flatpatch.runs.changes import Stage, TaskPlan
 from flatpatch.runs.plan import Plan, headline
+from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import (
     LOCK,
     check_continues,
@@ -238,7 +239,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
             start_new_session=True,
         )
         try:
-            _watch(process, plan.title(task), own / "progress.json", stop)
+            _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan))
         finally:
             _end(process)
             _end_leftovers(hook)
@@ -286,11 +287,22 @@ def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, 
     }
 
 
-def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop) -> None:
+def _shown_names(plan: Plan) -> dict[str, str]:
+    """Return how the tasks of a process that learns several are called; the hooks only count them, from 1."""
+    shown = {}
+    for number, name in enumerate(plan.task_names, 1):
+        shown[name] = shown[f"task {number}"] = f"task {number}/{len(plan.task_names)} {name}"
+    return shown
+
+
+def _watch(
+    process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop, names: Mapping[str, str]
+) -> None:
     """Show the task's progress until it ends; stop it when asked to."""
     started = time.monotonic()
-    with tqdm(desc=f"{title}: starting", unit="step", file=sys.stderr, disable=None, leave=True) as bar:
-        phase = note = ""
+    with Progress(title, "step", leave=True) as shown:
+        note = ""
+        last: tuple[Any, ...] = ("starting",)
         while process.poll() is None:
             if stop.asked:
                 _end(process)
@@ -300,16 +312,13 @@ def _watch(process: subprocess.Popen[bytes], title: str, progress: Path, stop: _
                 if state.get("note", note) != note:
                     note = state["note"]
                     tqdm.write(f"{title}: {note}", file=sys.stdout)
-                if (now := " ".join(filter(None, (state["phase"], state.get("task"))))) != phase:
-                    phase = now
-                    bar.reset(total=state["total"])
-                    bar.set_description(f"{title}: {phase}")
-                bar.total, bar.n = state["total"], state["step"]
-                if state.get("loss") is not None:
-                    bar.set_postfix_str(f"loss {state['loss']:.3f}", refresh=False)
-                bar.refresh()
+                task = state.get("task") or ""
+                doing = f"{state['phase']} {names.get(task, task)}".strip()
+                loss = "" if state.get("loss") is None else f"loss {state['loss']:.3f}"
+                last = (doing, state["step"], state["total"], loss)
+            shown.update(*last)
             time.sleep(0.2)
-        bar.set_description(f"{title}: ended")
+        shown.end()
     print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from flatpatch.errors import FlatpatchError, UserError, did_you_mean
 from flatpatch.flatness import (
@@ -44,6 +43,8 @@ from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.records import read_record
 from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
+from flatpatch.runs.pages import leave_page, place_of
+from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_record
 from flatpatch.runs.trained import (
     TrainedRun,
@@ -113,6 +114,9 @@ def measure(words: Sequence[str]) -> int:
     failed = any(files.failures(content) for contents in found for content, _ in contents)
     if joint is not None:
         joint.measure([contents[0][0] for contents in found])
+    for run in runs:
+        if place_of([run.folder]).is_file():  # it would tell of the run as it was before
+            leave_page([run.folder])
     return 1 if failed else 0
 
 
@@ -185,7 +189,9 @@ def _measure_run(
         copied, weights = working_copy(rebuild(run, index))
         began = time.perf_counter()
         title = f"{run.name} after task {index + 1} {name}"
-        results, terms = measure_model(copied, sample.batches, request, title=title, say=_say)
+        # On a terminal the measuring shows its own bar.
+        lines = None if sys.stderr.isatty() else _plain_lines(title)
+        results, terms = measure_model(copied, sample.batches, request, title=title, say=_say, progress=lines)
         for scope, result in results.items():
             if result.loss is None:
                 raise FlatpatchError(f"{title}, {scope}: {result.errors.get('loss', 'not measured')}")
@@ -375,15 +381,14 @@ def _prepare_joint(asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[i
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield what a progress bar over evaluated points is told with."""
-    with tqdm(desc=title, unit="point", file=sys.stderr, disable=None, leave=False) as bar:
+    """Yield what the progress over evaluated points is told with."""
+    with Progress(title, "point") as shown:
+        yield lambda done, total, text: shown.update("", done, total, text)
 
-        def progress(done: int, total: int, text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.total, bar.n = total, done
-            bar.refresh()
 
-        yield progress
+def _plain_lines(title: str) -> Callable[[int, int], None]:
+    shown = Progress(title, "percent")
+    return lambda done, total: shown.update("measuring", round(100 * done / total), 100)
 
 
 def _say(text: str) -> None:

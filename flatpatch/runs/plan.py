@@ -14,8 +14,8 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flatpatch import patches
@@ -34,7 +34,7 @@ from flatpatch.runs.choices import (
     cuda_devices,
 )
 from flatpatch.runs.scripts import Invocation, parse_script
-from flatpatch.settings import TELLING_WORDS, Request
+from flatpatch.settings import TELLING_WORDS, Request, in_name
 
 ROOT = Path(__file__).resolve().parents[2]
 # Settings of ours that stand for an argument of upstream's; overriding the argument itself would bypass the record.
@@ -211,6 +211,8 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
     off_reference |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     _check_overrides(request, verified, originals[0], engine)
+    idle = [name for name, value in request.overrides.items() if not editor.would_change(name, value)]
+    request = without_idle(request, idle, notes)
     for name, value in request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
         off_reference = True
@@ -392,6 +394,12 @@ def _check_overrides(request: Request, verified: patches.Verified | None, invoca
         raise UserError.collect(problems)
 
 
+def without_idle(request: Request, idle: Collection[str], notes: list[str]) -> Request:
+    """Leave out overrides that name the value which runs without them: they make no other run."""
+    notes += [f"upstream.{name}={request.overrides[name]} changes nothing: it is so without it" for name in idle]
+    return replace(request, overrides={name: word for name, word in request.overrides.items() if name not in idle})
+
+
 def _declared_arguments(entry: Path) -> set[str]:
     """Return the names of the dataclass fields that upstream's entry script declares."""
     tree = ast.parse(entry.read_text(encoding="utf-8"))
@@ -439,11 +447,8 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         ]
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        changed = {
-            key: getattr(settings, key)
-            for key in ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes", "device", "launcher")
-            if request.sources[key] == "command line"
-        }
+        keys = ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes", "device", "launcher")
+        changed = in_name(settings, keys)
         # "adapters" in the name would itself be one of the words that upstream misreads.
         parts += [f"{key}{value}".replace(",", "+").replace("adapters", "lora") for key, value in changed.items()]
         parts += ["measured"] if settings.measuring is not None else []

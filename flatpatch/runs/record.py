@@ -21,6 +21,7 @@ from flatpatch import __version__
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
 from flatpatch.runs.vision_plan import VisionPlan
+from flatpatch.settings import without_effect
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -34,7 +35,7 @@ TELLING_VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
 )
 # What may differ between two calls that continue the same run.
-NOT_COMPARED = ("output", "run", "port")
+NOT_COMPARED = ("output", "run", "port", "profile", "engine")  # the last two by what they came to
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -154,10 +155,11 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
             f"the run folder {folder} is occupied: its record.json cannot be read ({error}). {advice}"
         ) from error
     ours = {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in NOT_COMPARED}
+    idle = without_effect(plan.request.settings.sam)
     different = [
         f"{key} is {theirs.get(key, '(not given)')!r} there and {ours.get(key, '(not given)')!r} here"
         for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
+        if theirs.get(key) != ours.get(key) and key not in idle
     ]
     for name in ("profile", "engine"):
         mine = getattr(plan, name)

@@ -6,38 +6,20 @@ import itertools
 import os
 import re
 import statistics
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from flatpatch.comparison import compare_runs
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.figures import draw_run
 from flatpatch.report.flatness_run import draw_flatness
-from flatpatch.report.groups import Group, group_runs, read_run
-from flatpatch.report.page import make_page, work
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
+from flatpatch.runs.pages import leave_page, place_of, write_page
 from flatpatch.runs.plan import make_plan, render
-from flatpatch.runs.record import check_continues, write_atomically
-from flatpatch.settings import PLACES, parse, split_word
-
-USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
-
-One run for every combination; finished ones are kept, so the same command goes on where it stopped.
-seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds.
-
-example:
-  python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
-
-settings:
-{settings}
-"""
+from flatpatch.runs.record import check_continues
+from flatpatch.settings import PLACES, Request, Settings, parse, split_word, telling
 
 REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
 
@@ -84,13 +66,10 @@ def sweep(words: Sequence[str]) -> int:
     combinations = expand([word for word in words if word != "--dry-run"])
     requests = [parse(combination) for combination in combinations]
     # Without SAM its radius changes nothing: one run stands for all.
-    seen: list[object] = []
-    for request in list(requests):
-        settings = request.settings
-        key = replace(settings, rho=0.0, eta=0.0, scope="lora", sam_on="both") if settings.sam == "off" else settings
-        if key in seen:
-            requests.remove(request)
-        seen.append(key)
+    distinct: dict[Settings, Request] = {}
+    for request in requests:
+        distinct.setdefault(telling(request.settings), request)
+    requests = list(distinct.values())
     if len(requests) > 1 and any(request.settings.run for request in requests):
         raise UserError(
             "run=NAME would put every run of the sweep into one folder. Leave run= out, or set output=FOLDER."
@@ -117,6 +96,7 @@ def sweep(words: Sequence[str]) -> int:
     print("\n" + seeds_table(records))
     if failures:
         print(f"failed: {', '.join(failures)}")
+    leave_page(folders)
     return 1 if failures else 0
 
 
@@ -180,11 +160,7 @@ def show(words: Sequence[str]) -> int:
         print(seeds_table(finished))
     for text in unreadable:
         print(f"left out {text}")
-    groups = group_runs([read_run(folder) for folder in folders])
-    with tqdm(desc="page", total=work(groups), unit="figure", file=sys.stderr, disable=None, leave=False) as bar:
-        text = make_page(groups, comparisons=_comparisons(groups), unreadable=unreadable, advance=bar.update)
-    write_atomically(page, text)
-    print(f"page     {page}")
+    write_page(folders, page, unreadable)
     return 0
 
 
@@ -212,28 +188,9 @@ def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     return list(dict.fromkeys(folders)), unreadable
 
 
-def _comparisons(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Compare each finished group with what upstream published of such runs; by the group's letter."""
-    found: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        if not group.is_finished:
-            found[group.letter] = {"refused": "no run of this setting is finished."}
-            continue
-        try:
-            found[group.letter] = compare_runs(
-                [run.record for run in group.counted], names=[run.name for run in group.counted]
-            )
-        except UserError as error:
-            found[group.letter] = {"refused": str(error)}
-    return found
-
-
 def _page_file(name: str, folders: Sequence[Path]) -> Path:
     """Return where the page goes; checked before anything is drawn."""
-    if name:
-        page = Path(name).expanduser()
-    else:
-        page = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
+    page = Path(name).expanduser() if name else place_of(folders)
     if page.is_dir() or not page.parent.is_dir():
         raise UserError(f"page={page}: expected a file in a folder that exists, e.g. page=report.html.")
     if not os.access(page.parent, os.W_OK):

@@ -10,6 +10,7 @@ from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError, did_you_mean
 from flatpatch.runs.changes import Deviation
+from flatpatch.runs.vision_unread import why_unread
 
 # Settings of ours that stand for a key of upstream's; overriding the key itself would bypass the record.
 OURS = {
@@ -25,7 +26,13 @@ COUNTS = (
     *("epochs", "init_epoch", "init_epochs", "later_epochs"),
 )
 # What upstream's code knows; CL-LoRA's steplr needs milestones that no configuration it ships has.
-WORDS = {"optimizer": ("sgd", "adam", "adamw"), "scheduler": ("cosine", "constant"), "optim": ("adam", "sgd")}
+WORDS = {
+    "optimizer": ("sgd", "adam", "adamw"),
+    "scheduler": ("cosine", "constant"),
+    "optim": ("adam", "sgd"),
+    "net_type": ("sip",),
+    "backbone_type": ("vit_base_patch16_224_in21k_cllora", "vit_base_patch16_224_cllora"),
+}
 _READS = re.compile(r"""args(?:\.get\(|\[)\s*["'](\w+)["']""")
 
 
@@ -83,18 +90,20 @@ class ConfigEditor:
         return found
 
 
-def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]) -> None:
+def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str], *, quick: bool = False) -> None:
     """Set what ``upstream.<key>=`` asks for.
 
     Args:
         editor: The configuration.
         overrides: Key to the word given, JSON or plain text.
         known: The keys upstream knows.
+        quick: Whether the profile is quick.
 
     Raises:
-        UserError: If a key is unknown or a setting of ours, or a value is of another kind than upstream's.
+        UserError: If a key is unknown, a setting of ours or without effect, or a value is of another kind than upstream's.
     """
     problems = []
+    after = {**editor.current, **{key: _parse(word) for key, word in overrides.items()}}
     for key, word in overrides.items():
         if key in OURS:
             problems.append(f"upstream.{key}: use the setting {OURS[key]} instead, so that the record stays true.")
@@ -102,11 +111,10 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         if key not in known:
             problems.append(f"upstream.{key}: upstream knows no key '{key}'.{did_you_mean(key, known)}")
             continue
-        if key.startswith("later_") and later_unread(editor.current, overrides):
-            problems.append(
-                f"upstream.{key}: CL-LoRA's code never reads it where init_cls equals increment, as here. "
-                f"Use upstream.{key.replace('later_', 'init_')}, which every task reads."
-            )
+        if why := why_unread(after, key, quick=quick):
+            name = "CL-LoRA's" if after.get("model_name") == "cllora" else "InfLoRA's"
+            advice = "" if ". " in why else " Leave it out."
+            problems.append(f"upstream.{key} cannot reach the run: {name} code {why}.{advice}")
             continue
         value = _parse(word)
         if key in editor.current and (problem := _wrong_kind(key, word, value, editor.current[key])):
@@ -115,14 +123,6 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         editor.set(key, value, f"setting upstream.{key}=")
     if problems:
         raise UserError.collect(problems)
-
-
-def later_unread(config: Mapping[str, Any], overrides: Mapping[str, str]) -> bool:
-    """Return whether every task reads ``init_*``, so that ``later_*`` would change nothing."""
-    first, step = (
-        _parse(overrides[key]) if key in overrides else config.get(key) for key in ("init_cls", "increment")
-    )
-    return bool(first == step)
 
 
 def _parse(word: str) -> Any:

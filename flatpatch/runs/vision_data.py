@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatpatch.errors import UserError
+from flatpatch.report import splits
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision's ImageFolder
 SPLITS = ("train", "test")
@@ -22,6 +23,7 @@ class Dataset:
     """An image benchmark: its classes, its folder in the data folder, and where it comes from.
 
     ``files`` are the numbers of training and test images, ``total`` their sum; None where no number is known for sure.
+    ``stated`` are numbers that a paper gives and nobody checked here.
     """
 
     classes: int
@@ -29,12 +31,15 @@ class Dataset:
     source: str
     files: tuple[int, int] | None = None
     total: int | None = None
+    stated: tuple[int, int] | None = None
 
 
 CIFAR100 = Dataset(100, "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz")
 # The figures of ImageNet-R are those of the lists InfLoRA ships in utils/splits/ (a test counts them); of ImageNet-A
-# its authors publish the sum. CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
+# its authors publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, from memory; of
+# VTAB, CL-LoRA's shipped log fits the number of test images (a test counts). CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
 _PILOT = "the split of LAMDA-PILOT, linked in the README of github.com/LAMDA-CL/LAMDA-PILOT"
+_STATED_BY = "arXiv:2303.07338"
 IMAGENET_R = Dataset(
     200, "imagenet-r", "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", (24000, 6000), 30000
 )
@@ -43,8 +48,8 @@ DATASETS: Mapping[str, Dataset] = {  # by upstream's name, in lower case
     "cifar224": CIFAR100,
     "imagenet_r": IMAGENET_R,
     "imagenetr": Dataset(200, "imagenet-r", _PILOT, (24000, 6000), 30000),
-    "imageneta": Dataset(200, "imagenet-a", _PILOT, None, 7500),
-    "vtab": Dataset(50, "vtab", _PILOT),
+    "imageneta": Dataset(200, "imagenet-a", _PILOT, None, 7500, (5981, 1519)),
+    "vtab": Dataset(50, "vtab", _PILOT, stated=(1796, 8619)),
     "domainnet": Dataset(345, "domainnet", "http://ai.bu.edu/M3SDA/"),
 }
 DOMAINNET_LISTS = tuple(f"dataloaders/splits/domainnet_{split}.yaml" for split in SPLITS)
@@ -96,11 +101,14 @@ def check_images(name: str, root: Path, checkout: Path) -> tuple[dict[str, str],
         problems.append(f"{place} has {sum(counts)} images (expected {dataset.total})")
     if problems:
         raise UserError(f"the images are not whole: {'; '.join(problems)}. {_fetch(dataset, root)}")
-    hashes = {f"{dataset.folder}/{split}: list of files": list_hash(found[split]) for split in SPLITS}
+    hashes = {splits.list_key(f"{dataset.folder}/{split}"): list_hash(found[split]) for split in SPLITS}
+    if dataset is IMAGENET_R:
+        return hashes, []
     notes = [f"no hash of {dataset.folder}'s split is published; the record has the hash of the lists found here"]
-    if dataset is IMAGENET_R and (shipped := _shipped_lists(checkout)):
-        same = all(set(found[split]) == shipped[split] for split in SPLITS)
-        notes = [f"the split of imagenet-r is {'' if same else 'not '}the one listed in InfLoRA's utils/splits/"]
+    if dataset.folder == splits.FOLDER:
+        notes[0] += f"; it is {splits.split_of(hashes)}"
+    if dataset.stated not in (None, counts):
+        notes.append(f"NOTE: {place} has {counts[0]} training and {counts[1]} test images, {_stated(dataset)}")
     return hashes, notes
 
 
@@ -118,11 +126,18 @@ def _images(folder: Path) -> list[str]:
 def _fetch(dataset: Dataset, root: Path) -> str:
     link = dataset.source.startswith("http")
     get = f"Fetch {dataset.source}" if link else f"Get {dataset.source}"
-    counts = f" ({dataset.total} images)" if dataset.total else ""
+    known = [f"{dataset.total} images"] if dataset.total else []
+    known += [f"training and test images {_stated(dataset)}"] if dataset.stated else []
+    counts = f" ({'; '.join(known)})" if known else ""
     return (
         f"{get}{counts} and unpack it to {root / dataset.folder}, or name the folder that holds {dataset.folder}/ with "
         f"data=FOLDER. profile=quick needs none."
     )
+
+
+def _stated(dataset: Dataset) -> str:
+    train, test = dataset.stated or (0, 0)
+    return f"expected {train} and {test}, as the paper {_STATED_BY} states; not checked by us"
 
 
 def _split_first(dataset: Dataset, root: Path, checkout: Path, name: str) -> str:
@@ -131,9 +146,9 @@ def _split_first(dataset: Dataset, root: Path, checkout: Path, name: str) -> str
     place = (root / dataset.folder).resolve()
     return (
         "InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. Draw it "
-        f"once beforehand, as its seed 0 does: (cd {checkout} && python -c \"import torch; torch.manual_seed(0); "
-        f"from utils.data import iIMAGENET_R; iIMAGENET_R({{'data_path': '{place}'}}).download_data()\"), or make train/ "
-        "and test/ from its lists in utils/splits/."
+        "once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
+        f"(cd {checkout} && python -c \"import torch; from utils.data import iIMAGENET_R; torch.manual_seed({splits.SEED}); "
+        f"iIMAGENET_R({{'data_path': '{place}'}}).download_data()\")"
     )
 
 
@@ -166,13 +181,6 @@ def _listed(path: Path) -> list[str]:
     return re.findall(r"^\s*- ['\"]?(.+?)['\"]?\s*$", data, flags=re.MULTILINE)
 
 
-def _shipped_lists(checkout: Path) -> dict[str, set[str]]:
-    places = {split: checkout / f"utils/splits/imagenet-r_{split}.yaml" for split in SPLITS}
-    if not all(path.is_file() for path in places.values()):
-        return {}
-    return {split: {"/".join(entry.split("/")[-2:]) for entry in _listed(path)} for split, path in places.items()}
-
-
 def _check_listed(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[str, str], list[str]]:
     absent = [name for name in DOMAINNET_LISTS if not (checkout / name).is_file()]
     if absent:
@@ -189,7 +197,7 @@ def _check_listed(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[st
                 f"DomainNet is not whole: {len(lost)} of the {len(entries)} images of {name} are missing, e.g. "
                 f"{', '.join(str(_below(root, entry)) for entry in lost[:2])}. {_fetch(dataset, root)}"
             )
-        hashes[f"{name}: list of files"] = list_hash(entries)
+        hashes[splits.list_key(name)] = list_hash(entries)
     return hashes, []
 
 

@@ -23,12 +23,13 @@ from flatpatch import patches
 from flatpatch.continual import quick_vision
 from flatpatch.errors import UserError
 from flatpatch.methods import METHODS, Method
+from flatpatch.report import splits
 from flatpatch.runs import vision_data
 from flatpatch.runs.changes import Deviation, Stage
 from flatpatch.runs.choices import choose_device, choose_engine, choose_profile
-from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, paper_arguments
+from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, paper_arguments, without_idle
 from flatpatch.runs.vision_config import ConfigEditor, known_keys, override, read_config, task_classes
-from flatpatch.settings import Request
+from flatpatch.settings import Request, as_default, in_name
 
 CONFIG = "flatpatch-config.json"  # the changed copy, in the work folder
 QUICK_DATASET = "flatpatch_quick"  # the name under which the hooks give upstream our images
@@ -136,6 +137,11 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has images "
             f"and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
         )
+    if method.configs:
+        variant = settings.variant or next(iter(method.configs))
+        request = as_default(request, "benchmark", next(iter(method.configs[variant])))
+        request = as_default(request, "variant", next(iter(method.configs)))
+        settings = request.settings
     notes: list[str] = []
     device, devices = choose_device(request, profile, available, dry_run, notes)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
@@ -178,14 +184,18 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
                 "(InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
             )
     known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
-    override(editor, request.overrides, known)
-    off_reference |= bool(request.overrides)
+    before = dict(editor.current)
+    override(editor, request.overrides, known, quick=quick)
     classes = quick_vision.CLASSES if quick else vision_data.DATASETS[editor.current["dataset"].lower()].classes
     _fit_sessions(editor, request, classes)
+    idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
+    request = without_idle(request, idle, notes)
+    off_reference |= bool(request.overrides)
     ranges = task_classes(editor.current, classes)
 
     root = Path(settings.data).expanduser().absolute() if settings.data else ROOT / "data"
     weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
+    off_reference |= settings.method == "inflora" and _another_split(editor, inputs, notes)
     if settings.model and weights and weights.name != _weights_name(editor):
         editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
         off_reference = True
@@ -311,6 +321,21 @@ def _find_inputs(
     return weights, inputs
 
 
+def _another_split(editor: ConfigEditor, inputs: Mapping[str, str], notes: list[str]) -> bool:
+    """Say which split of ImageNet-R is here, record one that InfLoRA's logs did not have, and tell if it is unknown."""
+    split = splits.split_of(inputs)
+    if split is None:  # another benchmark
+        return False
+    said = f"the split of {splits.FOLDER} is {split}"
+    if split != splits.LOGGED:
+        why = f"train/ and test/ of data= hold other images: the logs' split is drawn by its code at seed {splits.SEED}"
+        editor.note(f"split of {splits.FOLDER}", splits.LOGGED, split, why)
+        without = "any published number" if split == splits.OTHER else "the shipped logs (beside the paper it will)"
+        said = f"WARNING: {said}; compare will not set this run beside {without}"
+    notes.append(said)
+    return split == splits.OTHER
+
+
 def _library_deviations(verified: patches.Verified) -> list[Deviation]:
     """Compare the versions that upstream's README names with what is installed."""
     found = []
@@ -341,11 +366,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         parts = [settings.variant or settings.method, settings.benchmark, profile, engine, settings.sam]
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        parts += [
-            f"{key}{getattr(settings, key)}"
-            for key in ("eta", "scope", "sam_on", "device")
-            if request.sources[key] == "command line"
-        ]
+        parts += [f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device")).items()]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))

@@ -1,0 +1,142 @@
+"""Every key of upstream's configurations reaches a run, or overriding it is refused.
+
+Upstream's unpatched code runs a small model once for each key, changed alone: what the run computed must differ where
+the override is taken, and must not where it is refused. Keys that stop upstream's code are in ``FAILING``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_neutrality_vision import differences, run
+from vision_upstream import CONFIGS
+
+from flatpatch.errors import UserError
+from flatpatch.methods import METHODS
+from flatpatch.runs.plan import make_plan
+from flatpatch.runs.vision_config import OURS, ConfigEditor, known_keys, override, task_classes
+from flatpatch.runs.vision_unread import why_unread
+from flatpatch.settings import parse
+
+pytestmark = pytest.mark.third_party
+TWO_TASKS = {"init_cls": 10, "increment": 10, "total_sessions": 2, "init_epoch": 2, "epochs": 3}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "InfLoRA": ("InfLoRA", TWO_TASKS),
+    "InfLoRA with SGD": ("InfLoRA", TWO_TASKS | {"optim": "sgd"}),
+    "InfLoRA on DomainNet": (
+        "InfLoRA",
+        TWO_TASKS
+        | {"model_name": "InfLoRA_domain", "dataset": "domainnet", "optim": "sgd", "fc_lrate": 0.02, "epochs": 6},
+    ),
+    "CL-LoRA": ("CL-LoRA", {}),
+}
+# Another value of each key that upstream's code takes in stride.
+OTHERS: dict[str, dict[str, Any]] = {
+    "InfLoRA": {"prefix": "x", "memory_size": 5, "memory_per_class": 1, "fixed_memory": False, "num_heads": 4}
+    | {"EPSILON": 0.01, "shuffle": True, "init_epoch": 3, "epochs": 2, "init_lr": 0.02, "init_lr_decay": 0.5}
+    | {"init_weight_decay": 0.1, "weight_decay": 0.1, "lrate": 0.02, "lrate_decay": 0.5, "batch_size": 8, "rank": 2}
+    | {"lamb": 0.3, "lame": 0.5, "num_workers": 1, "class_order": [1]},
+    "CL-LoRA": {"memory_size": 5, "memory_per_class": 1, "fixed_memory": True, "shuffle": False, "init_epochs": 3}
+    | {"later_epochs": 4, "init_lr": 0.02, "later_lr": 0.02, "batch_size": 8, "weight_decay": 0.1, "min_lr": 0.01}
+    | {"scheduler": "constant", "ffn_num": 2, "use_diagonal": True, "recalc_sim": False, "alpha": 0.5, "beta": 0.5}
+    | {"adapter_num": 3, "use_old_data": True, "pretrained": False, "vpt_type": "x", "prompt_token_num": 3}
+    | {"msa": [1, 1, 1], "general_pos": [1], "specfic_pos": [0], "nb_tasks": 3, "nb_classes": 7}
+    | {"init_milestones": [1], "init_lr_decay": 0.5},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "InfLoRA": {"optim": "sgd"},
+    "InfLoRA on DomainNet": {"fc_lrate": 0.2},
+}
+# Whose other values upstream's code does not survive, and those seen elsewhere: the tasks, what only names or prints.
+FAILING = {
+    "InfLoRA": {"embd_dim", "net_type"},
+    "CL-LoRA": {"use_init_ptm", "use_reweight", "moni_adam", "msa_adapt", "use_distillation", "use_block_weight"},
+}
+ELSEWHERE = {
+    "InfLoRA": {"init_cls", "increment", "total_sessions", "optim", "fc_lrate"},
+    "CL-LoRA": {"init_cls", "increment", "optimizer", "backbone_type", "print_forget", "prefix"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", BASES)
+def test_overrides_change_what_upstream_computes_unless_they_are_refused(
+    name: str, upstream: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repo, base = BASES[name]
+    checkout = upstream(repo)
+    shipped = {"InfLoRA on DomainNet": "configs/domainnet_inflora.json", "CL-LoRA": "exps/cifar.json"}
+    known = known_keys(checkout, checkout / shipped.get(name, "configs/cifar100_inflora.json"))
+    others = OTHERS[repo] | MORE.get(name, {})
+    found = run(tmp_path / "run", repo, [0], patched=False, changes=(base, *(base | {k: v} for k, v in others.items())))
+    first, *changed = found["seeds"]
+    reaches = {key for key, one in zip(others, changed, strict=True) if differences(first, one)}
+    config = CONFIGS[repo] | base
+    taken = {key for key in others if not why_unread(config | {key: others[key]}, key, quick=False)}
+    assert reaches == taken & known
+
+
+@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
+def test_every_key_that_upstream_knows_is_tried(repo: str, upstream: Callable[[str], Path]) -> None:
+    checkout = upstream(repo)
+    files = {f for row in METHODS.values() if row.repository == repo for v in row.configs.values() for f in v.values()}
+    known = set().union(*(known_keys(checkout, checkout / file) for file in files))
+    assert known - set(OURS) == {*OTHERS[repo], *FAILING[repo], *ELSEWHERE[repo]}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("method=inflora", "upstream.EPSILON=1"), "InfLoRA's code never uses it. Leave it out."),
+        (("method=inflora", "upstream.memory_size=20"), "InfLoRA's code keeps no exemplars, and never uses it. Leave"),
+        (("method=inflora", "upstream.embd_dim=384"), "has the sizes of its ViT written in it"),
+        (("method=inflora", "upstream.net_type=vit"), 'net_type="vit" is unknown here. Expected: sip.'),
+        (("method=inflora", "upstream.lrate_decay=1"), "takes a cosine schedule, and never uses it"),
+        (("method=inflora", "variant=inflorab5", "upstream.optim=sgd", "upstream.weight_decay=1"), "optim=adam alone"),
+        (("method=inflora", "benchmark=domainnet", "upstream.optim=adam", "upstream.fc_lrate=1"), "upstream.optim=sgd"),
+        (("method=inflora", "benchmark=domainnet", "upstream.init_epoch=1"), "Use upstream.epochs"),
+        (
+            ("method=inflora", "benchmark=domainnet", "upstream.epochs=4", "upstream.lrate_decay=1"),
+            "after epoch 4 alone",
+        ),
+        (("method=inflora", "profile=quick", "upstream.num_workers=1"), "images from memory in profile quick"),
+        (("method=inflora", "benchmark=domainnet", "upstream.epochs=x", "upstream.lrate_decay=1"), "is not a number"),
+        (("method=cllora", "upstream.alpha=1"), "CL-LoRA's code never uses it. Leave it out."),
+        (
+            ("method=cllora", "upstream.use_reweight=false"),
+            "CL-LoRA's code fails with use_reweight=false. Leave it out.",
+        ),
+        (("method=cllora", "upstream.nb_tasks=3"), "sets it itself. Use upstream.init_cls and upstream.increment."),
+        (("method=cllora", "upstream.scheduler=constant", "upstream.min_lr=1"), "Add upstream.scheduler=cosine."),
+        (("method=cllora", "upstream.init_milestones=[1]"), "scheduler=steplr alone, which is refused here"),
+        (("method=cllora", "upstream.backbone_type=vit"), "Expected: vit_base_patch16_224_in21k_cllora"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_override_that_cannot_reach_the_run_is_refused_with_the_reason(
+    words: tuple[str, ...], expected: str, upstream: Callable[[str], Path]
+) -> None:
+    upstream(str(METHODS[words[0].removeprefix("method=")].repository))
+    profile = () if "profile=quick" in words else ("profile=upstream",)
+    with pytest.raises(UserError) as caught:
+        make_plan(parse([*words, *profile]), dry_run=True)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
+def test_accepted_overrides_are_in_the_configuration_that_runs(repo: str, upstream: Callable[[str], Path]) -> None:
+    [row] = [row for row in METHODS.values() if row.repository == repo]
+    checkout = upstream(repo)
+    shipped = json.loads((checkout / str(row.config("", ""))).read_text())
+    known = known_keys(checkout, checkout / str(row.config("", "")))
+    for key, value in OTHERS[repo].items():
+        if key in known and not why_unread(shipped | {key: value}, key, quick=False):
+            editor = ConfigEditor(shipped)
+            override(editor, {key: json.dumps(value)}, known)
+            assert editor.current == shipped | {key: value}
+            task_classes(editor.current, 100)
