@@ -40,7 +40,7 @@ VALUES = {
     "sam_sharpness_ascent": "SAM ball",
 }
 FURTHER = {
-    "batch_eigenvalue_median": "median of the batches' top eigenvalues",
+    "batch_eigenvalue_median": "dominant by batch",
     "density_smallest": "lowest node",
     "negative_weight": "negative weight",
     "asam_sharpness_ascent": "ASAM ball",
