@@ -4,9 +4,9 @@ Run from the repository's root, first the runs, then this::
 
     for seed in 0 1 2; do for sam in off sam; do
       python -m flatpatch run method=nlora profile=quick device=cpu sam=$sam rho=0.05 seed=$seed \
-        measure=eigenvalues,trace,keskar,sam measure_samples=16 measure_batch=8 run=nlora-$sam-seed$seed
+        measure=all measure_samples=16 measure_batch=8 run=nlora-$sam-seed$seed
     done; done
-    python -m flatpatch measure run=nlora-off-seed0,nlora-sam-seed0 measure=density,landscape \
+    python -m flatpatch measure run=nlora-off-seed0,nlora-sam-seed0 measure=density \
       measure_samples=16 measure_batch=8 output=runs/off-and-sam
     python benchmarks/demonstration.py 'runs=runs/nlora-*-seed?' together=runs/off-and-sam output=docs
 
@@ -38,6 +38,14 @@ VALUES = {
     "trace": "trace",
     "keskar_lower_bound": "Keskar, %",
     "sam_sharpness_ascent": "SAM ball",
+}
+FURTHER = {
+    "batch_eigenvalue_median": "dominant by batch",
+    "density_smallest": "lowest node",
+    "negative_weight": "negative weight",
+    "asam_sharpness_ascent": "ASAM ball",
+    "landscape_mean_rise": "landscape rise",
+    "slice_mean_rise": "slice rise",
 }
 SCOPES = ("adapter", "merged")
 WHENS = ("before", "after")
@@ -118,6 +126,15 @@ def tables(groups: Mapping[str, Sequence[Record]]) -> dict[str, str]:
                     sam = "off" if kind == "off" else "on"
                     lines.append(f"| {index + 1} {task} | {when} | {sam} | {' | '.join(cells)} |")
         made[scope] = "\n".join(lines) + "\n"
+    lines = [f"| scope | task | SAM | {' | '.join(FURTHER.values())} |", "|---|---|---|" + "---|" * len(FURTHER)]
+    for scope in SCOPES:
+        for index, task in enumerate(tasks):
+            for kind, records in groups.items():
+                cells = [_cell(spread(records, index, "after", scope, name)) for name in FURTHER]
+                lines.append(
+                    f"| {scope} | {index + 1} {task} | {'off' if kind == 'off' else 'on'} | {' | '.join(cells)} |"
+                )
+    made["further"] = "\n".join(lines) + "\n"
     lines = ["| SAM | runs | seeds | average accuracy | forgetting | seconds of a run |", "|---|---|---|---|---|---|"]
     for kind, records in groups.items():
         accuracy, forgetting = ([r["metrics"][name] for r in records] for name in ("average_accuracy", "forgetting"))
@@ -197,7 +214,8 @@ def draw_landscapes(folders: Mapping[str, Path]) -> Figure:
         grids = {}
         for kind, folder in folders.items():
             record = read_record(folder)
-            entry = next(e for e in record["flatness"] if (e["when"], e["scope"]) == ("finished", scope))
+            place = (len(record["tasks"]) - 1, "after", scope)
+            entry = next(e for e in record["flatness"] if (e["task_index"], e["when"], e["scope"]) == place)
             grids[kind] = read_grid(folder / entry["arrays"])
         rises = {kind: np.log10(np.maximum(grid.losses, 1e-6)) for kind, grid in grids.items()}
         low, high = min(r.min() for r in rises.values()), max(r.max() for r in rises.values())
