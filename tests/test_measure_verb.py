@@ -204,8 +204,8 @@ def test_run_that_is_not_there_or_not_finished_is_refused(make_run: MakeRun, ref
     record = read_record(folder)
     write_record(folder, {**record, "status": "interrupted"})
     assert "is not finished (interrupted)" in refused(f"run={folder}")
-    write_record(folder, {**record, "method": "inflora"})
-    assert "models can be rebuilt of T5 runs" in refused(f"run={folder}")
+    write_record(folder, {**record, "method": "other"})
+    assert "models can be rebuilt of image runs, and of T5 runs of" in refused(f"run={folder}")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_scope_without_a_trainable_weight_is_refused(
     make_run: MakeRun, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rebuild = trained.rebuild
-    monkeypatch.setattr(verb, "rebuild", lambda *words, **more: rebuild(*words, **more).requires_grad_(False))
+    monkeypatch.setattr(trained, "rebuild", lambda *words, **more: rebuild(*words, **more).requires_grad_(False))
     assert "scope=trainable chooses no weight" in refused(
         f"run={make_run('one', 1)}", "measure_scope=trainable", *SMALL
     )

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import vision_upstream
+from safetensors.torch import load_file
 
 from flatpatch.measurement.request import Request
 from flatpatch.patches import build
@@ -51,7 +52,7 @@ def run(
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     if sam:
         measure = {"request": MEASURED.as_dict(), "folder": str(folder / "flatness")} if measured else None
-        hook = description(repo, **sam) | {"measure": measure}
+        hook = description(repo, **sam) | {"measure": measure, "keep": str(folder / "models") if measured else None}
         hook["vision"]["model"] = vision_upstream.SIZES | {"depth": depth}
         (folder / "hook.json").write_text(json.dumps(hook))
         environment["FLATPATCH_RUN"] = str(folder / "hook.json")
@@ -179,6 +180,16 @@ def test_sam_off_with_measuring_on_and_a_seed_of_its_own_equal_the_authors_secon
         assert max(along["losses"]) - min(along["losses"]) > 1e-4
     losses = {(p["task_index"], p["when"]): p["scopes"]["adapter"]["loss"] for p in points}
     assert all(losses[task, "after"] != losses[task, "before"] for task in range(TASKS[repo]))
+    kept = [load_file(ours["folder"] / "models" / f"{task + 1}.safetensors") for task in range(TASKS[repo])]
+    final = ours["seeds"][0]["weights"]
+    if repo == "InfLoRA":  # what a task trained stays as it was then
+        assert all(torch.equal(tensor, final[name]) for file in kept for name, tensor in file.items())
+        assert {len(file) for file in kept} == {2 * 2 * 2 + 2}  # two blocks' A and B of keys and values, a classifier
+    else:
+        assert all(torch.equal(kept[task]["proxy_fc.weight"], final[f"fc_list.{task}.weight"]) for task in range(5))
+        adapters = {name: tensor for name, tensor in kept[-1].items() if "cur_adapter.0." in name}
+        assert len(adapters) == 4
+        assert all(torch.equal(tensor, final[name]) for name, tensor in adapters.items())  # shared ones
     classes = vision_upstream.CONFIGS[repo]["increment"]
     assert {point["task"] for point in points} == {
         f"{classes * task}-{classes * (task + 1) - 1}" for task in range(TASKS[repo])

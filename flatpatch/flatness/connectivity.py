@@ -109,6 +109,8 @@ def linear_connectivity(
 
         about = describe(problem)
         space = SPACES.get(str(about["scope"]), "weight space")
+        if isinstance(problem, Problem) and problem.scope.others:
+            space += " and what else was trained"
         axis = {"label": f"from {names[0]} to {names[1]}", "normalisation": "between models", "seed": None}
         result = evaluate_grid(
             objective,
@@ -169,7 +171,9 @@ def checkpoint_point(problem: Problem, state: Mapping[str, Tensor], *, name: str
     parameters = dict(problem.model.named_parameters())
     merged = problem.scope.name == "merged"
     absorbed = {id(parameter) for parameter in problem.scope.absorbed}
-    wanted = [key for key, p in parameters.items() if id(p) in absorbed] if merged else list(problem.scope.names)
+    wanted = list(problem.scope.names)
+    if merged:
+        wanted = [key for key, p in parameters.items() if id(p) in absorbed or key in problem.scope.others]
     _check_checkpoint(state, parameters, wanted, name)
     if not merged:
         return problem.flatten([state[key] for key in wanted], torch.float64)
@@ -178,7 +182,8 @@ def checkpoint_point(problem: Problem, state: Mapping[str, Tensor], *, name: str
         with torch.no_grad():
             for key in wanted:
                 parameters[key].copy_(state[key])
-        return problem.flatten(find_scope(problem.model, "merged").variables, torch.float64)
+        others = bool(problem.scope.others)
+        return problem.flatten(find_scope(problem.model, "merged", others=others).variables, torch.float64)
     finally:
         with torch.no_grad():
             for key, value in saved.items():

@@ -68,6 +68,8 @@ class Scope:
         variables: Leaf tensors: the model's own parameters, or in "merged" new ones that start as W + s B A.
         layers: In "merged" the modules that the variables stand in for, in the model's order; else empty.
         factors: In "merged" the LoRA factors that each variable is made of, by its name; else empty.
+        merged: In "merged" the layers as they are merged, in the model's order; else empty.
+        others: Names of the variables that are not the scope's own; see :func:`find_scope`.
         absorbed: In "merged" all parameters that the variables are made of beside the frozen weights: the factors, and
             scales of theirs that are learned; else empty.
     """
@@ -79,11 +81,12 @@ class Scope:
         self.name = name
         self.names = tuple(name for name, _ in named)
         self.variables = tuple(variable for _, variable in named)
-        self._merged = tuple(merged)
+        self.merged = tuple(merged)
         self.layers = tuple(each.layer for each in merged)
         self.factors = {name: factors for each in merged for name, factors in each.factors.items()}
         scales = [scale for each in merged for scale in each.scales]
         self.absorbed = (*(factor for factors in self.factors.values() for factor in factors), *scales)
+        self.others: tuple[str, ...] = ()
         self.sizes = [variable.numel() for variable in self.variables]
 
     @property
@@ -100,18 +103,20 @@ class Scope:
                 if parameter.requires_grad != (id(parameter) in chosen):
                     stack.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(id(parameter) in chosen)
-            for each in self._merged:
+            for each in self.merged:
                 stack.enter_context(each.installed())
             yield
 
 
-def find_scope(model: nn.Module, name: str) -> Scope:
+def find_scope(model: nn.Module, name: str, *, others: bool = False) -> Scope:
     """Choose the variables of a scope.
 
     Args:
         model: Any module. For "merged", one of the structures of :mod:`flatpatch.flatness.merged`.
         name: "adapter": the trainable LoRA factors A and B. "merged": W + s B A of every LoRA layer. "trainable":
             whatever requires a gradient. "model": every floating-point parameter, frozen or not.
+        others: Whether to add whatever else requires a gradient (a classifier) and is no part of the variables: the
+            line between two models ends at both only if it moves all that differs.
 
     Returns:
         The scope; tensors that are used in several places are in it once.
@@ -121,6 +126,8 @@ def find_scope(model: nn.Module, name: str) -> Scope:
     """
     if name not in SCOPES:
         raise UserError(f"scope={name!r} is not one of {', '.join(SCOPES)}.{did_you_mean(name, SCOPES)}")
+    if others:
+        return _with_others(model, find_scope(model, name))
     if name == "merged":
         return _merged(model)
     parameters = [(key, p) for key, p in model.named_parameters() if p.is_floating_point() and p.numel() > 0]
@@ -138,6 +145,15 @@ def find_scope(model: nn.Module, name: str) -> Scope:
         )
     _refuse_shared_storage(named)
     return Scope(model, name, named)
+
+
+def _with_others(model: nn.Module, own: Scope) -> Scope:
+    there = {id(tensor) for tensor in (*own.variables, *own.absorbed)}
+    more = [(key, p) for key, p in model.named_parameters() if p.requires_grad and id(p) not in there]
+    named = [*zip(own.names, own.variables, strict=True), *more]
+    scope = Scope(model, own.name, named, own.merged)
+    scope.others = tuple(key for key, _ in more)
+    return scope
 
 
 def _refuse_shared_storage(named: Sequence[tuple[str, Tensor]]) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.hooks.images import vision_run
+from flatpatch.hooks.keeping import keep_model
 from flatpatch.hooks.losses import classification_loss
 from flatpatch.hooks.recording import Recorder, announce, counts, describe, dtypes
 
@@ -212,6 +214,9 @@ class _Training:
             "dtype": self._dtype,
         }
         self._tasks.append({"task": self._task, "seed": self._seed, **about})
+        if self._run.get("keep") is not None:
+            network = getattr(self._learner._network, "module", self._learner._network)
+            keep_model(Path(self._run["keep"]), network, self._learner._cur_task)
         self._measure("after")
         total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
         self._recorder.write_summary({**about, **total, "tasks": self._tasks})
@@ -221,22 +226,15 @@ class _Training:
         """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""
         if self._measurer is None or not self._measurer.wants(when):
             return
-        import torch
-
-        from flatpatch.measurement.in_run import IMAGE_LOSS, augmented_sample_of
+        from flatpatch.measurement.in_run import IMAGE_LOSS, images_sample_of
 
         first_class, last_class = self._learner._known_classes, self._learner._total_classes - 1
-
-        def collate(items: list[Any]) -> tuple[Any, Any]:
-            inputs = torch.stack([image for _, image, _ in items])
-            return inputs, torch.tensor([int(label) - first_class for _, _, label in items])
-
         self._measurer.at(
             when,
             task_index=self._learner._cur_task,
             task=f"{first_class}-{last_class}",
             model=getattr(self._learner._network, "module", self._learner._network),
-            sample=augmented_sample_of(self._dataset, collate),
+            sample=images_sample_of(self._dataset, first_class),
             loss=lambda model, batch: classification_loss(model, *batch),
             loss_name=IMAGE_LOSS,
         )

@@ -9,7 +9,8 @@
      "adapters": "upstream" | "fp32",
      "measure": null | {"request": {...}, "folder": "/.../flatness"}}
 
-``measure`` may be left out; what it holds, flatpatch.measurement.in_run says.
+``measure`` may be left out; what it holds, flatpatch.measurement.in_run says. So may ``keep``, the folder in which an
+image run keeps its models (flatpatch.hooks.keeping).
 
 A run of one of the image repositories, whose single process learns all tasks, has ``"task_index": null, "task": null``
 and ``"sync": "local", "ascent_loss": "total", "adapters": "upstream"``, and says where and on what it runs::
@@ -70,7 +71,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         found = run.get("schema") if isinstance(run, dict) else type(run).__name__
         raise UserError(f"{where} has schema {found!r}, expected {SCHEMA}. Start the run again with this flatpatch.")
-    problems = _differences(run, (*_TOP, *(name for name in ("vision", "measure") if name in run)), where)
+    problems = _differences(run, (*_TOP, *(name for name in ("vision", "measure", "keep") if name in run)), where)
     settings = run.get("sam")
     if isinstance(settings, dict):
         problems += _differences(settings, (*_CHOICES, *_RADII), f"{where}: sam")
@@ -86,6 +87,8 @@ def read_description(path: Path) -> dict[str, Any]:
         problems.append(f"{where}: sam is not an object")
     if run.get("adapters", "upstream") not in ("upstream", "fp32"):
         problems.append(f"{where}: adapters={run['adapters']!r} is not one of upstream, fp32")
+    if not isinstance(run.get("keep"), str | None):
+        problems.append(f"{where}: keep={run['keep']!r} is not null or a folder")
     if "vision" in run:
         problems += _vision_problems(run, where)
     if problems:

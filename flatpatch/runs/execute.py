@@ -252,7 +252,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
         )
     seconds = time.monotonic() - started
     if isinstance(plan, VisionPlan):
-        files = [vision_run.result_file(plan)]
+        files = [vision_run.result_file(plan), *sorted((own / vision_run.MODELS).glob("*"))]
     else:
         files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
         files.append(output / "all_results.json")
@@ -284,6 +284,8 @@ def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, 
         if settings.measuring is None
         else {"request": settings.measuring.as_dict(), "folder": str(plan.folder / measurements.FOLDER)},
         **({"vision": dict(plan.hook)} if isinstance(plan, VisionPlan) else {}),
+        # The reference engine keeps its own checkpoints.
+        **({"keep": str(own / vision_run.MODELS)} if isinstance(plan, VisionPlan) and plan.verified else {}),
     }
 
 

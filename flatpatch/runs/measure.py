@@ -46,14 +46,7 @@ from flatpatch.runs.execute import only_runner
 from flatpatch.runs.pages import leave_page, place_of
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_record
-from flatpatch.runs.trained import (
-    TrainedRun,
-    check_against_run,
-    draw_task_sample,
-    find_run,
-    names_of,
-    rebuild,
-)
+from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
 from flatpatch.settings import split_word
 
 SCHEMA = 1
@@ -106,14 +99,17 @@ def measure(words: Sequence[str]) -> int:
         raise UserError(f"run={','.join(asked.runs)} names a run twice. Name different runs.")
     names = runs[0].record["tasks"] if asked.task == "all" else [name for name in asked.task.split(",") if name] or [""]
     indices = [[run.task_index(name) for name in names] for run in runs]
-    joint = _prepare_joint(asked, runs, [each[0] for each in indices]) if len(runs) > 1 else None
-    for run, own in zip(runs, indices, strict=True):
-        for index in own:
-            _check_scopes(run, index, asked.request)
-    found = [_measure_run(run, own, asked.request) for run, own in zip(runs, indices, strict=True)]
-    failed = any(files.failures(content) for contents in found for content, _ in contents)
-    if joint is not None:
-        joint.measure([contents[0][0] for contents in found])
+    for other in runs[1:]:
+        runs[0].check_companion(other)
+    with runs[0].working():
+        joint = _prepare_joint(asked, runs, [each[0] for each in indices]) if len(runs) > 1 else None
+        for run, own in zip(runs, indices, strict=True):
+            for index in own:
+                _check_scopes(run, index, asked.request)
+        found = [_measure_run(run, own, asked.request) for run, own in zip(runs, indices, strict=True)]
+        failed = any(files.failures(content) for contents in found for content, _ in contents)
+        if joint is not None:
+            joint.measure([contents[0][0] for contents in found])
     for run in runs:
         if place_of([run.folder]).is_file():  # it would tell of the run as it was before
             leave_page([run.folder])
@@ -171,27 +167,29 @@ def parse_words(words: Sequence[str]) -> Asked:
     return Asked(runs, values["task"], request, values["output"])
 
 
-def _check_scopes(run: TrainedRun, index: int, request: Request) -> None:
+def _check_scopes(run: FinishedRun, index: int, request: Request) -> None:
     """Let a scope that chooses nothing stop the work before anything is written."""
-    model = rebuild(run, index)
+    model = run.rebuild(index)
     for scope in request.scopes:
         find_scope(model, scope)
 
 
 def _measure_run(
-    run: TrainedRun, indices: Sequence[int], request: Request
+    run: FinishedRun, indices: Sequence[int], request: Request
 ) -> list[tuple[dict[str, Any], dict[str, ScopeResult]]]:
     """Measure one run's models, and add them to its record when all of them are done."""
     made = []
     for index in indices:
         name = run.record["tasks"][index]
-        sample = draw_task_sample(run, index, request)
-        copied, weights = working_copy(rebuild(run, index))
+        sample = run.draw_sample(index, request)
+        copied, weights = working_copy(run.rebuild(index))
         began = time.perf_counter()
         title = f"{run.name} after task {index + 1} {name}"
         # On a terminal the measuring shows its own bar.
         lines = None if sys.stderr.isatty() else _plain_lines(title)
-        results, terms = measure_model(copied, sample.batches, request, title=title, say=_say, progress=lines)
+        results, terms = measure_model(
+            copied, sample.batches, request, loss=run.loss, title=title, say=_say, progress=lines
+        )
         for scope, result in results.items():
             if result.loss is None:
                 raise FlatpatchError(f"{title}, {scope}: {result.errors.get('loss', 'not measured')}")
@@ -205,7 +203,7 @@ def _measure_run(
             sample=sample,
             terms=terms,
             weights=weights,
-            loss_name="the model's own loss, without the method's penalty",
+            loss_name=run.loss_name,
             error=None,
             seconds=time.perf_counter() - began,
         )
@@ -214,7 +212,7 @@ def _measure_run(
     return made
 
 
-def _add_to_run(run: TrainedRun, made: Sequence[tuple[dict[str, Any], dict[str, ScopeResult]]]) -> None:
+def _add_to_run(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, ScopeResult]]]) -> None:
     with only_runner(run.folder):
         record = read_record(run.folder)
         for content, results in made:
@@ -237,14 +235,14 @@ def _add_to_run(run: TrainedRun, made: Sequence[tuple[dict[str, Any], dict[str, 
 class _Joint:
     """What two or three runs give together: lines or a plane between their models, and their spectra side by side."""
 
-    def __init__(self, asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[int], output: Path) -> None:
+    def __init__(self, asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[int], output: Path) -> None:
         self.asked = asked
         self.runs = runs
         self.indices = indices
         self.output = output
         self.names = names_of(runs)
         self.task = runs[0].record["tasks"][indices[0]]
-        self.sample: Sample = draw_task_sample(runs[0], indices[0], asked.request)
+        self.sample: Sample = runs[0].draw_sample(indices[0], asked.request)
         self.problems: dict[str, Problem] = {}
         self.points: dict[str, list[Tensor]] = {}
 
@@ -254,9 +252,13 @@ class _Joint:
         Raises:
             UserError: If the models lie in no common space, or on no line or plane of their own.
         """
-        models = [rebuild(run, index, joined=True) for run, index in zip(self.runs, self.indices, strict=True)]
+        models = [run.rebuild(index, joined=True) for run, index in zip(self.runs, self.indices, strict=True)]
         for scope in [scope for scope in JOINT_SCOPES if scope in self.asked.request.scopes]:
-            problems = [Problem(model, self.sample.batches, scope=scope) for model in models]
+            # All that was trained moves, a classifier too: else the line would not end at the second model.
+            problems = [
+                Problem(model, self.sample.batches, self.runs[0].loss, scope=find_scope(model, scope, others=True))
+                for model in models
+            ]
             first = problems[0]
             points = [first.flatten(first.variables, torch.float64)]
             points += [
@@ -354,7 +356,7 @@ class _Joint:
                     figures[f"{kind}-{scope}"] = make(spectra, scope=scope)
 
 
-def _prepare_joint(asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[int]) -> _Joint:
+def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[int]) -> _Joint:
     """Find out whether the runs can be measured together, before anything is measured or written.
 
     Raises:
@@ -368,6 +370,13 @@ def _prepare_joint(asked: Asked, runs: Sequence[TrainedRun], indices: Sequence[i
     tasks = [run.record["tasks"][index] for run, index in zip(runs, indices, strict=True)]
     if len(set(tasks)) > 1:
         raise UserError(f"the runs end with different tasks ({', '.join(tasks)}). Name the one to compare after: task=.")
+    for run, index in zip(runs[1:], indices[1:], strict=True):
+        if run.learned(index) != runs[0].learned(indices[0]):
+            raise UserError(
+                f"{runs[0].name} and {run.name} learned their classes in different orders (another seed where classes "
+                "are shuffled, or other tasks before), so that their models do not answer the same question. Name runs "
+                "of one order."
+            )
     output = Path(asked.output).expanduser() if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
     if asked.output == "":
         output = output.with_name(output.name.replace("/", "_")[:200])

@@ -19,7 +19,8 @@ from torch import Tensor
 from flatpatch.continual import reference
 from flatpatch.continual.reference import ReferenceTask
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.measurement.in_run import IMAGE_LOSS, Measurer, augmented_sample_of, sample_of
+from flatpatch.flatness import supervised_loss
+from flatpatch.measurement.in_run import IMAGE_LOSS, Measurer, images_sample_of, sample_of
 from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
 from flatpatch.sam import SAM
@@ -176,18 +177,13 @@ class StepRecorder:
     def measure_images(self, when: str, state: vision.TaskState, task: str) -> None:
         """Measure the cross-entropy over a task's classes on the images that upstream's hook would draw."""
         images = state.tasks[state.index]
-
-        def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-            inputs, labels = zip(*items, strict=True)
-            return torch.stack(inputs), torch.tensor(labels) - images.classes.start
-
         self._measurer.at(
             when,
             task_index=state.index,
             task=task,
             model=state.model,
-            sample=augmented_sample_of(images.train, collate),
-            loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            sample=images_sample_of(images.train, images.classes.start),
+            loss=supervised_loss(F.cross_entropy),
             loss_name=IMAGE_LOSS,
         )
 

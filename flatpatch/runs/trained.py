@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from flatpatch.continual.reference import METHODS, adapters
 from flatpatch.continual.reference.adapters import Pair
 from flatpatch.continual.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.flatness import Loss, model_loss
 from flatpatch.measurement.request import Request
 from flatpatch.measurement.sample import Sample, draw_sample
+from flatpatch.methods import METHODS as known_methods
 from flatpatch.report.records import read_record
 from flatpatch.runs.changes import TaskPlan
 from flatpatch.runs.plan import Plan, make_plan
@@ -33,12 +37,11 @@ _UPSTREAM_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """A finished run: its folder, its record, and the plan it followed."""
+class FinishedRun(ABC):
+    """A finished run, its folder and its record; what follows from these depends on what was learned."""
 
     folder: Path
     record: dict[str, Any]
-    plan: Plan
 
     @property
     def name(self) -> str:
@@ -59,6 +62,70 @@ class TrainedRun:
                 f"task={name}: {self.name} has no such task.{did_you_mean(name, tasks)} It has: {', '.join(tasks)}."
             )
         return tasks.index(name)
+
+    @property
+    @abstractmethod
+    def loss(self) -> Loss:
+        """The loss that is measured."""
+
+    @property
+    @abstractmethod
+    def loss_name(self) -> str:
+        """The loss in words."""
+
+    @abstractmethod
+    def rebuild(self, index: int, *, joined: bool = False) -> nn.Module:
+        """Rebuild the model as it was after a task; ``joined`` lets the factors of all tasks vary."""
+
+    @abstractmethod
+    def draw_sample(self, index: int, request: Request) -> Sample:
+        """Draw the fixed sample of a task's training data."""
+
+    @abstractmethod
+    def learned(self, index: int) -> Sequence[Any]:
+        """Return what was learned up to a task, in the order of learning; runs must agree in it to be compared."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """Return the block in which the run's models work."""
+        return nullcontext()
+
+    def check_companion(self, other: FinishedRun) -> None:
+        """Refuse a run between whose models and this one's nothing can lie.
+
+        Raises:
+            UserError: With what differs.
+        """
+        if type(self) is not type(other):
+            raise UserError(f"{self.name} and {other.name}: one learned images and one texts. Name runs of one kind.")
+
+
+@dataclass(frozen=True)
+class TrainedRun(FinishedRun):
+    """A finished run on texts, and the plan it followed."""
+
+    plan: Plan
+
+    @property
+    def loss(self) -> Loss:
+        """The model's own."""
+        return model_loss
+
+    @property
+    def loss_name(self) -> str:
+        """The loss in words."""
+        return "the model's own loss, without the method's penalty"
+
+    def rebuild(self, index: int, *, joined: bool = False) -> nn.Module:
+        """See :func:`rebuild`."""
+        return rebuild(self, index, joined=joined)
+
+    def draw_sample(self, index: int, request: Request) -> Sample:
+        """See :func:`draw_task_sample`."""
+        return draw_task_sample(self, index, request)
+
+    def learned(self, index: int) -> Sequence[Any]:
+        """Return the task's name: models after different orders may be compared."""
+        return self.record["tasks"][index : index + 1]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -81,8 +148,8 @@ class SavedAdapter:
         return len(next(iter(self.pairs.values())).A)
 
 
-def find_run(name: str) -> TrainedRun:
-    """Find a finished run and plan it again, which tells what its tasks were given.
+def find_run(name: str) -> FinishedRun:
+    """Find a finished run. One on texts is planned again, which tells what its tasks were given.
 
     Args:
         name: Its folder, or its folder's name inside ``runs``.
@@ -100,11 +167,16 @@ def find_run(name: str) -> TrainedRun:
             f"run={name} is not finished ({record['status']}): only a finished run can be measured afterwards. "
             "The command that started it continues it."
         )
+    method = known_methods.get(record["method"])
+    if method is not None and method.vision:
+        from flatpatch.runs.trained_images import read_image_run
+
+        return read_image_run(folder, record)
     given = {key: entry for key, entry in record["settings"].items() if entry["source"] == "command line"}
     if record["method"] not in METHODS or str(record["settings"].get("order", {}).get("value", "")).startswith("llama"):
         raise UserError(
-            f"run={name} is of method {record['method']}, {record['benchmark']}: models can be rebuilt of T5 runs of "
-            f"{', '.join(METHODS)}. Measure inside the run with measure=."
+            f"run={name} is of method {record['method']}, {record['benchmark']}: models can be rebuilt of image runs, and of T5 runs "
+            f"of {', '.join(METHODS)}. Measure inside the run with measure=."
         )
     ours = (*OF_MEASURING, "profile", "engine", "output", "run")
     words = [f"{key}={entry['value']}" for key, entry in given.items() if key not in ours]
@@ -193,11 +265,19 @@ def rebuild(run: TrainedRun, index: int, *, joined: bool = False) -> nn.Module:
     # A parameter that holds the whole vocabulary is not an adapter; resizing makes a new one.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{adapters.NEW}." in name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    built: nn.Module = model.to(device).eval()
-    if not all(bool(value.isfinite().all()) for value in built.parameters()):
+    return ready(run, index, model)
+
+
+def ready(run: FinishedRun, index: int, model: nn.Module) -> nn.Module:
+    """Return a model in evaluation mode, on the CPU, or on a GPU where there is one.
+
+    Raises:
+        UserError: If its weights are not finite.
+    """
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if not all(bool(value.isfinite().all()) for value in model.parameters()):
         raise UserError(f"{run.name}: the weights after task {index + 1} are not finite: its training diverged.")
-    return built
+    return model
 
 
 def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
@@ -221,7 +301,7 @@ def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
     return draw_sample(examples, collate, samples=request.samples, batch=request.batch)
 
 
-def check_against_run(run: TrainedRun, index: int, samples: int, loss: float) -> None:
+def check_against_run(run: FinishedRun, index: int, samples: int, loss: float) -> None:
     """Compare a rebuilt model's loss with the one measured in the run right after the task, if it was.
 
     Raises:
@@ -256,7 +336,7 @@ def _tokenizer(run: TrainedRun) -> Any:
     return AutoTokenizer.from_pretrained(_base_model(run))
 
 
-def names_of(runs: Sequence[TrainedRun]) -> list[str]:
+def names_of(runs: Sequence[FinishedRun]) -> list[str]:
     """Return a name for each run, told apart where folders' names are equal."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):

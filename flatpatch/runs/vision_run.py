@@ -16,6 +16,7 @@ from flatpatch.runs.vision_plan import QUICK_DATASET, VisionPlan
 
 LOGS = "logs"  # in the work folder: where upstream, and the reference engine, write what they measured
 RESULTS = "results.json"  # of the reference engine
+MODELS = "models"  # in the process's folder: what the hooks keep of upstream's network after each task
 EVEN_TESTS = ("cifar100", "cifar224", QUICK_DATASET)  # as many test images of every class
 _ROUNDING = 0.01 + 1e-9  # percent: the total and the accuracies are each printed with two decimals
 _TIME = re.compile(r"\[trainer\.py\] => Time:([\d.]+)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +41,38 @@ def save(reference: VisionReference, model: LoRAViT) -> None:
     os.replace(unfinished, path)
 
 
-def restore(reference: VisionReference, task: int) -> LoRAViT:
+def restore(reference: VisionReference, task: int, *, joined: bool = False) -> LoRAViT:
     """Return the model as it was after a task of a run.
 
     Args:
         reference: The run's arguments.
         task: From 0.
+        joined: False: earlier tasks' updates are summed up, as when the task was trained. True: the factors of all
+            tasks are one pair of matrices per layer.
 
     Returns:
-        The model on its device; what the task trained requires a gradient.
+        The model on its device; what the task trained requires a gradient, and with ``joined`` every factor.
 
     Raises:
         UserError: If a checkpoint is missing or was made with other arguments.
     """
     files = [_read(reference, index) for index in range(task + 1)]
-    model = build(reference, [len(file["head.bias"]) for file in files])
+    classes = [len(file["head.bias"]) for file in files]
+    joins = joined and reference.method == "inflora"
+    model = build(replace(reference, rank=reference.rank * len(files)) if joins else reference, classes)
     with torch.no_grad():
-        for index, file in enumerate(files):
+        for name, value in _kept(model, task).items() if joins else ():
+            of_all = [file[name] for file in files]
+            factor = ".lora_" in name
+            value.copy_(torch.cat(of_all, dim=0 if ".lora_A." in name else 1) if factor else of_all[-1])
+        for index, file in enumerate(() if joins else files):
             if index and reference.method == "inflora":
                 for layer in model.layers:
                     layer.fold()
             for name, value in _kept(model, index).items():
                 value.copy_(file[name])
     model.task = task
-    model.train_only(TRAINED[reference.method])
+    model.train_only(("A", "B") if joined else TRAINED[reference.method])
     return model
 
 
