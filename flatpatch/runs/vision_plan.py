@@ -142,6 +142,12 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         request = as_default(request, "benchmark", next(iter(method.configs[variant])))
         request = as_default(request, "variant", next(iter(method.configs)))
         settings = request.settings
+    if engine == "reference" and settings.variant:
+        raise UserError(
+            f"variant={settings.variant} needs the authors' code: the reference engine has {method.title} alone. Leave out "
+            f"variant=, or {'leave out engine=reference' if settings.engine == 'reference' else 'fetch the code'}"
+            f" ({engine_reason}).\nThe code comes with: git submodule update --init third_party/{method.repository}"
+        )
     notes: list[str] = []
     device, devices = choose_device(request, profile, available, dry_run, notes)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
