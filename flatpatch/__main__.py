@@ -49,7 +49,7 @@ SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dr
 
 One run for every combination; finished ones are kept, so the same command goes on where it stopped.
 seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, and one HTML page about
-its runs, report.html in the folder that holds them.
+its runs, report.html in the folder that holds them, in place of one that is there. output=FOLDER gives a sweep its own.
 
 example:
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2

@@ -54,7 +54,7 @@ def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
 
 
 def third_party_folders() -> list[Path]:
-    """Return where checkouts may lie: the folder that was named for them, else ``third_party``."""
+    """Return where checkouts may lie, in the order in which flatpatch looks."""
     configured = subprocess.run(
         ["git", "config", "--type=path", "flatpatch.thirdParty"],
         cwd=ROOT,
@@ -62,8 +62,8 @@ def third_party_folders() -> list[Path]:
         text=True,
         check=False,
     ).stdout.strip()
-    named = os.environ.get("FLATPATCH_THIRD_PARTY", "") or configured
-    return [ROOT / Path(named or "third_party").expanduser()]
+    named = [os.environ.get("FLATPATCH_THIRD_PARTY", ""), configured]
+    return [ROOT / Path(folder).expanduser() for folder in [*named, "third_party"] if folder]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +14,6 @@ from patches_project import REPO, Project, best_seconds, git, make_project
 
 from flatpatch.errors import UserError
 from flatpatch.patches import (
-    check_named,
     cli,
     find_checkout,
     is_available,
@@ -288,33 +289,87 @@ def test_the_checkout_is_looked_for_in_the_variable_then_the_configuration_then_
     assert verify(REPO, workspace=project.workspace).checkout == own
 
 
-def test_a_named_folder_without_the_checkout_is_told_and_may_be_refused(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("verb", ["verify", "apply", "show"])
+def test_a_named_folder_without_the_checkout_is_told_and_the_next_place_is_used(
+    verb: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert passed_over(REPO, workspace=project.workspace) == []
-    check_named(REPO, workspace=project.workspace)
     shared, own = tmp_path / "shared", tmp_path / "own"
     (shared / REPO).mkdir(parents=True)
     git("config", "--global", CONFIG, str(shared), folder=tmp_path)
     configured = f"git config {CONFIG}={shared} has no {REPO}: {shared / REPO} is not a git checkout"
     assert passed_over(REPO, workspace=project.workspace) == [configured]
-    with pytest.raises(UserError, match=f"git config --global --unset {CONFIG}") as caught:
-        check_named(REPO, workspace=project.workspace)
-    assert f"{configured}." in str(caught.value)
-
     monkeypatch.setenv(VARIABLE, str(own))
     named = f"{VARIABLE}={own} has no {REPO}: {own / REPO} does not exist, nor does {own}"
     assert passed_over(REPO, workspace=project.workspace) == [named, configured]
-    with pytest.raises(UserError, match=f"unset {VARIABLE}") as caught:
-        check_named(REPO, workspace=project.workspace)
-    assert f"{named}." in str(caught.value)
-    assert f"git clone {project.workspace.recorded_url(REPO)} {own / REPO}" in str(caught.value)
-    assert cli(["verify"], workspace=project.workspace) == 0
-    assert capsys.readouterr().out.startswith(f"note: {named}\nnote: {configured}\n{REPO}: ok")
-
+    assert cli([verb], workspace=project.workspace) == 0
+    notes, shown = (f"note: {named}", f"note: {configured}"), capsys.readouterr().out.splitlines()
+    assert tuple(shown[:2]) == notes
+    assert "not here" not in shown[2]
     git("clone", "--quiet", str(project.checkout), str(own / REPO), folder=tmp_path)
     assert passed_over(REPO, workspace=project.workspace) == [], "what is named but not asked is nobody's concern"
-    check_named(REPO, workspace=project.workspace)
+
+
+@pytest.mark.parametrize("where", ["variable", "configuration"])
+def test_the_projects_own_folder_is_filled_when_it_is_named_too(
+    where: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "file")
+    project.checkout.rename(tmp_path / "elsewhere")
+    project.checkout.mkdir()
+    if where == "variable":
+        monkeypatch.setenv(VARIABLE, str(project.checkout.parent))
+    else:
+        git("config", CONFIG, "third_party", folder=project.root)
+    assert cli(["verify"], workspace=project.workspace) == 0
+    assert capsys.readouterr().out.startswith(f"{REPO}: ok"), "no note: the folder that is named has it now"
+    assert passed_over(REPO, workspace=project.workspace) == []
+
+
+@pytest.mark.parametrize("scope", ["--global", "--local", "included", "command line"])
+def test_the_advice_changes_the_setting_where_it_lies(
+    scope: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = str(tmp_path / "no thing")
+    if scope == "command line":
+        monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+        monkeypatch.setenv("GIT_CONFIG_KEY_0", CONFIG)
+        monkeypatch.setenv("GIT_CONFIG_VALUE_0", nothing)
+    elif scope == "included":
+        git("config", "--global", "include.path", str(tmp_path / "more"), folder=tmp_path)
+        git("config", "--file", str(tmp_path / "more"), CONFIG, nothing, folder=tmp_path)
+    else:
+        git("config", scope, CONFIG, nothing, folder=project.root)
+    project.checkout.rename(tmp_path / "elsewhere")
+    (tmp_path / "upstream.git").rename(tmp_path / "gone.git")
+    message = refusal(project)
+    assert f"git config {CONFIG}={nothing}: {nothing}/{REPO} does not exist" in message
+    (forget,) = re.findall("To forget a folder that is named, run: (.*)", message)
+    shown = f"{forget}; cd '{project.root}' && git config {CONFIG} || echo unset"
+    done = subprocess.run(["bash", "-ec", shown], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("unset\n", "")
+    if scope == "command line":
+        return
+    (change,) = re.findall("or, once for all: (.*) <the folder", message)
+    subprocess.run(["bash", "-ec", f"{change} '{tmp_path / 'shared'}'"], check=True)
+    git("clone", "--quiet", str(tmp_path / "gone.git"), str(tmp_path / "shared" / REPO), folder=tmp_path)
+    assert find_checkout(REPO, workspace=project.workspace) == tmp_path / "shared" / REPO
+
+
+def test_the_advice_for_a_named_folder_ends_at_the_pinned_commit(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin = project.pin
+    project.commit_upstream({"run.py": b"newer\n"})
+    git("push", "--quiet", str(tmp_path / "upstream.git"), "HEAD", folder=project.checkout)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "own place"))
+    project.checkout.rename(tmp_path / "elsewhere")  # the file protocol is forbidden to submodules: not filled
+    message = refusal(project)
+    assert f"unset {VARIABLE}" in message
+    (clone,) = re.findall("or, for the folder that is named: (.*)", message)
+    subprocess.run(["bash", "-ec", clone], check=True, capture_output=True)
+    verified = verify(REPO, workspace=project.workspace)
+    assert (verified.checkout, verified.pin) == (tmp_path / "own place" / REPO, pin)
 
 
 def test_an_empty_submodule_is_filled_with_the_pinned_commit(

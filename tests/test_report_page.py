@@ -23,6 +23,7 @@ from flatpatch.report import page as page_module
 from flatpatch.report import page_figures
 from flatpatch.report.groups import forgetting_per_task, gaps, group_runs, mean_accuracies, read_run, spread
 from flatpatch.report.page import make_page, work
+from flatpatch.runs.pages import leave_page
 from flatpatch.runs.sweep import expand, show
 from flatpatch.settings import parse
 
@@ -579,6 +580,16 @@ def test_report_writes_the_page_of_one_run_into_its_folder(tmp_path, capsys):
     assert "accuracy in percent" in shown  # the table, as before
     assert (folder / "figures" / "loss.png").is_file()
     assert Reader((folder / "report.html").read_text(encoding="utf-8")).problems == []
+
+
+def test_page_that_takes_the_place_of_another_says_so(tmp_path, capsys):
+    """A sweep into ``runs/`` leaves its page where ``report run=runs`` left one about all runs."""
+    folders = [write_run(tmp_path / str(seed), seeded(seed, sam="off")) for seed in (0, 1)]
+    page = tmp_path / "report.html"
+    leave_page(folders)
+    assert capsys.readouterr().out.endswith(f"page     {page}\n")
+    leave_page(folders)
+    assert capsys.readouterr().out.endswith(f"page     {page} (in place of the one that was there)\n")
 
 
 def test_report_of_a_folder_of_runs_names_the_damaged(tmp_path, capsys):

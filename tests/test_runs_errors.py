@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import third_party_folders
 
 import flatpatch.continual.reference  # noqa: F401  # DeepSpeed, which it loads, announces itself on stdout once
 from flatpatch import patches
@@ -201,41 +201,86 @@ def test_submodule_at_another_commit_is_refused(
     assert str(checkout) in text
 
 
-@pytest.mark.parametrize(
-    ("words", "repo"),
-    [
-        (["method=nlora", "engine=upstream"], "N-LoRA"),
-        (["method=inflora", "profile=upstream", "engine=auto", "device=cpu"], "InfLoRA"),
-        (["method=cllora", "engine=auto"], "CL-LoRA"),
-    ],
-)
-def test_named_folder_without_the_code_that_must_run_is_refused(
+NEED_THE_CODE = [
+    (["method=nlora", "engine=upstream"], "N-LoRA"),
+    (["method=inflora", "profile=upstream", "engine=auto", "device=cpu"], "InfLoRA"),
+    (["method=cllora", "engine=auto"], "CL-LoRA"),
+]
+
+
+@pytest.mark.parametrize(("words", "repo"), NEED_THE_CODE)
+def test_code_that_must_run_and_is_nowhere_is_refused_with_every_place(
     words: list[str], repo: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "nothing-here"
+    own = patches.PROJECT.root / "third_party" / repo
+    if (own / ".git").exists():
+        pytest.skip(f"{own} is here")
+    folder, shared = tmp_path / "nothing-here", tmp_path / "shared"
     monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(folder))
+    configure(monkeypatch, shared)
+    monkeypatch.setattr("flatpatch.patches.workspace._fill_submodule", lambda *_: "no network")
     text = refused(*words)
-    assert f"FLATPATCH_THIRD_PARTY={folder} has no {repo}: {folder / repo} does not exist, nor does {folder}" in text
-    assert "unset FLATPATCH_THIRD_PARTY" in text
-    assert f"{repo}.git {folder / repo}" in text
+    assert f"FLATPATCH_THIRD_PARTY={folder}: {folder / repo} does not exist, nor does {folder}" in text
+    assert f"git config flatpatch.thirdParty={shared}: {shared / repo} does not exist" in text
+    assert f"{own}: empty, and it could not be filled: no network" in text
+    assert f"{repo}.git {folder / repo} && git -C {folder / repo} checkout {patches.PROJECT.recorded_pin(repo)}" in text
 
 
-def test_other_place_than_the_named_folder_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def configure(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Set ``git config flatpatch.thirdParty`` for this process alone."""
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "flatpatch.thirdParty")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", str(folder))
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("words", "repo"), NEED_THE_CODE)
+def test_code_that_must_run_is_taken_from_a_later_place_and_it_is_told(
+    words: list[str],
+    repo: str,
+    upstream: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkout = upstream(repo)
+    configure(monkeypatch, checkout.parent)
+    monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path))
+    assert upstream(repo) == checkout.resolve()
+    assert main(["run", "profile=quick", *words, "--dry-run"]) == 0
+    lack = f"FLATPATCH_THIRD_PARTY={tmp_path} has no {repo}: {tmp_path / repo} does not exist"
+    assert f"note: {lack}; {checkout.resolve()} is used\n" in capsys.readouterr().out
+
+
+def test_tests_look_for_checkouts_where_the_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path / "own"))
+    configure(monkeypatch, tmp_path / "shared")
+    project = patches.PROJECT.root / "third_party"
+    assert third_party_folders() == [tmp_path / "own", tmp_path / "shared", project]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_doctor_says_which_methods_need_what_is_missing(
+    here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path))
-    named = f"FLATPATCH_THIRD_PARTY={tmp_path} has no N-LoRA: {tmp_path / 'N-LoRA'} does not exist"
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(patches, "is_available", lambda _: (True, "/elsewhere/N-LoRA"))
-        engine, why = choices.choose_engine("auto", METHODS["nlora"], "quick")
-        assert engine == "upstream"
-        assert why.startswith(f"N-LoRA is here: /elsewhere/N-LoRA; {named}")
-        doctor([])
-        assert f"] N-LoRA: /elsewhere/N-LoRA\n[--] {named}; runs that need" in capsys.readouterr().out
-    monkeypatch.setattr("flatpatch.patches.workspace._config", lambda *_: "")
-    monkeypatch.setattr("flatpatch.patches.workspace._fill_submodule", lambda *_: "no network")
-    _, why = choices.choose_engine("auto", METHODS["nlora"], "quick")  # the project's own folder may hold it
-    assert re.search(re.escape(f"FLATPATCH_THIRD_PARTY={tmp_path}") + ".*does not exist", why)
+    configure(monkeypatch, tmp_path)
+    monkeypatch.setattr(patches, "is_available", lambda repo: (here, f"elsewhere/{repo}"))
+    doctor([])
+    said = capsys.readouterr().out
+    needed = "" if here else "; method=cllora needs CL-LoRA in every profile"
+    assert f"\n'--' is not needed for profile=quick engine=auto{needed}. The README" in said
+    assert "refuse" not in said
+    for name, method in METHODS.items():
+        repo = method.repository
+        if repo and here:
+            lack = f"FLATPATCH_THIRD_PARTY={tmp_path} has no {repo}: {tmp_path / repo} does not exist"
+            assert f"[ok] {repo}: elsewhere/{repo}\n[--] {lack}; the one above is used\n" in said
+        elif repo and not method.reference:
+            assert f"method={name} needs {repo}" in said
+        else:
+            engine, _ = choices.choose_engine("auto", method, "quick")
+            assert engine == "reference", "it is said to need nothing"
 
 
 def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

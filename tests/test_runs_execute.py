@@ -21,7 +21,7 @@ from flatpatch.__main__ import main
 from flatpatch.continual import quick
 from flatpatch.report.records import validate_record
 from flatpatch.runs.plan import ROOT, make_plan
-from flatpatch.runs.record import new_record
+from flatpatch.runs.record import check_continues, new_record, write_record
 from flatpatch.settings import parse
 
 pytestmark = pytest.mark.timeout(300)
@@ -329,6 +329,34 @@ def test_sweep_runs_once_without_sam_whatever_the_radius(capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("N-LoRA, order 1") == 3
     assert main(["sweep", *words, "rho=0.05", "scope=lora,A", "sync=local,global", "eta=0.01,1"]) == 0
     assert capsys.readouterr().out.count("N-LoRA, order 1") == 5, "one without SAM, four with it: eta is ASAM's"
+
+
+def test_sweep_runs_once_what_comes_to_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.patches.is_available", lambda _: (False, "nothing there"))
+    words = ["sweep", "method=nlora", f"output={tmp_path}", "--dry-run"]
+    assert main([*words, "sam=off", "profile=auto,quick", "engine=reference"]) == 0
+    assert capsys.readouterr().out.count("N-LoRA, order 1") == 1
+    assert main([*words, "sam=off,sam", "profile=auto,quick", "engine=auto,reference", "rho=0.1,0.2"]) == 0
+    assert capsys.readouterr().out.count("N-LoRA, order 1") == 3
+    assert main([*words, "run=one", "profile=auto,quick", "engine=reference"]) == 0
+    assert capsys.readouterr().out.count("N-LoRA, order 1") == 1
+    assert main([*words, "profile=quick", "engine=reference", "measure=all", "measure_samples=8,16"]) == 2
+    assert "two runs of this sweep would use" in capsys.readouterr().err
+
+
+def test_same_run_continues_whatever_led_to_its_engine(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.patches.is_available", lambda _: (False, "nothing there"))
+    plain = [word for word in words(data, tmp_path, "planned")[1:] if not word.startswith("engine=")]
+    auto = make_plan(parse([*plain, "engine=auto"]))
+    auto.folder.mkdir()
+    write_record(auto.folder, new_record(auto))
+    named = make_plan(parse([*plain, "engine=reference"]))
+    assert check_continues(named.folder, named) is not None
 
 
 def test_new_record_is_valid_before_anything_ran(data: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from flatpatch.patches.checks import Verified, verify, verify_patches
 from flatpatch.patches.cli import cli
 from flatpatch.patches.copies import Built, build
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
-from flatpatch.patches.workspace import PROJECT, Workspace, check_named, find_checkout, is_available, passed_over
+from flatpatch.patches.workspace import PROJECT, Workspace, find_checkout, is_available, passed_over
 
 __all__ = [
     "PROJECT",
@@ -13,7 +13,6 @@ __all__ = [
     "Verified",
     "Workspace",
     "build",
-    "check_named",
     "cli",
     "drift",
     "find_checkout",

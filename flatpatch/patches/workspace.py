@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,7 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
     """
     check_name(repo, workspace)
     tried = []
+    lacking: dict[str, Path] = {}
     for source, folder in _named_folders(workspace):
         if not folder:
             tried.append(f"{source}: not set")
@@ -102,6 +105,7 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
         if not (lack := _lack(checkout)):
             return checkout
         tried.append(f"{source}={folder}: {lack}")
+        lacking[source] = checkout
     checkout = workspace.root / "third_party" / repo
     if not (checkout / ".git").exists():
         if checkout.is_dir() and any(checkout.iterdir()):
@@ -111,45 +115,41 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
     if (checkout / ".git").exists():
         return checkout.resolve()
     places = "\n".join(f"    {place}" for place in tried)
-    raise UserError(
-        f"{repo} is not here. Looked in\n{places}\n"
-        f"  With network, run: git -C {workspace.root} submodule update --init --depth 1 third_party/{repo}\n"
-        f"  If there is a checkout on this machine, run: export {VARIABLE}=<the folder that holds {repo}/>\n"
-        f"  or, once for all: git config --global {CONFIG} <the folder that holds {repo}/>"
-    )
+    raise UserError(f"{repo} is not here. Looked in\n{places}\n{_advice(repo, workspace, lacking)}")
+
+
+def _advice(repo: str, workspace: Workspace, lacking: Mapping[str, Path]) -> str:
+    """Say how to get a repository; ``lacking`` has what names a folder without it, and where it would lie there."""
+    config, unset = _config_commands(workspace)
+    pin = workspace.recorded_pin(repo) or workspace.lock().get(repo, {}).get("pin", "PIN")
+    root = shlex.quote(str(workspace.root))
+    lines = [f"With network, run: git -C {root} submodule update --init --depth 1 third_party/{repo}"]
+    for checkout in list(lacking.values())[:1]:
+        into = shlex.quote(str(checkout))
+        clone = f"git clone {workspace.recorded_url(repo) or 'ADDRESS'} {into} && git -C {into} checkout {pin}"
+        lines.append(f"or, for the folder that is named: {clone}")
+    lines += [
+        f"If there is a checkout on this machine, run: export {VARIABLE}=<the folder that holds {repo}/>",
+        f"or, once for all: {config} {CONFIG} <the folder that holds {repo}/>",
+    ]
+    forget = [f"unset {VARIABLE}" if source == VARIABLE else unset for source in lacking]
+    if forget:
+        lines.append(f"To forget a folder that is named, run: {'; '.join(forget)}")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def passed_over(repo: str, *, workspace: Workspace = PROJECT) -> list[str]:
     """Say of each folder that was named for checkouts, and is looked at first, why it does not serve a repository."""
-    found = []
-    for source, folder in _named_folders(workspace):
-        if not folder:
-            continue
-        if not (lack := _lack(_checkout_in(folder, repo, workspace))):
-            break
-        found.append(f"{source}={folder} has no {repo}: {lack}")
-    return found
-
-
-def check_named(repo: str, *, workspace: Workspace = PROJECT) -> None:
-    """Refuse to take a repository from elsewhere than the folder that was named for it.
-
-    Raises:
-        UserError: If a folder is named that lacks the repository.
-    """
+    found: dict[str, Path] = {}
     for source, folder in _named_folders(workspace):
         if not folder:
             continue
         checkout = _checkout_in(folder, repo, workspace)
-        if lack := _lack(checkout):
-            url = workspace.recorded_url(repo) or "ADDRESS"
-            undo = f"unset {VARIABLE}" if source == VARIABLE else f"git config --global --unset {CONFIG}"
-            raise UserError(
-                f"{source}={folder} has no {repo}: {lack}.\n"
-                f"  Name the folder that holds {repo}/, or fetch it there: git clone {url} {checkout}\n"
-                f"  To look elsewhere, run: {undo}"
-            )
-        return
+        if not (lack := _lack(checkout)):
+            return list(found)
+        found[f"{source}={folder} has no {repo}: {lack}"] = checkout
+    own = (workspace.root / "third_party" / repo).resolve()  # named or not, it is looked at, and filled
+    return [said for said, checkout in found.items() if checkout != own]
 
 
 def _named_folders(workspace: Workspace) -> tuple[tuple[str, str], ...]:
@@ -184,6 +184,19 @@ def is_available(repo: str, *, workspace: Workspace = PROJECT) -> tuple[bool, st
 def _config(root: Path, *arguments: str) -> str:
     # Status 1: not set. Anything else (no such file, not a repository) means the same here.
     return run_git("config", "--get", *arguments, folder=root, allowed=range(256)).decode().strip()
+
+
+def _config_commands(workspace: Workspace) -> tuple[str, str]:
+    """Return what sets the folder of checkouts for good (key and value follow), and what removes it there."""
+    kind, _, file = _config(workspace.root, "--show-origin", "-z", CONFIG).partition("\0")[0].partition(":")
+    if kind == "command line":
+        return "git config --global", "unset GIT_CONFIG_COUNT GIT_CONFIG_PARAMETERS"
+    command = "git config --global"
+    if kind == "file":
+        # Git names the clone's own file by a relative path.
+        own = f"git -C {shlex.quote(str(workspace.root))} config"
+        command = f"git config --file {shlex.quote(file)}" if os.path.isabs(file) else own
+    return command, f"{command} --unset-all {CONFIG}"
 
 
 @functools.cache

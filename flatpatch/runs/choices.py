@@ -32,8 +32,7 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
     """Return the engine and why.
 
     Raises:
-        UserError: If the method, profile and engine do not go together, or the authors' code must run and is not in
-            the folder that was named for it.
+        UserError: If the method, profile and engine do not go together.
     """
     if method.repository is None:
         if profile != "quick":
@@ -50,18 +49,30 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
                 "Use profile=quick or engine=upstream."
             )
         return "reference", "as asked"
-    if asked == "upstream" or profile != "quick" or not method.reference:
-        patches.check_named(method.repository)
     if asked == "upstream" or profile != "quick":
         return (
             "upstream",
             "as asked" if asked == "upstream" else f"profile {profile} runs the authors' code alone",
         )
     here, why = patches.is_available(method.repository)
-    if not here:
-        return "reference", f"{method.repository} cannot be had: {why}"
-    but = patches.passed_over(method.repository)
-    return "upstream", "; ".join((f"{method.repository} is here: {why}", *but))
+    return (
+        ("upstream", f"{method.repository} is here: {why}")
+        if here
+        else ("reference", f"{method.repository} cannot be had: {why}")
+    )
+
+
+def find_upstream(method: Method, engine: str, notes: list[str]) -> patches.Verified | None:
+    """Return the verified checkout that the engine needs; notes each folder that was named for it and lacks it.
+
+    Raises:
+        UserError: If it is nowhere, or not what it should be.
+    """
+    if engine != "upstream" or not method.repository:
+        return None
+    verified = patches.verify(method.repository)
+    notes += [f"{lack}; {verified.checkout} is used" for lack in patches.passed_over(method.repository)]
+    return verified
 
 
 def choose_device(

@@ -34,11 +34,16 @@ def doctor(words: Sequence[str]) -> int:
     different = _different_libraries()
     bad += bool(different)
     print(f"[{'NO' if different else 'ok'}] libraries as locked{': ' + ', '.join(different) if different else ''}")
+    needed = []
     for repo in sorted({method.repository for method in METHODS.values() if method.repository}):
         here, why = patches.is_available(repo)
         print(f"[{'ok' if here else '--'}] {repo}: {why}")
-        for lack in patches.passed_over(repo):
-            print(f"[--] {lack}; runs that need the authors' code refuse to start")
+        if here:
+            for lack in patches.passed_over(repo):
+                print(f"[--] {lack}; the one above is used")
+            continue
+        without = [name for name, row in METHODS.items() if row.repository == repo and not row.reference]
+        needed += [f"; method={name} needs {repo} in every profile" for name in without]
     for dataset in sorted({dataset.folder for dataset in DATASETS.values()}):
         here = (ROOT / "data" / dataset).is_dir()
         print(f"[{'ok' if here else '--'}] data/{dataset}: {'here' if here else 'no such folder; data=FOLDER names another'}")
@@ -47,7 +52,7 @@ def doctor(words: Sequence[str]) -> int:
     free = shutil.disk_usage(ROOT).free
     bad += free < BYTES_NEEDED
     print(f"[{'ok' if free >= BYTES_NEEDED else 'NO'}] {free / 2**30:.1f} GiB of disk free")
-    print("\n'--' is not needed for profile quick; the README says how to get it.")
+    print(f"\n'--' is not needed for profile=quick engine=auto{''.join(needed)}. The README says how to get it.")
     return 1 if bad else 0
 
 

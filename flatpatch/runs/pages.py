@@ -51,8 +51,9 @@ def write_page(folders: Sequence[Path], page: Path, unreadable: Sequence[str] = 
             shown.update("", done, total)
 
         text = make_page(groups, comparisons=_comparisons(groups), unreadable=problems, advance=advance)
+    replaces = page.exists()
     write_atomically(page, text)
-    print(f"page     {page}")
+    print(f"page     {page}" + (" (in place of the one that was there)" if replaces else ""))
 
 
 def leave_page(folders: Sequence[Path]) -> None:

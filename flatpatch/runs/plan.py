@@ -32,6 +32,7 @@ from flatpatch.runs.choices import (
     choose_profile,
     choose_world_size,
     cuda_devices,
+    find_upstream,
 )
 from flatpatch.runs.scripts import Invocation, parse_script
 from flatpatch.settings import TELLING_WORDS, Request, in_name
@@ -170,7 +171,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     notes: list[str] = []
     device, devices = choose_device(request, profile, available, dry_run, notes)
-    verified = patches.verify(method.repository) if engine == "upstream" and method.repository else None
+    verified = find_upstream(method, engine, notes)
     originals = _read_invocations(request, method, profile, engine, verified)
 
     editor = Editor(originals)

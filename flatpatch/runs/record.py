@@ -129,6 +129,12 @@ def environment(plan: Plan) -> dict[str, Any]:
     }
 
 
+def compared_settings(plan: Plan) -> dict[str, Any]:
+    """Return the settings that must be equal for two calls to be the same run: those that have an effect."""
+    left_out = (*NOT_COMPARED, *without_effect(plan.request.settings.sam))
+    return {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in left_out}
+
+
 def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     """Return the record that this plan continues, or None for a new run.
 
@@ -154,7 +160,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         raise UserError(
             f"the run folder {folder} is occupied: its record.json cannot be read ({error}). {advice}"
         ) from error
-    ours = {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in NOT_COMPARED}
+    ours = compared_settings(plan)
     idle = without_effect(plan.request.settings.sam)
     different = [
         f"{key} is {theirs.get(key, '(not given)')!r} there and {ours.get(key, '(not given)')!r} here"
@@ -169,7 +175,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     for name in ("device", "world_size", "launcher", "libraries", "flatpatch"):
         if old.get("environment", {}).get(name) != here["environment"][name]:
             different.append(f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here")
-    if old.get("deviations") != here["deviations"]:
+    if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
         different.append("its commands departed from upstream's in another way")
     if old.get("inputs") != here["inputs"]:
         different.append("its model or data were other files")
@@ -179,6 +185,11 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     if different:
         raise UserError(f"the run folder {folder} is occupied by another run: {'; '.join(different)}. {advice}")
     return old
+
+
+def _without_why(deviations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # The reason for an engine tells how it was chosen, which may differ.
+    return [{key: value for key, value in row.items() if key != "why"} for row in deviations]
 
 
 def finish_record(record: dict[str, Any], status: str) -> None:

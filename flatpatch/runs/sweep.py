@@ -17,9 +17,9 @@ from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.pages import leave_page, place_of, write_page
-from flatpatch.runs.plan import make_plan, render
-from flatpatch.runs.record import check_continues
-from flatpatch.settings import PLACES, Request, Settings, parse, split_word, telling
+from flatpatch.runs.plan import Plan, make_plan, render
+from flatpatch.runs.record import check_continues, compared_settings
+from flatpatch.settings import PLACES, parse, split_word
 
 REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
 
@@ -65,16 +65,18 @@ def sweep(words: Sequence[str]) -> int:
     dry_run = "--dry-run" in words
     combinations = expand([word for word in words if word != "--dry-run"])
     requests = [parse(combination) for combination in combinations]
-    # Without SAM its radius changes nothing: one run stands for all.
-    distinct: dict[Settings, Request] = {}
-    for request in requests:
-        distinct.setdefault(telling(request.settings), request)
-    requests = list(distinct.values())
-    if len(requests) > 1 and any(request.settings.run for request in requests):
+    plans: list[Plan] = []
+    known: list[tuple[Any, ...]] = []
+    for plan in (make_plan(request, dry_run=dry_run) for request in requests):
+        # Without SAM its radius changes nothing, and auto may come to what is named too: one run stands for all.
+        what = (plan.folder, plan.profile, plan.engine, compared_settings(plan))
+        if what not in known:
+            known.append(what)
+            plans.append(plan)
+    if len(plans) > 1 and any(plan.request.settings.run for plan in plans):
         raise UserError(
             "run=NAME would put every run of the sweep into one folder. Leave run= out, or set output=FOLDER."
         )
-    plans = [make_plan(request, dry_run=dry_run) for request in requests]
     folders = [plan.folder for plan in plans]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise UserError(f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each.")

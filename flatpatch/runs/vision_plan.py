@@ -26,7 +26,7 @@ from flatpatch.methods import METHODS, Method
 from flatpatch.report import splits
 from flatpatch.runs import vision_data
 from flatpatch.runs.changes import Deviation, Stage
-from flatpatch.runs.choices import choose_device, choose_engine, choose_profile
+from flatpatch.runs.choices import choose_device, choose_engine, choose_profile, find_upstream
 from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, paper_arguments, without_idle
 from flatpatch.runs.vision_config import ConfigEditor, known_keys, override, read_config, task_classes
 from flatpatch.settings import Request, as_default, in_name
@@ -146,7 +146,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     device, devices = choose_device(request, profile, available, dry_run, notes)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
         devices = devices[:1]  # as upstream's commands; several only where they are named
-    verified = patches.verify(method.repository) if engine == "upstream" and method.repository else None
+    verified = find_upstream(method, engine, notes)
     file = method.config(settings.variant, settings.benchmark) if method.configs else None
     shipped = read_config(verified.checkout / file) if verified and file else {}
 
