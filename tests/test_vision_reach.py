@@ -192,6 +192,14 @@ def test_override_that_cannot_reach_the_run_is_refused_with_the_reason(
     assert expected in str(caught.value)
 
 
+def test_weight_decay_of_inflorab5_with_sgd_is_taken(upstream: Callable[[str], Path]) -> None:
+    """Its SGD has it from the second task on."""
+    upstream("InfLoRA")
+    words = ["method=inflora", "variant=inflorab5", "profile=upstream", "device=0"]
+    plan = make_plan(parse([*words, "upstream.optim=sgd", "upstream.weight_decay=1e-4"]), dry_run=True)
+    assert plan.config["weight_decay"] == 1e-4  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("method", ["inflora", "cllora"])
 def test_every_key_may_be_given_the_value_that_it_has(method: str, upstream: Callable[[str], Path]) -> None:
     """Also one that cannot reach the run with another value, or whose other values stop upstream's code."""

@@ -58,6 +58,21 @@ def unchecked_images(records: Sequence[Mapping[str, Any]], subject: Mapping[str,
     return notes
 
 
+def unchecked_images_of_log(shipped: bool, subject: Mapping[str, Any], kind: str) -> list[str]:
+    """Return, as sentences, what cannot be known of the images of runs in a log of InfLoRA's.
+
+    Args:
+        shipped: Whether these are the runs of the logs that InfLoRA ships.
+        subject: What they are runs of.
+        kind: The baseline's, such as ``paper``; empty where there is none.
+    """
+    if subject["method"] == "cllora" or subject.get("dataset") != "imagenet_r":
+        return []
+    if not shipped:
+        return [f"the split of {FOLDER} cannot be known: a log does not say which images a run had"]
+    return [f"the split of {FOLDER} is {LOGGED}; {_OF_THE_PAPER}"] if kind == "paper" else []
+
+
 def _inflora_splits(records: Sequence[Mapping[str, Any]], subject: Mapping[str, Any]) -> list[str | None]:
     """Return which split each of InfLoRA's runs had, None where its record does not say; nothing of other runs."""
     if subject["method"] == "cllora" or subject.get("dataset") != "imagenet_r":

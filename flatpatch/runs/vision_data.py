@@ -38,8 +38,8 @@ class Dataset:
 
 CIFAR100 = Dataset(100, "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz")
 # The figures of ImageNet-R are those of the lists InfLoRA ships in utils/splits/ (a test counts them); of ImageNet-A
-# its authors publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, from memory; of
-# VTAB, CL-LoRA's shipped log fits the number of test images (a test counts). CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
+# its authors publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, not checked here
+# against the paper or the data. CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
 _PILOT = "the split of LAMDA-PILOT, linked in the README of github.com/LAMDA-CL/LAMDA-PILOT"
 _STATED_BY = "arXiv:2303.07338"
 IMAGENET_R = Dataset(
