@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatpatch.comparison.differences import Difference, Side, paired_difference, unpaired_difference
-from flatpatch.comparison.images import obstacle_of_images, unchecked_images
+from flatpatch.comparison.images import obstacle_of_images, unchecked_images, unchecked_images_of_log
 from flatpatch.comparison.sides import (
     Run,
     other_settings,
@@ -130,7 +130,19 @@ def compare_logged(
     others = sorted({text for run in complete for text in other_settings(run, load_baseline(chosen))}) if chosen else []
     obstacle = f"it ran with other settings: {'; '.join(others)}" if others else ""
     sides = [run_of_log(f"seed {run.seed} (line {run.first_line})", run) for run in complete]
-    return _compare(sides, subjects[0], chosen, obstacle, metrics, margin, with_sam=False)
+    result = _compare(sides, subjects[0], chosen, obstacle, metrics, margin, with_sam=False)
+    kind = load_baseline(chosen)["kind"] if chosen else ""
+    return result | {"notes": unchecked_images_of_log(_are_shipped(sides, subjects[0]), subjects[0], kind)}
+
+
+def _are_shipped(runs: Sequence[Run], subject: Mapping[str, Any]) -> bool:
+    """Return whether logged runs are those of a shipped log: the same seeds, with every accuracy equal."""
+    baselines = [(name, load_baseline(name)) for name in find_baselines(subject)]
+    shipped = [run for name, one in baselines if one["kind"] == "shipped run" for run in runs_of_baseline(name, one)]
+    return all(
+        any((run.seed, run.accuracy, run.metrics) == (other.seed, other.accuracy, other.metrics) for other in shipped)
+        for run in runs
+    )
 
 
 def _compare(
