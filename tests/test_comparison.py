@@ -284,26 +284,18 @@ def test_run_on_the_split_of_the_shipped_logs_is_compared_with_them_and_with_the
     assert result["notes"] == []
     paper = compare_runs([imagenet_r_record(0)], "paper_inflora")
     assert paper["metrics"]
-    assert paper["notes"] == [f"the split of imagenet-r is {LOGGED}; which one the paper's runs had is not said"]
+    assert paper["notes"] == [f"the split of imagenet-r is {LOGGED}; which one the paper's runs had is not known"]
 
 
-def test_run_on_the_listed_split_is_compared_with_the_paper_alone():
-    result = compare_runs([imagenet_r_record(0, LISTED)])
-    assert result["verdict"] == f"not comparable because its split of imagenet-r is {LISTED}, not {LOGGED}"
-    paper = compare_runs([imagenet_r_record(0, LISTED)], "paper_inflora")
+@pytest.mark.parametrize(("split", "said"), [(LISTED, f"{LISTED}, not {LOGGED}"), ("mine", OTHER)])
+def test_run_on_another_split_is_compared_with_the_paper_alone(split, said):
+    result = compare_runs([imagenet_r_record(0, split)])
+    assert result["verdict"] == f"not comparable because its split of imagenet-r is {said}"
+    assert result["metrics"] == []
+    paper = compare_runs([imagenet_r_record(0, split)], "paper_inflora")
     assert paper["metrics"]
-    assert paper["notes"] == [f"the split of imagenet-r is {LISTED}; which one the paper's runs had is not said"]
-
-
-@pytest.mark.parametrize("baseline", [None, "paper_inflora"])
-def test_run_on_a_split_of_its_own_is_not_compared(baseline):
-    result = compare_runs([imagenet_r_record(0, "mine", labels=["off-reference"])], baseline)
-    assert result["verdict"] == (
-        f"not comparable because it is labelled off-reference; its split of imagenet-r is {OTHER}"
-    )
-    older = compare_runs([imagenet_r_record(0, "mine")], baseline)  # from before such runs were labelled
-    assert older["verdict"] == f"not comparable because its split of imagenet-r is {OTHER}"
-    assert older["metrics"] == []
+    [note] = paper["notes"]
+    assert note == f"the split of imagenet-r is {said.split(',')[0]}; which one the paper's runs had is not known"
 
 
 def test_runs_of_different_splits_are_not_compared():
@@ -317,6 +309,27 @@ def test_runs_of_different_splits_are_not_compared():
     assert compare_runs([imagenet_r_record(0), same])["verdict"] == "reproduced"
     with pytest.raises(UserError, match="differ in more than their seed: data"):
         compare_runs([inflora_record(0), with_setting(inflora_record(1), data="/elsewhere")])
+
+
+@pytest.mark.parametrize("splits", [(None, LISTED, LOGGED), (LISTED, None, LOGGED), (LOGGED, None, "mine")])
+def test_every_two_runs_are_held_against_each_other(splits):
+    records = [imagenet_r_record(seed, split) for seed, split in enumerate(splits)]
+    result = compare_runs(records, names=["a", "b", "c"])
+    known = [name for name, split in zip("abc", splits, strict=True) if split]
+    assert result["why"].startswith(f"{known[0]} and {known[1]} had other images: their lists of imagenet-r/test")
+
+
+@pytest.mark.parametrize("splits", [(None, LISTED), ("mine", None), (None, "mine", "mine")])
+def test_run_without_a_split_hides_no_other_split(splits):
+    records = [imagenet_r_record(seed, split) for seed, split in enumerate(splits)]
+    result = compare_runs(records)
+    assert result["verdict"].startswith("not comparable because its split of imagenet-r is ")
+    assert "the split of imagenet-r could not be checked: a record has no hash of it" in result["notes"]
+    paper = compare_runs(records, "paper_inflora")
+    assert paper["metrics"]
+    assert [note.split("imagenet-r ")[1][:12] for note in paper["notes"]] == list(
+        dict.fromkeys({None: "could not be", LISTED: "is the one l", "mine": "is neither t"}[split] for split in splits)
+    )
 
 
 def test_record_without_a_split_says_that_it_could_not_be_checked():

@@ -101,6 +101,23 @@ def test_infloras_own_log_is_reproduced_and_a_changed_copy_is_not(
     assert "seed 3 by -3.00, while the other 4" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.third_party
+@pytest.mark.parametrize("name", ["inflora_imagenet_r_10", "inflora_imagenet_r_10_shuffled_seed1993"])
+def test_split_of_a_log_of_imagenet_r_is_known_of_the_shipped_ones_alone(
+    name: str, upstream: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = upstream("InfLoRA") / load_baseline(name)["source"]["path"]
+    shipped = compare_logged(read_vision_log(path))
+    assert (shipped["baseline"]["name"], shipped["verdict"], shipped["notes"]) == (name, "reproduced", [])
+    text = path.read_text(encoding="utf-8")
+    copy = tmp_path / "0.log"
+    lowered = re.sub(r"(?<='00-19': )[\d.]+", lambda value: f"{float(value[0]) - 1:.2f}", text, count=1)
+    copy.write_text(lowered, encoding="utf-8")
+    for baseline in (None, "paper_inflora"):
+        result = compare_logged(read_vision_log(copy), baseline)
+        assert result["notes"] == ["the split of imagenet-r cannot be known: a log does not say which images a run had"]
+
+
 def test_runs_are_named_by_their_folders_and_other_baselines_are_told(runs, capsys):
     assert main(["compare", f"run={runs(*(inflora_record(seed) for seed in range(5)))}"]) == 0
     printed = capsys.readouterr().out

@@ -332,7 +332,7 @@ def test_scope_without_a_trainable_weight_is_refused(
     )
 
 
-@pytest.mark.parametrize("blocked", [".lock", "flatness", "figures"])
+@pytest.mark.parametrize("blocked", [".lock", "flatness"])
 def test_run_folder_that_cannot_be_written_is_refused_before_the_work(
     blocked: str, make_run: MakeRun, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,11 @@ import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.report.baselines import load_baseline
 from flatpatch.runs import vision_data
+from flatpatch.runs.plan import make_plan
 from flatpatch.runs.vision_config import known_keys, task_classes
 from flatpatch.runs.vision_data import Dataset, check_images, check_weights, find_weights, list_hash
+from flatpatch.settings import parse
 
 Refused = Callable[..., str]
 
@@ -78,6 +79,25 @@ def test_unknown_variant_is_told_the_nearest_one(refused: Refused) -> None:
     assert "unknown variant 'infloraB5' of InfLoRA. Did you mean 'inflorab5'?" in refused(
         "method=inflora", "variant=infloraB5"
     )
+
+
+@pytest.mark.parametrize("variant", ["infloraca", "inflorab5"])
+def test_variant_is_refused_where_the_reference_engine_would_run(
+    variant: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.patches.is_available", lambda _: (False, "nothing there"))
+    asked = refused("method=inflora", f"variant={variant}", "engine=reference", "profile=quick", "device=cpu")
+    lacking = refused("method=inflora", f"variant={variant}", "profile=quick", "device=cpu")
+    for text in (asked, lacking):
+        assert f"variant={variant} needs the authors' code: the reference engine has InfLoRA alone" in text
+        assert "git submodule update --init third_party/InfLoRA" in text
+    assert "or leave out engine=reference" in asked
+    assert "or fetch the code (InfLoRA cannot be had: nothing there)" in lacking
+
+
+def test_variant_that_is_the_default_runs_by_the_reference_engine() -> None:
+    plan = make_plan(parse(["method=inflora", "variant=inflora", "engine=reference", "profile=quick", "device=cpu"]))
+    assert (plan.engine, plan.request.settings.variant) == ("reference", "")
 
 
 def test_step_of_cllora_is_refused_for_another_method(refused: Refused) -> None:
@@ -182,22 +202,10 @@ def test_counts_that_only_a_paper_states_are_noted_and_never_refused(
     ]
 
 
-@pytest.mark.parametrize("name", ["imageneta", "vtab"])
-def test_stated_counts_agree_with_what_is_known_for_sure(name: str) -> None:
-    """ImageNet-A's authors publish the sum; CL-LoRA's shipped VTAB log has shares of its test images, as here."""
-    stated = vision_data.DATASETS[name].stated
-    assert stated is not None
-    if name == "imageneta":
-        assert sum(stated) == vision_data.DATASETS[name].total
-        return
-    sizes = (1000, 400, 985, 5400, 834)  # found by search: of this sum, with the log's every accuracy and total
-    log = load_baseline("cllora_vtab_5")["metrics"]
-    for row, total in zip(log["accuracy_matrix"], log["top1_curve_mean"], strict=True):
-        known = [(value, size) for value, size in zip(row, sizes, strict=True) if value is not None]
-        right = [round(value * size / 100) for value, size in known]
-        assert [round(100 * k / size, 2) for k, (_, size) in zip(right, known, strict=True)] == [v for v, _ in known]
-        assert round(100 * sum(right) / sum(size for _, size in known), 2) == total
-    assert sum(sizes) == stated[1]
+def test_stated_counts_of_imagenet_a_agree_with_the_sum_that_its_authors_publish() -> None:
+    dataset = vision_data.DATASETS["imageneta"]
+    assert dataset.stated is not None
+    assert sum(dataset.stated) == dataset.total
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,7 @@ def test_partial_images_are_refused(damage: Callable[[Path], object], expected: 
 
 @pytest.mark.third_party
 def test_unsplit_imagenet_r_is_told_how_to_be_split_as_upstream_does(
-    upstream: Callable[[str], Path], tmp_path: Path
+    upstream: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command of the message is run on a small folder: it makes train/ and test/, and always the same ones."""
     import subprocess
@@ -229,11 +237,8 @@ def test_unsplit_imagenet_r_is_told_how_to_be_split_as_upstream_does(
 
     lists = []
     for attempt in range(2):
-        root = tmp_path / str(attempt)
-        for name in ("cat", "dog"):
-            (root / "imagenet-r" / name).mkdir(parents=True)
-            for number in range(20):
-                (root / "imagenet-r" / name / f"{number}.jpg").write_bytes(b"")
+        root = tmp_path / f"it's {attempt}"
+        unsplit(root, monkeypatch)
         with pytest.raises(UserError, match="would draw the split itself, moving your files") as caught:
             check_images("ImageNet_R", root, upstream("InfLoRA"))
         command = str(caught.value).split("whether it is that one): ")[1]
@@ -242,6 +247,48 @@ def test_unsplit_imagenet_r_is_told_how_to_be_split_as_upstream_does(
         lists.append(sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg")))
     assert lists[0] == lists[1]
     assert sum("/train/" in path for path in lists[0]) == 32
+
+
+def unsplit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a whole ImageNet-R of two classes with twenty images each, not split."""
+    small = Dataset(2, "imagenet-r", "https://example.org/r.tar", (32, 8), 40)
+    monkeypatch.setattr(vision_data, "DATASETS", {"imagenet_r": small})
+    for name in ("cat", "dog"):
+        (root / "imagenet-r" / name).mkdir(parents=True)
+        for number in range(20):
+            (root / "imagenet-r" / name / f"{number}.jpg").write_bytes(b"")
+    return root / "imagenet-r"
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda place: (place / "test/cat").mkdir(parents=True), "has no folder train, but test: half a split"),
+        (lambda place: (place / "test/cat").mkdir(parents=True), "InfLoRA's code would remove test/ with all"),
+        (
+            lambda place: (place / "train/cat").mkdir(parents=True),
+            "no folder test, but train: half a split, with which",
+        ),
+        (lambda place: (place / "cat/0.jpg").unlink(), "39 images in 2 folders (expected 40 in 2)."),
+        (lambda place: shutil.rmtree(place / "dog"), "20 images in 1 folders (expected 40 in 2)."),
+        (lambda place: (place / "dog").rename(place / "cat/dog"), "folders in folders: cat/dog/0.jpg, cat/dog/1.jpg"),
+        (lambda place: (place / "pig").mkdir(), "40 images in 2 folders (expected 40 in 2), none in pig."),
+    ],
+    ids=["test", "test is lost", "train", "an image", "a class", "depth", "empty"],
+)
+def test_command_that_draws_the_split_is_given_for_a_whole_unsplit_folder_alone(
+    damage: Callable[[Path], object], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream's code removes a test/ without train/, and draws whatever images are there, for good."""
+    place = unsplit(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="torch.manual_seed"):
+        check_images("ImageNet_R", tmp_path, tmp_path)
+    damage(place)
+    with pytest.raises(UserError) as caught:
+        check_images("ImageNet_R", tmp_path, tmp_path)
+    assert expected in str(caught.value)
+    assert "https://example.org/r.tar" in str(caught.value)
+    assert "manual_seed" not in str(caught.value)
 
 
 def test_weights_cut_short_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatpatch.comparison.differences import Difference, Side, paired_difference, unpaired_difference
-from flatpatch.comparison.images import obstacle_of_images, unchecked_images
+from flatpatch.comparison.images import obstacle_of_images, unchecked_images, unchecked_images_of_log
 from flatpatch.comparison.sides import (
     Run,
     other_settings,
@@ -33,6 +33,7 @@ from flatpatch.comparison.sides import (
 from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
+from flatpatch.report.effects import idle_settings
 from flatpatch.report.records import setting
 from flatpatch.report.splits import list_hashes
 from flatpatch.report.titles import labels
@@ -129,7 +130,19 @@ def compare_logged(
     others = sorted({text for run in complete for text in other_settings(run, load_baseline(chosen))}) if chosen else []
     obstacle = f"it ran with other settings: {'; '.join(others)}" if others else ""
     sides = [run_of_log(f"seed {run.seed} (line {run.first_line})", run) for run in complete]
-    return _compare(sides, subjects[0], chosen, obstacle, metrics, margin, with_sam=False)
+    result = _compare(sides, subjects[0], chosen, obstacle, metrics, margin, with_sam=False)
+    kind = load_baseline(chosen)["kind"] if chosen else ""
+    return result | {"notes": unchecked_images_of_log(_are_shipped(sides, subjects[0]), subjects[0], kind)}
+
+
+def _are_shipped(runs: Sequence[Run], subject: Mapping[str, Any]) -> bool:
+    """Return whether logged runs are those of a shipped log: the same seeds, with every accuracy equal."""
+    baselines = [(name, load_baseline(name)) for name in find_baselines(subject)]
+    shipped = [run for name, one in baselines if one["kind"] == "shipped run" for run in runs_of_baseline(name, one)]
+    return all(
+        any((run.seed, run.accuracy, run.metrics) == (other.seed, other.accuracy, other.metrics) for other in shipped)
+        for run in runs
+    )
 
 
 def _compare(
@@ -368,9 +381,7 @@ def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> No
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    keys = {*one["settings"], *other["settings"]} - set(_OWN)
-    if "off" in (sam := {str(setting(record, "sam", "off")) for record in (one, other)}) and len(sam) == 1:
-        keys -= {"rho", "eta", "scope", "sam_on", "sync", "ascent_loss"}
+    keys = {*one["settings"], *other["settings"]} - set(_OWN) - (idle_settings(one) & idle_settings(other))
     if all(list_hashes(record.get("inputs", {})) for record in (one, other)):
         keys -= {"data"}  # the images are compared, not where they lie
     found = [key for key in keys if setting(one, key) != setting(other, key)]

@@ -2,12 +2,15 @@
 
 Two are known for InfLoRA, and they are not the same:
 
-- ``LOGGED``, what InfLoRA's code draws where torch's seed is 40. All 330 accuracies and 60 totals of its shipped
-  ImageNet-R logs, whose classes come in two different orders, are whole numbers of this split's test images; so those
-  runs had it, though it is written nowhere (``tests/test_splits.py`` counts). That the paper's runs had it too is
-  likely, not known.
+- ``LOGGED``, what InfLoRA's code draws where torch's seed is 40. The logs of its ImageNet-R runs, whose classes come in
+  two different orders, show how many test images the groups of classes had: all 330 accuracies and 60 totals are whole
+  numbers of this split's test images, and of those of no other seed below 3000 (``tests/test_splits.py`` counts). They
+  show counts, not files: that those runs had each file of this split is concluded from the seed. Which split the
+  paper's runs had is not known.
 - ``LISTED``, the lists in its ``utils/splits/``, which its code does not read. Most of the logs' accuracies cannot come
-  from it.
+  from it: the counts of its groups are others.
+
+No split is wrong: a run on another one is a run of the same code on other data, which its record says.
 
 A list's hash is the SHA-256 of the sorted relative paths, each followed by a newline; it stands in a record's
 ``inputs``.

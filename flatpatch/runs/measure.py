@@ -47,8 +47,9 @@ from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.records import read_record
 from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
-from flatpatch.runs.plan import folder_problems, unwritable
+from flatpatch.runs.figures import or_warn
 from flatpatch.runs.pages import leave_page, place_of
+from flatpatch.runs.plan import folder_problems, unwritable
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
@@ -183,7 +184,7 @@ def _check_folders(runs: Sequence[FinishedRun]) -> None:
     problems = [
         f"{run.name}: {place} cannot be written: {problem}. What is measured goes there."
         for run in runs
-        for place in (run.folder, run.folder / files.FOLDER, run.folder / "figures")
+        for place in (run.folder, run.folder / files.FOLDER)
         if os.path.lexists(place) and (problem := unwritable(place))
     ]
     if problems:
@@ -256,7 +257,7 @@ def _show(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, Scope
     """Draw the figures and print the table of what the run's record now holds."""
     with _writing(run.folder), only_runner(run.folder):
         record = read_record(run.folder)
-        figures = draw_flatness(record, run.folder)
+        figures = or_warn(run.folder, lambda: draw_flatness(record, run.folder))
     print("\n".join([f"\n{run.folder}", *flatness_table(record)]))
     for content, _ in made:
         for failure in files.failures(content):

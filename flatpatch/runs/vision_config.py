@@ -100,7 +100,8 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         quick: Whether the profile is quick.
 
     Raises:
-        UserError: If a key is unknown, a setting of ours or without effect, or a value is of another kind than upstream's.
+        UserError: If a key is unknown or a setting of ours, a value is of another kind than upstream's, or one that is not
+            in force already would not reach the run.
     """
     problems = []
     after = {**editor.current, **{key: _parse(word) for key, word in overrides.items()}}
@@ -111,14 +112,15 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         if key not in known:
             problems.append(f"upstream.{key}: upstream knows no key '{key}'.{did_you_mean(key, known)}")
             continue
-        if why := why_unread(after, key, quick=quick):
-            name = "CL-LoRA's" if after.get("model_name") == "cllora" else "InfLoRA's"
-            advice = "" if ". " in why else " Leave it out."
-            problems.append(f"upstream.{key} cannot reach the run: {name} code {why}.{advice}")
-            continue
         value = _parse(word)
         if key in editor.current and (problem := _wrong_kind(key, word, value, editor.current[key])):
             problems.append(problem)
+            continue
+        in_force = key in editor.current and editor.current[key] == value
+        if not in_force and (why := why_unread(after, key, quick=quick)):
+            name = "CL-LoRA's" if after.get("model_name") == "cllora" else "InfLoRA's"
+            advice = "" if ". " in why else " Leave it out."
+            problems.append(f"upstream.{key} cannot reach the run: {name} code {why}.{advice}")
             continue
         editor.set(key, value, f"setting upstream.{key}=")
     if problems:

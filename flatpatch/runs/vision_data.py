@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
+import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +38,8 @@ class Dataset:
 
 CIFAR100 = Dataset(100, "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz")
 # The figures of ImageNet-R are those of the lists InfLoRA ships in utils/splits/ (a test counts them); of ImageNet-A
-# its authors publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, from memory; of
-# VTAB, CL-LoRA's shipped log fits the number of test images (a test counts). CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
+# its authors publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, not checked here
+# against the paper or the data. CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
 _PILOT = "the split of LAMDA-PILOT, linked in the README of github.com/LAMDA-CL/LAMDA-PILOT"
 _STATED_BY = "arXiv:2303.07338"
 IMAGENET_R = Dataset(
@@ -80,9 +82,11 @@ def check_images(name: str, root: Path, checkout: Path) -> tuple[dict[str, str],
     found = {split: _images(place / split) for split in SPLITS}
     absent = [split for split in SPLITS if not (place / split).is_dir()]
     if absent:
-        raise UserError(
-            f"{place} has no folder {' and no '.join(absent)}. {_split_first(dataset, root, checkout, name)}"
-        )
+        lack = f"{place} has no folder {' and no '.join(absent)}"
+        if name.lower() != "imagenet_r":
+            halves = f"Expected {dataset.folder}/train and {dataset.folder}/test, one folder a class"
+            raise UserError(f"{lack}. {halves}. {_fetch(dataset, root)}")
+        raise UserError(f"{lack}{_split_first(dataset, root, checkout, absent)}")
     problems = []
     for split in SPLITS:
         empty = [folder.name for folder in sorted((place / split).iterdir()) if folder.is_dir()]
@@ -140,16 +144,48 @@ def _stated(dataset: Dataset) -> str:
     return f"expected {train} and {test}, as the paper {_STATED_BY} states; not checked by us"
 
 
-def _split_first(dataset: Dataset, root: Path, checkout: Path, name: str) -> str:
-    if name.lower() != "imagenet_r":
-        return f"Expected {dataset.folder}/train and {dataset.folder}/test, one folder a class. {_fetch(dataset, root)}"
-    place = (root / dataset.folder).resolve()
+def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[str]) -> str:
+    """Say how to get the halves that ImageNet-R lacks: drawing them moves files for good, and is told to whole folders alone."""
+    place = root / dataset.folder
+    if present := [split for split in SPLITS if split not in absent]:
+        would = "remove test/ with all that is in it" if present == ["test"] else "stop"
+        return (
+            f", but {present[0]}: half a split, with which InfLoRA's code would {would}. Put the missing half back, or begin "
+            f"anew with an empty {place}. {_fetch(dataset, root)}"
+        )
+    paths = sorted(path.relative_to(place) for path in place.glob("*/**/*") if path.suffix.lower() in IMAGES)
+    filled = {path.parts[0] for path in paths}
+    empty = sorted({folder.name for folder in place.iterdir() if folder.is_dir()} - filled)
+    deep = [str(path) for path in paths if len(path.parts) > 2]
+    if (len(paths), len(filled)) != (dataset.total, dataset.classes) or empty or deep:
+        more = f", none in {', '.join(empty[:SHOWN])}" if empty else ""
+        more += f", folders in folders: {', '.join(deep[:SHOWN])}" if deep else ""
+        return (
+            f", and is not whole: {len(paths)} images in {len(filled)} folders (expected {dataset.total} in "
+            f"{dataset.classes}){more}. {_fetch(dataset, root)}"
+        )
     return (
-        "InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. Draw it "
+        ". InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. Draw it "
         "once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
-        f"(cd {checkout} && python -c \"import torch; from utils.data import iIMAGENET_R; torch.manual_seed({splits.SEED}); "
-        f"iIMAGENET_R({{'data_path': '{place}'}}).download_data()\")"
+        f"{_draw(place, checkout)}"
     )
+
+
+def draw_again(root: Path, checkout: Path) -> str:
+    """Return the commands that draw the split of InfLoRA's logs from a data folder whose ImageNet-R is split otherwise."""
+    place = (root / IMAGENET_R.folder).resolve()
+    return (
+        f"(cd {shlex.quote(str(place))} && cp -al train/. test/. . && rm -r train test) && {_draw(place, checkout)}"
+    )
+
+
+def _draw(place: Path, checkout: Path) -> str:
+    data_path = json.dumps(str(place.resolve()), ensure_ascii=False)
+    code = (
+        f"import torch; from utils.data import iIMAGENET_R; torch.manual_seed({splits.SEED}); "
+        f'iIMAGENET_R({{"data_path": {data_path}}}).download_data()'
+    )
+    return f"(cd {shlex.quote(str(checkout))} && python -c {shlex.quote(code)})"
 
 
 def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:

@@ -142,6 +142,13 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         request = as_default(request, "benchmark", next(iter(method.configs[variant])))
         request = as_default(request, "variant", next(iter(method.configs)))
         settings = request.settings
+    if engine == "reference" and settings.variant:
+        asked = settings.engine == "reference"
+        raise UserError(
+            f"variant={settings.variant} needs the authors' code: the reference engine has {method.title} alone. Leave out "
+            f"variant=, or {'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
+            f"The code comes with: git submodule update --init third_party/{method.repository}"
+        )
     notes: list[str] = []
     device, devices = choose_device(request, profile, available, dry_run, notes)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
@@ -195,7 +202,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
 
     root = Path(settings.data).expanduser().absolute() if settings.data else ROOT / "data"
     weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
-    off_reference |= settings.method == "inflora" and _another_split(editor, inputs, notes)
+    if settings.method == "inflora" and verified:
+        _note_split(editor, inputs, root, verified.checkout, notes)
     if settings.model and weights and weights.name != _weights_name(editor):
         editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
         off_reference = True
@@ -321,19 +329,22 @@ def _find_inputs(
     return weights, inputs
 
 
-def _another_split(editor: ConfigEditor, inputs: Mapping[str, str], notes: list[str]) -> bool:
-    """Say which split of ImageNet-R is here, record one that InfLoRA's logs did not have, and tell if it is unknown."""
+def _note_split(editor: ConfigEditor, inputs: Mapping[str, str], root: Path, checkout: Path, notes: list[str]) -> None:
+    """Say which split of ImageNet-R is here; of one that InfLoRA's logs did not have, record it and say how to get theirs."""
     split = splits.split_of(inputs)
     if split is None:  # another benchmark
-        return False
+        return
     said = f"the split of {splits.FOLDER} is {split}"
     if split != splits.LOGGED:
         why = f"train/ and test/ of data= hold other images: the logs' split is drawn by its code at seed {splits.SEED}"
         editor.note(f"split of {splits.FOLDER}", splits.LOGGED, split, why)
-        without = "any published number" if split == splits.OTHER else "the shipped logs (beside the paper it will)"
-        said = f"WARNING: {said}; compare will not set this run beside {without}"
+        said = (
+            f"WARNING: {said}; compare will not set this run beside the shipped logs, only beside the paper, whose split is "
+            f"not known. To keep this split, do nothing. To get the logs' split, put the images of both halves back into one "
+            f"folder a class and draw it, which changes the folder for all who use it: "
+            f"{vision_data.draw_again(root, checkout)}"
+        )
     notes.append(said)
-    return split == splits.OTHER
 
 
 def _library_deviations(verified: patches.Verified) -> list[Deviation]:

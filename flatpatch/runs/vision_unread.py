@@ -69,7 +69,7 @@ def why_unread(config: Mapping[str, Any], key: str, *, quick: bool) -> str:
             return f"uses it after epoch {milestone} alone. Use more with upstream.epochs"
     elif key == "lrate_decay":
         return "takes a cosine schedule, and never uses it"
-    elif model == "InfLoRAb5" and key in ("weight_decay", "init_weight_decay") and config.get("optim") == "sgd":
+    elif model == "InfLoRAb5" and key == "init_weight_decay" and config.get("optim") == "sgd":
         return "reads it with optim=adam alone. Add upstream.optim=adam"
     return ""
 
