@@ -16,6 +16,7 @@ from flatpatch.errors import UserError, did_you_mean
 from flatpatch.measurement.request import KINDS, SCOPES, WHENS, check_request
 from flatpatch.measurement.request import Request as MeasureRequest
 from flatpatch.methods import METHODS, Method
+from flatpatch.report.effects import HOW_MEASURED, idle_settings, without_effect
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -30,10 +31,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "sam_on": ("both", "task", "distillation"),
 }
 # Settings that say something to one kind of method alone.
-OF_MEASURING = tuple(f"measure{part}" for part in ("", "_scope", "_when", "_samples", "_batch", "_rho", "_effort"))
+OF_MEASURING = ("measure", *HOW_MEASURED)
 OF_TEXT = ("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port")
 OF_VISION = ("benchmark", "variant", "sam_on")
-OF_SAM = ("rho", "eta", "scope", "sam_on", "sync", "ascent_loss")
 # A comma in these is part of the value, not a list of values to sweep over.
 PLACES = ("model", "data", "run", "output", "device", "tasks", "measure", "measure_scope", "measure_when")
 # Words that upstream's code looks for in paths, changing what it does (run_N_lora.py, uie_collator.py).
@@ -122,21 +122,26 @@ class Request:
         return record
 
 
-def without_effect(sam: str) -> tuple[str, ...]:
-    """Return the settings that change nothing with this ``sam``."""
-    return {"off": OF_SAM, "sam": ("eta",)}.get(sam, ())
-
-
 def telling(settings: Settings) -> Settings:
     """Return the settings with those that change nothing back at their defaults: equal ones make equal runs."""
-    defaults = _defaults()
-    return dataclasses.replace(settings, **{key: defaults[key] for key in without_effect(settings.sam)})
+    defaults, idle = _defaults(), without_effect(settings.sam, settings.measure)
+    return dataclasses.replace(settings, **{key: defaults[key] for key in idle})
 
 
 def in_name(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
     """Return those of some settings that a run's name must tell: what differs from its default and has an effect."""
     chosen, defaults = telling(settings), _defaults()
     return {key: value for key in keys if (value := getattr(chosen, key)) != defaults[key]}
+
+
+def told(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run's recorded settings that somebody set, differ from their default and had an effect."""
+    defaults, idle = _defaults(), idle_settings(record)
+    return {
+        key: entry["value"]
+        for key, entry in record["settings"].items()
+        if entry["source"] == "command line" and key not in idle and entry["value"] != defaults.get(key)
+    }
 
 
 def _defaults() -> dict[str, Any]:

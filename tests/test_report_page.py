@@ -173,7 +173,9 @@ def test_runs_of_other_settings_are_not_put_together(tmp_path):
     assert len(set(titles)) == 4
 
 
-@pytest.mark.parametrize(("key", "value"), [("rho", 0.1), ("sam_on", "task"), ("measure", "loss")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rho", 0.1), ("sam_on", "task"), ("measure", "loss"), ("measure_rho", 0.1)]
+)
 def test_without_sam_its_settings_and_measuring_set_nothing_apart(tmp_path, key, value):
     records = [seeded(0, sam="off"), seeded(1, sam="off")]
     records[1]["settings"][key] = {"value": value, "source": "command line"}
@@ -195,6 +197,36 @@ def test_runs_measured_in_different_ways_are_not_averaged(tmp_path):
         "SAM rho=0.05, measure_samples=16",
         "SAM rho=0.05, measure_samples=64",
     ]
+
+
+def test_how_unmeasured_runs_would_have_been_measured_takes_nothing_apart(tmp_path):
+    records = [seeded(seed) for seed in range(3)]
+    for record, kinds, rho in zip(records, ("", "", "sam"), (0.05, 0.1, 0.05), strict=True):
+        record["settings"] |= {
+            "measure": {"value": kinds, "source": "command line"},
+            "measure_rho": {"value": rho, "source": "command line"},
+        }
+    records.append(seeded(3))
+    records[3]["settings"] |= {"measure": {"value": "loss", "source": "command line"}}
+    folders = [write_run(tmp_path / str(k), record) for k, record in enumerate(records)]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [[run.seed for run in group.runs] for group in groups] == [["0", "1"], ["2"], ["3"]]
+
+
+@pytest.mark.parametrize(
+    ("sam", "key", "value"),
+    [("off", "scope", "B"), ("off", "measure_rho", 0.1), ("sam", "eta", 1.0), ("sam", "scope", "lora")],
+)
+def test_seeds_are_put_together_whatever_had_no_effect(tmp_path, capsys, sam, key, value):
+    records = [seeded(0, sam=sam), seeded(1, sam=sam), seeded(2, sam=sam)]
+    records[0]["settings"][key] = {"value": value, "source": "command line"}
+    records[2]["settings"]["adapters"] = {"value": "fp32", "source": "command line"}
+    folders = [write_run(tmp_path / str(k), record) for k, record in enumerate(records)]
+    assert main(["report", f"run={','.join(map(str, folders))}"]) == 0
+    table = capsys.readouterr().out.partition("mean and standard deviation")[2].splitlines()[1:3]
+    assert [line.split()[-1] for line in table] == ["2", "1"]
+    assert " ± " in table[0] and key not in table[0]
+    assert "adapters=fp32" in table[1]
 
 
 def test_other_conditions_of_some_runs_are_told(tmp_path):

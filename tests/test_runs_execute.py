@@ -181,13 +181,52 @@ def test_page_that_cannot_be_drawn_is_one_warning_and_no_failure(
     assert page.read_bytes() == before
 
 
+@pytest.mark.parametrize("part", ["draw_run", "draw_flatness", "read_step_metrics"])
+def test_figures_that_cannot_be_drawn_are_one_warning_and_no_failure(
+    part: str, undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> list[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    page = undisturbed / "report.html"
+    page.write_text("of an earlier time")
+    monkeypatch.setattr(f"flatpatch.runs.figures.{part}", fail)
+    assert main(words(data, undisturbed.parent, "undisturbed")) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    (warning,) = [line for line in shown.out.splitlines() if "WARNING" in line]
+    assert f"not every figure in {undisturbed / 'figures'} was drawn, the run is whole" in warning
+    assert "Permission denied" in warning
+    assert f"python -m flatpatch report run={undisturbed}" in warning
+    assert f"record   {undisturbed / 'record.json'}" in shown.out
+    assert_page_tells_of(page, undisturbed)
+
+    page.write_text("of an earlier time")
+    assert main(["report", f"run={undisturbed}"]) == 0
+    assert capsys.readouterr().out.count("WARNING") == 1
+    assert_page_tells_of(page, undisturbed)
+
+
 def test_finished_run_is_the_one_asked_for_whatever_has_no_effect(
     undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = results(undisturbed)
     command = [word for word in words(data, undisturbed.parent, "undisturbed") if word != "profile=quick"]
     more = ["profile=auto"] if not torch.cuda.is_available() else ["profile=quick"]
-    assert main([*command, *more, "eta=0.5", "scope=lora", "upstream.per_device_eval_batch_size=512"]) == 0
+    assert (
+        main(
+            [
+                *command,
+                *more,
+                "eta=0.5",
+                "scope=lora",
+                "measure_rho=0.1",
+                "measure_scope=model",
+                "upstream.per_device_eval_batch_size=512",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "nothing to do" in shown
     assert results(undisturbed) == before
@@ -321,6 +360,22 @@ def test_sweep_runs_every_combination_and_averages_over_seeds(
     assert shown.rstrip().endswith(f"page     {tmp_path / 'report.html'}")
     assert_page_tells_of(tmp_path / "report.html", *folders)
     assert not list(tmp_path.glob("*/report.html"))
+
+
+def test_sweep_goes_on_where_the_figures_of_a_run_cannot_be_drawn(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> list[Path]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flatpatch.runs.figures.draw_run", fail)
+    command = [word for word in words(data, tmp_path, "x")[1:] if not word.startswith(("run=", "tasks="))]
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1"]) == 0
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/record.json")]
+    assert [record["status"] for record in records] == ["finished", "finished"]
+    shown = capsys.readouterr().out
+    assert shown.count("WARNING: not every figure") == 2
+    assert "failed" not in shown
 
 
 def test_sweep_runs_once_without_sam_whatever_the_radius(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

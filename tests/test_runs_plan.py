@@ -14,6 +14,7 @@ from flatpatch.__main__ import main
 from flatpatch.methods import METHODS
 from flatpatch.runs.execute import prepare_work
 from flatpatch.runs.plan import Plan, make_plan, visible_devices
+from flatpatch.runs.record import compared_settings
 from flatpatch.settings import Settings, parse
 
 ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
@@ -258,6 +259,16 @@ def test_setting_without_effect_makes_no_other_run() -> None:
     assert name_of("sam=sam", "eta=1") == name_of("sam=sam")
     names = [name_of("sam=asam"), *(name_of("sam=asam", word) for word in idle)]
     assert len(set(names)) == 5
+
+
+def test_how_to_measure_makes_no_other_run_where_nothing_is_measured() -> None:
+    how = {"rho": 0.1, "samples": 8, "batch": 2, "effort": "full", "scope": "model", "when": "after"}
+    plain = ["profile=quick", "engine=reference"]
+    words = [*plain, *(f"measure_{key}={value}" for key, value in how.items())]
+    for measured in ([], ["measure=loss"]):
+        one, other = (make_plan(parse([*given, *measured])) for given in (plain, words))
+        assert one.folder == other.folder
+        assert (compared_settings(one) == compared_settings(other)) == (not measured)
 
 
 def test_override_that_names_the_value_there_is_makes_no_other_run() -> None:

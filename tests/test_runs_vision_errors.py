@@ -13,8 +13,10 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.runs import vision_data
+from flatpatch.runs.plan import make_plan
 from flatpatch.runs.vision_config import known_keys, task_classes
 from flatpatch.runs.vision_data import Dataset, check_images, check_weights, find_weights, list_hash
+from flatpatch.settings import parse
 
 Refused = Callable[..., str]
 
@@ -77,6 +79,25 @@ def test_unknown_variant_is_told_the_nearest_one(refused: Refused) -> None:
     assert "unknown variant 'infloraB5' of InfLoRA. Did you mean 'inflorab5'?" in refused(
         "method=inflora", "variant=infloraB5"
     )
+
+
+@pytest.mark.parametrize("variant", ["infloraca", "inflorab5"])
+def test_variant_is_refused_where_the_reference_engine_would_run(
+    variant: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.patches.is_available", lambda _: (False, "nothing there"))
+    asked = refused("method=inflora", f"variant={variant}", "engine=reference", "profile=quick", "device=cpu")
+    lacking = refused("method=inflora", f"variant={variant}", "profile=quick", "device=cpu")
+    for text in (asked, lacking):
+        assert f"variant={variant} needs the authors' code: the reference engine has InfLoRA alone" in text
+        assert "git submodule update --init third_party/InfLoRA" in text
+    assert "or leave out engine=reference" in asked
+    assert "or fetch the code (InfLoRA cannot be had: nothing there)" in lacking
+
+
+def test_variant_that_is_the_default_runs_by_the_reference_engine() -> None:
+    plan = make_plan(parse(["method=inflora", "variant=inflora", "engine=reference", "profile=quick", "device=cpu"]))
+    assert (plan.engine, plan.request.settings.variant) == ("reference", "")
 
 
 def test_step_of_cllora_is_refused_for_another_method(refused: Refused) -> None:

@@ -33,6 +33,7 @@ from flatpatch.comparison.sides import (
 from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
+from flatpatch.report.effects import idle_settings
 from flatpatch.report.records import setting
 from flatpatch.report.splits import list_hashes
 from flatpatch.report.titles import labels
@@ -380,9 +381,7 @@ def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> No
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    keys = {*one["settings"], *other["settings"]} - set(_OWN)
-    if "off" in (sam := {str(setting(record, "sam", "off")) for record in (one, other)}) and len(sam) == 1:
-        keys -= {"rho", "eta", "scope", "sam_on", "sync", "ascent_loss"}
+    keys = {*one["settings"], *other["settings"]} - set(_OWN) - (idle_settings(one) & idle_settings(other))
     if all(list_hashes(record.get("inputs", {})) for record in (one, other)):
         keys -= {"data"}  # the images are compared, not where they lie
     found = [key for key in keys if setting(one, key) != setting(other, key)]

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatpatch.report.effects import idle_settings, without_effect
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
 
 # Settings that say where a run lies, or that make the runs of one group different.
 _NOT_COMPARED = frozenset({"seed", "run", "output", "port"})
-# Without SAM these change nothing.
-_OF_SAM = frozenset({"rho", "eta", "scope", "sam_on", "sync", "ascent_loss"})
 # Measuring leaves the training as it is; all its settings begin with this word.
 _MEASURING = "measure"
 # What mostly follows from the settings: told only where two groups would else have one name.
@@ -246,13 +245,11 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
     """Return all that two runs must share to be of one group, but for how they were measured."""
     sam = setting(record, "sam", "off")
     environment = record["environment"]
+    idle = idle_settings(record)
     facets = {
         key: str(entry["value"])
         for key, entry in record["settings"].items()
-        if key not in _NOT_COMPARED
-        and not key.startswith(_MEASURING)
-        and not (sam == "off" and key in _OF_SAM)
-        and not (key == "eta" and sam != "asam")
+        if key not in _NOT_COMPARED and not key.startswith(_MEASURING) and key not in idle
     }
     # Where a setting says "auto", what it came to.
     facets |= {key: str(record[key]) for key in ("method", "benchmark", "profile", "engine")}
@@ -273,7 +270,7 @@ def _by_measuring(
         tuple(
             (name, str(entry["value"]))
             for name, entry in sorted(run.record["settings"].items())
-            if name.startswith(_MEASURING)
+            if name.startswith(_MEASURING) and name not in idle_settings(run.record)
         )
         for run in runs
     ]
@@ -294,11 +291,12 @@ def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[s
     """
     names = list(dict.fromkeys(name for key in keys for name in key))
     differing = [name for name in names if len({key.get(name) for key in keys}) > 1]
+    idle = without_effect("off", "")
     asked = [
         name
         for name in differing
         if name not in ("method", "sam", "rho", *_FOLLOWING)
-        and (len({key[name] for key in keys if name in key}) > 1 or (name in given and name not in _OF_SAM))
+        and (len({key[name] for key in keys if name in key}) > 1 or (name in given and name not in idle))
     ]
     titles = []
     for key in keys:

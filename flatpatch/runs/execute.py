@@ -27,12 +27,10 @@ from flatpatch.continual.results import read_results
 from flatpatch.errors import FlatpatchError, Interrupted, UserError
 from flatpatch.measurement import files as measurements
 from flatpatch.measurement.request import WHENS
-from flatpatch.report.figures import draw_run
-from flatpatch.report.flatness_run import draw_flatness
-from flatpatch.report.records import read_step_metrics
 from flatpatch.report.table import summary_table
 from flatpatch.runs import vision_run
 from flatpatch.runs.changes import Stage, TaskPlan
+from flatpatch.runs.figures import leave_figures
 from flatpatch.runs.plan import Plan, headline
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import (
@@ -94,10 +92,8 @@ def execute(plan: Plan) -> dict[str, Any]:
 def _show(folder: Path, record: dict[str, Any]) -> None:
     """Print the table and draw the figures."""
     print(summary_table(record))
-    drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
-    drawn += draw_flatness(record, folder)
     print(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
-    for path in drawn:
+    for path in leave_figures(folder, record):
         print(f"figure   {path}")
 
 

@@ -43,6 +43,7 @@ from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.records import read_record
 from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
+from flatpatch.runs.figures import or_warn
 from flatpatch.runs.measure_words import Asked
 from flatpatch.runs.pages import leave_page, place_of
 from flatpatch.runs.progress import Progress
@@ -144,7 +145,7 @@ def _add_to_run(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str,
                 *entries,
             ]
         write_record(run.folder, record)
-        figures = draw_flatness(record, run.folder)
+        figures = or_warn(run.folder, lambda: draw_flatness(record, run.folder))
     print("\n".join([f"\n{run.folder}", *flatness_table(record)]))
     for content, _ in made:
         for failure in files.failures(content):

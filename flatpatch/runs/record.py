@@ -19,9 +19,9 @@ from typing import Any
 
 from flatpatch import __version__
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.report.effects import without_effect
 from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
 from flatpatch.runs.vision_plan import VisionPlan
-from flatpatch.settings import without_effect
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -133,8 +133,12 @@ def environment(plan: Plan) -> dict[str, Any]:
 
 def compared_settings(plan: Plan) -> dict[str, Any]:
     """Return the settings that must be equal for two calls to be the same run: those that have an effect."""
-    left_out = (*NOT_COMPARED, *without_effect(plan.request.settings.sam))
+    left_out = (*NOT_COMPARED, *_idle(plan))
     return {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in left_out}
+
+
+def _idle(plan: Plan) -> frozenset[str]:
+    return without_effect(plan.request.settings.sam, plan.request.settings.measure)
 
 
 def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
@@ -163,7 +167,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
             f"the run folder {folder} is occupied: its record.json cannot be read ({error}). {advice}"
         ) from error
     ours = compared_settings(plan)
-    idle = without_effect(plan.request.settings.sam)
+    idle = _idle(plan)
     different = [
         f"{key} is {theirs.get(key, '(not given)')!r} there and {ours.get(key, '(not given)')!r} here"
         for key in sorted({*theirs, *ours})

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.report.figures import draw_run
-from flatpatch.report.flatness_run import draw_flatness
-from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, run_folder
+from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
+from flatpatch.runs.figures import leave_figures
 from flatpatch.runs.pages import leave_page, place_of, write_page
 from flatpatch.runs.plan import Plan, make_plan, render
 from flatpatch.runs.record import check_continues, compared_settings
-from flatpatch.settings import PLACES, parse, split_word
+from flatpatch.settings import PLACES, parse, split_word, told
 
 REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
 
@@ -116,10 +115,9 @@ def seeds_table(records: Sequence[dict[str, Any]]) -> str:
         ]
         shown += [f"rho={settings['rho']:g}"] if settings["sam"] != "off" else []
         shown += [
-            f"{key}={settings[key]}"
-            for key, entry in record["settings"].items()
-            if entry["source"] == "command line"
-            and key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
+            f"{key}={value}"
+            for key, value in told(record).items()
+            if key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
         ]
         groups.setdefault(" ".join(shown), []).append(record)
     lines = [f"{'mean and standard deviation over seeds':<60} {'average accuracy':>20} {'forgetting':>18}   n"]
@@ -154,8 +152,7 @@ def show(words: Sequence[str]) -> int:
         record = read_record(folder)
         print(summary_table(record), "\n")
         if record["status"] == "finished":
-            drawn = draw_run(record, read_step_metrics(folder / "metrics.jsonl"), folder / "figures")
-            for path in [*drawn, *draw_flatness(record, folder)]:
+            for path in leave_figures(folder, record):
                 print(f"figure   {path}")
             finished.append(record)
     if len(finished) > 1:

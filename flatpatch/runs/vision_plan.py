@@ -142,6 +142,13 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         request = as_default(request, "benchmark", next(iter(method.configs[variant])))
         request = as_default(request, "variant", next(iter(method.configs)))
         settings = request.settings
+    if engine == "reference" and settings.variant:
+        asked = settings.engine == "reference"
+        raise UserError(
+            f"variant={settings.variant} needs the authors' code: the reference engine has {method.title} alone. Leave out "
+            f"variant=, or {'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
+            f"The code comes with: git submodule update --init third_party/{method.repository}"
+        )
     notes: list[str] = []
     device, devices = choose_device(request, profile, available, dry_run, notes)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
