@@ -11,7 +11,7 @@ from flatpatch.errors import FlatpatchError, UserError, did_you_mean
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
 verbs:
-  run      train one method over its tasks; stops and continues with the same command
+  run      train one method over its tasks; the same command continues a stopped run (with images: starts it anew)
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
   report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
@@ -146,9 +146,16 @@ def _report(words: list[str]) -> int:
 
 
 def _measure(words: list[str]) -> int:
+    from flatpatch.runs import measure_words
+
+    if not words or _asks_for_help(words):
+        print(measure_words.usage())
+        return 0
+    asked = measure_words.parse_words(words)
+    measure_words.silence_imports()
     from flatpatch.runs import measure
 
-    return measure.measure(words)
+    return measure.measure(asked)
 
 
 def _patches(words: list[str]) -> int:

@@ -162,7 +162,11 @@ def describe() -> str:
     for item in dataclasses.fields(Settings):
         choices = f" [{'|'.join(CHOICES[item.name])}]" if item.name in CHOICES else ""
         default = f"={item.default}" if item.default != "" else "="
-        lines.append(f"  {item.name + default:<18} {item.metadata['help']}{choices}")
+        start = f"  {item.name + default:<18} "
+        if len(start) > 21:  # too long to stand beside its text
+            lines.append(start.rstrip())
+            start = " " * 21
+        lines.append(f"{start}{item.metadata['help']}{choices}")
     lines.append(f"  {'upstream.<arg>=':<18} override one argument of upstream's script (recorded)")
     return "\n".join(lines)
 

@@ -195,7 +195,7 @@ def test_help_names_every_baseline_and_verdict(capsys):
         (["run=a", "margin=wide"], "margin='wide' is not a number"),
         (["run=a", "run=b"], "run= is given twice"),
         (["run="], "run= is empty"),
-        (["run=absent"], "no record"),
+        (["run=absent"], "there is no run"),
         (["log=absent"], "cannot read the log absent"),
         (["run=a", "--require", "sameness"], "--require takes the word reproduced (got 'sameness')"),
         (["run=a", "--require"], "--require takes the word reproduced (got '')"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from flatpatch.report.records import read_record
 from flatpatch.runs import measure as verb
 from flatpatch.runs import trained
 from flatpatch.runs.execute import prepare_work
+from flatpatch.runs.measure_words import parse_words
 from flatpatch.runs.plan import make_plan
 from flatpatch.runs.record import new_record, write_record
 from flatpatch.settings import parse
@@ -381,7 +384,7 @@ def test_each_task_is_in_the_record_as_soon_as_it_is_measured(
 def test_sample_of_no_examples_is_refused(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained, "load_examples", lambda *_: [])
     run = trained.find_run(str(make_run("one", 1)))
-    request = verb.parse_words(["run=x"]).request
+    request = parse_words(["run=x"]).request
     with pytest.raises(UserError, match="the sample is empty"):
         trained.draw_task_sample(run, 1, request)
 
@@ -390,3 +393,38 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["measure", "--help"]) == 0
     said = capsys.readouterr().out
     assert "examples:" in said and "python -m flatpatch measure run=" in said and "eigenvalues" in said
+    assert "OMP_NUM_THREADS" in said
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["rnu=x"], 2)])
+def test_help_and_mistakes_need_no_library_for_training(words: list[str], code: int) -> None:
+    program = (
+        "import sys\nfrom flatpatch.__main__ import main\ncode = main(['measure', *sys.argv[1:]])\n"
+        "assert not {'torch', 'deepspeed'} & set(sys.modules), 'imported'\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "accelerator" not in done.stdout + done.stderr
+
+
+def test_libraries_say_nothing_of_themselves(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flatpatch", "measure", f"run={tmp_path / 'none'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("flatpatch: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_quick_run_is_measured_with_one_thread_unless_told_otherwise(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    words = ["measure", f"run={make_run('one', 1)}", "measure=loss", "measure_scope=adapter", *SMALL]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert main(words) == 0
+    assert told == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert main(words) == 0
+    assert told == [1]

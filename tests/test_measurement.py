@@ -346,6 +346,19 @@ def test_non_finite_loss_is_an_error_in_the_file_and_no_exception(
     assert draw_flatness(record, tmp_path) == []
 
 
+def test_table_tells_the_protocols_value_from_the_highest_found() -> None:
+    values = {"keskar_sharpness": 0.25, "keskar_lower_bound": 0.75, "sam_sharpness_ascent": 0.5}
+    entry = {"task_index": 0, "task": "a", "when": "after", "scope": "adapter", "loss": 1.0, "values": values}
+    upper, lower, row = flatness_table({"flatness": [entry]})
+    for first, second, number in (
+        ("Keskar (%),", "protocol", "0.25"),
+        ("Keskar (%),", "highest found", "0.75"),
+        ("SAM ball,", "ascent", "0.5"),
+    ):
+        end = lower.index(second) + len(second)
+        assert upper[:end].endswith(first) and row[:end].endswith(f" {number}")
+
+
 def test_one_kind_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")

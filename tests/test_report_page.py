@@ -648,3 +648,11 @@ def test_report_without_a_run_says_what_it_takes(tmp_path):
             show(words)
     with pytest.raises(UserError, match="no record"):
         show([f"run={tmp_path}"])
+
+
+@pytest.mark.parametrize("verb", ["report", "compare"])
+@pytest.mark.parametrize(("name", "place"), [("runs/none", "runs/none"), ("none", "runs/none"), ("a/b", "a/b")])
+def test_run_that_is_not_there_is_named_as_it_was_given(verb, name, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, f"run={name}"]) == 2
+    assert f"run={name}: there is no run {tmp_path / place}." in capsys.readouterr().err

@@ -16,9 +16,11 @@ import flatpatch.continual.reference  # noqa: F401  # DeepSpeed, which it loads,
 from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
+from flatpatch.errors import UserError
 from flatpatch.methods import METHODS
 from flatpatch.runs import choices
 from flatpatch.runs.doctor import doctor
+from flatpatch.settings import parse
 
 Refused = Callable[..., str]
 
@@ -54,6 +56,10 @@ def test_unknown_verb_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]
 
 def test_unknown_setting_is_refused(refused: Refused) -> None:
     assert "unknown setting 'rh'. Did you mean 'rho'?" in refused("rh=1")
+
+
+def test_value_in_another_case_is_told_the_right_one(refused: Refused) -> None:
+    assert "unknown method 'infLoRA'. Did you mean 'inflora'?" in refused("method=infLoRA")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,9 @@ def test_cuda_where_there_is_none_is_refused(refused: Refused, monkeypatch: pyte
     monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
     text = refused("device=cuda")
     assert "device=cuda needs a CUDA device, and torch sees no CUDA device" in text
-    assert "device=cpu" in text
+    assert "Leave device= out, or use device=cpu." in text and "profile=quick" not in text
+    with pytest.raises(UserError, match="Add device=cpu to run on the CPU, or use profile=quick"):
+        choices.choose_device(parse(["device=cuda"]), "upstream", 0, False, [])
 
 
 def test_gpu_that_is_not_there_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.methods import METHODS
 from flatpatch.runs.plan import ROOT, make_plan
+from flatpatch.runs.record import environment
 from flatpatch.runs.vision_plan import REFERENCE_DEFAULTS, VisionPlan, written_config
 from flatpatch.runs.vision_run import _check_curve
 from flatpatch.settings import parse
@@ -213,6 +214,16 @@ def test_quick_run_takes_one_thread_unless_told_otherwise(monkeypatch: pytest.Mo
     assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "3"
+
+
+def test_record_holds_the_threads_that_the_training_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = parse(["method=inflora", "engine=reference", "profile=quick", "device=cpu"])
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    made = environment(make_plan(request, dry_run=True))
+    assert (made["threads"], made["variables"]["OMP_NUM_THREADS"]) == (1, "1")
+    made = environment(make_plan(parse(["method=nlora", "engine=reference", "device=cpu"]), dry_run=True))
+    assert made["threads"] == 7 and "OMP_NUM_THREADS" not in made["variables"]
 
 
 def test_first_benchmark_and_variant_are_those_of_a_run_that_names_none(upstream: Callable[[str], Path]) -> None:

@@ -330,7 +330,8 @@ def test_weights_are_found_by_timms_name_in_a_folder(tmp_path: Path) -> None:
     ("config", "classes", "expected"),
     [
         ({"init_cls": 10, "increment": 7}, 100, "100 classes do not divide into a first task of 10"),
-        ({"init_cls": 120, "increment": 10}, 100, "do not divide"),
+        ({"init_cls": 5, "increment": 4}, 20, r"so that it divides 20 - 5 = 15, the classes after the first task"),
+        ({"init_cls": 120, "increment": 10}, 100, "do not divide.*at most 100"),
         ({"init_cls": 0, "increment": 10}, 100, "init_cls=0 is out of range"),
         ({"init_cls": 10, "increment": True}, 100, "increment=true is out of range"),
         ({"init_cls": 9, "increment": 1}, 10, "a task of one class"),
@@ -351,6 +352,9 @@ def test_classes_that_do_not_make_tasks_are_refused(config: dict[str, object], c
 
 def test_classes_of_the_tasks_follow_upstreams_increments() -> None:
     assert task_classes({"init_cls": 10, "increment": 5}, 20) == ((0, 9), (10, 14), (15, 19))
+    # Neither number divides the classes; the second one divides what is left of them.
+    threes = [(first, first + 2) for first in range(5, 20, 3)]
+    assert task_classes({"init_cls": 5, "increment": 3}, 20) == ((0, 4), *threes)
 
 
 @pytest.mark.third_party

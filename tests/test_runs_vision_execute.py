@@ -164,6 +164,21 @@ def test_killed_run_starts_over_and_ends_as_an_undisturbed_one(undisturbed: Path
     assert json.loads((folder / "record.json").read_text())["restarts"] == 1
 
 
+def test_stopped_run_says_that_it_starts_over(tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "-m", "flatpatch", *words(tmp_path, "stopped")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while not started(folder, NAMES[0]):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 85
+    assert "stopped by SIGTERM" in said and "the same command starts it anew" in said
+    assert "continues" not in said
+
+
 def test_new_record_is_valid_before_anything_ran(tmp_path: Path) -> None:
     request = parse([word for word in words(tmp_path, "planned") if word != "run"])
     record = new_record(make_plan(request))

@@ -96,6 +96,7 @@ def test_help_names_every_setting_and_its_choices() -> None:
     for name in Settings.__dataclass_fields__:
         assert f"  {name}=" in text
     assert "|".join(CHOICES["scope"]) in text
+    assert all(line[20] == " " != line[21] for line in text.splitlines() if len(line) > 30)  # the texts stand apart
 
 
 def test_sweep_takes_every_combination_of_lists_and_ranges() -> None:

@@ -16,7 +16,7 @@ from flatpatch.comparison.sides import subject_of
 from flatpatch.continual.vision_logs import read_vision_log
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
-from flatpatch.report.records import RECORD_FILE, read_record
+from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import split_word
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
@@ -73,7 +73,7 @@ def compare(words: Sequence[str]) -> int:
     if "log" in given:
         result = _compare_log(Path(given["log"]).expanduser(), baseline, options)
     else:
-        folders = [_folder(name) for name in given["run"].split(",")]
+        folders = [run_folder(name) for name in given["run"].split(",")]
         records = [read_record(folder) for folder in folders]
         result = compare_runs(records, baseline, names=[folder.name for folder in folders], **options)
         also = find_baselines(subject_of(records[0]))
@@ -162,11 +162,6 @@ def _margin(text: str) -> float:
         return float(text)
     except ValueError:
         raise UserError(f"margin='{text}' is not a number (expected points of accuracy, e.g. margin=0.5).") from None
-
-
-def _folder(name: str) -> Path:
-    path = Path(name).expanduser()
-    return path if path.exists() else Path("runs") / name
 
 
 def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,15 +33,17 @@ _OVER_TASKS = {
     "loss": ("loss of the sample", None),
     "top_eigenvalue": ("largest eigenvalue", "top_eigenvalue_residual"),
     "trace": ("trace", "trace_standard_error"),
-    "keskar_lower_bound": ("Keskar's sharpness (%),\nstronger bound", None),
+    "keskar_lower_bound": ("Keskar's sharpness (%),\nhighest found", None),
     "sam_sharpness_ascent": ("loss rise in SAM's ball,\nprojected ascent", None),
 }
+# Columns of the table, each with its two lines of heading.
 _COLUMNS = {
-    "loss": "loss",
-    "top_eigenvalue": "top eigenv.",
-    "trace": "trace",
-    "keskar_lower_bound": "Keskar",
-    "sam_sharpness_ascent": "SAM ball",
+    "loss": ("", "loss"),
+    "top_eigenvalue": ("", "top eigenv."),
+    "trace": ("", "trace"),
+    "keskar_sharpness": ("Keskar (%),", "protocol"),
+    "keskar_lower_bound": ("Keskar (%),", "highest found"),
+    "sam_sharpness_ascent": ("SAM ball,", "ascent"),
 }
 
 Entry = Mapping[str, Any]
@@ -157,12 +159,15 @@ def flatness_table(record: Mapping[str, Any]) -> list[str]:
     shown = [name for name in _COLUMNS if any(_value(entry, name) is not None for entry in entries)]
     if not entries:
         return []
-    width = max(len(f"{entry['task_index'] + 1} {entry['task']} {entry['when']}") for entry in entries)
-    head = f"{'flatness around':<{width}} {'scope':<9}" + "".join(f"{_COLUMNS[name]:>12}" for name in shown)
-    lines = [head.rstrip()]
+    title = "flatness around"
+    width = max(len(title), *(len(f"{e['task_index'] + 1} {e['task']} {e['when']}") for e in entries))
+    wide = {name: max(12, 1 + max(map(len, _COLUMNS[name]))) for name in shown}
+    upper, lower = ("".join(f"{_COLUMNS[name][k]:>{wide[name]}}" for name in shown) for k in (0, 1))
+    lines = [f"{'':<{width}} {'':<9}{upper}"] if upper.strip() else []
+    lines.append(f"{title:<{width}} {'scope':<9}{lower}".rstrip())
     for entry in entries:
         place = f"{entry['task_index'] + 1} {entry['task']} {entry['when']}"
-        numbers = "".join(f"{_short(_value(entry, name)):>12}" for name in shown)
+        numbers = "".join(f"{_short(_value(entry, name)):>{wide[name]}}" for name in shown)
         lines.append(f"{place:<{width}} {entry['scope']:<9}{numbers}")
     return lines
 

@@ -176,6 +176,20 @@ def validate_record(record: Any) -> None:
         raise ValueError("\n".join(problems))
 
 
+def run_folder(name: str) -> Path:
+    """Return the place that a word names: a path, or one inside ``runs/``.
+
+    Raises:
+        UserError: If nothing is at either, with the path that was meant.
+    """
+    place, inside = Path(name).expanduser(), Path("runs") / name
+    if not place.exists() and (inside.exists() or place.name == name):
+        place = inside
+    if not place.exists():
+        raise UserError(f"run={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
+    return place
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read and check a run's record.
 

@@ -99,9 +99,11 @@ def choose_device(
         if dry_run:
             notes.append(f"{lack}: this is the plan for a machine that has one. device=cpu plans for the CPU.")
             return "cuda", numbers or ("0",)
+        advice = "Add device=cpu to run on the CPU, or use profile=quick."
+        if profile == "quick":
+            advice = "Leave device= out, or use device=cpu."
         raise UserError(
-            f"{'device=' + asked if asked != 'auto' else 'profile=' + profile} needs a CUDA device, and {lack}. "
-            f"Add device=cpu to run on the CPU, or use profile=quick."
+            f"{'device=' + asked if asked != 'auto' else 'profile=' + profile} needs a CUDA device, and {lack}. {advice}"
         )
     if numbers:
         return "cuda", numbers

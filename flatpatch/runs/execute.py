@@ -59,7 +59,7 @@ def execute(plan: Plan) -> dict[str, Any]:
     Raises:
         UserError: If the run folder holds another run.
         FlatpatchError: If a task fails.
-        Interrupted: If a signal asks to stop; the same command continues the run.
+        Interrupted: If a signal asks to stop; says what the same command will do then.
     """
     old = check_continues(plan.folder, plan)
     if old is not None and old["status"] == "finished":
@@ -254,7 +254,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
             start_new_session=True,
         )
         try:
-            _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan))
+            _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan), _way_on(plan))
         finally:
             _end(process)
             _end_leftovers(hook)
@@ -314,7 +314,7 @@ def _shown_names(plan: Plan) -> dict[str, str]:
 
 
 def _watch(
-    process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop, names: Mapping[str, str]
+    process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str
 ) -> None:
     """Show the task's progress until it ends; stop it when asked to."""
     started = time.monotonic()
@@ -324,7 +324,7 @@ def _watch(
         while process.poll() is None:
             if stop.asked:
                 _end(process)
-                raise Interrupted(f"stopped by {stop.asked} during {title}. The same command continues the run.")
+                raise Interrupted(f"stopped by {stop.asked} during {title}. {way_on}")
             with contextlib.suppress(OSError, ValueError):
                 state = json.loads(progress.read_text(encoding="utf-8"))
                 if state.get("note", note) != note:
@@ -344,10 +344,14 @@ def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    advice = "Finished tasks are kept: the same command goes on from here."
-    if isinstance(plan, VisionPlan):
-        advice = "Upstream cannot go on within a run: the same command starts it anew."
-    return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{advice}"
+    return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+
+
+def _way_on(plan: Plan) -> str:
+    """Return what the same command will do with a run that has stopped."""
+    if isinstance(plan, VisionPlan):  # one process learns all tasks
+        return "An image run cannot go on from its middle: the same command starts it anew."
+    return "The same command continues the run; finished tasks are kept."
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.flatness import (
     Problem,
     find_scope,
@@ -32,7 +31,7 @@ from flatpatch.flatness.landscape import save_landscape
 from flatpatch.flatness.points import moving
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.guard import working_copy
-from flatpatch.measurement.request import EFFORTS, KINDS, SCOPES, Request, make_request
+from flatpatch.measurement.request import EFFORTS, Request
 from flatpatch.measurement.sample import Sample
 from flatpatch.measurement.suite import ScopeResult, measure_model
 from flatpatch.report.flatness_figures import (
@@ -48,12 +47,12 @@ from flatpatch.report.records import read_record
 from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
 from flatpatch.runs.figures import or_warn
+from flatpatch.runs.measure_words import Asked
 from flatpatch.runs.pages import leave_page, place_of
 from flatpatch.runs.plan import folder_problems, unwritable
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
-from flatpatch.settings import split_word
 
 SCHEMA = 1
 COMPARISON = "comparison.json"
@@ -61,47 +60,11 @@ JOINT_SCOPES = ("adapter", "merged")
 LINE_POINTS = 25
 BYTES_NEEDED = 2**20
 
-USAGE = """usage: python -m flatpatch measure run=FOLDER[,FOLDER[,FOLDER]] [key=value ...]
 
-Measures the models that finished runs left, on a fixed sample of the training data of the task after which they were
-saved, and adds the results to each run's record. With two runs also the straight line between their models, with its
-barrier, in the space of the factors A and B (adapter) and of W + s B A (merged); with three the plane through them.
-
-  run=                    one to three runs: folders, or names inside runs/
-  task=                   after which task: a name of the order, several with commas, or all; default: the last
-  measure=all             {kinds}
-  measure_scope=adapter,merged   over which weights: some of {scopes}
-  measure_samples=64      training examples to measure on, the same for every run
-  measure_batch=16        examples in a batch of them
-  measure_rho=0.05        radius of SAM's ball to measure in
-  measure_effort=quick    {efforts}
-  output=                 where the results of several runs together go; default: runs/comparison-NAMES
-
-examples:
-  python -m flatpatch measure run=runs/nlora-sam
-  python -m flatpatch measure run=nlora-sam measure=eigenvalues,trace measure_samples=256 task=all
-  python -m flatpatch measure run=nlora-off,nlora-sam measure=eigenvalues,density
-  python -m flatpatch measure run=seed0,seed1,seed2 measure=loss measure_scope=merged output=runs/three-seeds
-"""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the words ask for."""
-
-    runs: tuple[str, ...]
-    task: str
-    request: Request
-    output: str
-
-
-def measure(words: Sequence[str]) -> int:
-    """Measure as the words say; returns 1 if a part of it failed."""
-    if not words or "--help" in words or "-h" in words:
-        print(USAGE.format(kinds=f"all, or some of {', '.join(KINDS)}", scopes=", ".join(SCOPES), efforts="|".join(EFFORTS)))
-        return 0
-    asked = parse_words(words)
+def measure(asked: Asked) -> int:
+    """Measure as asked; returns 1 if a part of it failed."""
     runs = [find_run(name) for name in asked.runs]
+    _choose_threads(runs)
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError(f"run={','.join(asked.runs)} names a run twice. Name different runs.")
     names = runs[0].record["tasks"] if asked.task == "all" else [name for name in asked.task.split(",") if name] or [""]
@@ -124,55 +87,11 @@ def measure(words: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def parse_words(words: Sequence[str]) -> Asked:
-    """Read the verb's words.
-
-    Raises:
-        UserError: With every mistake.
-    """
-    defaults = {
-        **{"run": "", "task": "", "output": "", "measure": "all", "measure_scope": "adapter,merged"},
-        **{"measure_samples": "64", "measure_batch": "16", "measure_rho": "0.05", "measure_effort": "quick"},
-    }
-    given = dict(split_word(word) for word in words)
-    problems = [
-        f"unknown setting '{key}'.{did_you_mean(key, defaults)} Known settings: {', '.join(defaults)}."
-        for key in given
-        if key not in defaults
-    ]
-    values = defaults | {key: value.strip() for key, value in given.items() if key in defaults}
-    numbers: dict[str, float] = {}
-    for key, kind in (("measure_samples", int), ("measure_batch", int), ("measure_rho", float)):
-        try:
-            numbers[key] = kind(values[key])
-        except ValueError:
-            example = f"{key}={defaults[key]}"
-            problems.append(f"{key}='{values[key]}' is not a {'whole ' * (kind is int)}number (expected e.g. {example}).")
-            numbers[key] = float(defaults[key])
-    runs = tuple(name.strip() for name in values["run"].split(",") if name.strip())
-    if not 1 <= len(runs) <= 3:
-        problems.append(f"run='{values['run']}' names {len(runs)} runs (expected one to three, e.g. run=runs/NAME).")
-    if values["output"] and len(runs) == 1:
-        problems.append("output= is for several runs together; one run's results go into its own folder.")
-    if len(runs) > 1 and ("," in values["task"] or values["task"] == "all"):
-        problems.append(f"task={values['task']}: several runs are compared after one task. Name one.")
-    request = None
-    try:
-        request = make_request(
-            values["measure"],
-            values["measure_scope"],
-            samples=int(numbers["measure_samples"]),
-            batch=int(numbers["measure_batch"]),
-            rho=numbers["measure_rho"],
-            effort=values["measure_effort"],
-        )
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError.collect(problems)
-    if request is None:
-        raise UserError("measure= is empty: name what to measure, e.g. measure=eigenvalues,trace or measure=all.")
-    return Asked(runs, values["task"], request, values["output"])
+def _choose_threads(runs: Sequence[FinishedRun]) -> None:
+    """Take one thread for small models on the CPU: more are no faster, and much slower where they wait for cores."""
+    quick = all(run.record["profile"] == "quick" for run in runs)
+    if quick and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _check_folders(runs: Sequence[FinishedRun]) -> None:

@@ -111,13 +111,15 @@ def environment(plan: Plan) -> dict[str, Any]:
     """Return what the numbers may depend on: versions, hardware, variables."""
     import torch
 
+    # What the training processes are told, who may not take this one's number of threads.
+    variables = {**{n: os.environ[n] for n in TELLING_VARIABLES if n in os.environ}, **plan.environment()}
     gpus = [torch.cuda.get_device_name(int(number)) for number in plan.devices] if torch.cuda.is_available() else []
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": int(told) if (told := variables.get("OMP_NUM_THREADS", "")).isdecimal() else torch.get_num_threads(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "device": plan.device,
@@ -125,7 +127,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "launcher": plan.launcher,
         "libraries": {name: _version(name) for name in (VISION_LIBRARIES if plan.method.vision else LIBRARIES)},
         "flatpatch": {"version": __version__, "commit": _commit()},
-        "variables": {**{n: os.environ[n] for n in TELLING_VARIABLES if n in os.environ}, **plan.environment()},
+        "variables": variables,
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.report.records import RECORD_FILE, read_record
+from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.figures import leave_figures
@@ -168,8 +168,7 @@ def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     folders: list[Path] = []
     unreadable: list[str] = []
     for name in names:
-        place = Path(name).expanduser()
-        place = (place if place.exists() else Path("runs") / name).absolute()
+        place = run_folder(name).absolute()
         inside = sorted(path.parent for path in place.glob(f"*/{RECORD_FILE}"))
         if (place / RECORD_FILE).exists() or not inside:
             read_record(place)  # a run that is named must be sound

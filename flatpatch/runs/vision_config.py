@@ -175,7 +175,13 @@ def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, in
     if first > classes or rest % step:
         problems.append(
             f"{classes} classes do not divide into a first task of {first} and further ones of {step}: the log's groups "
-            f"of classes would not be the tasks. Choose upstream.init_cls= and upstream.increment= that divide {classes}."
+            "of classes would not be the tasks. "
+            + (
+                f"Choose upstream.increment= so that it divides {classes} - {first} = {rest}, the classes after the first "
+                "task, or another upstream.init_cls=."
+                if rest > 0
+                else f"Choose upstream.init_cls= of at most {classes}."
+            )
         )
     elif min(first, step) < 2:
         problems.append(
