@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_a_task_keeps_its_own_adapters_and_classifier_and_says_what_it_trained(t
     assert set(trained) == {f"attn.lora_B_{part}.1.weight" for part in "kv"} | head
     assert all(torch.equal(tensor, network.get_parameter(name)) for name, tensor in tensors.items())
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["2.safetensors"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_kept_model_has_the_mode_of_other_files(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        keep_model(tmp_path / "models", inflora_network(), 0)
+    finally:
+        os.umask(before)
+    assert kept_file(tmp_path / "models", 0).stat().st_mode & 0o777 == mode
 
 
 def test_a_model_that_cannot_be_written_is_said_and_the_training_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 from flatness_cases import LoRALinear
 from safetensors.torch import load_file, save_file
-from test_measure_verb import digest, figures, finished_losses, refused
+from test_measure_verb import figures, finished_losses, note_hashes, refused
 from torch import nn
 
 from flatpatch.__main__ import main
@@ -25,7 +26,7 @@ from flatpatch.flatness import Problem, find_scope, model_point, supervised_loss
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runs import measure as verb
-from flatpatch.runs import trained
+from flatpatch.runs import trained, trained_images
 from flatpatch.runs.execute import _hook_settings, prepare_work
 from flatpatch.runs.plan import make_plan
 from flatpatch.runs.record import new_record, write_record
@@ -193,6 +194,12 @@ def test_runs_that_do_not_fit_together_are_refused(make_run: MakeRun, refused: C
     hook = second / "tasks/all/hook.json"
     hook.write_text(hook.read_text().replace('"depth": 6', '"depth": 5'))
     assert "are of different sizes of the model" in with_second()
+    hook.write_text(hook.read_text().replace('"depth": 5', '"depth": 6'))
+    for folder, positions in ((first, [0, 1]), (second, [0, 2])):
+        config = folder / "work" / CONFIG
+        config.write_text(json.dumps({**json.loads(config.read_text()), "general_pos": positions, "lamb": 0.9}))
+    text = with_second()
+    assert "may be put together differently" in text and "between them: general_pos is [0, 1] and [0, 2]. Name" in text
 
 
 def test_a_run_on_images_and_one_on_texts_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
@@ -227,6 +234,14 @@ def test_what_is_missing_or_damaged_is_refused(make_run: MakeRun, refused: Calla
     )
     assert "are not finite" in refused(f"run={folder}", *SMALL)
     second.write_bytes(whole)
+    for checkpoint in (second, second.with_name("0.safetensors")):
+        note_hashes(folder, "all", second, second.with_name("0.safetensors"))
+        made = json.dumps({"method": "inflora", "rank": 2, "model": model_of(hook)})
+        kept = checkpoint.read_bytes()
+        save_file({name: 1.5 * value for name, value in load_file(checkpoint).items()}, checkpoint, {"made": made})
+        text = refused(f"run={folder}", *SMALL)
+        assert f"{checkpoint} is not the file that the run left" in text
+        checkpoint.write_bytes(kept)
     entry: dict[str, Any] = {"task": "10-19", "task_index": 1, "when": "after", "scope": "adapter", "samples": 6}
     entry |= {"loss": 99.0, "values": {}, "file": "flatness/2-10-19-after.json", "arrays": None, "seconds": 1.0}
     write_record(folder, {**record, "flatness": [entry]})
@@ -235,6 +250,21 @@ def test_what_is_missing_or_damaged_is_refused(make_run: MakeRun, refused: Calla
 
 def model_of(hook: Path) -> Any:
     return json.loads(hook.read_text())["vision"]["model"]
+
+
+def test_only_what_the_authors_code_raises_is_told_as_theirs(tmp_path: Path) -> None:
+    tree, folder = tmp_path / "tree", tmp_path / "run"
+    (folder / "work").mkdir(parents=True)
+    (tree / "their_utils").mkdir(parents=True)
+    (tree / "their_utils" / "broken.py").write_text("raise ValueError('no images')")
+    run = trained_images.ImageRun(folder, {"engine": "upstream"}, {}, {})
+    run.__dict__["_tree"] = tree  # as if it were built
+    for module, told in (("broken", "(ValueError: no images)"), ("missing", "(ModuleNotFoundError: ")):
+        with pytest.raises(UserError, match="the authors' code stops") as stopped, trained_images._code_of(run):
+            importlib.import_module(f"their_utils.{module}")
+        assert told in str(stopped.value)
+    with pytest.raises(KeyError, match="ours"), trained_images._code_of(run):
+        raise KeyError("ours")
 
 
 # --- upstream's code
@@ -263,7 +293,7 @@ def upstream_runs(
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("figures")
 def test_models_of_upstreams_code_are_rebuilt_as_they_were_measured(
-    upstream_runs: Path, refused: Callable[..., str], tmp_path: Path
+    upstream_runs: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("off", "sam"):
         check_same_losses(upstream_runs / name, SCOPES)
@@ -277,6 +307,17 @@ def test_models_of_upstreams_code_are_rebuilt_as_they_were_measured(
         assert found[scope]["losses"][-1] == pytest.approx(losses["sam"][scope], rel=1e-4)
     other = f"{run},{upstream_runs / 'seed'}"
     if upstream_runs.name.startswith("cllora"):
+        moved = tmp_path / "moved"
+        shutil.copytree(upstream_runs / "sam", moved, symlinks=True)
+        config = json.loads((moved / "work" / CONFIG).read_text())
+        config |= {"general_pos": config["specfic_pos"], "specfic_pos": config["general_pos"]}
+        (moved / "work" / CONFIG).write_text(json.dumps(config))
+        record = read_record(moved)
+        write_record(moved, {**record, "flatness": []})  # the losses are those of the model before it was moved
+        apart = f"run={upstream_runs / 'off'},{moved}"
+        assert "may be put together differently" in refused(apart, *SMALL)
+        monkeypatch.setattr(trained_images.ImageRun, "check_companion", lambda *_: None)
+        assert "moved, scope adapter: the model has loss" in refused(apart, *SMALL)
         # Its configuration shuffles the classes by the seed.
         assert "learned their classes in different orders" in refused(other, *SMALL)
         return
@@ -289,20 +330,27 @@ def test_models_of_upstreams_code_are_rebuilt_as_they_were_measured(
 @pytest.mark.third_party
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_upstreams_models_need_is_told(
-    upstream_runs: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_upstreams_models_need_is_told(upstream_runs: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     folder = tmp_path / "off"
     shutil.copytree(upstream_runs / "off", folder, symlinks=True)
     second = folder / "tasks/all/models/2.safetensors"
     whole = second.read_bytes()
     second.unlink()
-    assert "kept no whole model of task 2" in refused(f"run={folder}", *SMALL)
+    assert "the model that it kept of task 2" in (text := refused(f"run={folder}", *SMALL)) and "is gone" in text
+    done = folder / "tasks/all/done.json"
+    noted = json.loads(done.read_text())
+    del noted["files"]["tasks/all/models/2.safetensors"]
+    done.write_text(json.dumps(noted))
+    assert "kept no model of task 2. Runs of earlier versions" in refused(f"run={folder}", *SMALL)
     tensors = load_file(shutil.copy(folder / "tasks/all/models/1.safetensors", second))
     name = next(name for name in tensors if "lora_A" in name)
     save_file({name: tensors[name][:, :-1].contiguous()}, second, metadata={"trained": json.dumps([name])})
+    models = sorted(second.parent.iterdir())
+    note_hashes(folder, "all", *models)
     assert "of another model" in refused(f"run={folder}", *SMALL)
     second.write_bytes(whole)
+    assert "2.safetensors is not the file that the run left" in refused(f"run={folder}", *SMALL)
+    note_hashes(folder, "all", *models)
     record = read_record(folder)
     write_record(folder, {**record, "upstream": {**record["upstream"], "patched_tree": "0" * 40}})
     assert "ran the patched tree 000000000000 of" in refused(f"run={folder}", *SMALL)
@@ -311,11 +359,20 @@ def test_what_upstreams_models_need_is_told(
     told = config.read_text()
     config.write_text(told.replace("flatpatch_quick", "no_such_images"))
     assert "the authors' code stops (NotImplementedError" in refused(f"run={folder}", *SMALL)
-    config.write_text(told)
+
+
+@pytest.mark.third_party
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_run_whose_repository_is_gone_is_told(
+    upstream_runs: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = read_record(upstream_runs / "off")["upstream"]["repo"]
+    if (Path(trained.__file__).parents[2] / "third_party" / repo / ".git").exists():
+        pytest.skip(f"third_party/{repo} is filled, so {repo} is always found")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path))
-    if not (Path(trained.__file__).parents[2] / "third_party" / record["upstream"]["repo"] / ".git").exists():
-        assert "is not here. Looked in" in refused(f"run={folder}", *SMALL)
+    assert "is not here. Looked in" in refused(f"run={upstream_runs / 'off'}", *SMALL)
 
 
 # --- the space between models with a classifier
@@ -354,7 +411,14 @@ def test_others_move_the_classifier_with_the_factors(scope: str) -> None:
 
 
 def test_nothing_is_left_behind_by_a_refusal(make_run: MakeRun, refused: Callable[..., str]) -> None:
-    folder = make_run("one", 1)
-    before = digest(folder)
-    assert "Did you mean" in refused(f"run={folder}", "task=10-1")
-    assert digest(folder) == before
+    """``refused`` looks at the folders of all runs, before and afterwards."""
+    first, second = make_run("first", 1), make_run("second", 2)
+    assert "Did you mean" in refused(f"run={first}", "task=10-1")
+    same = make_run("same", 1)
+    assert "the same point" in refused(f"run={first},{same}", *SMALL)
+    # What was measured in a run does not fit: found after the models were rebuilt, in the second run or the last task.
+    entry: dict[str, Any] = {"task": "10-19", "task_index": 1, "when": "after", "scope": "adapter", "samples": 6}
+    entry |= {"loss": 99.0, "values": {}, "file": "flatness/2-10-19-after.json", "arrays": None, "seconds": 1.0}
+    write_record(second, {**read_record(second), "flatness": [entry]})
+    assert "in the run it had 99" in refused(f"run={first},{second}", "measure=loss", *SMALL)
+    assert "in the run it had 99" in refused(f"run={second}", "measure=loss", "task=all", *SMALL)

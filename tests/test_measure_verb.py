@@ -96,6 +96,14 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     return run
 
 
+def note_hashes(folder: Path, process: str, *paths: Path) -> None:
+    """Write what a run leaves when one of its processes ended."""
+    hashes = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    own = folder / "tasks" / process
+    own.mkdir(parents=True, exist_ok=True)
+    (own / "done.json").write_text(json.dumps({"files": hashes, "seconds": 1.0}))
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draw nothing where a test is not about figures: they take most of its time."""
@@ -264,6 +272,21 @@ def test_runs_of_different_rank_meet_in_merged_space(make_run: MakeRun, tmp_path
     assert list(json.loads((tmp_path / "x" / verb.COMPARISON).read_text())["scopes"]) == ["merged"]
 
 
+def test_model_that_is_put_together_differently_is_refused(
+    make_run: MakeRun, refused: Callable[..., str], shared: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """With another activation the weights, their names and shapes are the same, and so is the base."""
+    changed = shutil.copytree(shared[0], tmp_path / "t5-gelu")
+    config = json.loads((changed / "config.json").read_text())
+    assert config["feed_forward_proj"] == "relu"
+    (changed / "config.json").write_text(json.dumps({**config, "feed_forward_proj": "gelu", "dense_act_fn": "gelu"}))
+    first, other, third = make_run("first", 1), make_run("other", 2, model=changed), make_run("third", 3)
+    for runs in ((first, other), (third, first, other)):
+        for scope in ("adapter", "merged"):
+            text = refused(f"run={','.join(map(str, runs))}", f"measure_scope={scope}", *SMALL)
+            assert f"other, scope {scope}: the model has loss" in text and "put together differently" in text
+
+
 def test_three_models_on_one_line_are_refused(make_run: MakeRun, refused: Callable[..., str]) -> None:
     """Drawn from one seed, scaled by 0.1, 0.2 and 0.3: the factors lie on one line through zero."""
     folders = [make_run(name, 1, scale=scale) for name, scale in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
@@ -289,6 +312,10 @@ def test_checkpoint_that_does_not_match_is_refused(
     adapters.save(second.parent, Adapter({k: Pair(p.A * float("nan"), p.B) for k, p in grown.items()}, loaded.made))
     assert "are not finite" in refused(f"run={folder}", *SMALL)
     second.write_bytes(whole)
+    note_hashes(folder, "2-amazon", second)
+    adapters.save(second.parent, Adapter({k: Pair(p.A * 1.5, p.B) for k, p in grown.items()}, loaded.made))
+    assert "is not the file that the run left" in refused(f"run={folder}", *SMALL)
+    second.write_bytes(whole)
     entry: dict[str, Any] = {"task": "amazon", "task_index": 1, "when": "after", "scope": "adapter", "samples": 6}
     entry |= {"loss": 99.0, "values": {}, "file": "flatness/2-amazon-after.json", "arrays": None, "seconds": 1.0}
     write_record(folder, {**read_record(folder), "flatness": [entry]})
@@ -306,6 +333,52 @@ def test_scope_without_a_trainable_weight_is_refused(
     assert "scope=trainable chooses no weight" in refused(
         f"run={make_run('one', 1)}", "measure_scope=trainable", *SMALL
     )
+
+
+@pytest.mark.parametrize("blocked", [".lock", "flatness"])
+def test_run_folder_that_cannot_be_written_is_refused_before_the_work(
+    blocked: str, make_run: MakeRun, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run("one", 1)
+    if blocked == ".lock":
+        (folder / ".lock").mkdir()
+    else:
+        (folder / blocked).write_text("a file where a folder should be")
+    monkeypatch.setattr(trained, "rebuild", lambda *_, **__: pytest.fail("the work began"))
+    text = refused(f"run={folder}", *SMALL)
+    assert "cannot be written" in text and blocked in text
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_work(
+    make_run: MakeRun, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = f"run={make_run('first', 1)},{make_run('second', 2)}"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(trained, "rebuild", lambda *_, **__: pytest.fail("the work began"))
+    assert "the output folder" in (text := refused(runs, f"output={tmp_path / 'file' / 'x'}", *SMALL))
+    assert "cannot be made" in text
+    assert "cannot be written" in refused(runs, "output=/proc/compared", *SMALL)
+    assert "is too long for a folder. Choose another with output=" in refused(runs, f"output={'x' * 300}", *SMALL)
+
+
+@pytest.mark.usefixtures("figures")
+def test_each_task_is_in_the_record_as_soon_as_it_is_measured(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("one", 1)
+    write_record = verb.write_record
+
+    def denied_later(*words: Any) -> None:
+        write_record(*words)
+        monkeypatch.setattr(verb, "write_record", denied)
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "record.json")
+
+    monkeypatch.setattr(verb, "write_record", denied_later)
+    assert main(["measure", f"run={folder}", "measure=loss", "task=all", *SMALL]) == 1
+    assert f"flatpatch: {folder} could not be written: [Errno 13] Permission denied" in capsys.readouterr().err
+    assert {entry["task"] for entry in read_record(folder)["flatness"]} == {"dbpedia"}
 
 
 def test_sample_of_no_examples_is_refused(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

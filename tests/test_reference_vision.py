@@ -501,11 +501,12 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint(tmp_path: Path, monke
     model = build(reference, [2])
     checkpoints.save(reference, model)
 
-    def broken(_tensors: object, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
+    def broken(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_file", broken)
+    monkeypatch.setattr(Path, "write_bytes", broken)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(reference, model)
     assert not differing(weights_of(vision.restore(reference, 0)), weights_of(model))

@@ -19,6 +19,7 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.continual.vision_logs import read_inflora_log
 from flatpatch.report.records import validate_record
+from flatpatch.runs import vision_run
 from flatpatch.runs.plan import ROOT, make_plan
 from flatpatch.runs.record import new_record
 from flatpatch.settings import parse
@@ -84,6 +85,12 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
     curve = json.loads((undisturbed / "work/logs/results.json").read_text())["top1_curve"]
     assert record["metrics"]["averaged_accuracy_inflora"] == pytest.approx(sum(curve) / 2)
     assert record["metrics"]["sample_weighted_accuracy"] == curve[-1]
+    noted = json.loads((undisturbed / "tasks/all/done.json").read_text())["files"]
+    checkpoints = sorted((undisturbed / "work/logs/tasks").iterdir())
+    assert [path.name for path in checkpoints] == ["0.safetensors", "1.safetensors"]
+    for path in checkpoints:
+        assert noted[str(path.relative_to(undisturbed))] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert path.stat().st_mode == (undisturbed / "metrics.jsonl").stat().st_mode
     assert list(record["inputs"]) == ["model.safetensors"]
     steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [step["task"] for step in steps] == [NAMES[0]] * 14 + [NAMES[1]] * 14  # 2 epochs of 800 / 128 images
@@ -218,6 +225,25 @@ def test_overrides_reach_the_authors_code_and_its_log_becomes_the_record(
     assert [step["task"] for step in steps] == [NAMES[0]] * 14 + [NAMES[1]] * 14
     assert all(step["perturbed_loss"] > step["loss"] for step in steps)
     assert record["upstream"]["pin"] == "e08b00edd54f2f10cf2f9826eae7d44fdcb6354b"
+
+
+@pytest.mark.third_party
+@pytest.mark.slow
+def test_model_that_could_not_be_kept_is_told(
+    upstream: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("InfLoRA")
+    monkeypatch.setattr(vision_run, "MODELS", "log.txt")  # a file where the folder should be
+    assert main(words(tmp_path, "lost", "engine=upstream", "upstream.init_epoch=2")) == 0
+    record = json.loads((tmp_path / "lost/record.json").read_text())
+    notes = [note for note in record["notes"] if "was not kept" in note]
+    assert [note.split(" was not")[0] for note in notes] == [f"the model after task {n + 1} {NAMES[n]}" for n in (0, 1)]
+    said = capsys.readouterr().out
+    assert all(f"WARNING: {note}" in said and "tasks/all/log.txt" in note for note in notes)
+    assert main(["measure", f"run={tmp_path / 'lost'}"]) == 2
+    text = capsys.readouterr().err
+    assert "kept no model of task 1. " in text  # InfLoRA: the model after task 2 has the adapters of both
+    assert "log.txt says: flatpatch: FAILED to keep the model after task 1: [Errno 17] File exists" in text
 
 
 @pytest.mark.third_party

@@ -26,6 +26,11 @@ def kept_file(folder: Path, task: int) -> Path:
     return folder / f"{task + 1}.safetensors"
 
 
+def failure_of(task: int) -> str:
+    """Return how the line begins that says that the model of a task, counted from 0, could not be kept."""
+    return f"FAILED to keep the model after task {task + 1}:"
+
+
 def keep_model(folder: Path, network: Any, task: int) -> None:
     """Write what the network has learned in a task; if that fails, say so: the training goes on.
 
@@ -35,7 +40,7 @@ def keep_model(folder: Path, network: Any, task: int) -> None:
         task: Counted from 0.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     form = re.compile(_KEPT.format(task=task))
     kept = {name: parameter for name, parameter in network.named_parameters() if form.fullmatch(name)}
@@ -45,9 +50,10 @@ def keep_model(folder: Path, network: Any, task: int) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata={"trained": json.dumps(trained)})
+        # Its own writer would make a file that nobody else may read.
+        unfinished.write_bytes(save(tensors, metadata={"trained": json.dumps(trained)}))
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-        announce(f"FAILED to keep the model after task {task + 1}: {error} (the training goes on)")
+        announce(f"{failure_of(task)} {error} (the training goes on)")

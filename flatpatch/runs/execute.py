@@ -25,6 +25,7 @@ from flatpatch import patches
 from flatpatch.continual import metrics, quick
 from flatpatch.continual.results import read_results
 from flatpatch.errors import FlatpatchError, Interrupted, UserError
+from flatpatch.hooks.keeping import kept_file
 from flatpatch.measurement import files as measurements
 from flatpatch.measurement.request import WHENS
 from flatpatch.report.table import summary_table
@@ -46,6 +47,7 @@ from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
+LOG = "log.txt"
 
 
 def execute(plan: Plan) -> dict[str, Any]:
@@ -119,9 +121,13 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
             _run_task(plan, index, task, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
+        lost = _lost_models(plan, task)
+        record["notes"] += lost
         write_record(plan.folder, record)
         if index >= kept:
             _say_failures(plan, task)
+            for note in lost:
+                print(f"WARNING: {note}", flush=True)
 
 
 def _say_failures(plan: Plan, task: Stage) -> None:
@@ -129,6 +135,19 @@ def _say_failures(plan: Plan, task: Stage) -> None:
         if path.suffix == ".json":
             for failure in measurements.failures(read_json(path)):
                 print(f"WARNING: not measured: {path.stem}: {failure}", flush=True)
+
+
+def _lost_models(plan: Plan, stage: Stage) -> list[str]:
+    """Say which models upstream's process could not keep; its training went on without."""
+    if not isinstance(plan, VisionPlan) or plan.verified is None:
+        return []
+    own = _task_folder(plan, stage)
+    return [
+        f"the model after task {index + 1} {name} was not kept, so that the verb measure cannot rebuild it: see "
+        f"{(own / LOG).relative_to(plan.folder)} in the run's folder"
+        for index, name in enumerate(plan.task_names)
+        if not kept_file(own / vision_run.MODELS, index).is_file()
+    ]
 
 
 def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
@@ -224,7 +243,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         variables.pop(name, None)
     started = time.monotonic()
-    with (own / "log.txt").open("wb") as log:
+    with (own / LOG).open("wb") as log:
         process = subprocess.Popen(
             command,
             cwd=plan.folder / "work",
@@ -240,7 +259,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
             _end(process)
             _end_leftovers(hook)
     if process.returncode != 0:
-        raise FlatpatchError(_failure(plan, task, process.returncode, own / "log.txt"))
+        raise FlatpatchError(_failure(plan, task, process.returncode, own / LOG))
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
             f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
@@ -249,6 +268,7 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
     seconds = time.monotonic() - started
     if isinstance(plan, VisionPlan):
         files = [vision_run.result_file(plan), *sorted((own / vision_run.MODELS).glob("*"))]
+        files += sorted((output / "tasks").glob("*.safetensors"))  # the reference engine's checkpoints
     else:
         files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
         files.append(output / "all_results.json")
@@ -394,7 +414,11 @@ def _end_leftovers(hook: Path) -> None:
 @contextlib.contextmanager
 def only_runner(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
-    with (folder / LOCK).open("w") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((folder / LOCK).open("w"))
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be written: {LOCK}: {error.strerror}.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import shutil
 import sys
@@ -26,6 +28,7 @@ from flatpatch.flatness import (
     plane_through,
 )
 from flatpatch.flatness.landscape import save_landscape
+from flatpatch.flatness.points import moving
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.guard import working_copy
 from flatpatch.measurement.request import EFFORTS, Request
@@ -46,6 +49,7 @@ from flatpatch.runs.execute import only_runner
 from flatpatch.runs.figures import or_warn
 from flatpatch.runs.measure_words import Asked
 from flatpatch.runs.pages import leave_page, place_of
+from flatpatch.runs.plan import folder_problems, unwritable
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
@@ -54,6 +58,7 @@ SCHEMA = 1
 COMPARISON = "comparison.json"
 JOINT_SCOPES = ("adapter", "merged")
 LINE_POINTS = 25
+BYTES_NEEDED = 2**20
 
 
 def measure(asked: Asked) -> int:
@@ -66,11 +71,12 @@ def measure(asked: Asked) -> int:
     indices = [[run.task_index(name) for name in names] for run in runs]
     for other in runs[1:]:
         runs[0].check_companion(other)
+    _check_folders(runs)
     with runs[0].working():
         joint = _prepare_joint(asked, runs, [each[0] for each in indices]) if len(runs) > 1 else None
         for run, own in zip(runs, indices, strict=True):
             for index in own:
-                _check_scopes(run, index, asked.request)
+                _check_model(run, index, asked.request)
         found = [_measure_run(run, own, asked.request) for run, own in zip(runs, indices, strict=True)]
         failed = any(files.failures(content) for contents in found for content, _ in contents)
         if joint is not None:
@@ -88,17 +94,37 @@ def _choose_threads(runs: Sequence[FinishedRun]) -> None:
         torch.set_num_threads(1)
 
 
-def _check_scopes(run: FinishedRun, index: int, request: Request) -> None:
-    """Let a scope that chooses nothing stop the work before anything is written."""
-    model = run.rebuild(index)
+def _check_folders(runs: Sequence[FinishedRun]) -> None:
+    """Let a run folder that cannot be written stop the work before it begins.
+
+    Raises:
+        UserError: With every folder that cannot be written, or if another process holds one.
+    """
+    problems = [
+        f"{run.name}: {place} cannot be written: {problem}. What is measured goes there."
+        for run in runs
+        for place in (run.folder, run.folder / files.FOLDER)
+        if os.path.lexists(place) and (problem := unwritable(place))
+    ]
+    if problems:
+        raise UserError.collect(problems)
+    for run in runs:
+        with only_runner(run.folder):
+            pass
+
+
+def _check_model(run: FinishedRun, index: int, request: Request) -> None:
+    """Let a scope that chooses nothing, or a model that is not the run's, stop the work before anything is written."""
+    sample = run.draw_sample(index, request)
+    model, _ = working_copy(run.rebuild(index))
     for scope in request.scopes:
-        find_scope(model, scope)
+        check_against_run(run, index, sample.size, Problem(model, sample.batches, run.loss, scope=scope).loss())
 
 
 def _measure_run(
     run: FinishedRun, indices: Sequence[int], request: Request
 ) -> list[tuple[dict[str, Any], dict[str, ScopeResult]]]:
-    """Measure one run's models, and add them to its record when all of them are done."""
+    """Measure one run's models, and add each to its record as soon as it is done."""
     made = []
     for index in indices:
         name = run.record["tasks"][index]
@@ -114,7 +140,6 @@ def _measure_run(
         for scope, result in results.items():
             if result.loss is None:
                 raise FlatpatchError(f"{title}, {scope}: {result.errors.get('loss', 'not measured')}")
-            check_against_run(run, index, sample.size, result.loss)
         content = in_run.describe(
             request,
             results,
@@ -129,22 +154,28 @@ def _measure_run(
             seconds=time.perf_counter() - began,
         )
         made.append((content, results))
-    _add_to_run(run, made)
+        _add_to_run(run, content, results)
+    _show(run, made)
     return made
 
 
-def _add_to_run(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, ScopeResult]]]) -> None:
-    with only_runner(run.folder):
+def _add_to_run(run: FinishedRun, content: dict[str, Any], results: dict[str, ScopeResult]) -> None:
+    with _writing(run.folder), only_runner(run.folder):
         record = read_record(run.folder)
-        for content, results in made:
-            name = files.stem(content["task_index"], content["task"], content["when"])
-            entries = in_run.write(run.folder / files.FOLDER, name, content, results)
-            places = {(entry["task_index"], entry["when"], entry["scope"]) for entry in entries}
-            record["flatness"] = [
-                *(e for e in record["flatness"] if (e["task_index"], e["when"], e["scope"]) not in places),
-                *entries,
-            ]
+        name = files.stem(content["task_index"], content["task"], content["when"])
+        entries = in_run.write(run.folder / files.FOLDER, name, content, results)
+        places = {(entry["task_index"], entry["when"], entry["scope"]) for entry in entries}
+        record["flatness"] = [
+            *(e for e in record["flatness"] if (e["task_index"], e["when"], e["scope"]) not in places),
+            *entries,
+        ]
         write_record(run.folder, record)
+
+
+def _show(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, ScopeResult]]]) -> None:
+    """Draw the figures and print the table of what the run's record now holds."""
+    with _writing(run.folder), only_runner(run.folder):
+        record = read_record(run.folder)
         figures = or_warn(run.folder, lambda: draw_flatness(record, run.folder))
     print("\n".join([f"\n{run.folder}", *flatness_table(record)]))
     for content, _ in made:
@@ -171,13 +202,19 @@ class _Joint:
         """Read every model as a point of each space.
 
         Raises:
-            UserError: If the models lie in no common space, or on no line or plane of their own.
+            UserError: If the models lie in no common space, or on no line or plane of their own, or one of them has
+                another loss than its point.
         """
+        batches = self.sample.batches
+        own = [
+            Problem(run.rebuild(index), batches, run.loss, scope=self.asked.request.scopes[0]).loss()
+            for run, index in zip(self.runs, self.indices, strict=True)
+        ]
         models = [run.rebuild(index, joined=True) for run, index in zip(self.runs, self.indices, strict=True)]
         for scope in [scope for scope in JOINT_SCOPES if scope in self.asked.request.scopes]:
             # All that was trained moves, a classifier too: else the line would not end at the second model.
             problems = [
-                Problem(model, self.sample.batches, self.runs[0].loss, scope=find_scope(model, scope, others=True))
+                Problem(model, batches, self.runs[0].loss, scope=find_scope(model, scope, others=True))
                 for model in models
             ]
             first = problems[0]
@@ -192,10 +229,29 @@ class _Joint:
                     raise ValueError("the two models are the same point")
             except ValueError as error:
                 raise UserError(f"{', '.join(self.names)}, scope {scope}: {error}. Name other runs.") from None
+            self._check_losses(scope, first, points, own)
             self.problems[scope], self.points[scope] = first, points
+
+    def _check_losses(self, scope: str, problem: Problem, points: Sequence[Tensor], own: Sequence[float]) -> None:
+        """Equal shapes do not make two models of one kind: what is not in the weights may differ."""
+        with moving(problem) as objective:
+            for name, point, loss in zip(self.names, points, own, strict=True):
+                there = objective.loss(point)
+                # Apart by no more than rounding in float32; equal, or both not finite, is fine.
+                if math.isclose(there, loss, rel_tol=1e-4, abs_tol=1e-5) or not (math.isfinite(there) or math.isfinite(loss)):
+                    continue
+                raise UserError(
+                    f"{name}, scope {scope}: the model has loss {loss:.6g} on the sample, but {there:.6g} when its "
+                    f"weights are put into the model of {self.names[0]}. The two are put together differently, so that "
+                    "nothing lies between them. Name runs that differ only in how they were trained."
+                )
 
     def measure(self, contents: Sequence[Mapping[str, Any]]) -> None:
         """Measure, draw, and put all of it into the output folder at once."""
+        with _writing(self.output):
+            self._measure(contents)
+
+    def _measure(self, contents: Sequence[Mapping[str, Any]]) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=self.output.parent, prefix=f".{self.output.name}."))
         try:
@@ -302,11 +358,33 @@ def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[
     if asked.output == "":
         output = output.with_name(output.name.replace("/", "_")[:200])
     output = output.absolute()
-    if output.exists() and not (output / COMPARISON).is_file():
+    there = os.path.exists(output)  # False, too, for a name that is too long
+    if there and not (output / COMPARISON).is_file():
         raise UserError(f"output={output} is there and is no comparison of this verb's. Choose another folder.")
+    # One that is there is replaced as a whole, so what matters is the folder around it.
+    if problems := folder_problems(output.parent if there else output, BYTES_NEEDED, "output"):
+        raise UserError.collect(problems)
     joint = _Joint(asked, runs, indices, output)
     joint.find_points()
     return joint
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say in one message that a file could not be written, as far as that could not be seen beforehand.
+
+    Raises:
+        FlatpatchError: If a file cannot be written. A full disk is left to the command line, which tells of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FlatpatchError(
+            f"{folder} could not be written: {error}. What the record names is whole. Make room there and run the same "
+            "command again."
+        ) from error
 
 
 @contextmanager

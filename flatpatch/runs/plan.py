@@ -497,21 +497,22 @@ def _check_start(plan: Plan) -> None:
         raise UserError.collect(problems)
 
 
-def folder_problems(folder: Path, bytes_needed: int) -> list[str]:
-    """Return why a run folder cannot be made or filled."""
+def folder_problems(folder: Path, bytes_needed: int, what: str = "run") -> list[str]:
+    """Return why the folder of a run, or of something else, cannot be made or filled."""
     problems = []
     parent = folder
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
     if len(folder.name.encode()) > LONGEST_NAME:
-        problems.append(f"the run's name {folder.name[:40]}... is too long for a folder. Give one with run=NAME.")
+        advice = "Give one with run=NAME." if what == "run" else "Choose another with output=FOLDER."
+        problems.append(f"the {what}'s name {folder.name[:40]}... is too long for a folder. {advice}")
     elif not parent.is_dir():
         problems.append(
-            f"the run folder {folder} cannot be made: {parent} is a file. Choose another place with output=FOLDER."
+            f"the {what} folder {folder} cannot be made: {parent} is a file. Choose another place with output=FOLDER."
         )
-    elif problem := _unwritable(parent):
+    elif problem := unwritable(parent):
         problems.append(
-            f"the run folder {folder} cannot be written: {problem}. Choose another place with output=FOLDER."
+            f"the {what} folder {folder} cannot be written: {problem}. Choose another place with output=FOLDER."
         )
     elif (place := _fullest(parent, ROOT)) and (free := shutil.disk_usage(place).free) < bytes_needed:
         problems.append(
@@ -525,8 +526,11 @@ def _fullest(*places: Path) -> Path:
     return min(places, key=lambda place: shutil.disk_usage(place).free)
 
 
-def _unwritable(folder: Path) -> str:
-    """Try to write, because root may write where the mode bits say no and a full or read-only disk may not."""
+def unwritable(folder: Path) -> str:
+    """Return why nothing can be written into a folder, empty if it can.
+
+    Tries it, because root may write where the mode bits say no and a full or read-only disk may not.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".flatpatch-")
         os.close(handle)

@@ -6,6 +6,7 @@ every task's factors. What is rebuilt can be checked against the loss that was m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -84,6 +85,36 @@ class FinishedRun(ABC):
     @abstractmethod
     def learned(self, index: int) -> Sequence[Any]:
         """Return what was learned up to a task, in the order of learning; runs must agree in it to be compared."""
+
+    def noted_hash(self, process: str, path: Path) -> str | None:
+        """Return the SHA-256 that the run noted of a file when one of its processes ended.
+
+        Args:
+            process: The process's folder in ``tasks``.
+            path: In the run's folder.
+
+        Returns:
+            The hash, or None if the run noted none.
+        """
+        try:
+            done = json.loads((self.folder / "tasks" / process / "done.json").read_text(encoding="utf-8"))
+            found: str | None = done["files"].get(str(path.relative_to(self.folder)))
+        except (OSError, ValueError, KeyError):
+            return None
+        return found
+
+    def check_file(self, process: str, path: Path) -> None:
+        """Refuse a file that is there and is not the one of which the run noted the hash.
+
+        Raises:
+            UserError: If it is another one.
+        """
+        noted = self.noted_hash(process, path)
+        if noted is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != noted:
+            raise UserError(
+                f"{self.name}: {path} is not the file that the run left (its SHA-256 differs from the one in "
+                f"tasks/{process}/done.json), so its models cannot be rebuilt. Restore it, or make the run again."
+            )
 
     def working(self) -> AbstractContextManager[None]:
         """Return the block in which the run's models work."""
@@ -207,6 +238,8 @@ def load_adapter(run: TrainedRun, index: int) -> SavedAdapter:
         UserError: If it is missing, damaged, or of other ranks than the run's.
     """
     folder = run.folder / "work" / _task(run, index).invocation.get("output_dir") / "adapter"
+    for path in sorted(folder.glob("*")):
+        run.check_file(_task(run, index).folder, path)
     if run.record["engine"] == "reference":
         saved = adapters.load(folder)
         return SavedAdapter(saved.pairs, int(saved.made["lora_r"]), int(saved.made["lora_alpha"]))

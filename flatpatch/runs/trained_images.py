@@ -15,6 +15,7 @@ import io
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,12 +28,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flatpatch import patches
-from flatpatch.continual.reference.vision.checkpoints import restore
+from flatpatch.continual.reference.vision.checkpoints import checkpoint_file, restore
 from flatpatch.continual.reference.vision.images import ImageTask, load_tasks
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.flatness import Loss, supervised_loss
 from flatpatch.flatness.scope import adapter_factor
-from flatpatch.hooks.keeping import kept_file
+from flatpatch.hooks.keeping import failure_of, kept_file
 from flatpatch.hooks.losses import classification_loss
 from flatpatch.hooks.run_files import VARIABLE
 from flatpatch.measurement.guard import random_states_kept
@@ -44,6 +45,16 @@ from flatpatch.runs.trained import FinishedRun, ready
 from flatpatch.runs.vision_data import file_hash
 from flatpatch.runs.vision_plan import CONFIG
 from flatpatch.runs.vision_run import LOGS, MODELS
+
+TRAINING_KEYS = frozenset(
+    ("prefix", "seed", "device", "data_path", "num_workers", "tasks")  # tasks: as the numbers of classes say
+    + ("epochs", "init_epoch", "init_epochs", "later_epochs", "batch_size", "optim", "optimizer", "scheduler")
+    + ("lrate", "lrate_decay", "init_lr", "init_lr_decay", "init_milestones", "later_lr", "min_lr")
+    + ("weight_decay", "init_weight_decay", "EPSILON", "lamb", "lame")
+    + ("rank", "ffn_num")  # the ranks: they show in the shapes, and models of any rank meet in the space of W + s B A
+)
+"""Keys of a configuration in which runs may differ between whose models lies a line."""
+PROCESS = "all"  # the folder of the one process of an image run
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,8 @@ class ImageRun(FinishedRun):
         self._check_weights()
         if self._upstream:
             return ready(self, index, _rebuild_upstream(self, index, joined))
+        for task in range(index + 1):
+            self.check_file(PROCESS, checkpoint_file(self._reference, task))
         model = restore(self._reference, index, joined=joined)
         if joined:
             model.heads = _only(model.heads, index)
@@ -130,7 +143,7 @@ class ImageRun(FinishedRun):
             return images_sample_of(dataset, first)(request)
 
     def check_companion(self, other: FinishedRun) -> None:
-        """Refuse a run of another method, engine, model or data; see the base class."""
+        """Refuse a run of another method, engine, model, data or build of the model; see the base class."""
         super().check_companion(other)
         assert isinstance(other, ImageRun)
         for what, mine, theirs in (
@@ -147,6 +160,17 @@ class ImageRun(FinishedRun):
                     "their models. Name runs that differ in their settings of SAM or, where both learn the classes in "
                     "one order, in their seed."
                 )
+
+        different = [
+            f"{key} is {self.config.get(key)} and {other.config.get(key)}"
+            for key in sorted({*self.config, *other.config} - TRAINING_KEYS)
+            if self.config.get(key) != other.config.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"{self.name} and {other.name} have models that may be put together differently, so that nothing lies "
+                f"between them: {'; '.join(different)}. Name runs that differ only in how they were trained."
+            )
 
     def learned(self, index: int) -> list[int]:
         """Return the labels of the classes learned up to a task, in the order of learning."""
@@ -235,7 +259,7 @@ def read_image_run(folder: Path, record: dict[str, Any]) -> ImageRun:
 
 
 def _description(folder: Path) -> Path:
-    return folder / "tasks" / "all" / "hook.json"
+    return folder / "tasks" / PROCESS / "hook.json"
 
 
 def _only(modules: nn.ModuleList, index: int | None) -> nn.ModuleList:
@@ -274,6 +298,8 @@ def _code_of(run: ImageRun) -> Iterator[None]:
     except FlatpatchError:
         raise
     except Exception as error:  # whatever the authors' code raises where data or files are not as in the run
+        if not isinstance(error, ImportError) and not _passes_through(error, tree):
+            raise
         raise UserError(
             f"{run.name}: the authors' code stops ({type(error).__name__}: {error}). It needs what the run needed: its "
             "images and weights in their places, and the libraries of its record."
@@ -284,6 +310,12 @@ def _code_of(run: ImageRun) -> Iterator[None]:
         for name in imported():
             del sys.modules[name]
         sys.modules.update(aside)
+
+
+def _passes_through(error: BaseException, tree: Path) -> bool:
+    """Whether the call that failed was made by code in a folder."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).is_relative_to(tree) for frame in frames)
 
 
 def _rebuild_upstream(run: ImageRun, index: int, joined: bool) -> nn.Module:
@@ -324,14 +356,31 @@ def _read_kept(run: ImageRun, tasks: range) -> tuple[dict[str, Tensor], set[str]
     kept: dict[str, Tensor] = {}
     trained: list[str] = []
     for task in tasks:
-        path = kept_file(run.folder / "tasks" / "all" / MODELS, task)
+        path = kept_file(run.folder / "tasks" / PROCESS / MODELS, task)
+        _check_kept(run, task, path)
         try:
             with safe_open(path, framework="pt") as file:
                 trained = json.loads(file.metadata()["trained"])
                 kept |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{run.name} kept no whole model of task {task + 1} in {path}: {error}. Runs of earlier versions kept "
-                "none; make the run again, or measure inside it with measure=."
-            ) from None
+            raise UserError(f"{run.name}: {path} cannot be read: {error}. Restore it, or make the run again.") from None
     return kept, set(trained)
+
+
+def _check_kept(run: ImageRun, task: int, path: Path) -> None:
+    """Refuse a kept model that is missing, with the cause, or is not the one that the run kept.
+
+    Raises:
+        UserError: If it is either.
+    """
+    remedy = "Make the run again, or measure inside it with measure=."
+    if run.noted_hash(PROCESS, path) is not None:
+        if not path.is_file():
+            raise UserError(f"{run.name}: the model that it kept of task {task + 1}, {path}, is gone. {remedy}")
+        run.check_file(PROCESS, path)
+        return
+    log = run.folder / "tasks" / PROCESS / "log.txt"
+    said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    failures = [line for line in said if failure_of(task) in line]
+    why = f"{log} says: {failures[-1]}" if failures else "Runs of earlier versions kept none."
+    raise UserError(f"{run.name} kept no model of task {task + 1}. {why} {remedy}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from flatpatch.continual.reference.vision.options import TRAINED, VisionReference
@@ -18,7 +18,8 @@ from flatpatch.continual.reference.vision.vit import LoRAViT, build
 from flatpatch.errors import UserError
 
 
-def _path(reference: VisionReference, task: int) -> Path:
+def checkpoint_file(reference: VisionReference, task: int) -> Path:
+    """Return the file of a task, counted from 0."""
     return reference.output_dir / "tasks" / f"{task}.safetensors"
 
 
@@ -33,11 +34,12 @@ def _kept(model: LoRAViT, task: int) -> dict[str, Tensor]:
 
 def save(reference: VisionReference, model: LoRAViT) -> None:
     """Write the checkpoint of the present task; a reader finds either the whole file or none."""
-    path = _path(reference, model.task)
+    path = checkpoint_file(reference, model.task)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     tensors = {name: value.cpu().contiguous() for name, value in _kept(model, model.task).items()}
-    save_file(tensors, unfinished, metadata={"made": json.dumps(_made(reference))})
+    # Safetensors' own writer would make a file that nobody else may read.
+    unfinished.write_bytes(to_bytes(tensors, metadata={"made": json.dumps(_made(reference))}))
     os.replace(unfinished, path)
 
 
@@ -77,7 +79,7 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
 
 
 def _read(reference: VisionReference, task: int) -> dict[str, Tensor]:
-    path = _path(reference, task)
+    path = checkpoint_file(reference, task)
     try:
         with safe_open(path, framework="pt") as file:
             made = json.loads(file.metadata()["made"])
