@@ -84,9 +84,9 @@ def test_lines_of_every_engine_have_one_style(
     plan = make_plan(parse([f"method={method}", "profile=quick", "engine=reference"]))
     monkeypatch.setattr(progress, "SECONDS", 0.1)
     (tmp_path / "progress.json").write_text(json.dumps(state))
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
     names = execute._shown_names(plan)
-    execute._watch(process, "the title", tmp_path / "progress.json", execute._Stop(), names)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as process:
+        execute._watch(process, "the title", tmp_path / "progress.json", execute._Stop(), names, "")
     loss = "" if state["loss"] is None else ", loss 0.500"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
