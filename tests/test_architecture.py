@@ -124,3 +124,11 @@ def test_patches_only_insert() -> None:
                 assert re.fullmatch(r"@@ -\d+,0 \+\d+(,\d+)? @@", line), f"{path}:{number}"
             elif in_hunk:
                 assert line.startswith("+"), f"{path}:{number}"
+
+
+def test_the_linter_sees_every_file_of_the_package() -> None:
+    """A folder excluded by name, as `runs` for results once was, hides every folder of that name."""
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    unseen = set(tracked("*.py")) - {Path(line) for line in listed.splitlines()}
+    assert unseen == set()

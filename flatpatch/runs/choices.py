@@ -103,7 +103,8 @@ def choose_device(
         if profile == "quick":
             advice = "Leave device= out, or use device=cpu."
         raise UserError(
-            f"{'device=' + asked if asked != 'auto' else 'profile=' + profile} needs a CUDA device, and {lack}. {advice}"
+            f"{'device=' + asked if asked != 'auto' else 'profile=' + profile} needs a CUDA device, and {lack}. "
+            f"{advice}"
         )
     if numbers:
         return "cuda", numbers

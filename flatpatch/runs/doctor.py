@@ -46,7 +46,10 @@ def doctor(words: Sequence[str]) -> int:
         needed += [f"; method={name} needs {repo} in every profile" for name in without]
     for dataset in sorted({dataset.folder for dataset in DATASETS.values()}):
         here = (ROOT / "data" / dataset).is_dir()
-        print(f"[{'ok' if here else '--'}] data/{dataset}: {'here' if here else 'no such folder; data=FOLDER names another'}")
+        print(
+            f"[{'ok' if here else '--'}] data/{dataset}: "
+            f"{'here' if here else 'no such folder; data=FOLDER names another'}"
+        )
     count = cuda_devices()
     print(f"[{'ok' if count else '--'}] {count} CUDA device(s)" + ("" if count else ": profile quick runs on the CPU"))
     free = shutil.disk_usage(ROOT).free

@@ -177,7 +177,12 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
             path.unlink()
         path.symlink_to(target, target_is_directory=target.is_dir())
     text = not isinstance(plan, VisionPlan)
-    if text and plan.profile == "quick" and "CL_Benchmark" not in plan.links and not (work / "quick_benchmark").is_dir():
+    if (
+        text
+        and plan.profile == "quick"
+        and "CL_Benchmark" not in plan.links
+        and not (work / "quick_benchmark").is_dir()
+    ):
         partial = work / "quick_benchmark.partial"
         shutil.rmtree(partial, ignore_errors=True)
         quick.write_benchmark(partial)

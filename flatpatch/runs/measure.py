@@ -238,7 +238,9 @@ class _Joint:
             for name, point, loss in zip(self.names, points, own, strict=True):
                 there = objective.loss(point)
                 # Apart by no more than rounding in float32; equal, or both not finite, is fine.
-                if math.isclose(there, loss, rel_tol=1e-4, abs_tol=1e-5) or not (math.isfinite(there) or math.isfinite(loss)):
+                if math.isclose(there, loss, rel_tol=1e-4, abs_tol=1e-5) or not (
+                    math.isfinite(there) or math.isfinite(loss)
+                ):
                     continue
                 raise UserError(
                     f"{name}, scope {scope}: the model has loss {loss:.6g} on the sample, but {there:.6g} when its "
@@ -273,7 +275,11 @@ class _Joint:
             files.write_json(made / COMPARISON, found)
             warnings = "\n".join(dict.fromkeys(text for run in self.runs if (text := short_warning(run.record))))
             for name, figure in figures.items():
-                figure.suptitle(f"{figure.get_suptitle()}\n{warnings}".strip(), fontsize=10, color="#A33B00" if warnings else "black")
+                figure.suptitle(
+                    f"{figure.get_suptitle()}\n{warnings}".strip(),
+                    fontsize=10,
+                    color="#A33B00" if warnings else "black",
+                )
                 figure.savefig(made / f"{name}.png", dpi=110)
             made.chmod(0o755)
             if self.output.exists():
@@ -285,7 +291,10 @@ class _Joint:
         print(f"\n{self.output}")
         for scope, result in found["scopes"].items():
             if "barrier" in result:
-                print(f"{scope:<9} {result['space']}: barrier {_number(result['barrier'])} at {result['barrier_alpha']:.2f}")
+                print(
+                    f"{scope:<9} {result['space']}: barrier {_number(result['barrier'])} at "
+                    f"{result['barrier_alpha']:.2f}"
+                )
         print("\n".join(f"figure   {self.output / name}.png" for name in figures))
 
     def _lines(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure]) -> None:
@@ -341,12 +350,15 @@ def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[
     """
     if not set(JOINT_SCOPES) & set(asked.request.scopes):
         raise UserError(
-            f"measure_scope={','.join(asked.request.scopes)}: between runs lie the spaces {' and '.join(JOINT_SCOPES)}. "
+            f"measure_scope={','.join(asked.request.scopes)}: between runs lie the spaces "
+            f"{' and '.join(JOINT_SCOPES)}. "
             "Add one of them, or measure one run at a time."
         )
     tasks = [run.record["tasks"][index] for run, index in zip(runs, indices, strict=True)]
     if len(set(tasks)) > 1:
-        raise UserError(f"the runs end with different tasks ({', '.join(tasks)}). Name the one to compare after: task=.")
+        raise UserError(
+            f"the runs end with different tasks ({', '.join(tasks)}). Name the one to compare after: task=."
+        )
     for run, index in zip(runs[1:], indices[1:], strict=True):
         if run.learned(index) != runs[0].learned(indices[0]):
             raise UserError(
@@ -354,7 +366,9 @@ def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[
                 "are shuffled, or other tasks before), so that their models do not answer the same question. Name runs "
                 "of one order."
             )
-    output = Path(asked.output).expanduser() if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
+    output = (
+        Path(asked.output).expanduser() if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
+    )
     if asked.output == "":
         output = output.with_name(output.name.replace("/", "_")[:200])
     output = output.absolute()

@@ -48,7 +48,9 @@ class Asked:
 
 def usage() -> str:
     """Return the help."""
-    return USAGE.format(kinds=f"all, or some of {', '.join(KINDS)}", scopes=", ".join(SCOPES), efforts="|".join(EFFORTS))
+    return USAGE.format(
+        kinds=f"all, or some of {', '.join(KINDS)}", scopes=", ".join(SCOPES), efforts="|".join(EFFORTS)
+    )
 
 
 def silence_imports() -> None:
@@ -84,7 +86,9 @@ def parse_words(words: Sequence[str]) -> Asked:
             numbers[key] = kind(values[key])
         except ValueError:
             example = f"{key}={defaults[key]}"
-            problems.append(f"{key}='{values[key]}' is not a {'whole ' * (kind is int)}number (expected e.g. {example}).")
+            problems.append(
+                f"{key}='{values[key]}' is not a {'whole ' * (kind is int)}number (expected e.g. {example})."
+            )
             numbers[key] = float(defaults[key])
     runs = tuple(name.strip() for name in values["run"].split(",") if name.strip())
     if not 1 <= len(runs) <= 3:

@@ -197,7 +197,8 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     devices = devices[:world_size]
     if settings.measuring is not None and world_size > 1:
         raise UserError(
-            f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or leave "
+            f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
+            "leave "
             "measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
         )
     off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)

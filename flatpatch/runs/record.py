@@ -152,7 +152,9 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER.") from error
+        raise UserError(
+            f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER."
+        ) from error
     if all(path.name == LOCK for path in folder.iterdir()):
         return None
     path = folder / "record.json"
@@ -180,7 +182,9 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
     here = new_record(plan)
     for name in ("device", "world_size", "launcher", "libraries", "flatpatch"):
         if old.get("environment", {}).get(name) != here["environment"][name]:
-            different.append(f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here")
+            different.append(
+                f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here"
+            )
     if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
         different.append("its commands departed from upstream's in another way")
     if old.get("inputs") != here["inputs"]:

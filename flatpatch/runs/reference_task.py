@@ -194,9 +194,7 @@ class StepRecorder:
         step, total = state["step"], state["total"]
         if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
             self._written = time.monotonic()
-            text = json.dumps(
-                {"phase": phase, "step": step, "total": total, "loss": loss, "task": task} | more
-            )
+            text = json.dumps({"phase": phase, "step": step, "total": total, "loss": loss, "task": task} | more)
             write_atomically(Path(self.run["progress"]), text)
 
 

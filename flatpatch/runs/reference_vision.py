@@ -1,4 +1,4 @@
-"""All tasks of an image method by the reference engine, as a process of its own: the counterpart of upstream's main.py."""
+"""All tasks of an image method by the reference engine, in a process of its own, as upstream's main.py does."""
 
 from __future__ import annotations
 

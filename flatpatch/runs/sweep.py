@@ -78,7 +78,9 @@ def sweep(words: Sequence[str]) -> int:
         )
     folders = [plan.folder for plan in plans]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
-        raise UserError(f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each.")
+        raise UserError(
+            f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each."
+        )
     if dry_run:
         print("\n\n".join(render(plan) for plan in plans))
         return 0

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatpatch.continual.reference import METHODS, adapters
+from flatpatch.continual import reference
+from flatpatch.continual.reference import adapters
 from flatpatch.continual.reference.adapters import Pair
 from flatpatch.continual.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.flatness import Loss, model_loss
 from flatpatch.measurement.request import Request
 from flatpatch.measurement.sample import Sample, draw_sample
-from flatpatch.methods import METHODS as known_methods
+from flatpatch.methods import METHODS
 from flatpatch.report.records import read_record
 from flatpatch.runs.changes import TaskPlan
 from flatpatch.runs.plan import Plan, make_plan
@@ -198,16 +199,19 @@ def find_run(name: str) -> FinishedRun:
             f"run={name} is not finished ({record['status']}): only a finished run can be measured afterwards. "
             "The command that started it continues it."
         )
-    method = known_methods.get(record["method"])
+    method = METHODS.get(record["method"])
     if method is not None and method.vision:
         from flatpatch.runs.trained_images import read_image_run
 
         return read_image_run(folder, record)
     given = {key: entry for key, entry in record["settings"].items() if entry["source"] == "command line"}
-    if record["method"] not in METHODS or str(record["settings"].get("order", {}).get("value", "")).startswith("llama"):
+    if record["method"] not in reference.METHODS or str(
+        record["settings"].get("order", {}).get("value", "")
+    ).startswith("llama"):
         raise UserError(
-            f"run={name} is of method {record['method']}, {record['benchmark']}: models can be rebuilt of image runs, and of T5 runs "
-            f"of {', '.join(METHODS)}. Measure inside the run with measure=."
+            f"run={name} is of method {record['method']}, {record['benchmark']}: models can be rebuilt of image "
+            "runs, and of T5 runs "
+            f"of {', '.join(reference.METHODS)}. Measure inside the run with measure=."
         )
     ours = (*OF_MEASURING, "profile", "engine", "output", "run")
     words = [f"{key}={entry['value']}" for key, entry in given.items() if key not in ours]
@@ -278,7 +282,7 @@ def rebuild(run: TrainedRun, index: int, *, joined: bool = False) -> nn.Module:
     from transformers import AutoModelForSeq2SeqLM
 
     saved = load_adapter(run, index)
-    keeps_old = METHODS[run.record["method"]].keeps_old
+    keeps_old = reference.METHODS[run.record["method"]].keeps_old
     earlier = 0 if joined else saved.total_rank - saved.rank
     if saved.total_rank != (saved.rank * (index + 1) if keeps_old else saved.rank):
         raise UserError(
@@ -345,7 +349,8 @@ def check_against_run(run: FinishedRun, index: int, samples: int, loss: float) -
         same = (entry["task_index"], entry["when"], entry["samples"]) == (index, "after", samples)
         if same and there is not None and abs(loss - there) > 1e-3 * max(abs(loss), abs(there)):
             raise UserError(
-                f"{run.name}: rebuilt after task {index + 1}, the model has loss {loss:.6g} on the sample; in the run it "
+                f"{run.name}: rebuilt after task {index + 1}, the model has loss {loss:.6g} on the sample; in the "
+                "run it "
                 f"had {there:.6g}. The checkpoint or the data is not the run's."
             )
 

@@ -224,7 +224,8 @@ class ImageRun(FinishedRun):
         built = patches.build(self.record["upstream"]["repo"])
         if built.tree != self.record["upstream"]["patched_tree"]:
             raise UserError(
-                f"{self.name} ran the patched tree {self.record['upstream']['patched_tree'][:12]} of {built.repo}, this "
+                f"{self.name} ran the patched tree {self.record['upstream']['patched_tree'][:12]} of {built.repo}, "
+                "this "
                 f"version has {built.tree[:12]}. Measure it with the version that made it, or make the run again."
             )
         return built.path

@@ -100,8 +100,8 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
         quick: Whether the profile is quick.
 
     Raises:
-        UserError: If a key is unknown or a setting of ours, a value is of another kind than upstream's, or one that is not
-            in force already would not reach the run.
+        UserError: If a key is unknown or a setting of ours, a value is of another kind than upstream's, or one that is
+            not in force already would not reach the run.
     """
     problems = []
     after = {**editor.current, **{key: _parse(word) for key, word in overrides.items()}}
@@ -174,10 +174,12 @@ def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, in
     rest = classes - first
     if first > classes or rest % step:
         problems.append(
-            f"{classes} classes do not divide into a first task of {first} and further ones of {step}: the log's groups "
+            f"{classes} classes do not divide into a first task of {first} and further ones of {step}: the log's "
+            "groups "
             "of classes would not be the tasks. "
             + (
-                f"Choose upstream.increment= so that it divides {classes} - {first} = {rest}, the classes after the first "
+                f"Choose upstream.increment= so that it divides {classes} - {first} = {rest}, the classes after the "
+                "first "
                 "task, or another upstream.init_cls=."
                 if rest > 0
                 else f"Choose upstream.init_cls= of at most {classes}."
@@ -190,7 +192,8 @@ def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, in
         )
     elif "general_pos" in config and first < TOP_K:
         problems.append(
-            f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task already. "
+            f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task "
+            "already. "
             f"Choose upstream.init_cls= of at least {TOP_K}."
         )
     count = 1 + rest // step

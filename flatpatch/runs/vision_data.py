@@ -1,4 +1,4 @@
-"""Where a vision run's images and pretrained weights are, whether they are whole, and the hashes that tell them apart."""
+"""Where an image run's data and weights are, whether they are whole, and the hashes that tell them apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from pathlib import Path
 from flatpatch.errors import UserError
 from flatpatch.report import splits
 
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision's ImageFolder
+IMAGES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # those of torchvision's ImageFolder
 SPLITS = ("train", "test")
 SHOWN = 5
 
@@ -122,9 +132,7 @@ def list_hash(paths: Sequence[str]) -> str:
 
 
 def _images(folder: Path) -> list[str]:
-    return sorted(
-        f"{path.parent.name}/{path.name}" for path in folder.glob("*/*") if path.suffix.lower() in IMAGES
-    )
+    return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*") if path.suffix.lower() in IMAGES)
 
 
 def _fetch(dataset: Dataset, root: Path) -> str:
@@ -145,12 +153,13 @@ def _stated(dataset: Dataset) -> str:
 
 
 def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[str]) -> str:
-    """Say how to get the halves that ImageNet-R lacks: drawing them moves files for good, and is told to whole folders alone."""
+    """Say how to get the halves that ImageNet-R lacks. Drawing them moves files for good: only for whole folders."""
     place = root / dataset.folder
     if present := [split for split in SPLITS if split not in absent]:
         would = "remove test/ with all that is in it" if present == ["test"] else "stop"
         return (
-            f", but {present[0]}: half a split, with which InfLoRA's code would {would}. Put the missing half back, or begin "
+            f", but {present[0]}: half a split, with which InfLoRA's code would {would}. Put the missing half back, "
+            "or begin "
             f"anew with an empty {place}. {_fetch(dataset, root)}"
         )
     paths = sorted(path.relative_to(place) for path in place.glob("*/**/*") if path.suffix.lower() in IMAGES)
@@ -165,18 +174,17 @@ def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[
             f"{dataset.classes}){more}. {_fetch(dataset, root)}"
         )
     return (
-        ". InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. Draw it "
+        ". InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. "
+        "Draw it "
         "once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
         f"{_draw(place, checkout)}"
     )
 
 
 def draw_again(root: Path, checkout: Path) -> str:
-    """Return the commands that draw the split of InfLoRA's logs from a data folder whose ImageNet-R is split otherwise."""
+    """Return the commands that draw the split of InfLoRA's logs where ImageNet-R is split otherwise."""
     place = (root / IMAGENET_R.folder).resolve()
-    return (
-        f"(cd {shlex.quote(str(place))} && cp -al train/. test/. . && rm -r train test) && {_draw(place, checkout)}"
-    )
+    return f"(cd {shlex.quote(str(place))} && cp -al train/. test/. . && rm -r train test) && {_draw(place, checkout)}"
 
 
 def _draw(place: Path, checkout: Path) -> str:
@@ -189,10 +197,15 @@ def _draw(place: Path, checkout: Path) -> str:
 
 
 def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:
-    from torchvision.datasets import CIFAR100 as Cifar
+    from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
-    expected = {**dict(Cifar.train_list), **dict(Cifar.test_list), Cifar.meta["filename"]: Cifar.meta["md5"]}
+    published = datasets.CIFAR100
+    expected = {
+        **dict(published.train_list),
+        **dict(published.test_list),
+        published.meta["filename"]: published.meta["md5"],
+    }
     wrong = []
     if not (root / dataset.folder).is_dir():
         wrong, expected = [f"there is no folder {root / dataset.folder}"], {}
@@ -204,8 +217,8 @@ def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:
             wrong.append(f"{path} is damaged (expected md5 {md5})")
     if wrong:
         raise UserError(
-            f"CIFAR-100 is not whole: {'; '.join(wrong)}. Fetch {dataset.source} (md5 {Cifar.tgz_md5}) and unpack it in "
-            f"{root}, or name the folder that holds {dataset.folder}/ with data=FOLDER. profile=quick needs none."
+            f"CIFAR-100 is not whole: {'; '.join(wrong)}. Fetch {dataset.source} (md5 {published.tgz_md5}) and unpack "
+            f"it in {root}, or name the folder that holds {dataset.folder}/ with data=FOLDER. profile=quick needs none."
         )
     return {f"{dataset.folder}/{file}: md5": md5 for file, md5 in expected.items()}
 
@@ -221,7 +234,8 @@ def _check_listed(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[st
     absent = [name for name in DOMAINNET_LISTS if not (checkout / name).is_file()]
     if absent:
         raise UserError(
-            f"the checkout {checkout} is partial and lacks {', '.join(absent)}, the lists of DomainNet's images. Fetch the "
+            f"the checkout {checkout} is partial and lacks {', '.join(absent)}, the lists of DomainNet's images. "
+            "Fetch the "
             f"whole repository: git submodule update --init third_party/InfLoRA"
         )
     hashes = {}

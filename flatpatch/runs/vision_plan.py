@@ -134,7 +134,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         )
     if quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
-            f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has images "
+            f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has "
+            "images "
             f"and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
         )
     if method.configs:
@@ -145,7 +146,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     if engine == "reference" and settings.variant:
         asked = settings.engine == "reference"
         raise UserError(
-            f"variant={settings.variant} needs the authors' code: the reference engine has {method.title} alone. Leave out "
+            f"variant={settings.variant} needs the authors' code: the reference engine has {method.title} alone. "
+            "Leave out "
             f"variant=, or {'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
@@ -187,7 +189,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         off_reference = not quick
         if not quick:
             notes.append(
-                "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or ImageNet-R "
+                "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or "
+                "ImageNet-R "
                 "(InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
             )
     known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
@@ -280,9 +283,9 @@ def _choose_seed(request: Request, editor: ConfigEditor, file: str | None) -> Re
 def _fit_sessions(editor: ConfigEditor, request: Request, classes: int) -> None:
     """Keep InfLoRA's number of tasks right where the classes of a task are changed."""
     step = editor.current["increment"]
-    if "increment" in request.overrides and "total_sessions" in editor.current.keys() - request.overrides.keys():
-        if isinstance(step, int) and step > 0 and classes % step == 0:
-            editor.set("total_sessions", classes // step, "follows from upstream.increment=")
+    follows = "increment" in request.overrides and "total_sessions" not in request.overrides
+    if follows and "total_sessions" in editor.current and isinstance(step, int) and step > 0 and classes % step == 0:
+        editor.set("total_sessions", classes // step, "follows from upstream.increment=")
 
 
 def _timm_name(editor: ConfigEditor) -> str:
@@ -330,7 +333,7 @@ def _find_inputs(
 
 
 def _note_split(editor: ConfigEditor, inputs: Mapping[str, str], root: Path, checkout: Path, notes: list[str]) -> None:
-    """Say which split of ImageNet-R is here; of one that InfLoRA's logs did not have, record it and say how to get theirs."""
+    """Say which split of ImageNet-R is here; record one that InfLoRA's logs did not have and say how to get theirs."""
     split = splits.split_of(inputs)
     if split is None:  # another benchmark
         return
@@ -339,8 +342,10 @@ def _note_split(editor: ConfigEditor, inputs: Mapping[str, str], root: Path, che
         why = f"train/ and test/ of data= hold other images: the logs' split is drawn by its code at seed {splits.SEED}"
         editor.note(f"split of {splits.FOLDER}", splits.LOGGED, split, why)
         said = (
-            f"WARNING: {said}; compare will not set this run beside the shipped logs, only beside the paper, whose split is "
-            f"not known. To keep this split, do nothing. To get the logs' split, put the images of both halves back into one "
+            f"WARNING: {said}; compare will not set this run beside the shipped logs, only beside the paper, whose "
+            "split is "
+            "not known. To keep this split, do nothing. To get the logs' split, put the images of both halves back "
+            "into one "
             f"folder a class and draw it, which changes the folder for all who use it: "
             f"{vision_data.draw_again(root, checkout)}"
         )

@@ -90,4 +90,6 @@ def _check_curve(path: Path, run: LoggedRun, equal_tests: bool) -> None:
             raise FlatpatchError(f"{path}: the total {total} does not lie among its tasks' accuracies {known}.")
         mean = sum(known) / len(known)
         if equal_tests and abs(total - mean) > _ROUNDING:
-            raise FlatpatchError(f"{path}: the total {total} is not the mean {mean:.3f} of its tasks' accuracies {known}.")
+            raise FlatpatchError(
+                f"{path}: the total {total} is not the mean {mean:.3f} of its tasks' accuracies {known}."
+            )

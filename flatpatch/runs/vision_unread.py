@@ -18,7 +18,9 @@ _MILESTONES: Mapping[str, int] = {"InfLoRA_CA1": 18, "InfLoRA_domain": 4, "InfLo
 _INFLORA: Mapping[str, str] = {
     **dict.fromkeys(("prefix", "EPSILON", "init_lr_decay"), _UNUSED),
     **dict.fromkeys(("memory_size", "memory_per_class", "fixed_memory"), _EXEMPLARS),
-    **dict.fromkeys(("embd_dim", "num_heads"), "has the sizes of its ViT written in it, and stops or goes on unchanged"),
+    **dict.fromkeys(
+        ("embd_dim", "num_heads"), "has the sizes of its ViT written in it, and stops or goes on unchanged"
+    ),
     "class_order": "sets it itself. Use upstream.shuffle",
 }
 _CLLORA: Mapping[str, str] = {
@@ -26,7 +28,9 @@ _CLLORA: Mapping[str, str] = {
     **dict.fromkeys(("pretrained", "vpt_type", "prompt_token_num"), "never uses it for this model"),
     **dict.fromkeys(("memory_size", "memory_per_class", "fixed_memory"), _EXEMPLARS),
     **dict.fromkeys(("nb_classes", "nb_tasks"), "sets it itself. Use upstream.init_cls and upstream.increment"),
-    **dict.fromkeys(("init_milestones", "init_lr_decay"), "reads it with scheduler=steplr alone, which is refused here"),
+    **dict.fromkeys(
+        ("init_milestones", "init_lr_decay"), "reads it with scheduler=steplr alone, which is refused here"
+    ),
 }
 # CL-LoRA's switches of which only one position runs: the code of the other fails.
 _ONLY: Mapping[str, bool] = {
@@ -77,7 +81,9 @@ def why_unread(config: Mapping[str, Any], key: str, *, quick: bool) -> str:
 def _of_cllora(config: Mapping[str, Any], key: str) -> str:
     if key.startswith("later_") and config.get("init_cls") == config.get("increment"):
         instead = key.replace("later_", "init_")
-        return f"never reads it where init_cls equals increment, as here. Use upstream.{instead}, which every task reads"
+        return (
+            f"never reads it where init_cls equals increment, as here. Use upstream.{instead}, which every task reads"
+        )
     if key == "min_lr" and config.get("scheduler") == "constant":
         return "reads it with scheduler=cosine alone. Add upstream.scheduler=cosine"
     if key in _ONLY and config[key] is not _ONLY[key]:
