@@ -13,7 +13,7 @@ from flatpatch.flatness.directions import Direction, given_direction, random_dir
 from flatpatch.flatness.eigenvalues import Eigenpairs, lanczos, power_iteration
 from flatpatch.flatness.landscape import Landscape, Mark, Plane, landscape, plane_landscape, plane_through
 from flatpatch.flatness.operator import HessianOperator, LinearOperator, MatrixOperator
-from flatpatch.flatness.problem import Loss, Problem, count_terms, model_loss, supervised_loss
+from flatpatch.flatness.problem import Loss, Problem, WeightedLoss, model_loss, supervised_loss
 from flatpatch.flatness.scope import SCOPES, Scope, find_scope
 from flatpatch.flatness.sharpness import (
     BallSharpness,
@@ -24,6 +24,7 @@ from flatpatch.flatness.sharpness import (
     m_sharpness,
 )
 from flatpatch.flatness.statistics import SpectrumStatistics, first_to_fifth, spectrum_statistics
+from flatpatch.flatness.terms import count_terms
 from flatpatch.flatness.trace import Trace, hutch_plus_plus, hutchinson
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Scope",
     "SpectrumStatistics",
     "Trace",
+    "WeightedLoss",
     "ball_sharpness",
     "batch_eigenvalues",
     "checkpoint_point",

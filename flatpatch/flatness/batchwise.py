@@ -38,7 +38,7 @@ class BatchEigenvalues:
     values: Tensor  # (num_batches,), float64
     residuals: Tensor  # (num_batches,), float64
     converged: Tensor  # (num_batches,), bool
-    num_terms: list[int]
+    num_terms: list[float]
     quartiles: tuple[float, float, float]
     full: Eigenpairs
     warm_start_change: float

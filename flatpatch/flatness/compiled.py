@@ -52,7 +52,7 @@ def expected_gain(seconds: float, products: int, graphs: Sequence[tuple[int, ...
     return _SHARE_SAVED * seconds * products - cost
 
 
-def graph_size(gradients: Sequence[Tensor], num_terms: int) -> tuple[int, ...]:
+def graph_size(gradients: Sequence[Tensor], num_terms: float) -> tuple[int, ...]:
     """Return the number of autograd's nodes behind some gradients, and what else tells one graph from another."""
     pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
     seen = set(pending)
@@ -61,7 +61,7 @@ def graph_size(gradients: Sequence[Tensor], num_terms: int) -> tuple[int, ...]:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
-    return len(seen), num_terms, sum(gradient.numel() for gradient in gradients)
+    return len(seen), int(num_terms), sum(gradient.numel() for gradient in gradients)
 
 
 class Compiler:

@@ -4,8 +4,9 @@ The loss is the mean over all loss terms of all batches,
 
     L = sum_b n_b L_b / sum_b n_b,
 
-where L_b is the mean loss of batch b and n_b its number of loss terms (for T5: labels that are not ignored), so that
-it does not depend on how the examples are split into batches. Batches are read once and kept.
+where L_b is the mean loss of batch b and n_b its number of loss terms, i.e. what L_b divides by (for T5: labels that
+are not ignored; with class weights: their sum), so that it does not depend on how the examples are split into batches.
+Batches are read once and kept.
 """
 
 from __future__ import annotations
@@ -14,20 +15,45 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as tree
 
 from flatpatch.errors import UserError
 from flatpatch.flatness.scope import Scope, find_scope
+from flatpatch.flatness.terms import (
+    Terms,
+    check_terms,
+    count_shifted_terms,
+    count_terms,
+    criterion_terms,
+    with_other_first_labels,
+)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """From a model and a batch to the mean loss over the batch's loss terms, a 0-dimensional tensor."""
 
-IGNORED = -100  # the label that torch's and Hugging Face's cross-entropies leave out
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """A loss that knows what it divides by.
+
+    Attributes:
+        compute: The loss.
+        terms: From a batch to what its loss divides by.
+    """
+
+    compute: Loss
+    terms: Terms
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compute the loss."""
+        return self.compute(model, batch)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -37,38 +63,22 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def supervised_loss(criterion: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """Make a loss from a criterion with mean reduction, for batches that are pairs of inputs and targets."""
+    """Make a loss from a criterion with mean reduction, for batches that are pairs of inputs and targets.
+
+    What torch's own criteria divide by is known, with their class weights and ignored labels: modules, functions of
+    ``torch.nn.functional`` and ``functools.partial`` of these with keywords. For another criterion the targets are
+    counted as by ``count_terms``, and a problem tries on a few examples whether that is right.
+
+    Raises:
+        UserError: If the criterion's reduction is not a mean.
+    """
+    terms = criterion_terms(criterion)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = batch
         return criterion(model(inputs), targets)
 
-    return loss
-
-
-def count_terms(batch: Any) -> int:
-    """Count a batch's loss terms: labels that are not ignored if they are integers, else all entries.
-
-    Args:
-        batch: A mapping with "labels", or a sequence that ends with the targets.
-
-    Returns:
-        How many terms the batch's mean loss is a mean of.
-
-    Raises:
-        UserError: If there are no labels to count.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
-        labels = batch[-1]
-    if not isinstance(labels, Tensor):
-        raise UserError(
-            f"cannot count the loss terms of a {type(batch).__name__}: expected a mapping with 'labels' or a pair "
-            "(inputs, targets). Pass terms=, a function from a batch to its number of loss terms."
-        )
-    if labels.is_floating_point():
-        return labels.numel()
-    return int((labels != IGNORED).sum())
+    return loss if terms is None else WeightedLoss(loss, lambda batch: terms(batch[1]))
 
 
 class Problem:
@@ -83,13 +93,19 @@ class Problem:
         batches: What ``loss`` takes; read once, moved to the model's device and kept. An iterator or a data loader
             may shuffle or augment: what it yields now is the sample.
         loss: Mean loss of a batch; by default the model's own, ``model(**batch).loss``.
-        terms: Number of loss terms of a batch, its weight in the mean.
+        terms: Number of loss terms of a batch: what its loss divides by, its weight in the mean. By default the loss's
+            own if it knows them (:class:`WeightedLoss`), else its labels are counted: those that are not ignored,
+            without the first of each sequence where the loss does not look at it, as in causal language models.
         scope: "adapter", "merged", "trainable" or "model"; see :func:`flatpatch.flatness.scope.find_scope`.
-        check: Whether to make two passes and refuse a loss that is not finite or does not repeat.
+        check: Whether to make two passes and refuse a loss that is not finite or does not repeat; and whether to
+            compare the loss of a few examples with the weighted mean of their parts', and refuse one that divides by
+            something else than its terms. The latter takes two batches' time, and sees nothing where examples cannot be
+            put together anew (no tensors with one row per example, each batch one example of its own shape), nor that
+            all batches of one shape have a wrong number of terms by the same factor.
 
     Attributes:
         weights: Each batch's share in the mean loss; they sum to 1.
-        num_terms: Loss terms of each batch.
+        num_terms: Loss terms of each batch; no integers with class weights.
         dtype: Of flat vectors: float64 if a variable is, else float32.
         device: Of flat vectors.
 
@@ -103,7 +119,7 @@ class Problem:
         batches: Iterable[Any],
         loss: Loss = model_loss,
         *,
-        terms: Callable[[Any], int] = count_terms,
+        terms: Terms | None = None,
         scope: str | Scope = "trainable",
         check: bool = True,
     ) -> None:
@@ -114,17 +130,17 @@ class Problem:
         self.dtype = torch.float64 if any(v.dtype == torch.float64 for v in self.scope.variables) else torch.float32
         self.batches = [_to_device(batch, self.device) for batch in batches]
         self._loss = loss
-        self._terms = terms
+        self._is_active = False
         if not self.batches:
             raise UserError("the sample is empty: curvature needs at least one batch.")
-        self.num_terms = [terms(batch) for batch in self.batches]
+        self._terms: Terms = terms or getattr(loss, "terms", None) or self._find_terms()
+        self.num_terms = [_number(self._terms(batch)) for batch in self.batches]
         for index, count in enumerate(self.num_terms):
-            if count <= 0:
+            if not 0 < count < math.inf:
                 raise UserError(f"batch {index} has {count} loss terms (all labels ignored?). Leave such batches out.")
-        self.weights = [count / sum(self.num_terms) for count in self.num_terms]
-        self._is_active = False
+        self.weights = [count / math.fsum(self.num_terms) for count in self.num_terms]
         if check:
-            self._check()
+            self._check(given=terms is not None)
 
     def with_scope(self, scope: str | Scope) -> Problem:
         """Return the same loss as a function of other variables."""
@@ -193,13 +209,24 @@ class Problem:
         with ExitStack() as stack:
             if twice_differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            loss = self._loss(self.model, self.batches[index])
+            return self._evaluate(self.batches[index], f"batch {index}")
+
+    def _evaluate(self, batch: Any, name: str) -> Tensor:
+        loss = self._loss(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(
-                f"the loss of batch {index} is not one number ({got}). Return the mean over its loss terms."
-            )
+            raise UserError(f"the loss of {name} is not one number ({got}). Return the mean over its loss terms.")
         return loss.reshape(())
+
+    def _find_terms(self) -> Terms:
+        """Count labels, and ask the loss itself whether it looks at the first of each sequence."""
+        for index, batch in enumerate(self.batches):
+            other = with_other_first_labels(batch)
+            if other is not None:
+                with self.active(), torch.no_grad():
+                    seen, changed = (self._evaluate(each, f"batch {index}") for each in (batch, other))
+                return count_shifted_terms if torch.equal(seen, changed) else count_terms
+        return count_terms
 
     def loss(self) -> float:
         """Evaluate the mean loss at the variables' present values, summed over batches in float64."""
@@ -230,7 +257,7 @@ class Problem:
             found = torch.autograd.grad(self.batch_loss(0), self.variables, allow_unused=True)
         return {name for name, gradient in zip(self.scope.names, found, strict=True) if gradient is None}
 
-    def _check(self) -> None:
+    def _check(self, *, given: bool) -> None:
         with self.active():  # once around both: leaving it puts the generators back, and dropout would repeat
             first, second = self.loss(), self.loss()
         if not math.isfinite(first):
@@ -244,6 +271,28 @@ class Problem:
                 f"two passes over the data gave losses {first:.9g} and {second:.9g}; curvature needs the same loss "
                 "twice. Turn off dropout, augmentation and shuffling inside the model and the loss."
             )
+        with self.active(), torch.no_grad():
+            check_terms(
+                lambda batch: float(self._evaluate(batch, "a few examples")),
+                self._terms,
+                self.batches,
+                tolerance=self._rounding(),
+                given=given,
+            )
+
+    def _rounding(self) -> float:
+        """What a loss of other batches may differ by, relative to one and to the loss: much more than it does."""
+        tensors = [*self.variables, *self.model.parameters(), *self.model.buffers()]
+        tensors += [leaf for leaf in tree.tree_leaves(self.batches[0]) if isinstance(leaf, Tensor)]
+        precision = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point() or t.is_complex())
+        # Models in float64 compute some of their steps in float32.
+        quantised = any(p.element_size() == 1 for p in self.model.parameters())
+        return 0.05 if quantised else min(max(1000 * precision, 1e-6), 0.05)
+
+
+def _number(terms: float) -> float:
+    """Return a count as it is and anything else, such as a tensor, as a float."""
+    return terms if isinstance(terms, int) else float(terms)
 
 
 def differentiate(output: Tensor, variables: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The losses of the image repositories' training loops, computed anew as each loop computes its own.
+"""The losses of the repositories' training loops, computed anew as each loop computes its own.
 
 Where upstream has a function for a part of a loss it is passed in and called.
 """
@@ -10,6 +10,27 @@ from typing import Any
 
 # The weight that CL-LoRA's loop gives to its orthogonality penalty (models/cllora.py at the pin).
 _ORTHOGONALITY = 0.0001
+
+
+def trainer_loss(trainer: Any) -> Any:
+    """Compute the loss that a Hugging Face Trainer computes, which also says what it divides by.
+
+    The LLaMA of N-LoRA and O-LoRA divides by the sum of the batch's ``loss_mask`` (src/model/llama.py at the pin), T5
+    by the labels that are not ignored, and so does the Trainer's label smoothing, which passes over a model's own loss.
+
+    Args:
+        trainer: Has ``compute_loss`` and ``label_smoother``.
+
+    Returns:
+        A :class:`flatpatch.flatness.WeightedLoss`: the mean of a batch, without the penalties of ``training_step``.
+    """
+    from flatpatch.flatness import WeightedLoss, count_terms
+
+    def terms(batch: Any) -> float:
+        mask = None if trainer.label_smoother is not None else batch.get("loss_mask")
+        return count_terms(batch) if mask is None else float(mask.sum())
+
+    return WeightedLoss(lambda model, batch: trainer.compute_loss(model, dict(batch)), terms)
 
 
 def classification_loss(network: Any, inputs: Any, targets: Any) -> Any:

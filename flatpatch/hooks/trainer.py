@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError
+from flatpatch.hooks.losses import trainer_loss
 from flatpatch.hooks.recording import MEASURED, Recorder, announce, counts, describe, dtypes
 from flatpatch.hooks.run_files import VARIABLE, read_description
 
@@ -179,7 +180,7 @@ class _RecordedTraining:
             task=self._run["task"],
             model=trainer.model,
             sample=sample_of(trainer.train_dataset, collator),
-            loss=lambda model, batch: trainer.compute_loss(model, dict(batch)),
+            loss=trainer_loss(trainer),
             loss_name="the trainer's compute_loss, without the penalties that training_step adds",
         )
 

@@ -126,7 +126,7 @@ class Measurer:
         title = f"{when} task {task_index + 1} {task}"
         started = time.perf_counter()
         results = {scope: ScopeResult() for scope in request.scopes}
-        terms: list[int] = []
+        terms: list[float] = []
         weights, error = "", None
         made = Sample((), 0)
         try:
@@ -206,7 +206,7 @@ def describe(
     task_index: int,
     when: str,
     sample: Sample,
-    terms: list[int],
+    terms: list[float],
     weights: str,
     loss_name: str,
     error: str | None,

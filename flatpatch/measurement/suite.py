@@ -95,7 +95,7 @@ def measure_model(
     title: str = "",
     say: Say = print,
     progress: Progress | None = None,
-) -> tuple[dict[str, ScopeResult], list[int]]:
+) -> tuple[dict[str, ScopeResult], list[float]]:
     """Measure a model as it is, in evaluation mode. Use a copy of a model that is being trained.
 
     Args:
@@ -111,7 +111,7 @@ def measure_model(
         A result per scope, and the loss terms of each batch. What fails is in the result's ``errors``.
     """
     results: dict[str, ScopeResult] = {}
-    terms: list[int] = []
+    terms: list[float] = []
     for scope in request.scopes:
         result = results[scope] = ScopeResult()
         started = time.perf_counter()
@@ -193,8 +193,8 @@ def _say_estimate(title: str, problem: Problem, costs: Costs, plan: Mapping[str,
     total = sum(plan.values())
     product = f", Hessian product {costs.product:.2g} s" if costs.product else ""
     line = (
-        f"measuring {title}: {problem.size:,} weights, {sum(problem.num_terms)} loss terms, about {_duration(total)} "
-        f"at most (forward and backward {costs.gradient:.2g} s{product})"
+        f"measuring {title}: {problem.size:,} weights, {sum(problem.num_terms):.10g} loss terms, "
+        f"about {_duration(total)} at most (forward and backward {costs.gradient:.2g} s{product})"
     )
     if total > _LOUD_SECONDS:
         shares = ", ".join(f"{kind} {_duration(seconds)}" for kind, seconds in plan.items() if seconds >= 1)
