@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from flatness_lora import assert_same_state, factors, make_model, make_problem, rescale, state_of
+from torch import nn
 
 from flatpatch.errors import UserError
+from flatpatch.flatness import Point, Problem, landscape, plane_landscape, supervised_loss
 from flatpatch.flatness.connectivity import checkpoint_point, find_barrier, linear_connectivity, model_point
-from flatpatch.flatness.landscape import load_landscape
+from flatpatch.flatness.directions import given_direction
+from flatpatch.flatness.landscape import Mark, load_landscape
+from flatpatch.flatness.points import mixed_buffers
 
 
 class Wave:
@@ -239,3 +243,180 @@ def test_bad_arguments_are_refused():
         linear_connectivity(Wave(1.0), ZERO, ONE, points=2)
     with pytest.raises(ValueError, match="the models have shapes"):
         linear_connectivity(Wave(1.0), ZERO, torch.ones(2))
+
+
+# Models with buffers
+
+
+def normed(seed, dtype=torch.float64):
+    """A network with running statistics, of data that differ from seed to seed."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 3)).to(dtype)
+    for _ in range(5 + seed):
+        model(seed + (1 + seed) * torch.randn(20, 4, dtype=dtype))
+    return model
+
+
+def normed_problem(seed, dtype=torch.float64, scope="model"):
+    generator = torch.Generator().manual_seed(9)
+    batches = [(torch.randn(n, 4, generator=generator).to(dtype), torch.arange(n) % 3) for n in (7, 5)]
+    return Problem(normed(seed, dtype), batches, supervised_loss(nn.functional.cross_entropy), scope=scope)
+
+
+def own(problem):
+    return problem.flatten(problem.variables, torch.float64)
+
+
+def buffers_of(problem):
+    return {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["model", "state"])
+def test_both_ends_of_a_line_have_their_own_losses_with_running_statistics(dtype, how):
+    first, second = normed_problem(1, dtype), normed_problem(2, dtype)
+    before = state_of(first.model), buffers_of(first)
+    point = model_point(first, second) if how == "model" else checkpoint_point(first, second.model.state_dict())
+    line = linear_connectivity(first, own(first), point, points=5)
+    assert [line.losses[0], line.losses[-1]] == [first.loss(), second.loss()]
+    assert line.landscape.mark_losses.tolist() == [first.loss(), second.loss()]
+    assert line.moved_buffers == ("1.running_mean", "1.running_var", "3.running_mean", "3.running_var")
+    assert line.landscape.about["moved_buffers"] == list(line.moved_buffers)
+    assert line.space == "weight space, with the buffers that differ"
+    assert json.loads(json.dumps(line.as_dict()))["moved_buffers"] == list(line.moved_buffers)
+    back = linear_connectivity(first, point, own(first), points=5)
+    np.testing.assert_allclose(back.losses, line.losses[::-1], rtol=1e-6)
+    assert_same_state(first.model, before[0])
+    assert all(torch.equal(value, before[1][name]) for name, value in first.model.named_buffers())
+
+
+def test_midpoint_of_a_line_has_the_mean_of_the_statistics():
+    first, second = normed_problem(1), normed_problem(2)
+    line = linear_connectivity(first, own(first), model_point(first, second), points=3)
+    middle = normed_problem(3)
+    states = [problem.model.state_dict() for problem in (first, second)]
+    middle.model.load_state_dict({key: (states[0][key] + states[1][key]) / 2 for key in states[0]})
+    assert line.losses[1] == pytest.approx(middle.loss(), rel=1e-12)
+
+
+def test_plane_through_models_with_running_statistics_holds_their_own_losses():
+    problems = [normed_problem(seed) for seed in (1, 2, 3)]
+    points = [own(problems[0]), *(model_point(problems[0], other) for other in problems[1:])]
+    result = plane_landscape(problems[0], dict(zip("abc", points, strict=True)), points=7, margin=2.0)
+    assert result.mark_losses.tolist() == [problem.loss() for problem in problems]
+    # Far beyond the models a variance would be negative if it went on in a straight line.
+    assert np.isfinite(result.losses).all()
+    assert all(torch.equal(b, problems[0].model.state_dict()[name]) for name, b in problems[0].model.named_buffers())
+
+
+def test_buffers_are_means_between_points_and_stay_in_their_range_beyond():
+    first, *others = (normed_problem(seed) for seed in (1, 2, 3))
+    points = [Point(own(first), {}), *(model_point(first, other) for other in others)]
+    mix = mixed_buffers(first, points)
+    name = "3.running_var"
+    values = torch.stack([problem.model.state_dict()[name] for problem in (first, *others)])
+    torch.testing.assert_close(mix((0.2, 0.3, 0.5))[name], 0.2 * values[0] + 0.3 * values[1] + 0.5 * values[2])
+    assert torch.equal(mix((0.0, 0.0, 1.0))[name], values[2])
+    beyond = mix((9.0, -4.0, -4.0))[name]
+    assert (9 * values[0] - 4 * values[1] - 4 * values[2] < 0).any()
+    assert (beyond >= values.amin(dim=0)).all() and (beyond <= values.amax(dim=0)).all()
+
+
+def test_landscape_around_another_model_has_its_statistics_and_marks_have_their_own():
+    first, second = normed_problem(1), normed_problem(2)
+    point = model_point(first, second)
+    direction = given_direction(torch.ones(first.size), "ones")
+    marks = [Mark("here", (9.0,), own(first)), Mark("there", (0.0,), point)]
+    result = landscape(first, [direction], [[0.0, 1.0]], origin=point, marks=marks)
+    assert result.losses[0] == second.loss()
+    assert result.mark_losses.tolist() == [first.loss(), second.loss()]
+    around = landscape(second, [direction], [[0.0, 1.0]])
+    np.testing.assert_allclose(result.losses, around.losses, rtol=1e-12)
+
+
+def test_a_vector_whose_running_statistics_are_not_known_is_refused():
+    first, second = normed_problem(1), normed_problem(2)
+    vector, direction = own(second), given_direction(torch.ones(first.size), "ones")
+    message = "other weights than the model's.*1.running_mean and 3 more.*model_point or checkpoint_point"
+    with pytest.raises(UserError, match=f"second is a vector of {message}"):
+        linear_connectivity(first, own(first), vector)
+    with pytest.raises(UserError, match=message):
+        plane_landscape(first, {"a": own(first), "b": vector, "c": 2 * vector})
+    with pytest.raises(UserError, match=f"the origin is a vector of {message}"):
+        landscape(first, [direction], [[0.0]], origin=vector)
+    with pytest.raises(UserError, match=f"x is a vector of {message}"):
+        landscape(first, [direction], [[0.0]], marks=[Mark("x", (0.0,), vector)])
+    kept = linear_connectivity(first, own(first), Point(vector, {}), points=3)
+    assert kept.moved_buffers == ()
+
+
+def test_a_file_of_other_statistics_is_refused(tmp_path):
+    first, second = normed_problem(1), normed_problem(2)
+    point = model_point(first, second)
+    linear_connectivity(first, own(first), point, points=3, path=tmp_path / "line.npz")
+    changed = Point(point.weights, {**point.buffers, "1.running_mean": point.buffers["1.running_mean"] + 1})
+    with pytest.raises(UserError, match="another landscape|landscape of other"):
+        linear_connectivity(first, own(first), changed, points=3, path=tmp_path / "line.npz")
+
+
+def test_a_models_own_state_is_its_own_point():
+    problem = normed_problem(1)
+    point = checkpoint_point(problem, problem.model.state_dict())
+    assert torch.equal(point, own(problem))
+    counted = problem.model.state_dict()
+    counted["1.num_batches_tracked"] = torch.tensor(77)  # of no influence
+    assert torch.equal(checkpoint_point(problem, counted), own(problem))
+
+
+class Table(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, x):
+        return self.layer(x)[:, self.order]
+
+
+def test_a_buffer_that_differs_and_cannot_be_moved_is_refused_by_name():
+    loss = supervised_loss(nn.functional.cross_entropy)
+    batches = [(torch.randn(4, 4, dtype=torch.float64), torch.arange(4) % 3)]
+    first, second = (Problem(Table(order), batches, loss) for order in ([0, 1, 2], [2, 1, 0]))
+    with pytest.raises(UserError, match="the buffer order of the other model is not the model's.*it is of int64"):
+        model_point(first, second)
+    with pytest.raises(UserError, match="the buffer order of task 2 is not the model's"):
+        checkpoint_point(first, second.model.state_dict(), name="task 2")
+    second.model.order = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(UserError, match=r"the buffer order is \(2,\) in the other model and \(3,\) in the model"):
+        model_point(first, second)
+    one, other = normed_problem(1), normed_problem(2)
+    other.model[1].running_var[0] = math.nan
+    with pytest.raises(UserError, match="the buffer 1.running_var of the other model.*not finite"):
+        model_point(one, other)
+
+
+def tied(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False)).double()
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_a_checkpoint_may_name_a_tied_tensor_by_any_of_its_names():
+    batches = [(torch.randn(4, 4, dtype=torch.float64), torch.arange(4) % 3)]
+    problem, other = (Problem(tied(seed), batches, supervised_loss(nn.functional.cross_entropy)) for seed in (1, 2))
+    state = other.model.state_dict()
+    assert list(state) == ["0.weight", "2.weight"]
+    for names in (["0.weight"], ["2.weight"], ["0.weight", "2.weight"]):
+        point = checkpoint_point(problem, {name: state[name] for name in names})
+        assert torch.equal(point, own(other))
+    with pytest.raises(UserError, match="has two values of 0.weight, the other as 2.weight"):
+        checkpoint_point(problem, {"0.weight": state["0.weight"], "2.weight": state["0.weight"] + 1})
+
+
+def test_a_checkpoint_of_a_compiled_or_parallel_model_is_read():
+    problem, other = normed_problem(1), normed_problem(2)
+    state = nn.DataParallel(torch.compile(other.model)).state_dict()
+    assert list(state)[0] == "module._orig_mod.0.weight"
+    point = checkpoint_point(problem, state)
+    assert linear_connectivity(problem, own(problem), point, points=3).losses[-1] == other.loss()

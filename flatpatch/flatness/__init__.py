@@ -13,6 +13,7 @@ from flatpatch.flatness.directions import Direction, given_direction, random_dir
 from flatpatch.flatness.eigenvalues import Eigenpairs, lanczos, power_iteration
 from flatpatch.flatness.landscape import Landscape, Mark, Plane, landscape, plane_landscape, plane_through
 from flatpatch.flatness.operator import HessianOperator, LinearOperator, MatrixOperator
+from flatpatch.flatness.points import Point
 from flatpatch.flatness.problem import Loss, Problem, WeightedLoss, model_loss, supervised_loss
 from flatpatch.flatness.scope import SCOPES, Scope, find_scope
 from flatpatch.flatness.sharpness import (
@@ -43,6 +44,7 @@ __all__ = [
     "Mark",
     "MatrixOperator",
     "Plane",
+    "Point",
     "Problem",
     "Quadrature",
     "Scope",

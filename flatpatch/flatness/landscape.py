@@ -3,7 +3,9 @@ r"""The loss along one or two directions, and on the plane through three models.
 Each point is built anew from the base, :math:`x + a\,d_1 + b\,d_2` in float64, and rounded once to the weights'
 number format, so that no rounding adds up over a walk. A cell holds the loss that was found, infinite and NaN too;
 which cells have been evaluated is kept apart, in a mask, by which an interrupted landscape goes on. Buffers, such as
-the running statistics of batch normalisation, are neither varied nor computed anew.
+the running statistics of batch normalisation, are the origin's everywhere; on the plane through three models they are
+means of the models', with the shares that the weights have, beyond the models within the range of theirs. They are
+never computed anew. ``about`` has ``moved_buffers``, their names, if any differ.
 
 The file (``.npz``) holds ``losses`` and ``done``, shaped as the grid; ``axis_0`` and, in two dimensions, ``axis_1``,
 the coordinates; ``marks`` (k, d) and ``mark_losses`` (k,), points evaluated besides; ``origin_loss`` (), the loss
@@ -35,7 +37,16 @@ from torch import Tensor
 from flatpatch.errors import UserError
 from flatpatch.flatness.basis import Progress
 from flatpatch.flatness.directions import Direction
-from flatpatch.flatness.points import Objective, moving
+from flatpatch.flatness.points import (
+    Objective,
+    Point,
+    as_point,
+    loss_at,
+    mixed_buffers,
+    moving,
+    tensors_of,
+    weights_of,
+)
 from flatpatch.flatness.problem import Problem
 
 FloatArray = NDArray[np.float64]
@@ -51,12 +62,12 @@ class Mark:
     Attributes:
         name: What the point is, such as a model's name.
         coordinates: (d,) where it lies, in the grid's coordinates.
-        weights: (n,) the weights to evaluate.
+        weights: (n,) the weights to evaluate, or a point with its buffers.
     """
 
     name: str
     coordinates: tuple[float, ...]
-    weights: Tensor
+    weights: Tensor | Point
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def landscape(
     directions: Sequence[Direction],
     axes: Sequence[Sequence[float] | FloatArray],
     *,
-    origin: Tensor | None = None,
+    origin: Tensor | Point | None = None,
     marks: Sequence[Mark] = (),
     path: Path | None = None,
     save_seconds: float = _SAVE_SECONDS,
@@ -114,7 +125,8 @@ def landscape(
         problem: The loss; the weights are put back afterwards, bit for bit, also after an exception.
         directions: One or two.
         axes: For each direction, its coordinates.
-        origin: (n,) where all coordinates are zero; by default the weights as they are.
+        origin: (n,) where all coordinates are zero, with the buffers of the whole grid; by default the weights as they
+            are.
         marks: Points to evaluate besides, at their own weights.
         path: A ``.npz`` file to keep the results in, written whole or not at all. If it holds some of this very
             landscape already, only the rest is evaluated.
@@ -126,8 +138,37 @@ def landscape(
 
     Raises:
         ValueError: If the numbers or shapes of the arguments do not fit.
-        UserError: If the file holds another landscape or cannot be read.
+        UserError: If the file holds another landscape or cannot be read, or a vector's running statistics are not known
+            (see :func:`flatpatch.flatness.points.as_point`).
     """
+    start = None if origin is None else as_point(problem, origin, "the origin")
+    buffers = {} if start is None else start.buffers
+    return _span(
+        problem,
+        directions,
+        axes,
+        origin=None if start is None else start.weights,
+        buffers=lambda _: buffers,
+        marks=marks,
+        path=path,
+        save_seconds=save_seconds,
+        progress=progress,
+    )
+
+
+def _span(
+    problem: Problem | Objective,
+    directions: Sequence[Direction],
+    axes: Sequence[Sequence[float] | FloatArray],
+    *,
+    origin: Tensor | None,
+    buffers: Callable[[tuple[float, ...]], Mapping[str, Tensor]],
+    marks: Sequence[Mark],
+    path: Path | None,
+    save_seconds: float,
+    progress: Progress | None,
+) -> Landscape:
+    """Evaluate a landscape whose buffers are a function of the coordinates."""
     if len(directions) not in (1, 2) or len(axes) != len(directions):
         raise ValueError(f"one or two directions, each with its axis; got {len(directions)} and {len(axes)} axes")
     grid = tuple(np.asarray(axis, dtype=np.float64) for axis in axes)
@@ -146,12 +187,13 @@ def landscape(
             if not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
                 raise ValueError(f"{direction.label} is zero or not finite: there is nothing to vary along it")
 
-        def point(coordinates: tuple[float, ...]) -> Tensor:
+        def point(coordinates: tuple[float, ...]) -> Point:
             moved = base
             for coordinate, vector in zip(coordinates, vectors, strict=True):
                 moved = torch.add(moved, vector, alpha=coordinate)
-            return moved
+            return Point(moved, buffers(coordinates))
 
+        marks = [replace(mark, weights=as_point(problem, mark.weights, mark.name)) for mark in marks]
         about = {"kind": "landscape", **describe(problem), "axes": [_describe_axis(d) for d in directions]}
         if len(vectors) == 2:
             first, second = (vector / torch.linalg.vector_norm(vector) for vector in vectors)
@@ -161,7 +203,7 @@ def landscape(
             point,
             grid,
             about=about,
-            identity=[base, *vectors],
+            identity=[base, *vectors, *tensors_of(Point(base, buffers((0.0,) * len(vectors))))[1:]],
             marks=marks,
             path=path,
             save_seconds=save_seconds,
@@ -169,13 +211,15 @@ def landscape(
         )
 
 
-def plane_through(first: Tensor, second: Tensor, third: Tensor) -> Plane:
+def plane_through(first: Tensor | Point, second: Tensor | Point, third: Tensor | Point) -> Plane:
     """Return the plane through three points, with the first at (0, 0) and the second at (|second - first|, 0).
+
+    It is one of the weights: what a point has besides them does not count.
 
     Raises:
         ValueError: If the shapes differ, a point is not finite, or the three lie on one line.
     """
-    points = [point.detach().to("cpu", torch.float64) for point in (first, second, third)]
+    points = [weights_of(point).detach().to("cpu", torch.float64) for point in (first, second, third)]
     if any(point.ndim != 1 or point.shape != points[0].shape for point in points):
         raise ValueError(f"three vectors of one length, got shapes {[tuple(point.shape) for point in points]}")
     if not all(bool(point.isfinite().all()) for point in points):
@@ -199,7 +243,7 @@ def plane_through(first: Tensor, second: Tensor, third: Tensor) -> Plane:
 
 def plane_landscape(
     problem: Problem | Objective,
-    models: Mapping[str, Tensor],
+    models: Mapping[str, Tensor | Point],
     *,
     points: int = 25,
     margin: float = 0.2,
@@ -211,7 +255,8 @@ def plane_landscape(
 
     Args:
         problem: The loss; the weights are put back afterwards, bit for bit.
-        models: Three names and weights, (n,) each; the first is at (0, 0). They are evaluated at these very weights.
+        models: Three names and weights, (n,) each, or points with their buffers (see the module's text for these); the
+            first is at (0, 0). They are evaluated at these very weights and buffers.
         points: Grid points a side.
         margin: How far the grid reaches beyond the models, as a share of their extent.
         path: As in ``landscape``.
@@ -227,19 +272,30 @@ def plane_landscape(
     """
     if len(models) != 3:
         raise ValueError(f"a plane needs three models, got {len(models)}: {', '.join(models)}")
-    plane = plane_through(*models.values())
+    known = [as_point(problem, where, name) for name, where in models.items()]
+    plane = plane_through(*known)
+    (width, _), (along, height) = plane.coordinates[1:]
+    mix = mixed_buffers(problem, known)
+
+    def buffers(coordinates: tuple[float, ...]) -> dict[str, Tensor]:
+        x, y = coordinates
+        third = y / height
+        second = (x - along * third) / width
+        return mix((1 - second - third, second, third))
+
     low, high = plane.coordinates.min(axis=0), plane.coordinates.max(axis=0)
     reach = margin * (high - low)
     names = list(models)
     labels = [f"towards {names[1]}", f"across, towards {names[2]}"]
-    return landscape(
+    return _span(
         problem,
         [Direction(vector, label, "l2") for vector, label in zip(plane.basis, labels, strict=True)],
         [np.linspace(a, b, points) for a, b in zip(low - reach, high + reach, strict=True)],
-        origin=plane.origin.to(next(iter(models.values())).device),
+        origin=plane.origin.to(known[0].weights.device),
+        buffers=buffers,
         marks=[
-            Mark(name, tuple(map(float, where)), weights)
-            for (name, weights), where in zip(models.items(), plane.coordinates, strict=True)
+            Mark(name, tuple(map(float, where)), point)
+            for name, point, where in zip(names, known, plane.coordinates, strict=True)
         ],
         path=path,
         save_seconds=save_seconds,
@@ -249,7 +305,7 @@ def plane_landscape(
 
 def evaluate_grid(
     objective: Objective,
-    point: Callable[[tuple[float, ...]], Tensor],
+    point: Callable[[tuple[float, ...]], Point],
     axes: tuple[FloatArray, ...],
     *,
     about: Mapping[str, Any],
@@ -263,7 +319,7 @@ def evaluate_grid(
 
     Args:
         objective: The loss.
-        point: From coordinates to weights, (n,).
+        point: From coordinates to weights and buffers.
         axes: One array of coordinates per dimension.
         about: What is varied; kept with the result.
         identity: The tensors that make this grid's points what they are; a file made from others is refused.
@@ -279,11 +335,13 @@ def evaluate_grid(
         UserError: If the file holds another landscape or cannot be read.
     """
     shape = tuple(len(axis) for axis in axes)
+    moved = sorted({name for mark in marks if isinstance(mark.weights, Point) for name in mark.weights.buffers})
     about = {
         "schema": SCHEMA,
         **about,
         "marks": [mark.name for mark in marks],
-        "fingerprint": _fingerprint(about, axes, [*identity, *(mark.weights for mark in marks)]),
+        **({"moved_buffers": moved} if moved else {}),
+        "fingerprint": _fingerprint(about, axes, [*identity, *(t for mark in marks for t in tensors_of(mark.weights))]),
     }
     places = np.array([mark.coordinates for mark in marks], dtype=np.float64).reshape(len(marks), len(axes))
     result = Landscape(
@@ -299,13 +357,13 @@ def evaluate_grid(
         result = _continued(result, path)
     with _saving(result, path, save_seconds) as save:
         for k, mark in enumerate(marks):
-            result.mark_losses[k] = objective.loss(mark.weights)
+            result.mark_losses[k] = loss_at(objective, mark.weights)
         total, finished = result.done.size, int(result.done.sum())
         for index in itertools.product(*(range(length) for length in shape)):
             if result.done[index]:
                 continue
             coordinates = tuple(float(axis[i]) for axis, i in zip(axes, index, strict=True))
-            result.losses[index] = objective.loss(point(coordinates))
+            result.losses[index] = loss_at(objective, point(coordinates))
             result.done[index] = True
             finished += 1
             save()

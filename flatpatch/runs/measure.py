@@ -28,7 +28,7 @@ from flatpatch.flatness import (
     plane_through,
 )
 from flatpatch.flatness.landscape import save_landscape
-from flatpatch.flatness.points import moving
+from flatpatch.flatness.points import Point, loss_at, moving, weights_of
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.guard import working_copy
 from flatpatch.measurement.request import EFFORTS, Request
@@ -196,7 +196,7 @@ class _Joint:
         self.task = runs[0].record["tasks"][indices[0]]
         self.sample: Sample = runs[0].draw_sample(indices[0], asked.request)
         self.problems: dict[str, Problem] = {}
-        self.points: dict[str, list[Tensor]] = {}
+        self.points: dict[str, list[Tensor | Point]] = {}
 
     def find_points(self) -> None:
         """Read every model as a point of each space.
@@ -218,25 +218,27 @@ class _Joint:
                 for model in models
             ]
             first = problems[0]
-            points = [first.flatten(first.variables, torch.float64)]
+            points: list[Tensor | Point] = [first.flatten(first.variables, torch.float64)]
             points += [
                 model_point(first, other, name=name) for other, name in zip(problems[1:], self.names[1:], strict=True)
             ]
             try:
                 if len(points) == 3:
                     plane_through(*points)
-                elif torch.equal(*points):
+                elif torch.equal(*map(weights_of, points)):
                     raise ValueError("the two models are the same point")
             except ValueError as error:
                 raise UserError(f"{', '.join(self.names)}, scope {scope}: {error}. Name other runs.") from None
             self._check_losses(scope, first, points, own)
             self.problems[scope], self.points[scope] = first, points
 
-    def _check_losses(self, scope: str, problem: Problem, points: Sequence[Tensor], own: Sequence[float]) -> None:
+    def _check_losses(
+        self, scope: str, problem: Problem, points: Sequence[Tensor | Point], own: Sequence[float]
+    ) -> None:
         """Equal shapes do not make two models of one kind: what is not in the weights may differ."""
         with moving(problem) as objective:
             for name, point, loss in zip(self.names, points, own, strict=True):
-                there = objective.loss(point)
+                there = loss_at(objective, point)
                 # Apart by no more than rounding in float32; equal, or both not finite, is fine.
                 if math.isclose(there, loss, rel_tol=1e-4, abs_tol=1e-5) or not (
                     math.isfinite(there) or math.isfinite(loss)
