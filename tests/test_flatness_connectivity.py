@@ -313,7 +313,7 @@ def test_buffers_are_means_between_points_and_stay_in_their_range_beyond():
     first, *others = (normed_problem(seed) for seed in (1, 2, 3))
     points = [Point(own(first), {}), *(model_point(first, other) for other in others)]
     mix = mixed_buffers(first, points)
-    name = "3.running_var"
+    name = "1.running_var"
     values = torch.stack([problem.model.state_dict()[name] for problem in (first, *others)])
     torch.testing.assert_close(mix((0.2, 0.3, 0.5))[name], 0.2 * values[0] + 0.3 * values[1] + 0.5 * values[2])
     assert torch.equal(mix((0.0, 0.0, 1.0))[name], values[2])
