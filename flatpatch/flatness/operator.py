@@ -405,8 +405,9 @@ class HessianOperator:
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     """Add up a tensor's bits as 64-bit integers, with wrapping: fast, and no change is lost to rounding."""
+    tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
     words = 8 // tensor.element_size()
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.reshape(-1)
     if flat.numel() % words or flat.storage_offset() % words:
         flat = torch.cat([flat, flat.new_zeros(-flat.numel() % words)]).clone()
     return flat.view(torch.int64).sum()
@@ -425,6 +426,8 @@ def _measuring(problem: Problem) -> Iterator[Callable[[], int]]:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:
+            return tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()

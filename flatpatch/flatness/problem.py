@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as tree
 
 from flatpatch.errors import UserError
-from flatpatch.flatness.scope import Scope, find_scope
+from flatpatch.flatness.scope import Scope, find_scope, unwrapped
 from flatpatch.flatness.terms import (
     Terms,
     check_terms,
@@ -84,12 +85,14 @@ def supervised_loss(criterion: Callable[[Tensor, Tensor], Tensor]) -> Loss:
 class Problem:
     """A loss over fixed batches as a function of the variables of a scope.
 
-    The model is evaluated in eval mode without autocast and TF32. Outside the calls below it is as the caller left it:
-    modes, ``requires_grad``, ``.grad``, weights and random number generators.
+    The model is evaluated in eval mode without autocast and TF32; what is compiled runs uncompiled, and gradients of
+    embeddings are neither sparse nor scaled by frequency, which is no part of a loss. Outside the calls below it is as
+    the caller left it: modes, ``requires_grad``, ``.grad``, weights and random number generators.
 
     Args:
         model: Any module, on the device where it is to be measured. Half-precision weights are accepted, but their
-            curvature carries noise of about one percent.
+            curvature carries noise of about one percent. Of a compiled or (distributed) data-parallel model the one
+            inside is measured, by this process alone.
         batches: What ``loss`` takes; read once, moved to the model's device and kept. An iterator or a data loader
             may shuffle or augment: what it yields now is the sample.
         loss: Mean loss of a batch; by default the model's own, ``model(**batch).loss``.
@@ -110,7 +113,8 @@ class Problem:
         device: Of flat vectors.
 
     Raises:
-        UserError: If there are no batches, no loss terms in one, no variables, or the check fails.
+        UserError: If there are no batches, no loss terms in one, no variables or one that cannot be varied, a forward
+            pass that changes weights, or the check fails.
     """
 
     def __init__(
@@ -123,8 +127,9 @@ class Problem:
         scope: str | Scope = "trainable",
         check: bool = True,
     ) -> None:
-        self.model = model
-        self.scope = find_scope(model, scope) if isinstance(scope, str) else scope
+        self.model = unwrapped(model)
+        self.scope = find_scope(self.model, scope) if isinstance(scope, str) else scope
+        _refuse_changing_weights(self.model)
         first = self.scope.variables[0]
         self.device = first.device
         self.dtype = torch.float64 if any(v.dtype == torch.float64 for v in self.scope.variables) else torch.float32
@@ -260,10 +265,15 @@ class Problem:
     def _check(self, *, given: bool) -> None:
         with self.active():  # once around both: leaving it puts the generators back, and dropout would repeat
             first, second = self.loss(), self.loss()
+        named = zip(self.scope.names, self.variables, strict=True)
+        bad = next((name for name, variable in named if not bool(variable.isfinite().all())), None)
         if not math.isfinite(first):
+            also = f" and {bad} is not finite" if bad else ""
             raise UserError(
-                f"the loss is {first}. Curvature needs a finite loss: check the weights, batches and dtype."
+                f"the loss is {first}{also}. Curvature needs a finite loss: check the weights, batches and dtype."
             )
+        if bad:
+            raise UserError(f"{bad} is not finite, although the loss is. Its training diverged, or it was not loaded.")
         # What sums in another order may change by; a GPU does not always add in the same one.
         precision = max(torch.finfo(v.dtype).eps for v in self.variables)
         if not abs(first - second) <= 100 * precision * max(abs(first), abs(second)):
@@ -271,6 +281,7 @@ class Problem:
                 f"two passes over the data gave losses {first:.9g} and {second:.9g}; curvature needs the same loss "
                 "twice. Turn off dropout, augmentation and shuffling inside the model and the loss."
             )
+        self._check_graph()
         with self.active(), torch.no_grad():
             check_terms(
                 lambda batch: float(self._evaluate(batch, "a few examples")),
@@ -279,6 +290,25 @@ class Problem:
                 tolerance=self._rounding(),
                 given=given,
             )
+
+    def _check_graph(self) -> None:
+        """Autograd gives zeros, and no error, for what it cannot follow."""
+        variables = {id(variable) for variable in self.variables}
+        for index in range(len(self.batches)):
+            with self.active(), torch.set_grad_enabled(True):
+                nodes = _nodes(self.batch_loss(index))
+            if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+                raise UserError(
+                    "the model recomputes its activations by reentrant checkpoints, through which autograd.grad sees "
+                    "no weights. Switch gradient checkpointing off, or give torch.utils.checkpoint use_reentrant=False."
+                )
+            if any(id(getattr(node, "variable", None)) in variables for node in nodes):
+                return
+        raise UserError(
+            f"the loss depends on none of the {len(self.variables)} tensors of scope={self.scope.name}, or was "
+            "computed without gradients (no_grad, detach, item). Choose another scope, or return what autograd can "
+            "follow."
+        )
 
     def _rounding(self) -> float:
         """What a loss of other batches may differ by, relative to one and to the loss: much more than it does."""
@@ -296,15 +326,49 @@ def _number(terms: float) -> float:
 
 
 def differentiate(output: Tensor, variables: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradient for each variable, zero for one that the output does not depend on."""
+    """Return the gradient for each variable, zero for one that the output does not depend on.
+
+    Raises:
+        UserError: If a gradient is asked for that can be differentiated again, and there is none.
+    """
     if not output.requires_grad:
         return [torch.zeros_like(variable) for variable in variables]
-    return list(torch.autograd.grad(output, variables, create_graph=create_graph, materialize_grads=True))
+    found = torch.autograd.grad(output, variables, create_graph=create_graph, materialize_grads=True)
+    if create_graph and any(gradient.layout != torch.strided for gradient in found):
+        raise UserError(
+            "the gradient of a weight is sparse (torch.nn.functional.embedding with sparse=True) and cannot be "
+            "differentiated again. Give it sparse=False, or use mode='finite-difference'."
+        )
+    return [gradient.to_dense() if gradient.layout != torch.strided else gradient for gradient in found]
+
+
+def _nodes(output: Tensor) -> set[Any]:
+    """Return the nodes of the graph behind a tensor."""
+    pending = [] if output.grad_fn is None else [output.grad_fn]
+    seen = set(pending)
+    while pending:
+        for following, _ in pending.pop().next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return seen
+
+
+def _refuse_changing_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise UserError(
+                f"{name or type(module).__name__} has max_norm={module.max_norm:g}, by which a forward pass changes "
+                "its weights: there is no loss at weights that do not stay. Set its max_norm to None, once the weights "
+                "are as they are to be measured."
+            )
 
 
 @contextmanager
 def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, full precision and unfused encoder layers; everything as before when the block is left."""
+    """Evaluation mode, full precision and nothing fused or compiled; everything as before when the block is left."""
+    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)]
+    ways = [(embedding, embedding.sparse, embedding.scale_grad_by_freq) for embedding in embeddings]
     modes = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     matmul_tf32, cudnn_tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -313,14 +377,20 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model.eval()
+            for embedding in embeddings:
+                embedding.sparse = embedding.scale_grad_by_freq = False
             torch.backends.mha.set_fastpath_enabled(False)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
+            for embedding, sparse, scaled in ways:
+                embedding.sparse, embedding.scale_grad_by_freq = sparse, scaled
             torch.backends.mha.set_fastpath_enabled(fast_path)
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul_tf32, cudnn_tf32
             random.setstate(python_state)

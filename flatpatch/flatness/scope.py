@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.flatness.merged import MergedLayer, merged_layers
@@ -57,6 +58,20 @@ def partner_factor(name: str) -> str:
     return name[: match.start(1)] + other + name[match.end(1) :]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside what torch wraps around one to compile it or to spread its batches over processes.
+
+    The wrappers add nothing to a loss, but some cannot be differentiated twice, and all rename the weights.
+    """
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 class Scope:
     """Named variables of a model, and how the model is made to depend on them.
 
@@ -72,11 +87,15 @@ class Scope:
         others: Names of the variables that are not the scope's own; see :func:`find_scope`.
         absorbed: In "merged" all parameters that the variables are made of beside the frozen weights: the factors, and
             scales of theirs that are learned; else empty.
+
+    Raises:
+        UserError: If a variable is one that cannot be varied: complex, without values, or a part of a weight alone.
     """
 
     def __init__(
         self, model: nn.Module, name: str, named: Sequence[tuple[str, Tensor]], merged: Sequence[MergedLayer] = ()
     ) -> None:
+        _refuse_unusable(name, named)
         self.model = model
         self.name = name
         self.names = tuple(name for name, _ in named)
@@ -114,7 +133,8 @@ def find_scope(model: nn.Module, name: str, *, others: bool = False) -> Scope:
     Args:
         model: Any module. For "merged", one of the structures of :mod:`flatpatch.flatness.merged`.
         name: "adapter": the trainable LoRA factors A and B. "merged": W + s B A of every LoRA layer. "trainable":
-            whatever requires a gradient. "model": every floating-point parameter, frozen or not.
+            whatever requires a gradient. "model": every floating-point parameter, frozen or not; weights that are
+            integers, as quantised ones are, stay as they are.
         others: Whether to add whatever else requires a gradient (a classifier) and is no part of the variables: the
             line between two models ends at both only if it moves all that differs.
 
@@ -122,15 +142,21 @@ def find_scope(model: nn.Module, name: str, *, others: bool = False) -> Scope:
         The scope; tensors that are used in several places are in it once.
 
     Raises:
-        UserError: If the scope is unknown or the model has none of its variables.
+        UserError: If the scope is unknown, the model has none of its variables, or one of them cannot be varied: it is
+            complex, on the meta device, or partitioned over processes.
     """
+    model = unwrapped(model)
     if name not in SCOPES:
         raise UserError(f"scope={name!r} is not one of {', '.join(SCOPES)}.{did_you_mean(name, SCOPES)}")
     if others:
         return _with_others(model, find_scope(model, name))
     if name == "merged":
         return _merged(model)
-    parameters = [(key, p) for key, p in model.named_parameters() if p.is_floating_point() and p.numel() > 0]
+    parameters = [
+        (key, p)
+        for key, p in model.named_parameters()
+        if (p.is_floating_point() or p.is_complex()) and (p.numel() > 0 or _is_partitioned(p))
+    ]
     trainable = [(key, p) for key, p in parameters if p.requires_grad]
     named = {
         "model": parameters,
@@ -143,6 +169,7 @@ def find_scope(model: nn.Module, name: str, *, others: bool = False) -> Scope:
             f"scope={name} chooses no weight: of the model's {len(parameters)} tensors {len(trainable)} are trainable "
             f"and {factors} are LoRA factors. Set requires_grad on those to be measured, or choose another scope."
         )
+    _refuse_unusable(name, named)
     _refuse_shared_storage(named)
     return Scope(model, name, named)
 
@@ -154,6 +181,28 @@ def _with_others(model: nn.Module, own: Scope) -> Scope:
     scope = Scope(model, own.name, named, own.merged)
     scope.others = tuple(key for key, _ in more)
     return scope
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    """Whether other processes hold parts of it: under DeepSpeed's ZeRO-3, FSDP, or as a distributed tensor."""
+    return any(hasattr(parameter, mark) for mark in ("ds_tensor", "_is_flat_param", "device_mesh"))
+
+
+def _refuse_unusable(scope: str, named: Sequence[tuple[str, Tensor]]) -> None:
+    for name, variable in named:
+        if _is_partitioned(variable):
+            raise UserError(
+                f"scope={scope}: {name} is partitioned over processes (ZeRO-3, FSDP), of which each has a part. "
+                "Measure a model that one process holds, such as one loaded from a gathered checkpoint."
+            )
+        if variable.is_meta:
+            raise UserError(f"scope={scope}: {name} is on the meta device and has no values. Load the weights first.")
+        if variable.is_complex():
+            raise UserError(
+                f"scope={scope}: {name} is complex, and curvature here is that of real weights. Let its real view be "
+                "the parameter (torch.view_as_real, and view_as_complex in the forward pass), or choose a scope "
+                "without it."
+            )
 
 
 def _refuse_shared_storage(named: Sequence[tuple[str, Tensor]]) -> None:
