@@ -23,6 +23,7 @@ from flatpatch.continual.reference.vision.checkpoints import restore, save
 from flatpatch.continual.reference.vision.vit import build
 from flatpatch.errors import UserError
 from flatpatch.flatness import Problem, find_scope, model_point, supervised_loss
+from flatpatch.measurement.request import Request
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runs import measure as verb
@@ -152,6 +153,16 @@ def test_whole_run_has_the_same_losses_inside_and_afterwards(tmp_path: Path) -> 
     words += [f"output={tmp_path}", "run=trained", "measure=loss", "measure_scope=adapter,merged", *SMALL]
     assert main(words) == 0
     check_same_losses(tmp_path / "trained", ("adapter", "merged"))
+
+
+def check_batching(folder: Path) -> None:
+    """The loss of upstream's own model does not depend on how the sample is batched."""
+    run = trained.find_run(str(folder))
+    with run.working():
+        model = run.rebuild(1)
+        requests = [Request(("loss",), samples=6, batch=batch) for batch in (6, 4, 1)]
+        found = [Problem(model, run.draw_sample(1, request).batches, run.loss).loss() for request in requests]
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-5)
 
 
 def check_same_losses(folder: Path, scopes: tuple[str, ...]) -> None:
@@ -297,6 +308,7 @@ def test_models_of_upstreams_code_are_rebuilt_as_they_were_measured(
 ) -> None:
     for name in ("off", "sam"):
         check_same_losses(upstream_runs / name, SCOPES)
+        check_batching(upstream_runs / name)
     losses = {name: finished_losses(upstream_runs / name) for name in ("off", "sam")}
     assert losses["off"]["adapter"] != pytest.approx(losses["sam"]["adapter"], rel=1e-4)
     run = f"run={upstream_runs / 'off'},{upstream_runs / 'sam'}"

@@ -100,11 +100,11 @@ class Problem:
             own if it knows them (:class:`WeightedLoss`), else its labels are counted: those that are not ignored,
             without the first of each sequence where the loss does not look at it, as in causal language models.
         scope: "adapter", "merged", "trainable" or "model"; see :func:`flatpatch.flatness.scope.find_scope`.
-        check: Whether to make two passes and refuse a loss that is not finite or does not repeat; and whether to
-            compare the loss of a few examples with the weighted mean of their parts', and refuse one that divides by
-            something else than its terms. The latter takes two batches' time, and sees nothing where examples cannot be
-            put together anew (no tensors with one row per example, each batch one example of its own shape), nor that
-            all batches of one shape have a wrong number of terms by the same factor.
+        check: Whether to make two passes, and refuse a loss that is not finite, does not repeat or has no gradient; and
+            whether to compare the loss of a few examples with the weighted mean of their parts', and refuse one that
+            divides by something else than its terms. Beside the passes this takes three batches' time. It sees nothing
+            where examples cannot be put together anew (no tensors with one row per example, or batches of one example,
+            each of its own shape), nor where all batches of one shape have terms that are wrong by the same factor.
 
     Attributes:
         weights: Each batch's share in the mean loss; they sum to 1.
