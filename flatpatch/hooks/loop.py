@@ -143,7 +143,7 @@ class _Training:
         self._pending = (name, measured)
 
     def _sharpen(self, optimizer: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
-        from flatpatch.sam import RandomState, perturbed
+        from flatpatch.sam import RandomState, group_radii, perturbed
 
         gradients = [weight.grad for weight in self._perturbed]
         if all(gradient is None for gradient in gradients):
@@ -159,7 +159,7 @@ class _Training:
         step = perturbed(
             self._perturbed,
             gradients,
-            rho=self._settings["rho"],
+            rho=group_radii(optimizer, self._perturbed, self._settings["rho"]),
             adaptive=self._settings["kind"] == "asam",
             eta=self._settings["eta"],
         )
