@@ -146,6 +146,7 @@ class SAMTrainingStep:
         optimizer = getattr(self.trainer, "optimizer", None)
         if optimizer is None:
             return [self.rho] * len(parameters)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's
         radii = group_radii(optimizer, parameters, self.rho)
         if getattr(self.trainer, "deepspeed", None) is not None and any("rho" in g for g in optimizer.param_groups):
             raise UserError(
