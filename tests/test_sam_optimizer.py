@@ -585,6 +585,17 @@ def test_option_of_a_whole_step_in_a_group_is_refused(option):
         SAM(torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], **option}], lr=0.1))
 
 
+def test_optimizer_that_already_has_a_scheduler_is_wrapped():
+    H, start = positive_definite(4), torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    base = torch.optim.SGD([weight], lr=0.03)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    sam = SAM(base, rho=0.4)
+    sam.step(closure_for(sam))
+    scheduler.step()
+    assert sam.param_groups[0]["lr"] == 0.015
+
+
 @pytest.mark.parametrize("base", [torch.optim.LBFGS, lambda p: SAM(torch.optim.SGD(p, lr=0.1))])
 def test_base_optimizer_that_needs_a_closure_is_refused_when_made(base):
     with pytest.raises(UserError, match="step needs a closure"):

@@ -173,13 +173,9 @@ class SAM(Optimizer):
 
     def _one_pass(self, closure: Callable[[], Loss], parameters: list[Tensor]) -> Loss:
         """Call the closure, with no gradient left from before, and check that it leaves some."""
-        # To zero, not to None: a closure that keeps zeros keeps them, as with the base optimizer alone.
-        self.base_optimizer.zero_grad(set_to_none=False)
-        earlier = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-                earlier[id(parameter)] = weakref.ref(parameter.grad), parameter.grad._version
+        own = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        _clear({id(p): p for p in [*own, *parameters]}.values())
+        earlier = {id(p): (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None}
         with torch.set_grad_enabled(True):
             loss = _detached(closure())
         for parameter in parameters:
@@ -290,11 +286,9 @@ class SAM(Optimizer):
 
 def _refuse_unsupported(base_optimizer: Optimizer) -> None:
     name = type(base_optimizer).__name__
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(base_optimizer.step).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
+    # Of the class: a scheduler puts a function in the place of the instance's own.
+    _, *arguments = inspect.signature(type(base_optimizer).step).parameters.values()
+    needed = any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments)
     if needed or isinstance(base_optimizer, SAM):
         raise UserError(
             f"SAM cannot be wrapped around {name}: its step needs a closure and evaluates the loss itself, while SAM "
@@ -305,6 +299,17 @@ def _refuse_unsupported(base_optimizer: Optimizer) -> None:
             f"SAM cannot be wrapped around {name}(differentiable=True): it restores the weights from a copy, through "
             "which nothing is differentiated. Use differentiable=False."
         )
+
+
+def _clear(parameters: Iterable[Tensor]) -> None:
+    """Set gradients to zero, not to None: a closure that keeps zeros keeps them, as with the base optimizer alone."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    with torch.no_grad():
+        if dense := [gradient for gradient in gradients if not gradient.is_sparse]:
+            torch._foreach_zero_(dense)
+        for gradient in gradients:
+            if gradient.is_sparse:
+                gradient.zero_()
 
 
 def _detached(loss: Loss) -> Loss:

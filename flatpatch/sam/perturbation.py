@@ -145,7 +145,7 @@ def perturbed(
         UserError: If a parameter is itself sparse.
     """
     parameters = list(parameters)
-    radii = [rho] * len(parameters) if isinstance(rho, (int, float)) else list(rho)
+    radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(parameters)
     for radius in {0.0, *radii}:
         check_settings(radius, eta, sync)
     with torch.no_grad():
