@@ -18,6 +18,7 @@ whole are shown.
 Settings (key=value): size=small|medium|t5-large  device=cpu|cuda  batch=8  length=64  rank=8  steps=40  warmup=6
 threads=1  rho=0.05  adaptive=false  deepspeed=false  trainer=auto|upstream|transformers
 out=runs/benchmarks/trainer_step.json
+clock=wall|cpu (cpu: this process's own time instead of the host's, for a CPU shared with others)
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": 40,
     "warmup": 6,
     "threads": 1,
+    "clock": "wall",
     "rho": 0.05,
     "adaptive": False,
     "deepspeed": False,
@@ -91,12 +93,12 @@ def read_settings(words: list[str]) -> SimpleNamespace:
 class Times:
     """The time of each part of each step, on the host and on the device."""
 
-    def __init__(self, device: Any, wait: Callable[[], None]) -> None:
+    def __init__(self, device: Any, wait: Callable[[], None], now: Callable[[], float]) -> None:
         self.steps: list[tuple[str, float, list[tuple[str, float, Any]]]] = []
-        self._device, self._wait = device, wait
+        self._device, self._wait, self._now = device, wait, now
         self._parts: list[tuple[str, float, Any]] = []
         self._inside = False
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -106,11 +108,11 @@ class Times:
         if self._inside:
             yield
             return
-        self._inside, moment, began = True, Moment(self._device), time.perf_counter()
+        self._inside, moment, began = True, Moment(self._device), self._now()
         try:
             yield
         finally:
-            host = time.perf_counter() - began
+            host = self._now() - began
             self._inside = False
             self._parts.append((name, host, Span(moment, Moment(self._device))))
 
@@ -132,11 +134,11 @@ class Times:
     def end_step(self, kind: str) -> None:
         """Keep the parts of a step of this kind."""
         self.wait()
-        now = time.perf_counter()
+        now = self._now()
         self.steps.append((kind, now - self._began, self._parts))
         self._parts = []
         gc.collect()  # else a collection would fall on whichever step happens to run
-        self._began = time.perf_counter()
+        self._began = self._now()
 
 
 def upstream_sources(wanted: str) -> Path | None:
@@ -350,7 +352,8 @@ def main() -> None:
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     on_gpu = settings.device.startswith("cuda")
-    times = Times(torch.device(settings.device), torch.cuda.synchronize if on_gpu else lambda: None)
+    now = time.process_time if settings.clock == "cpu" else time.perf_counter
+    times = Times(torch.device(settings.device), torch.cuda.synchronize if on_gpu else lambda: None, now)
     upstream = upstream_sources(settings.trainer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(settings, upstream, folder)
