@@ -145,6 +145,20 @@ def in_scope(name, scope):
     return {"lora": factor != "head", "all": True}.get(scope, factor == scope)
 
 
+def test_groups_own_rho_scales_its_part_of_one_perturbation(started, tmp_path):
+    network = Network().double()
+    (data,) = batches(1)
+    A, B = network.lora_A.weight, network.lora_B.weight
+    gradients = torch.autograd.grad(cross_entropy(network(data[0])["logits"], data[1]), [A, B])
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    rest = [p for p in trained(network) if p is not A and p is not B]
+    started()
+    groups = [{"params": [A], "rho": 0.7}, {"params": [B, *rest]}]
+    train(network, [data], torch.optim.SGD(groups, lr=0.5))
+    expected = (0.49 * gradients[0].square().sum() + 0.01 * gradients[1].square().sum()).sqrt() / norm
+    assert metrics(tmp_path)[0]["perturbation_norm"] == pytest.approx(expected.item(), rel=1e-10)
+
+
 @pytest.mark.parametrize("settings", [{"kind": "off"}, {"rho": 0.0}, {"kind": "asam", "rho": 0.0}])
 def test_training_without_a_perturbation_is_bit_for_bit_the_same_with_dropout_on(started, monkeypatch, settings):
     def run(hooked):

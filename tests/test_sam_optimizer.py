@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import flatpatch.sam.optimizer
+from flatpatch.errors import UserError
 from flatpatch.sam import SAM
 
 
@@ -348,6 +349,382 @@ def test_grad_scaler_changes_nothing_but_the_scale_of_the_passes():
     scaler.update()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_recipe_clips_the_unscaled_gradient_and_steps_as_without_a_scaler(fused):
+    model = Network(dropout=0.0, dtype=torch.float32)
+    twin = copy.deepcopy(model)
+    inputs, targets = batch(dtype=torch.float32)
+    plain = SAM(torch.optim.SGD(twin.parameters(), lr=0.5, fused=fused), rho=0.3)
+    plain.gradients(closure_of(twin, plain, inputs, targets))
+    nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+    plain.base_optimizer.step()
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.5, fused=fused), rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    sam.gradients(scaled_closure(model, sam, scaler, inputs, targets))
+    scaler.unscale_(sam.base_optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(sam.base_optimizer)
+    scaler.update()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def scaled_closure(model, sam, scaler, inputs, targets, explode=()):
+    """Its passes whose numbers are in ``explode`` have infinite gradients."""
+    passes = []
+
+    def closure():
+        passes.append(1)
+        sam.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        scaler.scale(loss * (math.inf if len(passes) in explode else 1.0)).backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("explode", [(1,), (2,), (1, 2)])
+def test_grad_scaler_recipe_leaves_out_a_step_whose_gradient_is_not_finite(explode):
+    model = Network(dropout=0.0)
+    before = copy.deepcopy(list(model.parameters()))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    data = batch()
+    sam.gradients(scaled_closure(model, sam, scaler, *data, explode=explode))
+    scaler.step(sam.base_optimizer)
+    scaler.update()
+    moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    # An infinite ascent gradient alone gives a plain step along the second pass's, which is finite.
+    assert moved == (2 not in explode)
+    assert bool(sam.last_step.finite) == (1 not in explode)
+    assert scaler.get_scale() == (2.0 if 2 in explode else 4.0)
+    sam.gradients(scaled_closure(model, sam, scaler, *data))
+    scaler.step(sam.base_optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, lambda p, lr: torch.optim.SGD(p, lr=lr, fused=True)])
+@pytest.mark.parametrize("misuse", ["step", "unscale_"])
+def test_grad_scaler_on_sam_itself_is_refused_with_the_recipe(base, misuse):
+    model = Network(dropout=0.0)
+    before = copy.deepcopy(list(model.parameters()))
+    sam = SAM(base(model.parameters(), lr=0.5), rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    closure = scaled_closure(model, sam, scaler, *batch())
+    sam.gradients(closure)
+    with pytest.raises(UserError, match=r"scaler.step\(sam.base_optimizer\); scaler.update\(\)"):
+        scaler.step(sam, closure) if misuse == "step" else scaler.unscale_(sam)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_disabled_grad_scaler_steps_sam_itself():
+    model = Network(dropout=0.0)
+    twin = copy.deepcopy(model)
+    data = batch()
+    plain = SAM(torch.optim.SGD(twin.parameters(), lr=0.5), rho=0.3)
+    plain.step(closure_of(twin, plain, *data))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.step(sam, scaled_closure(model, sam, scaler, *data))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("clears", ["before the step", "never"])
+def test_closure_that_does_not_clear_gradients_makes_the_same_steps(clears):
+    H, start = positive_definite(5), torch.randn(5, dtype=torch.float64)
+    weight = nn.Parameter(start.clone())
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    expected = start
+
+    def closure():
+        loss = weight @ H @ weight / 2
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        if clears == "before the step":
+            sam.zero_grad()
+        sam.step(closure)
+        g = H @ expected
+        expected = expected - 0.03 * H @ (expected + 0.4 * g / g.norm())
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_from_before_the_step_are_dropped_with_a_warning():
+    H, start = positive_definite(5), torch.randn(5, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    (weight @ H @ weight).backward()
+    with pytest.warns(UserWarning, match="let the closure run all the micro-batches"):
+        sam.step(closure_for(sam))
+    g = H @ start
+    torch.testing.assert_close(weight.detach(), start - 0.03 * H @ (start + 0.4 * g / g.norm()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_closure_without_a_backward_pass_is_refused_although_gradients_are_left(set_to_none):
+    H, start = positive_definite(5), torch.randn(5, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    sam.step(closure_for(sam))
+    after = weight.detach().clone()
+
+    def closure():
+        if set_to_none:
+            sam.zero_grad()
+        return weight @ H @ weight / 2
+
+    with pytest.raises(ValueError, match="left no gradient on any of the 1 perturbed"):
+        sam.step(closure)
+    assert torch.equal(weight, after)
+
+
+def test_second_pass_without_a_backward_pass_is_refused():
+    H, start = positive_definite(5), torch.randn(5, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+    passes = []
+
+    def closure():
+        passes.append(1)
+        return closure_for(sam)() if len(passes) == 1 else torch.zeros(())
+
+    with pytest.raises(ValueError, match="left no gradient"):
+        sam.step(closure)
+    assert torch.equal(weight, start)
+
+
+def test_closure_that_keeps_zeros_keeps_them_as_with_the_base_optimizer():
+    """A weight whose gradient is a kept zero still decays; one without a gradient does not."""
+
+    def trained(make):
+        weights = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+        optimizer = make(torch.optim.SGD(weights, lr=0.1, weight_decay=0.5))
+        for step in range(2):
+
+            def closure(used=2 - step):
+                optimizer.zero_grad(set_to_none=False)
+                loss = sum(weight.square().sum() for weight in weights[:used])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return [weight.item() for weight in weights]
+
+    assert trained(lambda base: SAM(base, rho=0.0)) == trained(lambda base: base)
+
+
+@pytest.mark.parametrize("returned", [None, 1.5, math.nan])
+def test_whatever_the_closure_returns_is_returned(returned):
+    H, start = positive_definite(4), torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.SGD([weight], lr=0.03), rho=0.4)
+
+    def closure():
+        closure_for(sam)()
+        return returned
+
+    loss = sam.step(closure)
+    assert loss is returned
+    g = H @ start
+    torch.testing.assert_close(weight.detach(), start - 0.03 * H @ (start + 0.4 * g / g.norm()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_groups_own_rho_scales_its_part_of_one_perturbation(adaptive):
+    """Group k moves by rho_k T^2 g_k / |T g|, with the norm over both groups."""
+    H, start = positive_definite(6), torch.randn(6, dtype=torch.float64)
+    parts = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+    groups = [{"params": parts[:1], "rho": 0.7}, {"params": parts[1:]}]
+    sam = SAM(torch.optim.SGD(groups, lr=0.03), rho=0.4, adaptive=adaptive, eta=0.05)
+
+    def closure():
+        sam.zero_grad()
+        weight = torch.cat(parts)
+        loss = weight @ H @ weight / 2
+        loss.backward()
+        return loss
+
+    sam.step(closure)
+    T = start.abs() + 0.05 if adaptive else torch.ones(6, dtype=torch.float64)
+    g, rho = H @ start, torch.tensor([0.7] * 2 + [0.4] * 4, dtype=torch.float64)
+    e = rho * T * T * g / (T * g).norm()
+    torch.testing.assert_close(torch.cat(parts).detach(), start - 0.03 * H @ (start + e), rtol=1e-12, atol=1e-12)
+    assert sam.last_step.perturbation_norm.item() == pytest.approx(e.norm().item(), rel=1e-12)
+
+
+def test_groups_own_rho_survives_a_checkpoint_and_is_checked():
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    sam = SAM(torch.optim.AdamW([{"params": weights[:1], "rho": 0.7}, {"params": weights[1:2]}], lr=0.1))
+    checkpoint = copy.deepcopy(sam.state_dict())
+    other = SAM(torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:2]}], lr=0.1))
+    other.load_state_dict(checkpoint)
+    assert other.param_groups[0]["rho"] == 0.7
+    assert "rho" not in other.param_groups[1]
+    with pytest.raises(ValueError, match="rho must be finite"):
+        SAM(torch.optim.SGD([{"params": weights, "rho": -1.0}], lr=0.1))
+    with pytest.raises(ValueError, match="rho must be finite"):
+        sam.add_param_group({"params": weights[2:], "rho": math.nan})
+    assert len(sam.param_groups) == 2
+
+
+def test_base_optimizers_own_option_named_rho_is_not_taken_for_a_radius():
+    H, start = positive_definite(4), torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(torch.optim.Adadelta([weight], lr=0.03, rho=0.9), rho=0.4)
+    sam.step(closure_for(sam))
+    assert sam.last_step.perturbation_norm.item() == pytest.approx(0.4, rel=1e-12)
+
+
+@pytest.mark.parametrize("option", [{"adaptive": True}, {"eta": 0.1}])
+def test_option_of_a_whole_step_in_a_group_is_refused(option):
+    with pytest.raises(UserError, match=f"parameter group 0 has {next(iter(option))} of its own"):
+        SAM(torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], **option}], lr=0.1))
+
+
+def test_optimizer_that_already_has_a_scheduler_is_wrapped():
+    H, start = positive_definite(4), torch.randn(4, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    base = torch.optim.SGD([weight], lr=0.03)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    sam = SAM(base, rho=0.4)
+    sam.step(closure_for(sam))
+    scheduler.step()
+    assert sam.param_groups[0]["lr"] == 0.015
+
+
+@pytest.mark.parametrize("base", [torch.optim.LBFGS, lambda p: SAM(torch.optim.SGD(p, lr=0.1))])
+def test_base_optimizer_that_needs_a_closure_is_refused_when_made(base):
+    with pytest.raises(UserError, match="step needs a closure"):
+        SAM(base([nn.Parameter(torch.ones(1))]))
+
+
+def test_differentiable_base_optimizer_is_refused_when_made():
+    with pytest.raises(UserError, match="differentiable=False"):
+        SAM(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, differentiable=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.RMSprop, {"centered": True}),
+        (torch.optim.Adadelta, {}),
+        (torch.optim.Rprop, {}),
+    ],
+)
+def test_step_equals_the_base_optimizers_along_the_sam_gradient(kind, options):
+    H, start = positive_definite(5), torch.randn(5, dtype=torch.float64)
+    weight, closure_for = quadratic(H, start)
+    sam = SAM(kind([weight], lr=0.05, **options), rho=0.4)
+    twin = nn.Parameter(start.clone())
+    base = kind([twin], lr=0.05, **options)
+    for _ in range(3):
+        sam.step(closure_for(sam))
+        g = H @ twin.detach()
+        twin.grad = H @ (twin.detach() + 0.4 * g / g.norm())
+        base.step()
+    torch.testing.assert_close(weight, twin, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("on", ["sam", "base"])
+def test_every_kind_of_scheduler_schedules_the_base_optimizer(on):
+    schedulers = torch.optim.lr_scheduler
+    for make in (
+        lambda o: schedulers.OneCycleLR(o, max_lr=0.5, total_steps=4),
+        lambda o: schedulers.CosineAnnealingLR(o, T_max=3),
+        lambda o: schedulers.SequentialLR(o, [schedulers.ConstantLR(o), schedulers.LinearLR(o)], milestones=[1]),
+    ):
+        rates = []
+        for wrapped in (True, False):
+            weight, closure_for = quadratic(torch.eye(2).double(), torch.ones(2).double())
+            base = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+            optimizer = SAM(base, rho=0.1) if wrapped else base
+            scheduler = make(optimizer if on == "sam" else base)
+            rates.append([])
+            for _ in range(3):
+                optimizer.step(closure_for(optimizer))
+                scheduler.step()
+                rates[-1].append((base.param_groups[0]["lr"], base.param_groups[0]["momentum"]))
+        assert rates[0] == rates[1]
+
+
+def test_plateau_scheduler_takes_sam():
+    weight, closure_for = quadratic(torch.eye(2).double(), torch.ones(2).double())
+    sam = SAM(torch.optim.SGD([weight], lr=0.5), rho=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(sam, patience=0, factor=0.5)
+    for _ in range(2):
+        sam.step(closure_for(sam))
+        scheduler.step(1.0)
+    assert sam.base_optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_compiled_model_steps_as_the_plain_one():
+    model = Network(dropout=0.0)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager")
+    data = batch()
+    plain = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.3)
+    plain.step(closure_of(model, plain, *data))
+    sam = SAM(torch.optim.SGD(twin.parameters(), lr=0.5), rho=0.3, model=compiled)
+    sam.step(closure_of(compiled, sam, *data))
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SparseAdam, torch.optim.SGD])
+def test_sparse_gradients_leave_the_sam_gradient_of_dense_ones(base):
+    tokens = torch.tensor([1, 3, 3, 4])
+    steps = {}
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(6, 3, sparse=sparse).double(), nn.Linear(3, 1).double()
+        makes = base if sparse else torch.optim.SGD
+        sam = SAM(makes(embedding.parameters(), lr=0.1), rho=0.5, parameters=[*embedding.parameters(), head.weight])
+
+        def closure(sam=sam, embedding=embedding, head=head):
+            sam.zero_grad()
+            loss = head(embedding(tokens)).pow(3).sum()
+            loss.backward()
+            return loss
+
+        sam.step(closure)
+        assert embedding.weight.grad.is_sparse == sparse
+        gradient = embedding.weight.grad
+        steps[sparse] = gradient.to_dense() if sparse else gradient, sam.perturbed_loss
+    torch.testing.assert_close(steps[True], steps[False], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("diagnostics", [False, True])
+def test_complex_parameters_step_matches_closed_form(adaptive, diagnostics):
+    """L = sum h |z - t|^2 / 2 has torch's gradient h (z - t); T is |z| + eta with the modulus."""
+    z, t = torch.randn(5, dtype=torch.complex128), torch.randn(5, dtype=torch.complex128)
+    h = torch.rand(5, dtype=torch.float64) + 0.5
+    weight = nn.Parameter(z.clone())
+    sam = SAM(torch.optim.SGD([weight], lr=0.1), rho=0.4, adaptive=adaptive, eta=0.1, diagnostics=diagnostics)
+
+    def closure():
+        sam.zero_grad()
+        loss = (h * (weight - t).abs().square()).sum() / 2
+        loss.backward()
+        return loss
+
+    sam.step(closure)
+    T = z.abs() + 0.1 if adaptive else torch.ones(5, dtype=torch.float64)
+    g = h * (z - t)
+    e = 0.4 * T * T * g / (T * g).norm()
+    torch.testing.assert_close(weight.detach(), z - 0.1 * h * (z + e - t), rtol=1e-12, atol=1e-12)
+    assert sam.last_step.grad_norm.item() == pytest.approx(g.norm().item(), rel=1e-12)
+    if diagnostics:
+        assert sam.last_step.perturbation_norm.item() == pytest.approx(e.norm().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -10,6 +10,7 @@ import torch
 from sam_memory import allocations, peak_bytes
 from torch import nn
 
+from flatpatch.errors import UserError
 from flatpatch.sam import perturbed
 
 
@@ -171,6 +172,42 @@ def test_missing_gradients_are_skipped():
     (first, second), _ = moved(weights, [None, gradients[1]], rho=0.5)
     assert not first.any()
     assert second.norm().item() == pytest.approx(0.5)
+
+
+def test_sparse_gradients_move_their_rows_by_the_dense_ones():
+    # Row 1 is there twice: 1 + 2 = 3; with the 4 of row 3 the norm is 5.
+    indices, values = torch.tensor([[1, 1, 3]]), torch.tensor([[1.0], [2.0], [4.0]])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.complex64):
+        gradient = torch.sparse_coo_tensor(indices, values.to(dtype), (5, 1), check_invariants=True)
+        (step,), report = moved([nn.Parameter(torch.zeros(5, 1, dtype=dtype))], [gradient], rho=5.0)
+        assert step.flatten().tolist() == pytest.approx([0, 3, 0, 4, 0], rel=1e-6)
+        assert report.grad_norm.item() == pytest.approx(5.0)
+
+
+def test_complex_gradients_that_are_lazily_conjugated_are_followed():
+    gradient = torch.tensor([3.0 + 4.0j]).conj()
+    assert gradient.is_conj()
+    (step,), _ = moved([nn.Parameter(torch.zeros(1, dtype=torch.complex64))], [gradient], rho=0.5)
+    assert step.item() == pytest.approx(0.3 - 0.4j)
+
+
+def test_sparse_weight_is_refused_by_name():
+    weight = torch.eye(3).to_sparse()
+    with (
+        pytest.raises(UserError, match="cannot perturb a weight that is itself sparse"),
+        perturbed([weight], [weight], rho=0.1),
+    ):
+        pass
+
+
+def test_radii_may_differ_and_share_one_norm():
+    weights = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(3)]
+    gradients = [torch.tensor([entry], dtype=torch.float64) for entry in (2.0, 3.0, 6.0)]  # norm 7
+    steps, report = moved(weights, gradients, rho=[7.0, 0.0, 14.0])
+    assert [step.item() for step in steps] == pytest.approx([2.0, 0.0, 12.0], rel=1e-12)
+    assert report.perturbation_norm.item() == pytest.approx(math.sqrt(148), rel=1e-12)
+    with pytest.raises(ValueError, match="zip"), perturbed(weights, gradients, rho=[7.0]):
+        pass
 
 
 def test_no_gradient_at_all_moves_nothing():

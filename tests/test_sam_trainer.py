@@ -312,6 +312,40 @@ def test_all_missing_ascent_gradients_are_refused(tmp_path):
         step(trainer.model, inputs)
 
 
+def test_groups_own_rho_scales_its_part_of_one_perturbation(tmp_path):
+    trainer, step, inputs = prepared(tmp_path, dropout=0.0)
+    A, B = adapters(trainer, "A"), adapters(trainer, "B")
+    trainer.optimizer = torch.optim.SGD([{"params": A, "rho": 0.0}, {"params": B}], lr=0.1)
+    loss = trainer.compute_loss(trainer.model, inputs) + PENALTY * sum(p.abs().sum() for p in [*A, *B])
+    gradients = torch.autograd.grad(loss, [*A, *B])
+    norms = [torch.cat([g.flatten() for g in part]).double().norm() for part in (gradients, gradients[len(A) :])]
+    step(trainer.model, inputs)
+    assert step.last_step.perturbation_norm.item() == pytest.approx((0.5 * norms[1] / norms[0]).item(), rel=1e-5)
+
+
+def test_groups_own_rho_is_refused_under_deepspeed(tmp_path):
+    trainer, step, inputs = prepared(tmp_path)
+    trainer.deepspeed = FakeEngine(1.0, 1)
+    trainer.optimizer = torch.optim.SGD([{"params": adapters(trainer), "rho": 0.1}], lr=0.1)
+    with pytest.raises(UserError, match="cannot follow a parameter group's own rho under DeepSpeed"):
+        step(trainer.model, inputs)
+
+
+def test_sparse_embedding_gradients_give_the_dense_step(tmp_path):
+    reports = []
+    for sparse in (False, True):
+        trainer, step, inputs = prepared(tmp_path, {"scope": "all"}, dropout=0.0)
+        trainer.model.base_model.model.shared.weight.requires_grad_(True)
+        for embedding in (m for m in trainer.model.modules() if isinstance(m, nn.Embedding)):
+            embedding.sparse = sparse
+        # Tied to the embedding, the output layer would make its gradient dense.
+        head = trainer.model.base_model.model.lm_head
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        step(trainer.model, inputs)
+        reports.append([value.item() for value in vars(step.last_step).values()] + [step.perturbed_loss.item()])
+    assert reports[1] == pytest.approx(reports[0], rel=1e-5)
+
+
 def test_training_step_without_backward_is_refused(tmp_path):
     trainer, step, inputs = prepared(tmp_path)
     step._plain_step = lambda model, inputs: trainer.compute_loss(model, inputs).detach()

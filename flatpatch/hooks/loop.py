@@ -7,12 +7,12 @@ found there. So every statement of upstream still runs, in its order, and ``step
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flatpatch import timing
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.hooks.images import vision_run
 from flatpatch.hooks.keeping import keep_model
@@ -127,7 +127,7 @@ class _Training:
 
     def first_pass(self, name: str) -> None:
         if name == "task":
-            self._clock = time.perf_counter()
+            self._began = self._now()
         if not self._sharpened:
             return
         from flatpatch.sam import RandomState
@@ -143,7 +143,7 @@ class _Training:
         self._pending = (name, measured)
 
     def _sharpen(self, optimizer: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
-        from flatpatch.sam import RandomState, perturbed
+        from flatpatch.sam import RandomState, group_radii, perturbed
 
         gradients = [weight.grad for weight in self._perturbed]
         if all(gradient is None for gradient in gradients):
@@ -159,7 +159,7 @@ class _Training:
         step = perturbed(
             self._perturbed,
             gradients,
-            rho=self._settings["rho"],
+            rho=group_radii(optimizer, self._perturbed, self._settings["rho"]),
             adaptive=self._settings["kind"] == "asam",
             eta=self._settings["eta"],
         )
@@ -183,20 +183,23 @@ class _Training:
             raise FlatpatchError("upstream took a step without flatpatch.hooks.second_pass; the patch needs a refresh.")
         (name, measured), self._pending = self._pending, None
         self._step += 1
-        clock = time.perf_counter()
+        ended = self._now()
         record = {
             "task": self._task,
             "step": self._step,
             "learning_rate": float(optimizer.param_groups[0]["lr"]),
-            "seconds": clock - self._clock,
+            "seconds": timing.Span(self._began, ended),
             "seed": self._seed,
             "loss_name": name,
         }
-        self._clock = clock
+        self._began = ended
         self._recorder.add(record, measured)
         if self._recorder.progress_due():
             self._recorder.flush()
             self._recorder.write_progress("train", self._step, self._total, task=self._task)
+
+    def _now(self) -> timing.Moment:
+        return timing.Moment(self._trainable[0].device)
 
     def _describe(self) -> str:
         on = self._run["vision"]["sam_on"]

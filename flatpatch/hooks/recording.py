@@ -45,7 +45,7 @@ class Recorder:
         """Put a step in the queue.
 
         Args:
-            record: What is known of the step: task, step, learning_rate, seconds and the like.
+            record: What is known of the step: task, step, learning_rate, ``seconds`` (a ``timing.Span``) and others.
             measured: Names of ``MEASURED`` to 0-dimensional tensors; what is missing becomes null.
         """
         self._waiting.append((record, measured))
@@ -60,7 +60,8 @@ class Recorder:
                 name: value if math.isfinite(value) else None for name, value in zip(MEASURED, values, strict=True)
             }
             self.last_loss = measured["loss"]
-            lines.append(json.dumps({"task": record["task"], "step": record["step"], **measured, **record}) + "\n")
+            known = {**record, "seconds": float(record["seconds"])}
+            lines.append(json.dumps({"task": record["task"], "step": record["step"], **measured, **known}) + "\n")
         self._waiting = []
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write("".join(lines))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flatpatch import timing
 from flatpatch.errors import FlatpatchError
 from flatpatch.hooks.losses import trainer_loss
 from flatpatch.hooks.recording import MEASURED, Recorder, announce, counts, describe, dtypes
@@ -71,7 +71,7 @@ class _RecordedTraining:
         self._recorder = Recorder(run)
         self._micro_steps: list[dict[str, Any]] = []
         self._learning_rate: float | None = None
-        self._step_began = 0.0
+        self._began: timing.Moment | None = None
         self._steps = 0
         self._predicted = 0
         self._predicting: Any = None
@@ -111,31 +111,38 @@ class _RecordedTraining:
             return
         announce(self._liveness())
         self._recorder.start(state.global_step)
+        self._began = None
         if state.global_step == 0:
             self._measure("before")
         self._recorder.write_progress("train", state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
-        self._step_began = time.perf_counter()
+        # An epoch may end within a step, whose other micro-batches are then the next epoch's first.
+        if self._writes and self._began is None:
+            self._began = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the step's measurements in the queue."""
         self._steps = state.global_step
         micro_steps, self._micro_steps = self._micro_steps, []
         learning_rate, self._learning_rate = self._learning_rate, None
-        if not self._writes:
+        began, self._began = self._began, None
+        if began is None:
             return
         record = {
             "task": self._run["task"],
             "step": state.global_step,
             "learning_rate": learning_rate,
-            "seconds": time.perf_counter() - self._step_began,
+            "seconds": timing.Span(began, self._now()),
         }
         self._recorder.add(record, _combined(micro_steps, self._trainer.args.device))
         if self._recorder.progress_due():
             self._recorder.flush()
             self._recorder.write_progress("train", state.global_step, state.max_steps)
+
+    def _now(self) -> timing.Moment:
+        return timing.Moment(self._trainer.args.device)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write what is left, and the summary."""

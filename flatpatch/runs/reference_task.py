@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from flatpatch.continual import reference
 from flatpatch.continual.reference import ReferenceTask
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.flatness import supervised_loss
+from flatpatch.hooks.recording import MEASURED, Recorder
 from flatpatch.measurement.in_run import IMAGE_LOSS, Measurer, images_sample_of, sample_of
 from flatpatch.runs.record import write_atomically
 from flatpatch.runs.scripts import pairs
@@ -84,21 +84,22 @@ class StepRecorder:
     def __init__(self, run: dict[str, Any]) -> None:
         self.run = run
         self.sam: SAM | None = None
-        self.perturbed_loss: float | None = None
-        self.steps = self.fallbacks = self.trainable = self.perturbed = 0
+        self.steps = self.trainable = self.perturbed = 0
+        self.fallbacks: Tensor | int = 0
         self._written = 0.0
         self._measurer = Measurer(run, progress=self._measuring)
-        self._metrics = Path(run["metrics"]).open("w", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
+        self._recorder = Recorder(run)
+        self._recorder.start()
 
     def __enter__(self) -> StepRecorder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._metrics.close()
+        self._recorder.flush()
         if kind is None:
             summary = {
                 "steps": self.steps,
-                "ascent_fallbacks": self.fallbacks,
+                "ascent_fallbacks": int(self.fallbacks),
                 "trainable_parameters": self.trainable,
                 "perturbed_parameters": self.perturbed,
                 "sam": self.run["sam"]["kind"],
@@ -132,10 +133,7 @@ class StepRecorder:
             def one_pass() -> Tensor:
                 nonlocal passes
                 passes += 1
-                loss = closure(penalised=passes == 2 or not task_only)
-                if passes == 2:
-                    self.perturbed_loss = loss.item()
-                return loss
+                return closure(penalised=passes == 2 or not task_only)
 
             result: Tensor = self.sam.gradients(one_pass)
             return result
@@ -145,24 +143,14 @@ class StepRecorder:
     def on_step(self, state: dict[str, Any], task: str = "") -> None:
         """Write one line of measurements; a process that learns several tasks says which one."""
         self.steps += 1
-        measured = dict.fromkeys(
-            ("grad_norm", "perturbation_norm", "effective_perturbation_norm", "perturbation_cosine")
-        )
-        line = {
-            "task": task or self.run["task"],
-            "step": state["step"],
-            "loss": state["loss"],
-            "perturbed_loss": None,
-            **measured,
-        }
+        measured = {"loss": torch.tensor(state["loss"], dtype=torch.float64)}
         if self.sam is not None and self.sam.last_step is not None:
             report = self.sam.last_step
-            self.fallbacks += not bool(report.finite)
-            values = {name: float(getattr(report, name)) for name in measured}
-            values["perturbed_loss"] = math.nan if self.perturbed_loss is None else self.perturbed_loss
-            line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line |= {"learning_rate": state["learning_rate"], "seconds": state["seconds"]}
-        self._metrics.write(json.dumps(line) + "\n")
+            self.fallbacks = self.fallbacks + ~report.finite
+            measured |= {name: getattr(report, name) for name in MEASURED if hasattr(report, name)}
+            measured["perturbed_loss"] = self.sam.perturbed_loss
+        record = {"task": task or self.run["task"], **{k: state[k] for k in ("step", "learning_rate", "seconds")}}
+        self._recorder.add(record, measured)
         self._progress("train", state, state["loss"], task)
 
     def on_predict(self, state: dict[str, int], task: str = "") -> None:

@@ -3,6 +3,7 @@
 from flatpatch.sam.optimizer import SAM
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import AscentStep, perturbed
+from flatpatch.sam.radii import group_radii
 from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
 from flatpatch.sam.trainer import SAMTrainingStep, keep_adapters_fp32
 
@@ -13,6 +14,7 @@ __all__ = [
     "RandomState",
     "SAMTrainingStep",
     "batch_norm_statistics_kept",
+    "group_radii",
     "is_adapter",
     "keep_adapters_fp32",
     "perturbed",

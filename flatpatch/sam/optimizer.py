@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from flatpatch.errors import UserError
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import AscentStep, check_settings, perturbed
+from flatpatch.sam.radii import group_radii
 
-Loss = Any  # what a closure returns: a Tensor, or a float
+Loss = Any  # what a closure returns: a Tensor, a float, or nothing
+
+_SCALER = (
+    "a GradScaler cannot work on SAM itself: it would unscale gradients that SAM's two passes then replace, or unscale "
+    "them twice. Write: loss = sam.gradients(closure), with scaler.scale(loss).backward() in the closure; to clip, "
+    "scaler.unscale_(sam.base_optimizer) and the clipping; then scaler.step(sam.base_optimizer); scaler.update()."
+)
+_EARLIER = (
+    "there were gradients before SAM's step, and they are dropped: only the closure's own count. To accumulate "
+    "gradients, let the closure run all the micro-batches. Otherwise leave out the backward pass before "
+    "sam.step(closure), which only costs time, or call sam.zero_grad() after a step that was not SAM's."
+)
 
 
 class SAM(Optimizer):
@@ -24,9 +42,10 @@ class SAM(Optimizer):
     and ``zero_grad`` are those of the base optimizer, so a checkpoint holds no perturbation and resumes as
     if SAM were not there.
 
-    The closure clears the gradients, runs forward and backward, and returns the loss. It is called twice a
-    step, both times with the same random numbers, so dropout masks agree. For gradient accumulation let the
-    closure run all the micro-batches. Clip in between::
+    The closure runs forward and backward, and returns the loss. It is called twice a step, both times with the
+    same random numbers, so dropout masks agree. Earlier gradients are cleared before each call, whether the
+    closure clears them or not. For gradient accumulation let the closure run all the micro-batches. Clip in
+    between::
 
         loss = sam.gradients(closure)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -34,8 +53,19 @@ class SAM(Optimizer):
 
     Clipping the ascent gradient would change nothing (the norm cancels) and clipping it by value would turn
     it, so only the final gradient is there to clip. With a ``GradScaler`` let the closure call
-    ``scaler.scale(loss).backward()``; the scale cancels in the perturbation. Then ``scaler.unscale_`` and
-    ``scaler.step`` take ``sam.base_optimizer``.
+    ``scaler.scale(loss).backward()``; the scale cancels in the perturbation::
+
+        loss = sam.gradients(closure)
+        scaler.unscale_(sam.base_optimizer)  # if the gradient is to be clipped
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(sam.base_optimizer)  # leaves the step out where a gradient is not finite
+        scaler.update()
+
+    A learning-rate scheduler takes the optimizer whose ``step`` is called: ``sam``, or ``sam.base_optimizer`` in
+    these two recipes.
+
+    A parameter group may have a ``rho`` of its own, as it may have an ``lr``. The perturbation of group k is
+    then ``rho_k * g_k / norm(g)``, with one norm over all the perturbed weights (see ``group_radii``).
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -67,7 +97,8 @@ class SAM(Optimizer):
 
         Args:
             base_optimizer: An instance; it does the descent and owns the parameter groups.
-            rho: Radius in weight units (ASAM's is on another scale); may be changed between steps.
+            rho: Radius in weight units (ASAM's is on another scale) of all groups without their own; may be
+                changed between steps.
             adaptive: ASAM instead of SAM.
             eta: ASAM's addition to ``|w|``.
             parameters: What to perturb; by default all parameters of the base optimizer; those without a
@@ -81,6 +112,7 @@ class SAM(Optimizer):
         Raises:
             ValueError: If a setting is out of range.
             TypeError: If ``base_optimizer`` is not an optimizer instance.
+            UserError: If it is one that SAM cannot step, or a group has an option that only a whole step can have.
         """
         # Optimizer.__init__ is not called: it would make a second set of groups and state.
         if not isinstance(base_optimizer, Optimizer):
@@ -88,6 +120,7 @@ class SAM(Optimizer):
                 f"base_optimizer must be an optimizer instance such as torch.optim.AdamW(...), got {base_optimizer!r}"
             )
         check_settings(rho, eta, sync)
+        _refuse_unsupported(base_optimizer)
         self.base_optimizer = base_optimizer
         self.rho = rho
         self.adaptive = adaptive
@@ -98,55 +131,81 @@ class SAM(Optimizer):
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Loss = None
         self._chosen = None if parameters is None else list(parameters)
+        self._left: weakref.ref[Tensor] | None = None  # the first gradient of the latest step
+        self._warned = False
+        for radius in self._radii(self._parameters()):
+            check_settings(radius, eta, sync)
 
     def gradients(self, closure: Callable[[], Loss]) -> Loss:
         """Leave the SAM gradient in ``.grad``, with the weights as they were.
 
         Args:
-            closure: Clears the gradients, runs forward and backward, returns the loss.
+            closure: Runs forward and backward, returns the loss.
 
         Returns:
-            The unperturbed loss, detached.
+            What the closure returned for the unperturbed weights, detached.
 
         Raises:
             ValueError: If the closure left no gradient on any perturbed parameter.
         """
         parameters = self._parameters()
+        radii = self._radii(parameters)
+        self._warn_of_earlier_gradients(parameters)
         random_state = RandomState()
-        with _without_reduction(self.model), torch.set_grad_enabled(True):
-            loss = _detached(closure())
-        gradients = [parameter.grad for parameter in parameters]
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(
-                f"the closure left no gradient on any of the {len(parameters)} perturbed parameters: "
-                "it must clear the gradients, run forward and backward, and return the loss"
-            )
+        with _without_reduction(self.model):
+            loss = self._one_pass(closure, parameters)
         random_state.restore()
+        gradients = [parameter.grad for parameter in parameters]
         ascent = perturbed(
             parameters,
             gradients,
-            rho=self.rho,
+            rho=radii,
             adaptive=self.adaptive,
             eta=self.eta,
             sync=self.sync,
             diagnostics=self.diagnostics,
         )
         del gradients
-        with ascent as self.last_step, batch_norm_statistics_kept(self.model), torch.set_grad_enabled(True):
-            self.perturbed_loss = _detached(closure())
+        with ascent as self.last_step, batch_norm_statistics_kept(self.model):
+            self.perturbed_loss = self._one_pass(closure, parameters)
+        self._left = next((weakref.ref(p.grad) for p in parameters if p.grad is not None), None)
         return loss
+
+    def _one_pass(self, closure: Callable[[], Loss], parameters: list[Tensor]) -> Loss:
+        """Call the closure, with no gradient left from before, and check that it leaves some."""
+        own = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        _clear({id(p): p for p in [*own, *parameters]}.values())
+        earlier = {id(p): (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None}
+        with torch.set_grad_enabled(True):
+            loss = _detached(closure())
+        for parameter in parameters:
+            gradient = parameter.grad
+            before, version = earlier.get(id(parameter), (lambda: None, 0))
+            if gradient is not None and not (gradient is before() and gradient._version == version):
+                return loss
+        raise ValueError(
+            f"the closure left no gradient on any of the {len(parameters)} perturbed parameters: "
+            "it must run forward and backward, and return the loss"
+        )
+
+    def _warn_of_earlier_gradients(self, parameters: list[Tensor]) -> None:
+        first = next((p.grad for p in parameters if p.grad is not None), None)
+        if first is None or self._warned or (self._left is not None and self._left() is first):
+            return
+        self._warned = True
+        warnings.warn(_EARLIER, stacklevel=3)
 
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss:
         """Take one SAM step.
 
         Args:
-            closure: Clears the gradients, runs forward and backward, returns the loss.
+            closure: Runs forward and backward, returns the loss.
 
         Returns:
-            The unperturbed loss, detached.
+            What the closure returned for the unperturbed weights, detached.
 
         Raises:
-            ValueError: If no closure is given.
+            ValueError: If no closure is given, or it left no gradient on any perturbed parameter.
         """
         if closure is None:
             raise ValueError("SAM needs a closure to evaluate the loss twice: sam.step(closure)")
@@ -157,7 +216,10 @@ class SAM(Optimizer):
     def _parameters(self) -> list[Tensor]:
         if self._chosen is not None:
             return self._chosen
-        return [p for group in self.param_groups for p in group["params"]]
+        return [p for group in self.base_optimizer.param_groups for p in group["params"]]
+
+    def _radii(self, parameters: list[Tensor]) -> list[float]:
+        return group_radii(self.base_optimizer, parameters, self.rho)
 
     # Everything below is the base optimizer's. Properties rather than shared references, because loading a
     # checkpoint replaces the base optimizer's groups and state by new objects.
@@ -165,6 +227,9 @@ class SAM(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's groups."""
+        # A GradScaler keeps its books by optimizer: what it unscales here, it unscales again on the base optimizer.
+        if sys._getframe(1).f_code is GradScaler._unscale_grads_.__code__:
+            raise UserError(_SCALER)
         return self.base_optimizer.param_groups
 
     @property
@@ -186,7 +251,16 @@ class SAM(Optimizer):
         self.base_optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
+        """Add a group to the base optimizer.
+
+        Args:
+            param_group: As the base optimizer takes it, with a ``rho`` of its own or without.
+
+        Raises:
+            ValueError: If its ``rho`` is out of range.
+        """
+        if "rho" not in self.defaults:
+            check_settings(param_group.get("rho", 0.0), self.eta, self.sync)
         self.base_optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -200,7 +274,7 @@ class SAM(Optimizer):
         return getattr(self.base_optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return self.__dict__ | {"_left": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -208,6 +282,34 @@ class SAM(Optimizer):
     def __repr__(self) -> str:
         kind = f"ASAM(rho={self.rho}, eta={self.eta})" if self.adaptive else f"SAM(rho={self.rho})"
         return f"{kind} around {self.base_optimizer!r}"
+
+
+def _refuse_unsupported(base_optimizer: Optimizer) -> None:
+    name = type(base_optimizer).__name__
+    # Of the class: a scheduler puts a function in the place of the instance's own.
+    _, *arguments = inspect.signature(type(base_optimizer).step).parameters.values()
+    needed = any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments)
+    if needed or isinstance(base_optimizer, SAM):
+        raise UserError(
+            f"SAM cannot be wrapped around {name}: its step needs a closure and evaluates the loss itself, while SAM "
+            "hands over one finished gradient. Use an optimizer whose step() works without one, such as SGD or AdamW."
+        )
+    if any(group.get("differentiable") for group in base_optimizer.param_groups):
+        raise UserError(
+            f"SAM cannot be wrapped around {name}(differentiable=True): it restores the weights from a copy, through "
+            "which nothing is differentiated. Use differentiable=False."
+        )
+
+
+def _clear(parameters: Iterable[Tensor]) -> None:
+    """Set gradients to zero, not to None: a closure that keeps zeros keeps them, as with the base optimizer alone."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    with torch.no_grad():
+        if dense := [gradient for gradient in gradients if not gradient.is_sparse]:
+            torch._foreach_zero_(dense)
+        for gradient in gradients:
+            if gradient.is_sparse:
+                gradient.zero_()
 
 
 def _detached(loss: Loss) -> Loss:

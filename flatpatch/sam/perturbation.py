@@ -7,8 +7,10 @@ With the weights :math:`w`, the gradient :math:`g` and the radius :math:`\rho`,
   :math:`\epsilon = \rho\, T^2 g / \lVert T g \rVert_2`, element by element, with
   :math:`T = \lvert w \rvert + \eta`.
 
-The norms run over all the given parameters together. ASAM's radius is on another scale than SAM's.
-Nothing here waits for a GPU: guards and measurements stay on the device.
+The norms run over all the given parameters together, also where parameters have radii of their own: then
+the step of parameter k is :math:`\rho_k\, g_k / \lVert g \rVert_2`. A complex parameter counts as its real
+and imaginary parts, and its :math:`\lvert w \rvert` is the modulus. ASAM's radius is on another scale than
+SAM's. Nothing here waits for a GPU: guards and measurements stay on the device.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flatpatch.errors import UserError
+
 SYNCS = ("local", "global")
 
 # float64 work areas hold at most this many elements (8 MiB), whatever the model's size.
@@ -34,7 +38,8 @@ class AscentStep:
 
     Attributes:
         grad_norm: Norm of the ascent gradient, before any scaling by the weights (ASAM).
-        perturbation_norm: Norm of the intended perturbation; ``rho`` for SAM, 0 when there was no step.
+        perturbation_norm: Norm of the intended perturbation; ``rho`` for SAM if all parameters share it, 0 when
+            there was no step.
         effective_perturbation_norm: Norm of what the weights really moved by, after rounding to their type.
         perturbation_cosine: Cosine between the effective and the intended perturbation; NaN if one is zero.
         finite: Whether the ascent gradient was finite. If not, the weights did not move.
@@ -48,19 +53,28 @@ class AscentStep:
 
 
 class _Group:
-    """Parameters of one device and type, with a flat perturbation and their saved values."""
+    """Parameters of one device, type and radius, with a flat perturbation and their saved values.
 
-    def __init__(self, parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
-        self.parameters = parameters
-        first = parameters[0]
+    Complex parameters are held as real ones with a last dimension of 2, in the same memory.
+    """
+
+    def __init__(self, parameters: list[Tensor], gradients: list[Tensor | None], rho: float) -> None:
+        self.rho = rho
+        self.complex = parameters[0].is_complex()
+        self.parameters = [torch.view_as_real(p) for p in parameters] if self.complex else parameters
+        first = self.parameters[0]
         self.work_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.sizes = [parameter.numel() for parameter in parameters]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
         self.step = torch.empty(sum(self.sizes), dtype=self.work_dtype, device=first.device)
-        views = self.views(self.step)
-        if any(gradient is None for gradient in gradients):
+        if any(gradient is None or gradient.is_sparse for gradient in gradients):
             self.step.zero_()
-        present = [(view, g) for view, g in zip(views, gradients, strict=True) if g is not None]
-        torch._foreach_copy_([view for view, _ in present], [g for _, g in present])
+        present = [(view, g) for view, g in zip(self.views(self.step), gradients, strict=True) if g is not None]
+        dense = [(view, _real(g)) for view, g in present if not g.is_sparse]
+        if dense:
+            torch._foreach_copy_([view for view, _ in dense], [g for _, g in dense])
+        for view, gradient in present:
+            if gradient.is_sparse:
+                (torch.view_as_complex(view) if self.complex else view).add_(gradient)
         self.saved = self.step.new_empty(0, dtype=first.dtype)
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -71,6 +85,13 @@ class _Group:
         flat = torch.empty(sum(self.sizes), dtype=dtype, device=self.step.device)
         torch._foreach_copy_(self.views(flat), self.parameters)
         return flat
+
+    def magnitudes(self) -> Tensor:
+        saved = self.saved.to(self.work_dtype, copy=True)
+        if not self.complex:
+            return saved.abs_()
+        moduli: Tensor = torch.linalg.vector_norm(saved.view(-1, 2), dim=1)
+        return moduli.repeat_interleave(2)
 
     def move(self) -> None:
         if self.step.dtype == self.saved.dtype:
@@ -88,7 +109,7 @@ def perturbed(
     parameters: Iterable[Tensor],
     gradients: Iterable[Tensor | None],
     *,
-    rho: float,
+    rho: float | Sequence[float],
     adaptive: bool = False,
     eta: float = 0.01,
     sync: str = "local",
@@ -105,8 +126,9 @@ def perturbed(
 
     Args:
         parameters: The weights to perturb; the same tensor given twice counts once.
-        gradients: One per parameter, None where there is none. Their common scale does not matter.
-        rho: Radius in weight units. 0 leaves every weight as it is.
+        gradients: One per parameter, dense or sparse, None where there is none. Their common scale does not matter.
+        rho: Radius in weight units, or one radius per parameter (then the norm is still one over all of
+            them). 0 leaves every weight as it is.
         adaptive: ASAM instead of SAM.
         eta: ASAM's addition to ``|w|``. 0 makes it invariant to rescaling A by c and B by 1/c, but
             weights that are zero (a new LoRA B) then never move.
@@ -118,18 +140,22 @@ def perturbed(
         What the step did.
 
     Raises:
-        ValueError: If rho or eta is negative or not finite, sync is unknown, or the numbers of parameters
-            and gradients differ.
+        ValueError: If rho or eta is negative or not finite, sync is unknown, or the numbers of parameters,
+            gradients and radii differ.
+        UserError: If a parameter is itself sparse.
     """
-    check_settings(rho, eta, sync)
+    parameters = list(parameters)
+    radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(parameters)
+    for radius in {0.0, *radii}:
+        check_settings(radius, eta, sync)
     with torch.no_grad():
-        groups = _grouped(parameters, gradients, keep_missing=sync == "global")
+        groups = _grouped(parameters, gradients, radii, keep_missing=sync == "global")
         del parameters, gradients
         if sync == "global" and dist.is_available() and dist.is_initialized():
             for group in groups:
                 dist.all_reduce(group.step)
                 group.step.div_(dist.get_world_size())
-        grad_norm, finite = _scale_to_steps(groups, rho, eta if adaptive else None)
+        grad_norm, finite = _scale_to_steps(groups, eta if adaptive else None)
     try:
         with torch.no_grad():
             for group in groups:
@@ -156,18 +182,35 @@ def check_settings(rho: float, eta: float, sync: str) -> None:
         raise ValueError(f"sync must be one of {', '.join(SYNCS)}, got {sync!r}")
 
 
-def _grouped(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None], *, keep_missing: bool) -> list[_Group]:
-    """Collect by device and type; missing gradients are dropped, or zeros if other processes may have them."""
-    buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor | None]]] = {}
+def _grouped(
+    parameters: Iterable[Tensor],
+    gradients: Iterable[Tensor | None],
+    radii: Iterable[float],
+    *,
+    keep_missing: bool,
+) -> list[_Group]:
+    """Collect by device, type and radius; missing gradients are dropped, or zeros if other processes may have them."""
+    buckets: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor | None]]] = {}
     seen: set[int] = set()
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    for parameter, gradient, rho in zip(parameters, gradients, radii, strict=True):
+        if parameter.layout is not torch.strided:
+            raise UserError(
+                f"SAM cannot perturb a weight that is itself sparse (layout {parameter.layout}, shape "
+                f"{tuple(parameter.shape)}). Keep the weight dense; its gradient may be sparse."
+            )
         if id(parameter) in seen or (gradient is None and not keep_missing):
             continue
         seen.add(id(parameter))
-        bucket = buckets.setdefault((parameter.device, parameter.dtype), ([], []))
+        bucket = buckets.setdefault((parameter.device, parameter.dtype, rho), ([], []))
         bucket[0].append(parameter)
         bucket[1].append(gradient)
-    return [_Group(*bucket) for bucket in buckets.values()]
+    return [_Group(*bucket, rho) for (_, _, rho), bucket in buckets.items()]
+
+
+def _real(gradient: Tensor) -> Tensor:
+    if not gradient.is_complex():
+        return gradient
+    return torch.view_as_real(gradient.resolve_conj().resolve_neg())
 
 
 def _norm(vectors: Sequence[Tensor]) -> Tensor:
@@ -181,7 +224,7 @@ def _norm(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _scale_to_steps(groups: list[_Group], rho: float, eta: float | None) -> tuple[Tensor, Tensor]:
+def _scale_to_steps(groups: list[_Group], eta: float | None) -> tuple[Tensor, Tensor]:
     """Save the weights, turn the gradients into perturbations; return the gradient's norm and whether finite."""
     if not groups:
         return torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.bool)
@@ -190,7 +233,7 @@ def _scale_to_steps(groups: list[_Group], rho: float, eta: float | None) -> tupl
         group.saved = group.flat_weights(group.parameters[0].dtype)
     scales: list[Tensor] = []
     if eta is not None:
-        scales = [group.saved.to(group.work_dtype, copy=True).abs_().add_(eta) for group in groups]
+        scales = [group.magnitudes().add_(eta) for group in groups]
         for group, scale in zip(groups, scales, strict=True):
             group.step.mul_(scale)
         norm = _norm([group.step for group in groups])
@@ -200,7 +243,7 @@ def _scale_to_steps(groups: list[_Group], rho: float, eta: float | None) -> tupl
     for group in groups:
         device = group.step.device
         # Dividing first keeps every entry within [-1, 1], so no gradient is too small or too large to scale.
-        group.step.masked_fill_(~usable.to(device), 0.0).div_(divisor.to(device)).mul_(rho)
+        group.step.masked_fill_(~usable.to(device), 0.0).div_(divisor.to(device)).mul_(group.rho)
     for group, scale in zip(groups, scales, strict=False):
         group.step.mul_(scale)
     return grad_norm, finite

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from flatpatch.errors import UserError
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import AscentStep, check_settings, perturbed
+from flatpatch.sam.radii import group_radii
 from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
 
 ASCENT_LOSSES = ("total", "task")
@@ -64,7 +65,8 @@ class SAMTrainingStep:
 
         Args:
             trainer: Has ``training_step(model, inputs)``, ``compute_loss``, ``model`` and ``args``.
-            rho: Radius in weight units; 0 trains bit for bit as without SAM.
+            rho: Radius in weight units; 0 trains bit for bit as without SAM. Without DeepSpeed, a group of the
+                trainer's optimizer may have its own, see ``group_radii``.
             adaptive: ASAM instead of SAM.
             eta: ASAM's addition to ``|w|``.
             scope: Which trainable weights to perturb: "lora", "A", "B", "head" or "all".
@@ -119,6 +121,7 @@ class SAMTrainingStep:
             The unperturbed loss, scaled as ``training_step`` returns it.
         """
         parameters = self.parameters()
+        radii = self._radii(parameters)
         random_state = RandomState()
         ascent = _AscentPass(self.trainer, parameters, task_only=self.ascent_loss == "task")
         # DistributedDataParallel's reducer must learn nothing of this pass, so it gets the bare module.
@@ -129,7 +132,7 @@ class SAMTrainingStep:
         step = perturbed(
             parameters,
             ascent.take_gradients(),
-            rho=self.rho,
+            rho=radii,
             adaptive=self.adaptive,
             eta=self.eta,
             sync=self.sync,
@@ -138,6 +141,19 @@ class SAMTrainingStep:
             self.perturbed_loss = self._plain_step(model, inputs)
         self._keep(report, ascent.scale)
         return loss
+
+    def _radii(self, parameters: list[Tensor]) -> list[float]:
+        optimizer = getattr(self.trainer, "optimizer", None)
+        if optimizer is None:
+            return [self.rho] * len(parameters)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside DeepSpeed's
+        radii = group_radii(optimizer, parameters, self.rho)
+        if getattr(self.trainer, "deepspeed", None) is not None and any("rho" in g for g in optimizer.param_groups):
+            raise UserError(
+                "SAM cannot follow a parameter group's own rho under DeepSpeed, whose groups hold flattened copies of "
+                "the weights. Take rho out of the groups, or train without DeepSpeed."
+            )
+        return radii
 
     def _keep(self, report: AscentStep, scale: Tensor | float) -> None:
         grad_norm = report.grad_norm / scale

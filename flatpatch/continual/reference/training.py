@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AdamW
 
+from flatpatch import timing
 from flatpatch.continual.reference.adapters import layer_matrices
 from flatpatch.continual.reference.task import ReferenceTask
 from flatpatch.errors import FlatpatchError
@@ -150,7 +150,7 @@ def descend(
         make_gradients: From the optimizer to a function that takes the closure, leaves the gradient to
             descend along in ``.grad`` and returns the loss at the unperturbed weights. SAM goes here.
         on_step: Called after each step with ``step`` (from 1), ``total``, ``loss``, ``learning_rate`` and
-            ``seconds`` (of this step).
+            ``seconds`` (of this step, a ``timing.Span``).
 
     Returns:
         Steps taken, mean loss and wall time.
@@ -160,16 +160,18 @@ def descend(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = make_gradients(optimizer)
-    start = time.perf_counter()
+    device = trained[0].device
+    start = timing.Moment(device)
     losses: list[float] = []
     for step in range(1, total + 1):
-        step_start = time.perf_counter()
         # islice takes no batch too many: the loader's draw for the next epoch comes after this step's.
-        inputs = list(itertools.islice(stream, accumulated))
+        inputs = list(itertools.islice(stream, 1))
+        began = timing.Moment(device)
+        inputs += itertools.islice(stream, accumulated - 1)
 
         def closure(*, penalised: bool = True, inputs: list[Batch] = inputs) -> Tensor:
             optimizer.zero_grad()
-            loss_sum = torch.zeros((), device=trained[0].device)
+            loss_sum = torch.zeros((), device=device)
             for batch in inputs:
                 task_loss, penalty = objective(batch)
                 loss = task_loss if penalty is None else task_loss + penalty
@@ -194,11 +196,11 @@ def descend(
                     "total": total,
                     "loss": loss,
                     "learning_rate": learning_rate,
-                    "seconds": time.perf_counter() - step_start,
+                    "seconds": timing.Span(began, timing.Moment(device)),
                 }
             )
     optimizer.zero_grad()
-    return TrainingResult(total, math.fsum(losses) / total, time.perf_counter() - start)
+    return TrainingResult(total, math.fsum(losses) / total, float(timing.Span(start, timing.Moment(device))))
 
 
 def _to(device: str, batch: Batch) -> Batch:
