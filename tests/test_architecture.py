@@ -65,7 +65,7 @@ def test_subject_imports_nothing_of_flatpatch_but_errors(subject: str) -> None:
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
-        ("report", ("matplotlib", "numpy", "rich", "jinja2", "PIL")),
+        ("report", ("matplotlib", "numpy", "scipy", "rich", "jinja2", "PIL")),
         ("measurement", ("torch", "numpy", "tqdm", "flatpatch.flatness")),
         ("hooks", ("torch", "safetensors", "flatpatch.sam", "flatpatch.flatness", "flatpatch.measurement")),
     ],

@@ -34,7 +34,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.records import setting
-from flatpatch.report.titles import of_images, warning
+from flatpatch.report.titles import in_one_line, of_images, warning
 
 # Title, whether more is better, and meaning; the definitions are those of flatpatch.continual.metrics.
 METRICS: Mapping[str, tuple[str, str, str]] = {
@@ -200,7 +200,7 @@ def _chain(tasks: Sequence[str]) -> str:
 
 
 def _reasoned(record: Mapping[str, Any], key: str) -> str:
-    reason = record.get(f"{key}_reason")
+    reason = in_one_line(record.get(f"{key}_reason") or "")
     return f"{record[key]} ({reason})" if reason else str(record[key])
 
 
@@ -468,11 +468,13 @@ def _pins(run: Run) -> dict[str, str]:
 
 
 def _deviations(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return each departure once, with the groups it holds for."""
+    """Return each departure once, with the groups it holds for; a reason that stands at the top is not told again."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for group in groups:
         for run in group.runs:
             for row in run.record["deviations"]:
+                if row["why"] == run.record.get("engine_reason"):
+                    row = {**row, "why": "see engine, at the top"}
                 key = tuple(str(row.get(name)) for name in ("what", "upstream", "here", "why", "tasks"))
                 entry = found.setdefault(key, {**row, "tasks": row.get("tasks", []), "holders": []})
                 entry["holders"].append((group, run))
