@@ -35,7 +35,8 @@ onload = () => {{
     wide: [...page.querySelectorAll(".box")].filter(box => box.scrollWidth > box.clientWidth).length,
     broken: [...page.images].filter(image => !image.complete || image.naturalWidth === 0).length,
     images: page.images.length,
-    summary: [...page.querySelectorAll("#summary ~ .box tbody tr")].map(row => row.innerText.split("\\t")),
+    summary: [...page.querySelectorAll("#summary ~ .box tbody tr")].map(
+      row => [...row.cells].map(cell => cell.innerText)),
     heat: [...page.querySelectorAll("table.heat tbody td")].map(cell => getComputedStyle(cell).backgroundColor),
     heading: page.querySelector("h1").innerText, warned: [...page.querySelectorAll(".warn")].map(w => w.innerText),
   }});

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -62,8 +63,10 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
     if figure.legends:
         for legend in figure.legends:
             legend.set_bbox_to_anchor((0, share, 1, 1 - share), figure.transFigure)
-        figure.draw_without_rendering()
-        share += max(legend.get_window_extent().height for legend in figure.legends) / figure.bbox.height
+        # Not by drawing the figure: laid out twice, it would differ in its last bits from time to time.
+        renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+        heights = [legend.get_window_extent(renderer).height for legend in figure.legends]
+        share += max(heights) / figure.bbox.height + 4 / (72 * height)
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
         engine.set(rect=(0, share, 1, 1 - share))
@@ -75,7 +78,8 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
 
 def small_print(figure: Figure) -> str:
     """Return what ``finish`` wrote below a figure, in one line."""
-    return " ".join(" ".join(text.get_text().split()) for text in figure.texts)
+    texts = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
+    return " ".join(" ".join(texts).split())
 
 
 def save(figure: Figure, path: Path, *, dpi: int) -> list[Path]:
