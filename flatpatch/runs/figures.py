@@ -43,4 +43,4 @@ def tell_figures(written: Sequence[Path]) -> None:
     """Say where figures are, folder by folder: a list of all of them would hide what else was said."""
     for folder in dict.fromkeys(path.parent for path in written):
         count = sum(path.parent == folder for path in written)
-        say(f"figures  {folder}/ ({count} files)")
+        say(f"figures  {folder}/ ({count} file{'s' if count > 1 else ''})")
