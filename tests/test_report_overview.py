@@ -9,6 +9,7 @@ from report_page import make_four
 from report_records import make_quick_record, make_record
 
 from flatpatch.report.overview import overview
+from flatpatch.runs import pages, sweep
 from flatpatch.runs.sweep import show
 
 
@@ -29,8 +30,10 @@ def test_label_stands_once_above_all_runs_that_need_it() -> None:
 
 
 def test_report_of_several_runs_tells_the_means_first_and_stays_short(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sweep, "leave_figures", lambda folder, record: [folder / "figures" / f"{k}" for k in range(12)])
+    monkeypatch.setattr(pages, "make_page", lambda *_, **__: "the page")
     folders = make_four(tmp_path)
     assert show([f"run={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -38,11 +41,15 @@ def test_report_of_several_runs_tells_the_means_first_and_stays_short(
     assert len(lines) < 25
     finished = [folder for folder in folders if folder.name != "nlora-sam-seed2"]
     for folder in finished:
-        assert sum(line.startswith(f"figures  {folder}/figures/ (") for line in lines) == 1
+        assert lines.count(f"figures  {folder}/figures/ (12 files)") == 1
     assert lines[-1] == f"page     {tmp_path / 'report.html'}"
 
 
-def test_report_of_one_run_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_one_run_prints_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "leave_figures", lambda *_: [])
+    monkeypatch.setattr(pages, "make_page", lambda *_, **__: "the page")
     folder = make_four(tmp_path)[0]
     assert show([f"run={folder}"]) == 0
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ from report_page import make_four
 from flatpatch import telling
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.runs import progress
+from flatpatch.runs import pages, progress, sweep
 from flatpatch.runs.figures import tell_figures
 from flatpatch.runs.progress import Progress
 
@@ -37,14 +37,18 @@ def test_work_that_is_told_of_stays_silent(capsys: pytest.CaptureFixture[str], m
         assert bool(capsys.readouterr().err) != quiet
 
 
-def test_quiet_report_prints_the_runs_and_no_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_report_prints_the_runs_and_no_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "leave_figures", lambda folder, record: [folder / "figures" / "loss.png"])
+    monkeypatch.setattr(pages, "make_page", lambda *_, **__: "the page")
     folders = make_four(tmp_path)
     assert main(["report", f"run={tmp_path}", "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert str(tmp_path) not in out and "figures" not in out
     assert all(folder.name in out for folder in folders)
-    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "report.html").read_text() == "the page"
 
 
 def test_an_error_is_printed_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,8 @@ _LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8, "framealpha": 0.9, "
 # Without its darkest third, on which neither lines nor numbers could be read.
 _MAP = ListedColormap([colormaps["cividis"](0.35 + 0.65 * k / 255) for k in range(256)])
 _LEVELS = 14
+# Of landscapes side by side the lower one needs levels of its own sooner.
+_LEVEL_RATIO = 8.0
 # Landscapes of fewer points a side are drawn by interpolation.
 _FINE = 25
 # Losses whose largest is this many times their smallest are shown on a logarithmic scale.
@@ -516,14 +518,14 @@ def _levels(grids: Iterable[Grid]) -> FloatArray:
     if not values.size:
         return np.linspace(0.0, 1.0, _LEVELS)
     low, high = float(values.min()), float(values.max())
-    if _is_wide(values):
+    if low > 0 and high > _LEVEL_RATIO * low:
         return np.geomspace(low, high, _LEVELS)
     # A flat landscape has no levels of its own.
     return np.linspace(low, high if high > low else low + max(abs(low), 1.0) * 1e-6, _LEVELS)
 
 
 def _is_geometric(levels: FloatArray) -> bool:
-    return bool(levels[0] > 0 and levels[-1] > _LOG_RATIO * levels[0])
+    return bool(levels[0] > 0 and levels[-1] > _LEVEL_RATIO * levels[0])
 
 
 def _is_wide(values: FloatArray) -> bool:
