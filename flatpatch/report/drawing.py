@@ -53,7 +53,7 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
         texts += [text for text in (describe(record), short_warning(record)) if text]
     if title:
         figure.suptitle(title, fontsize=TITLE_SIZE, color="black")
-    columns = int(width * 72 / (0.5 * NOTE_SIZE))  # a character is about half as wide as it is high
+    columns = int(width * 72 / (0.62 * NOTE_SIZE))  # the width of a character where many are capitals
     lines = [line for text in texts for line in textwrap.wrap(text, columns)]
     share = 0.0
     if lines:
