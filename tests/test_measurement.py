@@ -250,7 +250,7 @@ def test_estimate_is_the_planned_work_and_at_most_that_of_searches_that_never_co
     costs, quick = Costs(loss=1.0, gradient=10.0, product=100.0), EFFORTS["quick"]
     expected = {
         "loss": (0, 0),
-        "eigenvalues": (20 * 100, 40 * 100),
+        "eigenvalues": (5 * 5 * 100, 40 * 100),
         "trace": (16 * 100, 16 * 100),
         "density": (2 * 16 * 100, 2 * 16 * 100),
         "batchwise": (10 * 100 * (2 + 1 / 4), 20 * 100 * (2 + 1 / 4)),

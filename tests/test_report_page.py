@@ -526,6 +526,17 @@ def test_progress_is_told_once_per_figure(four):
     assert len(told) == work(groups)
 
 
+def test_reason_for_the_engine_stands_once_and_in_one_line(tmp_path):
+    """Records of earlier versions hold the whole search for the repository, twice."""
+    reason = "N-LoRA cannot be had: N-LoRA is not here. Looked in\n    third_party/N-LoRA: empty"
+    record = make_quick_record(engine_reason=reason)
+    record["deviations"] = [{"what": "engine", "upstream": "theirs", "here": "ours", "why": reason}]
+    _, reader = read([write_run(tmp_path / "run", record)])
+    assert reader.words.count("cannot be had") == 1
+    assert "Looked in" not in reader.words
+    assert reader.row("Departures", "engine")[3] == "see engine, at the top"
+
+
 def picture(path, size, mode="RGB"):
     Image.new(mode, size, "white").save(path)
 

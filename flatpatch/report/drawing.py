@@ -63,7 +63,6 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
     if figure.legends:
         for legend in figure.legends:
             legend.set_bbox_to_anchor((0, share, 1, 1 - share), figure.transFigure)
-        # Not by drawing the figure: laid out twice, it would differ in its last bits from time to time.
         renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
         heights = [legend.get_window_extent(renderer).height for legend in figure.legends]
         share += max(heights) / figure.bbox.height + 4 / (72 * height)
@@ -73,7 +72,16 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
     for axes in figure.axes:
         if axes.name != "3d" and axes.get_label() != "<colorbar>":
             axes.spines[["top", "right"]].set_visible(False)
+    _freeze(figure)
     return figure
+
+
+def _freeze(figure: Figure) -> None:
+    """Lay the figure out for good: each time anew, the places of its axes would differ in their last bits."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(part, 6) for part in axes.get_position(original=True).bounds], which="original")
 
 
 def small_print(figure: Figure) -> str:
