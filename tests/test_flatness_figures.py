@@ -169,9 +169,18 @@ def test_landscapes_side_by_side_have_the_same_levels_and_colours():
     before, after, bar = figure.axes
     np.testing.assert_array_equal(filled(before).levels, filled(after).levels)
     assert filled(before).get_clim() == filled(after).get_clim() == (1, 7.5)
-    assert (before.get_title()[:7], after.get_title()[:6]) == ("before:", "after:")
-    assert "1 to 2.5" in after.get_title()
+    assert after.get_title() == "after\n1 to 2.5; at the weights (+) 1"
+    assert before.get_title().startswith("before\n3 to 7.5")
     assert bar.get_label() == "<colorbar>"
+
+
+def test_headings_of_three_landscapes_side_by_side_do_not_meet():
+    whens = ("before", "after", "measured afterwards")
+    figure = make_landscapes_figure({when: surface(1.2345 * surface().losses) for when in whens})
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes[:3]]
+    for left, right in zip(boxes, boxes[1:], strict=False):
+        assert left.x1 + 5 < right.x0
 
 
 def test_contour_lines_have_their_numbers():

@@ -506,7 +506,7 @@ def test_landscapes_before_and_after_a_task_are_one_figure_of_one_scale(
     monkeypatch.setattr(flatness_run, "save", lambda figure, path, dpi: figures.update({path.name: figure}) or [])
     draw_flatness(make_record(flatness=entries), tmp_path)
     before, after, _ = figures["flatness_trainable_landscape_1"].axes
-    assert before.get_title().startswith("before:") and after.get_title().startswith("after:")
+    assert before.get_title().startswith("before\n") and after.get_title().startswith("after\n")
     levels = [axes.collections[0].levels for axes in (before, after)]
     np.testing.assert_array_equal(*levels)
     low, high = (np.load(tmp_path / entry["arrays"])["losses"] for entry in entries)

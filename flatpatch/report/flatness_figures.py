@@ -191,7 +191,7 @@ def _range(name: str, grid: Grid) -> str:
     words = f"{finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite loss"
     if not grid.marks.size:
         words += f"; at the weights (+) {grid.origin_loss:.3g}"
-    return f"{name}: {words}" if name else words
+    return f"{name}\n{words}" if name else words  # in one line it would meet the next panel's
 
 
 def _refined(grid: Grid, *, logarithmic: bool) -> tuple[FloatArray, FloatArray, FloatArray]:
