@@ -6,6 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
+from flatpatch import telling
 from flatpatch.errors import FlatpatchError, UserError, did_you_mean
 
 USAGE = """usage: python -m flatpatch <verb> key=value ...
@@ -18,6 +19,8 @@ verbs:
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
+
+With --quiet every verb prints its result, warnings and errors alone.
 
 examples:
   python -m flatpatch run method=nlora sam=sam rho=0.05
@@ -62,8 +65,10 @@ settings:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a FlatpatchError becomes one message."""
     arguments = list(sys.argv[1:] if words is None else words)
+    arguments, quiet = telling.without_word(arguments)
     try:
-        return _dispatch(arguments)
+        with telling.quietly(quiet):
+            return _dispatch(arguments)
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)
         return error.exit_code

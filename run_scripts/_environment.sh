@@ -138,11 +138,51 @@ flatpatch_make_environment() (
   return "$status"
 )
 
+# What --help says while there is no .venv, so that nobody waits for an installation to read it: the script's own
+# comment and the settings that matter most.
+flatpatch_early_help() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" | sed '/--help  *# all settings$/d'
+  case ${0##*/} in
+    run.sh)
+      cat <<'MESSAGE'
+
+Verbs: run, sweep, compare, report, measure, patches, doctor. Each has its own --help.
+MESSAGE
+      ;;
+    test.sh) return ;;
+  esac
+  cat <<'MESSAGE'
+
+Settings are key=value. Those that matter most, with their defaults:
+  sam=off             off, sam, or asam; the scripts called ..._sam.sh set sam=sam
+  rho=0.05            radius of SAM's perturbation
+  profile=auto        upstream: the authors' own settings, on a GPU; quick: small model and data, minutes on the CPU
+  engine=auto         upstream: the authors' code, patched; reference: our small implementation
+  seed=42             random seed (InfLoRA: 0, CL-LoRA: 1993)
+  order=1             text: task order
+  benchmark=          images: cifar100, imagenet_r, ...; default: cifar100
+  model=, data=       the pretrained model, the benchmark's folder
+  measure=            flatness to measure in the run: all, or some of eigenvalues, trace, density, landscape, ...
+  run=, output=runs   name of the run's folder, and where it is made
+  --dry-run           print the commands and how they differ from the authors' own, and start nothing
+  --quiet             print the result alone
+
+examples:
+  bash run_scripts/nlora_sam.sh rho=0.05
+  bash run_scripts/nlora_sam.sh profile=upstream rho=0.05 --dry-run
+  bash run_scripts/inflora_sam.sh rho=0.05 measure=eigenvalues,trace
+  bash run_scripts/run.sh sweep method=nlora sam=off,sam seed=0..2
+
+All settings are listed by the same command once .venv is there: the first call without --help makes it (about 7 GB, a
+few minutes).
+MESSAGE
+}
+
 unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH # another environment's packages would come before ours
 if ! flatpatch_is_healthy; then
   case " $* " in
     *" --help "* | *" -h "*) # the script's own comment; no reason to wait for an installation
-      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+      flatpatch_early_help
       exit 0
       ;;
   esac

@@ -67,7 +67,7 @@ def test_subject_imports_nothing_of_flatpatch_but_errors_and_timing(subject: str
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
-        ("report", ("matplotlib", "numpy", "rich", "jinja2", "PIL")),
+        ("report", ("matplotlib", "numpy", "scipy", "rich", "jinja2", "PIL")),
         ("measurement", ("torch", "numpy", "tqdm", "flatpatch.flatness")),
         (
             "hooks",

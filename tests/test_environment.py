@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
+
+from flatpatch.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "run_scripts").glob("[!_]*.sh"))
@@ -375,6 +378,19 @@ def test_help_before_the_first_use_is_the_usage_comment(project: Project, script
     assert (code, err) == (0, "")
     assert f"bash run_scripts/{script}" in out and "set -" not in out
     assert not project.venv.exists()
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "test.sh"])
+def test_help_before_the_first_use_tells_the_settings_with_their_defaults(project: Project, script: str) -> None:
+    _, out, _ = project.run("--help", script=script)
+    assert "# all settings" not in out, "it does not send the reader to itself"
+    defaults = {item.name: str(item.default) for item in dataclasses.fields(Settings)}
+    told = dict(re.findall(r"(\w+)=(\S*?)(?:,|\s)", out[out.index("with their defaults:") : out.index("examples:")]))
+    told = {key: value for key, value in told.items() if key != "sam" or value == "off"}
+    assert {"rho", "profile", "engine", "seed", "order", "benchmark", "model", "data", "measure", "run"} <= set(told)
+    assert {key: defaults[key] for key in told} == told
+    for named in re.findall(r"run_scripts/(\w+[.]sh)", out):
+        assert named in SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,6 +12,8 @@ from matplotlib.image import imread
 from report_records import make_quick_record, make_record
 
 from flatpatch.errors import UserError
+from flatpatch.report import flatness_figures
+from flatpatch.report.drawing import small_print
 from flatpatch.report.flatness_figures import (
     Grid,
     describe_variation,
@@ -19,6 +21,7 @@ from flatpatch.report.flatness_figures import (
     make_contour_figure,
     make_density_figure,
     make_eigenvalues_figure,
+    make_landscapes_figure,
     make_slices_figure,
     make_surface_figure,
     read_grid,
@@ -81,8 +84,9 @@ MAKERS = {
 }
 
 
-def heading(figure):
-    return " ".join(figure.get_suptitle().split())
+def named_models(axes):
+    """Return the texts beside the models; a contour's number has no colon."""
+    return [text.get_text() for text in axes.texts if ":" in text.get_text()]
 
 
 def legend(figure):
@@ -92,15 +96,15 @@ def legend(figure):
 
 @pytest.mark.parametrize("name", set(MAKERS) - {"connectivity"})
 def test_every_figure_says_what_was_varied(name):
-    assert "LoRA factors A and B" in heading(MAKERS[name]())
+    assert "LoRA factors A and B" in small_print(MAKERS[name]())
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_figure_of_a_run_names_it_and_warns(name):
-    title = heading(MAKERS[name](make_record()))
-    assert "nlora, order 1, SAM rho=0.05" in title
-    assert "comparable" not in title
-    assert "QUICK AND REFERENCE RUN, not comparable" in heading(MAKERS[name](make_quick_record()))
+    below = small_print(MAKERS[name](make_record()))
+    assert "nlora, order 1, SAM rho=0.05" in below
+    assert "comparable" not in below
+    assert "QUICK AND REFERENCE RUN, not comparable" in small_print(MAKERS[name](make_quick_record()))
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -123,7 +127,7 @@ def test_contours_have_the_first_direction_across():
     assert axes.get_ylim() == (-0.5, 0.5)
     assert axes.get_xlabel() == "random direction, seed 0"
     assert axes.get_ylabel() == "random direction, seed 1"
-    assert any("weights: 1" in text.get_text() for text in axes.texts)
+    assert axes.get_title() == "1 to 2.5; at the weights (+) 1"
 
 
 def test_models_are_drawn_at_their_coordinates_with_their_losses():
@@ -131,9 +135,9 @@ def test_models_are_drawn_at_their_coordinates_with_their_losses():
     axes = figure.axes[0]
     drawn = {tuple(map(float, drawn.get_xydata()[0])) for drawn in axes.get_lines()}
     assert {(-0.8, -0.3), (0.9, -0.3), (0.1, 0.4)} <= drawn
-    assert [text.get_text() for text in axes.texts] == ["a: 1", "b: 2", "c: 3.5"]
+    assert named_models(axes) == ["a: 1", "b: 2", "c: 3.5"]
     assert axes.get_aspect() == 1
-    assert "plane through a, b, c" in heading(figure)
+    assert "plane through a, b, c" in small_print(figure)
     assert axes.get_xlabel().endswith("(weight units)")
 
 
@@ -153,6 +157,96 @@ def test_levels_are_logarithmic_where_losses_span_orders_of_magnitude():
     np.testing.assert_allclose(levels[1:] / levels[:-1], levels[1] / levels[0])
     levels = make_contour_figure(surface()).axes[0].collections[0].levels
     np.testing.assert_allclose(np.diff(levels), levels[1] - levels[0])
+
+
+def filled(axes):
+    return axes.collections[0]
+
+
+def test_landscapes_side_by_side_have_the_same_levels_and_colours():
+    low, high = surface(), surface(3 * surface().losses)
+    figure = make_landscapes_figure({"before": high, "after": low})
+    before, after, bar = figure.axes
+    np.testing.assert_array_equal(filled(before).levels, filled(after).levels)
+    assert filled(before).get_clim() == filled(after).get_clim() == (1, 7.5)
+    assert after.get_title() == "after\n1 to 2.5; at the weights (+) 1"
+    assert before.get_title().startswith("before\n3 to 7.5")
+    assert bar.get_label() == "<colorbar>"
+
+
+def test_headings_of_three_landscapes_side_by_side_do_not_meet():
+    whens = ("before", "after", "measured afterwards")
+    figure = make_landscapes_figure({when: surface(1.2345 * surface().losses) for when in whens})
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes[:3]]
+    for left, right in zip(boxes, boxes[1:], strict=False):
+        assert left.x1 + 5 < right.x0
+
+
+def test_contour_lines_have_their_numbers():
+    axes = make_contour_figure(surface()).axes[0]
+    numbers = [float(text.get_text()) for text in axes.texts]
+    assert len(numbers) >= 4
+    assert all(any(math.isclose(number, level, rel_tol=6e-3) for level in filled(axes).levels) for number in numbers)
+
+
+def test_a_coarse_grid_is_drawn_finely_and_says_what_was_measured(monkeypatch):
+    """A cubic is its own interpolation, between the points too."""
+    drawn = {}
+    x, y = np.linspace(-1, 1, 9), np.linspace(-0.5, 0.5, 7)
+    grid = surface(3 + x[:, None] ** 3 + y**2)
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.contour", lambda axes, *data, **_: drawn.update(zip("xyz", data, strict=True))
+    )
+    monkeypatch.setattr("matplotlib.axes.Axes.clabel", lambda *_, **__: None)
+    figure = make_contour_figure(grid)
+    assert min(drawn["z"].shape) >= 25
+    np.testing.assert_allclose(drawn["z"].T, 3 + drawn["x"][:, None] ** 3 + drawn["y"] ** 2, atol=1e-9)
+    assert "9 x 7 points measured (dots), cubic interpolation between them" in small_print(figure)
+    dots = next(each for each in figure.axes[0].get_lines() if each.get_marker() == ".")
+    assert len(dots.get_xdata()) == 63
+
+
+def test_interpolation_never_leaves_the_range_of_what_was_measured():
+    losses = np.ones((9, 7))
+    losses[4, 3] = 2.0  # around a single peak a cubic swings below its neighbours
+    grid = surface(losses)
+    _, _, fine = flatness_figures._refined(grid, logarithmic=False)
+    assert (fine.min(), fine.max()) == (1, 2)
+    assert fine.shape == (51, 51)
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf])
+def test_a_grid_with_missing_cells_is_not_interpolated(missing):
+    losses = surface().losses.copy()
+    losses[2, 2] = missing
+    figure = make_contour_figure(surface(losses))
+    assert "interpolation" not in small_print(figure)
+    assert "9 x 7 points measured" in small_print(figure)
+
+
+def test_a_grid_of_25_points_a_side_is_drawn_as_it_is():
+    axis = np.linspace(-1, 1, 25)
+    grid = replace(surface(1 + axis[:, None] ** 2 + axis**2), axes=(axis, axis))
+    assert flatness_figures._refined(grid, logarithmic=False)[2].shape == (25, 25)
+    assert "interpolation" not in small_print(make_contour_figure(grid))
+
+
+def test_no_legend_covers_a_spectrum():
+    for figure in (
+        make_density_figure({"after": SPECTRUM, "b": SPECTRUM}),
+        make_eigenvalues_figure({"a": EIGENVALUES}),
+    ):
+        figure.draw_without_rendering()
+        (box,) = [each.get_window_extent() for each in figure.legends]
+        assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_title_is_short_black_and_of_nine_points(name):
+    title = MAKERS[name](make_quick_record())._suptitle
+    assert "\n" not in title.get_text() and len(title.get_text()) < 50
+    assert (title.get_fontsize(), title.get_color()) == (9, "black")
 
 
 def test_cells_that_are_not_finite_are_counted_and_not_filled_in():
@@ -221,14 +315,14 @@ def test_density_integrates_to_one_and_states_its_kernel():
     (drawn,) = [each for each in figure.axes[0].get_lines() if each.get_label().startswith("after")]
     x, y = drawn.get_data()
     assert float(np.sum((y[1:] + y[:-1]) / 2 * np.diff(x))) == pytest.approx(1, abs=1e-3)
-    assert "standard deviation 0.1 (above)" in heading(figure)  # 0.02 times 4 - (-1)
-    assert "2 probes x 3 steps" in heading(figure)
+    assert "standard deviation 0.1 (above)" in small_print(figure)  # 0.02 times 4 - (-1)
+    assert "2 probes x 3 steps" in small_print(figure)
     assert legend(figure) == ["after (1,000 eigenvalues)"]
 
 
 def test_counts_beyond_a_value_are_the_quadratures_own():
     figure = make_density_figure({"after": SPECTRUM})
-    x, y = next(each for each in figure.axes[1].get_lines() if each.get_label() == "after").get_data()
+    x, y = next(each for each in figure.axes[1].get_lines() if each.get_label() == "_after").get_data()
     for value, count in ((-0.5, 150), (1.0, 100), (3.5, 50), (0.05, 450)):
         assert y[np.argmin(np.abs(x - value))] == pytest.approx(count)
 
@@ -238,7 +332,7 @@ def test_eigenvalues_that_did_not_converge_are_hollow():
     shown = [(len(each.get_xdata()), each.get_markerfacecolor()) for each in figure.axes[0].get_lines()]
     assert [count for count, fill in shown if fill == "white"] == [1, 3]
     assert legend(figure) == ["after", "none"]
-    assert "hollow: not converged" in heading(figure)
+    assert "hollow: not converged" in small_print(figure)
 
 
 def test_negative_eigenvalues_are_shown():
@@ -278,11 +372,8 @@ def test_a_measured_landscape_is_read_and_drawn(tmp_path):
     plane_landscape(problem, dict(zip("abc", points, strict=True)), points=3, path=tmp_path / "plane.npz")
     result = linear_connectivity(problem, *points[:2], points=5, path=tmp_path / "line.npz")
     make_contour_figure(read_grid(tmp_path / "grid.npz")).canvas.draw()
-    assert [text.get_text()[:2] for text in make_contour_figure(read_grid(tmp_path / "plane.npz")).axes[0].texts] == [
-        "a:",
-        "b:",
-        "c:",
-    ]
+    drawn = make_contour_figure(read_grid(tmp_path / "plane.npz")).axes[0]
+    assert [text[:2] for text in named_models(drawn)] == ["a:", "b:", "c:"]
     figure = make_connectivity_figure({"line": read_grid(tmp_path / "line.npz")})
     assert f"barrier {result.barrier:.3g}" in legend(figure)[0]
 

@@ -215,6 +215,15 @@ def test_progress_follows_training_and_prediction(tmp_path, attached, monkeypatc
     assert json.loads((tmp_path / "progress.json").read_text()) == written[-1]
 
 
+def test_what_follows_the_training_is_told_as_prediction_before_its_first_batch(tmp_path, attached):
+    """Saving and loading take long, and so does the first batch."""
+    trainer = attached(do_predict=True)
+    trainer.train()
+    assert json.loads((tmp_path / "progress.json").read_text()) == {
+        **{"phase": "predict", "step": 0, "total": None, "loss": None}
+    }
+
+
 def test_a_new_run_replaces_the_record_of_an_interrupted_one(tmp_path, attached):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n{"st')
     attached().train()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import reference_cases
 import torch
+from report_page import Reader
 from test_neutrality import small_benchmark
 from transformers import AutoModelForSeq2SeqLM
 
@@ -163,11 +164,15 @@ def test_rebuilt_model_is_the_one_its_factors_say(make_run: MakeRun, shared: tup
 
 
 @pytest.mark.usefixtures("figures")
-def test_line_between_two_runs_ends_at_their_own_losses(make_run: MakeRun, tmp_path: Path) -> None:
+def test_line_between_two_runs_ends_at_their_own_losses(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = [make_run("first", 1), make_run("second", 2)]
     output = tmp_path / "compared"
-    words = [f"run={','.join(map(str, folders))}", "measure=density", f"output={output}", *SMALL]
+    words = [f"run={','.join(map(str, folders))}", "measure=density,landscape", f"output={output}", *SMALL]
     assert main(["measure", *words]) == 0
+    told = capsys.readouterr().out
+    assert f"figures  {output}/ (10 files)\npage     {output / 'report.html'}\n" in told
     found = json.loads((output / verb.COMPARISON).read_text())
     assert [run["name"] for run in found["runs"]] == ["first", "second"] and found["task"] == "amazon"
     ends = [finished_losses(folder) for folder in folders]
@@ -182,7 +187,15 @@ def test_line_between_two_runs_ends_at_their_own_losses(make_run: MakeRun, tmp_p
     # The two spaces are not one: the factors' line has cross terms.
     assert found["scopes"]["adapter"]["losses"][12] != pytest.approx(found["scopes"]["merged"]["losses"][12], rel=1e-4)
     drawn = {path.stem for path in output.glob("*.png")}
-    assert drawn == {"connectivity", "density-adapter", "density-merged"}
+    kinds = [f"{kind}-{scope}" for kind in ("density", "landscapes") for scope in ("adapter", "merged")]
+    assert drawn == {"connectivity", *kinds} == {path.stem for path in output.glob("*.pdf")}
+    page = Reader((output / "report.html").read_text())
+    assert page.problems == []
+    assert page.headings[0][1] == "flatpatch measurefirst and second after task amazon"
+    for scope, line in found["scopes"].items():
+        assert page.row("Straight line", line["space"])[1] == f"{line['barrier']:.4g}"
+        assert page.row(f"Scope {scope}", "loss")[1:] == [f"{own[scope]:.4g}" for own in ends]
+    assert sum(tag == "img" for tag, _ in page.tags) == 5
     # A second time it takes the place of the first.
     assert main(["measure", *words, "measure=loss", "measure_scope=merged"]) == 0
     assert {path.stem for path in output.glob("*.png")} == {"connectivity"}
@@ -203,7 +216,8 @@ def test_plane_through_three_runs_holds_their_own_losses(make_run: MakeRun, tmp_
         # Measured on the first run's sample, which is that of all: they learned the same data.
         assert losses[folder.name] == pytest.approx(finished_losses(folder)["adapter"], rel=1e-5)
     assert {path.name for path in output.iterdir()} == {
-        *("comparison.json", "plane-adapter.npz", "plane-adapter.png", "surface-adapter.png"),
+        *("comparison.json", "report.html", "plane-adapter.npz"),
+        *(f"{name}-adapter{suffix}" for name in ("plane", "surface") for suffix in (".png", ".pdf")),
     }
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from flatpatch import flatness
 from flatpatch.errors import UserError
 from flatpatch.flatness import supervised_loss
-from flatpatch.measurement import files
+from flatpatch.measurement import files, suite
 from flatpatch.measurement.guard import random_states_kept, working_copy
 from flatpatch.measurement.in_run import Measurer, read_description, sample_of
 from flatpatch.measurement.request import EFFORTS, KINDS, SCOPES, Request, make_request
 from flatpatch.measurement.sample import Sample, choose_indices
 from flatpatch.measurement.suite import Costs, measure_model
+from flatpatch.report import flatness_run
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.records import validate_record
@@ -240,8 +242,77 @@ def test_estimate_is_loud_above_a_minute(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(said) == 1 and said[0].startswith("measuring trainable: 6 weights")
     monkeypatch.setattr("flatpatch.measurement.suite._time_once", lambda *_, **__: Costs(1.0, 2.0, 10.0))
     measure_model(model, batches, ask("trace"), loss=MSE, say=said.append)
-    # 16 probes of 10 s each.
-    assert said[1].startswith("NOTE: measuring trainable") and "about 3 min at most" in said[1]
+    # 16 probes of 10 s each: as many as are planned, so that there is no "at most" beside it.
+    assert said[1].startswith("NOTE: measuring trainable") and ", about 3 min (forward" in said[1]
+
+
+def test_estimate_is_the_planned_work_and_at_most_that_of_searches_that_never_converge() -> None:
+    costs, quick = Costs(loss=1.0, gradient=10.0, product=100.0), EFFORTS["quick"]
+    expected = {
+        "loss": (0, 0),
+        "eigenvalues": (5 * 5 * 100, 40 * 100),
+        "trace": (16 * 100, 16 * 100),
+        "density": (2 * 16 * 100, 2 * 16 * 100),
+        "batchwise": (10 * 100 * (2 + 1 / 4), 20 * 100 * (2 + 1 / 4)),
+        # Two starts, each once and then in 4 steps, after the 11 evaluations of the protocol, or 25.
+        "keskar": ((11 + 2 * 5) * 10, (25 + 2 * 9) * 10),
+        # Two balls; four starts in each besides the weights.
+        "sam": (2 * (1 + 4 * 5) * 10, 2 * (1 + 4 * 9) * 10),
+        "landscape": (81, 81),
+        "slice": (17, 17),
+    }
+    assert set(expected) == set(KINDS)
+    found = {kind: (costs.of(kind, quick, 4), costs.of(kind, quick, 4, at_most=True)) for kind in KINDS}
+    assert found == {kind: pytest.approx(pair) for kind, pair in expected.items()}
+
+
+class Clock:
+    """A clock that stands still but for what is told to take time."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def slow(self, work: Callable[..., Any], *seconds: float) -> Callable[..., Any]:
+        """Let the first calls of a function take so long each, and all later ones as long as the last of them."""
+        left = list(seconds)
+
+        def slowed(*arguments: Any, **named: Any) -> Any:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return work(*arguments, **named)
+
+        return slowed
+
+
+def test_estimate_multiplies_what_one_product_takes_once_the_first_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first product builds the graphs; by that one the announcement was many times too long."""
+    clock, said = Clock(), list[str]()
+    monkeypatch.setattr(suite.time, "perf_counter", clock)
+    monkeypatch.setattr(suite.HessianOperator, "matmat", clock.slow(suite.HessianOperator.matmat, 50.0, 2.0))
+    gradient = clock.slow(suite.Problem.loss_and_gradient, 9.0, 0.5)
+    monkeypatch.setattr(suite.Problem, "loss_and_gradient", gradient)
+    model, batches = linear_problem()
+    measure_model(model, batches, ask("trace"), loss=MSE, say=said.append)
+    assert "about 32 s (forward and backward 0.5 s, Hessian product 2 s)" in said[0]  # 16 probes
+
+
+def test_estimate_is_not_disturbed_by_another_program_that_comes_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = Clock(), list[str]()
+    monkeypatch.setattr(suite.time, "perf_counter", clock)
+    monkeypatch.setattr(suite.HessianOperator, "matmat", clock.slow(suite.HessianOperator.matmat, 0.9, 30.0, 0.2))
+    model, batches = linear_problem()
+    measure_model(model, batches, ask("trace"), loss=MSE, say=said.append)
+    assert "about 3 s" in said[0]
+
+
+def test_one_product_of_over_a_minute_is_not_made_twice_for_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = Clock(), list[str]()
+    monkeypatch.setattr(suite.time, "perf_counter", clock)
+    monkeypatch.setattr(suite.HessianOperator, "matmat", clock.slow(suite.HessianOperator.matmat, 90.0, 1.0))
+    model, batches = linear_problem()
+    measure_model(model, batches, ask("trace"), loss=MSE, say=said.append)
+    assert "Hessian product 90 s" in said[0]
 
 
 class Noisy(nn.Module):
@@ -414,7 +485,51 @@ def test_figures_are_drawn_of_all_that_was_measured(tmp_path: Path) -> None:
     drawn = draw_flatness(make_record(flatness=entries), tmp_path)
     assert {path.stem.removeprefix("flatness_trainable_") for path in drawn} == {
         *("over_tasks", "eigenvalues", "density", "slices"),
-        *("landscape_1_before", "landscape_1_after", "surface"),
+        *("landscape_1", "surface"),
     }
+    assert {path.suffix for path in drawn} == {".png", ".pdf"}
     assert all(path.stat().st_size > 5000 for path in drawn)
     assert not stale.exists()
+
+
+def test_landscapes_before_and_after_a_task_are_one_figure_of_one_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = linear_problem()
+    made = measurer(tmp_path, ask("landscape"))
+    arguments: dict[str, Any] = {"sample": Sample(batches, 12), "loss": MSE}
+    entries = made.at("before", task_index=0, task="dbpedia", model=model, **arguments)
+    with torch.no_grad():
+        model.weight.mul_(3)
+    entries += made.at("after", task_index=0, task="dbpedia", model=model, **arguments)
+    figures = {}
+    monkeypatch.setattr(flatness_run, "save", lambda figure, path, dpi: figures.update({path.name: figure}) or [])
+    draw_flatness(make_record(flatness=entries), tmp_path)
+    before, after, _ = figures["flatness_trainable_landscape_1"].axes
+    assert before.get_title().startswith("before\n") and after.get_title().startswith("after\n")
+    levels = [axes.collections[0].levels for axes in (before, after)]
+    np.testing.assert_array_equal(*levels)
+    low, high = (np.load(tmp_path / entry["arrays"])["losses"] for entry in entries)
+    assert levels[0][[0, -1]] == pytest.approx([min(low.min(), high.min()), max(low.max(), high.max())])
+
+
+@pytest.mark.parametrize("whens", [("after",), ("before", "after")])
+def test_values_of_a_single_task_stand_side_by_side_or_in_the_table_alone(whens: tuple[str, ...]) -> None:
+    entries = [
+        {
+            **{"task": "amazon", "task_index": 1, "when": when, "scope": "adapter", "samples": 64, "loss": 1.0 + k},
+            "values": {"trace": 5.0 + k, "trace_standard_error": 0.5},
+        }
+        for k, when in enumerate(whens)
+    ]
+    figure = flatness_run.make_over_tasks_figure(entries, make_record())
+    if len(whens) == 1:
+        assert figure is None
+        return
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["loss of the sample", "trace"]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["before", "after"]
+    width, height = figure.get_size_inches()
+    assert width < 6 and height < 3
+    assert figure.get_suptitle() == "Flatness of LoRA factors A and B, task 2 amazon"

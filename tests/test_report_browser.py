@@ -35,7 +35,15 @@ onload = () => {{
     wide: [...page.querySelectorAll(".box")].filter(box => box.scrollWidth > box.clientWidth).length,
     broken: [...page.images].filter(image => !image.complete || image.naturalWidth === 0).length,
     images: page.images.length,
-    summary: [...page.querySelectorAll("#summary ~ .box tbody tr")].map(row => row.innerText.split("\\t")),
+    cut: [...page.images].filter(image => {{
+      const box = image.closest(".box");
+      return box.scrollWidth > box.clientWidth || image.getBoundingClientRect().right > inner.innerWidth;
+    }}).length,
+    summaryCut: [...page.querySelectorAll("#summary ~ .box")].some(box => box.scrollWidth > box.clientWidth),
+    leaving: [...page.querySelectorAll("main *")].filter(each => !each.closest(".box, pre")
+      && each.getBoundingClientRect().right > inner.innerWidth + 1).length,
+    summary: [...page.querySelectorAll("#summary ~ .box tbody tr")].map(
+      row => [...row.cells].map(cell => cell.innerText)),
     heat: [...page.querySelectorAll("table.heat tbody td")].map(cell => getComputedStyle(cell).backgroundColor),
     heading: page.querySelector("h1").innerText, warned: [...page.querySelectorAll(".warn")].map(w => w.innerText),
   }});
@@ -108,7 +116,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_page(group_runs([read_run(folder) for folder in folders]))
 
 
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("width", [360, 390, 1280])
 def test_page_of_many_runs_fits_the_window(
     chromium: str, serve: tuple[Path, str, list[str]], many: str, width: int, tmp_path: Path
 ) -> None:
@@ -117,7 +125,8 @@ def test_page_of_many_runs_fits_the_window(
     assert seen["scroll"] <= width
     assert seen["wide"] > 0  # the matrix of twenty tasks scrolls in its own box
     assert seen["images"] >= 8
-    assert seen["broken"] == 0
+    assert seen["broken"] == seen["cut"] == seen["leaving"] == 0
+    assert not seen["summaryCut"], "every column of the summary is seen without scrolling"
     assert seen["console"] == []
     assert seen["asked"] == ["/frame.html 200", "/page.html 200"]
     rows = [[" ".join(cell.split()) for cell in row] for row in seen["summary"]]
@@ -141,11 +150,12 @@ def test_page_of_one_run_shows_its_banner(chromium: str, serve: tuple[Path, str,
 def test_the_browser_does_see_what_is_wrong(chromium: str, serve: tuple[Path, str, list[str]], tmp_path: Path) -> None:
     """A page with every fault that the tests above look for."""
     page = (
-        '<!DOCTYPE html><h1>faulty</h1><div style="width:700px">wide</div><img src="http://example.org/a.png">'
-        '<img src="missing.png"><script>console.error("an error")</script>'
+        '<!DOCTYPE html><h1>faulty</h1><main><div style="width:700px">wide</div></main><div class="box"><img src="http://example.org/a.png">'
+        '<img src="missing.png"></div><script>console.error("an error")</script>'
     )
     seen = visit(chromium, serve, page, 360, tmp_path / "profile")
     assert seen["scroll"] > 360
+    assert seen["leaving"] > 0
     assert seen["broken"] == 2
     assert "/missing.png 404" in seen["asked"]
     assert any("an error" in line for line in seen["console"])

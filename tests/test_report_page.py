@@ -21,6 +21,7 @@ from flatpatch.continual import metrics
 from flatpatch.errors import UserError
 from flatpatch.report import page as page_module
 from flatpatch.report import page_figures
+from flatpatch.report.drawing import small_print
 from flatpatch.report.groups import forgetting_per_task, gaps, group_runs, mean_accuracies, read_run, spread
 from flatpatch.report.page import make_page, work
 from flatpatch.runs.pages import leave_page
@@ -300,9 +301,31 @@ def test_flatness_figure_has_one_panel_per_scalar(four):
     names = ["loss", "top_eigenvalue", "top_eigenvalue_residual"]
     figure = page_figures.make_flatness_figure(groups, ["A", "B"], "adapter", names)
     axes = [axes for axes in figure.axes if axes.axison]
-    assert [one.get_title() for one in axes] == ["loss", "top eigenvalue"]
-    lines = {line.get_label(): line.get_ydata() for line in axes[1].get_lines()}
+    assert [one.get_title() for one in axes] == ["top eigenvalue"]
+    lines = {line.get_label(): line.get_ydata() for line in axes[0].get_lines()}
     np.testing.assert_allclose(lines["A: SAM off (n = 3), after training the task"], [11, 12, 13, 14])
+    assert "the same everywhere to a thousandth: loss 0.5." in small_print(figure)
+
+
+@pytest.mark.parametrize("when", [["after"], ["before", "after"]])
+def test_flatness_of_a_single_task_stands_over_the_times_and_fills_its_panels(when, tmp_path):
+    record = make_record()
+    record["flatness"] = [
+        flatness_entry(2, at, "adapter", {"top_eigenvalue": 4.0 + 3 * k, "trace": 9.0 - k}, loss=1.0 + k)
+        for k, at in enumerate(["before", "after"])
+        if at in when
+    ]
+    groups = group_runs([read_run(write_run(tmp_path / "run", record))])
+    figure = page_figures.make_flatness_figure(groups, ["A"], "adapter", ["loss", "top_eigenvalue", "trace"])
+    if when == ["after"]:
+        assert figure is None  # a number each: the table has them
+        return
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "top eigenvalue", "trace"]
+    axes = figure.axes[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == when
+    points = np.concatenate([line.get_xydata() for line in axes.get_lines() if line.get_marker() == "o"])
+    np.testing.assert_allclose(sorted(points.tolist()), [[0, 4], [1, 7]])
+    assert "Measured on one task alone: 3 yahoo." in small_print(figure)
 
 
 def test_curves_are_means_over_seeds(four):
@@ -501,6 +524,17 @@ def test_progress_is_told_once_per_figure(four):
     told = []
     make_page(groups, advance=lambda: told.append(1))
     assert len(told) == work(groups)
+
+
+def test_reason_for_the_engine_stands_once_and_in_one_line(tmp_path):
+    """Records of earlier versions hold the whole search for the repository, twice."""
+    reason = "N-LoRA cannot be had: N-LoRA is not here. Looked in\n    third_party/N-LoRA: empty"
+    record = make_quick_record(engine_reason=reason)
+    record["deviations"] = [{"what": "engine", "upstream": "theirs", "here": "ours", "why": reason}]
+    _, reader = read([write_run(tmp_path / "run", record)])
+    assert reader.words.count("cannot be had") == 1
+    assert "Looked in" not in reader.words
+    assert reader.row("Departures", "engine")[3] == "see engine, at the top"
 
 
 def picture(path, size, mode="RGB"):

@@ -57,8 +57,6 @@ def test_missing_metrics_are_dashes():
     ids=["four tasks", "fifteen tasks", "eleven of fifteen", "quick", "one task"],
 )
 def test_no_line_is_wider_than_asked(record, width):
-    if width == 72:
-        record = record | {"engine_reason": "a long reason " * 20}
     assert max(map(len, lines(record, width=width))) <= width
 
 
@@ -90,10 +88,9 @@ def test_full_upstream_run_has_no_label():
     assert "comparable" not in summary_table(make_record())
 
 
-def test_profile_and_engine_come_with_their_reasons():
-    text = summary_table(make_quick_record())
-    assert "profile quick: no CUDA device\n" in text
-    assert "engine reference: third_party/N-LoRA is not there and could not be cloned\n" in text
+def test_the_reason_for_the_engine_is_left_to_the_run_and_the_page():
+    """Who has seen the run begin has read it."""
+    assert "could not be cloned" not in summary_table(make_quick_record())
 
 
 def test_departures_are_counted_and_named():

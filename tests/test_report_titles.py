@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from report_records import make_quick_record, make_record
 
-from flatpatch.report.titles import describe, labels, short_warning, warning
+from flatpatch.report.titles import describe, in_one_line, labels, short_warning, warning
 
 
 def test_quick_and_reference_runs_are_labelled_even_if_the_record_forgets():
@@ -46,3 +46,17 @@ def test_description_says_when_sam_is_off_and_names_several_seeds():
 def test_description_of_a_record_with_few_settings_leaves_them_out():
     record = make_record(settings={}, seeds=[])
     assert describe(record) == "nlora, SAM off, profile upstream, engine upstream"
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("as asked", "as asked"),
+        ("", ""),
+        ("N-LoRA is here: /data/N-LoRA", "N-LoRA is here: /data/N-LoRA"),
+        ("It is not here. Looked in\n  a: empty\n  b: empty", "It is not here (details: python -m flatpatch doctor)"),
+        ("It is damaged:\n  no file", "It is damaged (details: python -m flatpatch doctor)"),
+    ],
+)
+def test_reason_is_told_in_one_line(reason: str, expected: str) -> None:
+    assert in_one_line(reason) == expected

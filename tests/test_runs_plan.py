@@ -13,7 +13,7 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.methods import METHODS
 from flatpatch.runs.execute import prepare_work
-from flatpatch.runs.plan import Plan, make_plan, visible_devices
+from flatpatch.runs.plan import Plan, make_plan, render, visible_devices
 from flatpatch.runs.record import compared_settings
 from flatpatch.settings import Settings, parse
 
@@ -228,6 +228,19 @@ def test_auto_says_which_profile_and_engine_and_why(monkeypatch: pytest.MonkeyPa
     assert plan.engine == "reference"
     assert plan.engine_reason == "N-LoRA cannot be had: nothing under third_party/N-LoRA"
     assert plan.labels == ("quick", "reference")
+
+
+def test_reason_of_several_lines_is_told_in_one_and_doctor_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatpatch import patches
+
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
+    block = "N-LoRA is not here. Looked in\n    FLATPATCH_THIRD_PARTY: not set\n    third_party/N-LoRA: empty"
+    monkeypatch.setattr(patches, "is_available", lambda repo: (False, block))
+    reason = "N-LoRA cannot be had: N-LoRA is not here (details: python -m flatpatch doctor)"
+    plan = make_plan(parse(["method=nlora", "profile=quick"]))
+    assert plan.engine_reason == reason
+    assert render(plan).count("N-LoRA is not here") == 1
+    assert "Looked in" not in render(plan)
 
 
 def name_of(*words: str) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flatpatch.runs import execute, progress
 from flatpatch.runs.plan import make_plan
 from flatpatch.runs.progress import Progress
+from flatpatch.runs.reference_task import StepRecorder
 from flatpatch.settings import parse
 
 # As the hooks in an image repository, the reference engine on images, and both on text write it.
@@ -22,15 +24,16 @@ STATES = [
     (
         "inflora",
         {"phase": "train", "step": 3, "total": 40, "loss": 0.5, "task": "task 2"},
-        "train task 2/5 4-7, step 3/40",
+        "training task 2/5 4-7, step 3/40",
     ),
     (
         "inflora",
         {"phase": "predict", "step": 1, "total": 2, "loss": None, "task": "4-7"},
-        "predict task 2/5 4-7, step 1/2",
+        "predicting task 2/5 4-7, step 1/2",
     ),
-    ("nlora", {"phase": "train", "step": 3, "total": 40, "loss": 0.5}, "train, step 3/40"),
-    ("nlora", {"phase": "predict", "step": 9, "total": None, "loss": None, "task": ""}, "predict"),
+    ("nlora", {"phase": "train", "step": 3, "total": 40, "loss": 0.5}, "training, step 3/40"),
+    ("nlora", {"phase": "predict", "step": 9, "total": None, "loss": None, "task": ""}, "predicting"),
+    ("nlora", {"phase": "measure before", "step": 2, "total": 9, "loss": None}, "measuring before, step 2/9"),
 ]
 
 
@@ -104,3 +107,27 @@ def test_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> No
             shown.update("train task 1/5 0-3", step, 4)
     assert "tasks 1-5: train task 1/5 0-3: 100%" in terminal.getvalue()
     assert "step 4/4" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("task", ["", "4-7"])
+def test_reference_engine_tells_training_prediction_and_training_again(task: str, tmp_path: Path) -> None:
+    """Both families: what a measuring point or the last step left must not stand while something else is done."""
+    files = {name: str(tmp_path / f"{name}.json") for name in ("metrics", "summary", "progress")}
+    run = {**files, "task": "amazon", "task_index": 0, "sam": {"kind": "off"}, "measure": None}
+    step = {"loss": 0.5, "learning_rate": 0.1, "seconds": 0.1}
+
+    def told() -> tuple[str, int, int | None, str]:
+        state = json.loads((tmp_path / "progress.json").read_text())
+        return state["phase"], state["step"], state["total"], state["task"]
+
+    with StepRecorder(run) as recorder:
+        recorder.on_step({"step": 1, "total": 3, **step}, task)
+        assert told() == ("train", 1, 3, task)
+        recorder.on_step({"step": 3, "total": 3, **step}, task)
+        assert told() == ("predict", 0, None, task)
+        recorder.on_predict({"step": 2, "total": 2}, task)
+        assert told() == ("predict", 2, 2, task)
+        recorder.measure("before", torch.nn.Linear(1, 1), [], list)
+        assert told() == ("train", 0, None, "")
+        recorder.measure("after", torch.nn.Linear(1, 1), [], list)
+        assert told() == ("predict", 0, None, "")

@@ -18,6 +18,7 @@ from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import split_word
+from flatpatch.telling import say
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
        python -m flatpatch compare log=FILE [key=value ...] [--require reproduced]
@@ -79,7 +80,7 @@ def compare(words: Sequence[str]) -> int:
         also = find_baselines(subject_of(records[0]))
     print(render(result), end="")
     if baseline is None and (others := [name for name in also if name != (result["baseline"] or {}).get("name")]):
-        print(f"\nalso known of such runs: {', '.join(others)} (baseline=NAME)")
+        say(f"\nalso known of such runs: {', '.join(others)} (baseline=NAME)")
     return 1 if required and result["verdict"] != REPRODUCED else 0
 
 

@@ -223,7 +223,8 @@ class _Training:
         self._measure("after")
         total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
         self._recorder.write_summary({**about, **total, "tasks": self._tasks})
-        self._recorder.write_progress("train", self._step, self._total, task=self._task)
+        # What follows is upstream's: features of the task's images, then predictions of all test images seen.
+        self._recorder.write_progress("predict", 0, None, task=self._task)
 
     def _measure(self, when: str) -> None:
         """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""

@@ -160,7 +160,10 @@ class _RecordedTraining:
         }
         self._measure("after")
         self._recorder.write_summary(summary)
-        self._recorder.write_progress("train", state.global_step, state.max_steps)
+        if getattr(args, "do_predict", False):  # saving, loading and the first batch come before any count of batches
+            self._recorder.write_progress("predict", 0, None)
+        else:
+            self._recorder.write_progress("train", state.global_step, state.max_steps)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Count the batches of an evaluation or prediction."""

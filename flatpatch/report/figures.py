@@ -1,14 +1,12 @@
 """Figures of one run, drawn from its record and step metrics.
 
 Each ``make_..._figure`` returns a matplotlib ``Figure`` (no window, no global state), or None where there is
-nothing to show; ``draw_run`` saves those there are. Colours are Okabe and Ito's, told apart by most
-colour-blind readers, and never the only difference between two lines.
+nothing to show; ``draw_run`` saves those there are.
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +15,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from flatpatch.report.titles import describe, short_warning
+from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, constant, finish, remove, save
 
-FloatArray = NDArray[np.float64]
-
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES = ("-", "--", ":")
-_BLUE, _VERMILION, _GREY, _WARNING = "#0072B2", "#D55E00", "0.45", "#A33B00"
+_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "0.45"
 _NORMS = ("perturbation_norm", "effective_perturbation_norm")
-_LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8.5, "framealpha": 0.9, "edgecolor": "none"}
 _DPI = 150
 # A curve whose largest value is this many times its smallest is drawn on a logarithmic axis.
 _LOG_RATIO = 30.0
 
 
 def draw_run(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draw every figure the run has data for, as PNG files.
+    """Draw every figure the run has data for, as PNG and PDF files.
 
     Args:
         record: The run's record.
@@ -43,8 +35,7 @@ def draw_run(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], fo
         folder: Where to write; made if needed. Figures of the same names are replaced.
 
     Returns:
-        The files written: of ``accuracy_matrix.png``, ``accuracy_over_tasks.png``, ``loss.png`` and
-        ``perturbation.png``.
+        The files written: of ``accuracy_matrix``, ``accuracy_over_tasks``, ``loss`` and ``perturbation``.
     """
     figures = {
         "accuracy_matrix": make_matrix_figure(record),
@@ -56,13 +47,11 @@ def draw_run(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], fo
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
-        path = folder / f"{name}.png"
         if figure is None:
             # One left from an earlier state of the run would tell of data that is no longer there.
-            path.unlink(missing_ok=True)
-            continue
-        figure.savefig(path, dpi=_DPI)
-        written.append(path)
+            remove(folder / name)
+        else:
+            written += save(figure, folder / name, dpi=_DPI)
     return written
 
 
@@ -91,8 +80,7 @@ def make_matrix_figure(record: Mapping[str, Any]) -> Figure | None:
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, label="accuracy (%)", fraction=0.05, pad=0.02)
     bar.ax.spines["outline"].set_visible(False)
-    _title(figure, "Accuracy after each task", record)
-    return figure
+    return finish(figure, "Accuracy after each task", record=record)
 
 
 def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
@@ -110,13 +98,13 @@ def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
         seen = rows[~np.isnan(accuracy[rows, j])]
         if not seen.size:
             continue
-        colour = _COLOURS[j % len(_COLOURS)]
+        colour = COLOURS[j % len(COLOURS)]
         axes.plot(
             seen,
             accuracy[seen, j],
             color=colour,
-            marker=_MARKERS[j % len(_MARKERS)],
-            linestyle=_STYLES[j // len(_COLOURS) % len(_STYLES)],
+            marker=MARKERS[j % len(MARKERS)],
+            linestyle=_STYLES[j // len(COLOURS) % len(_STYLES)],
             markersize=4.5,
             linewidth=1.3,
             label=task,
@@ -135,8 +123,7 @@ def make_accuracy_figure(record: Mapping[str, Any]) -> Figure | None:
     axes.set_xlabel("after training task")
     axes.set_ylabel("accuracy (%)")
     _label_ends(figure, axes, ends, fontsize=9 if size <= 6 else 8.5)
-    _title(figure, "Accuracy of each task as training goes on", record)
-    return figure
+    return finish(figure, "Accuracy of each task over the training", record=record)
 
 
 def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -144,7 +131,7 @@ def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, A
     curves = step_curves(record["tasks"], metrics)
     if not curves.has("loss"):
         return None
-    figure = _figure(9.0, 4.6)
+    figure = _figure(7.0, 4.0)
     axes = figure.subplots()
     shown = [("loss", "loss", _BLUE, "-")]
     if curves.has("perturbed_loss"):
@@ -153,10 +140,9 @@ def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, A
         _draw_curve(axes, curves, key, name, colour, style)
     _log_if_wide(axes, np.concatenate([curves.values[key] for key, *_ in shown]))
     axes.set_ylabel("training loss")
-    axes.legend(**_LEGEND)
+    figure.legend(**BELOW, ncols=2)
     _mark_tasks(axes, curves)
-    _finish_steps(figure, axes, curves, "Training loss", record)
-    return figure
+    return _finish_steps(figure, axes, curves, "Training loss", record)
 
 
 def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -167,30 +153,40 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     """
     curves = step_curves(record["tasks"], metrics, of="perturbation_norm")
     norms = [key for key in _NORMS if curves.has(key)]
-    panels = [key for key in ("grad_norm", "norms", "perturbation_cosine") if key == "norms" or curves.has(key)]
     if not norms:
         return None
-    figure = _figure(9.0, 1.5 + 1.9 * len(panels))
-    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(all_axes, panels, strict=True):
-        if panel == "norms":
-            names = {"perturbation_norm": "intended", "effective_perturbation_norm": "effective (after rounding)"}
-            for key, colour, style in zip(norms, (_BLUE, _VERMILION), ("-", "--"), strict=False):
-                _draw_curve(axes, curves, key, names[key], colour, style)
-            axes.set_ylabel("perturbation\nnorm")
-            _set_limits(axes, np.concatenate([curves.values[key] for key in norms]), least=0.04)
-            axes.legend(**_LEGEND)
+    panels: dict[str, list[str]] = {"gradient norm": ["grad_norm"], "perturbation\nnorm": norms}
+    panels["cosine, effective\nto intended"] = ["perturbation_cosine"]
+    panels = {title: [key for key in keys if curves.has(key)] for title, keys in panels.items()}
+    panels = {title: keys for title, keys in panels.items() if keys}
+    flat = [title for title, keys in panels.items() if _one_value(curves, keys) is not None]
+    drawn = [title for title in panels if title not in flat]
+    said = [f"{' '.join(title.split())} {_one_value(curves, panels[title]):.4g}" for title in flat]
+    note = f"Not drawn, as it is the same at every step to a thousandth: {'; '.join(said)}." if said else ""
+    if not drawn:
+        return None
+    figure = _figure(7.0, 1.6 + 1.6 * len(drawn))
+    all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    names = {"perturbation_norm": "intended", "effective_perturbation_norm": "effective (after rounding)"}
+    for axes, title in zip(all_axes, drawn, strict=True):
+        keys = panels[title]
+        for key, colour, style in zip(keys, (_BLUE, _VERMILION), ("-", "--"), strict=False):
+            _draw_curve(axes, curves, key, names.get(key, ""), colour, style)
+        axes.set_ylabel(title, fontsize=9)
+        values = np.concatenate([curves.values[key] for key in keys])
+        if title == "gradient norm":
+            _log_if_wide(axes, values)
+        elif keys == norms:
+            _set_limits(axes, values, least=0.04)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False, borderpad=0)
         else:
-            _draw_curve(axes, curves, panel, "", _BLUE, "-")
-        if panel == "grad_norm":
-            axes.set_ylabel("gradient norm")
-            _log_if_wide(axes, curves.values[panel])
-        if panel == "perturbation_cosine":
-            axes.set_ylabel("cosine, effective\nto intended")
-            _set_limits(axes, np.append(curves.values[panel], 1.0), least=0.01)
-        _mark_tasks(axes, curves, names=panel == panels[0])
-    _finish_steps(figure, all_axes[-1], curves, "SAM's perturbation", record)
-    return figure
+            _set_limits(axes, np.append(values, 1.0), least=0.01)
+        _mark_tasks(axes, curves, names=title == drawn[0])
+    return _finish_steps(figure, all_axes[-1], curves, "SAM's perturbation", record, note)
+
+
+def _one_value(curves: StepCurves, keys: Sequence[str]) -> float | None:
+    return constant(np.concatenate([curves.values[key] for key in keys]))
 
 
 @dataclass(frozen=True)
@@ -303,14 +299,16 @@ def _mark_tasks(axes: Axes, curves: StepCurves, *, names: bool = True) -> None:
         )
 
 
-def _finish_steps(figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any]) -> None:
+def _finish_steps(
+    figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any], more: str = ""
+) -> Figure:
     window = curves.window
     note = f"thin: each step; thick: mean of {window} steps" if window > 1 else "each step"
     if curves.losses:
         note += f"; steps on the {' and '.join(curves.losses)} loss"
     axes.set_xlabel(f"optimizer steps over all tasks ({note})")
     axes.set_xlim(0, max(1.0, curves.x[-1]))
-    _title(figure, heading, record)
+    return finish(figure, heading, [more], record=record)
 
 
 def _log_if_wide(axes: Axes, values: FloatArray) -> None:
@@ -375,15 +373,3 @@ def _matrix(record: Mapping[str, Any]) -> FloatArray:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _title(figure: Figure, heading: str, record: Mapping[str, Any]) -> None:
-    """Head a figure with what it shows, which run it is, and, in capitals, why it must not be compared."""
-    columns = int(figure.get_size_inches()[0] * 12)  # a character is about 6 points wide at this size
-    lines = [heading, *textwrap.wrap(describe(record), columns)]
-    if label := short_warning(record):
-        lines += textwrap.wrap(label, columns)
-    figure.suptitle("\n".join(lines), fontsize=10.5, color=_WARNING if label else "black")
-    for axes in figure.axes:
-        if axes.get_label() != "<colorbar>":
-            axes.spines[["top", "right"]].set_visible(False)

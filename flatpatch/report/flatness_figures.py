@@ -11,32 +11,34 @@ import json
 import math
 import textwrap
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 from numpy.typing import NDArray
+from scipy.interpolate import RectBivariateSpline
 
 from flatpatch.errors import UserError
-from flatpatch.report.titles import describe, short_warning
+from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, finish
 
-FloatArray = NDArray[np.float64]
-
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_COLOURS, _MARKERS = COLOURS, MARKERS
 _STYLES = ("-", "--", "-.", ":")
-_WARNING = "#A33B00"
-_OUTSIDE: Mapping[str, Any] = {"loc": "outside lower center", "fontsize": 8.5, "frameon": False}
-_LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8.5, "framealpha": 0.9, "edgecolor": "none"}
-_MAP = "cividis"
+_LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8, "framealpha": 0.9, "edgecolor": "none"}
+# Without its darkest third, on which neither lines nor numbers could be read.
+_MAP = ListedColormap([colormaps["cividis"](0.35 + 0.65 * k / 255) for k in range(256)])
 _LEVELS = 14
+# Of landscapes side by side the lower one needs levels of its own sooner.
+_LEVEL_RATIO = 8.0
+# Landscapes of fewer points a side are drawn by interpolation.
+_FINE = 25
 # Losses whose largest is this many times their smallest are shown on a logarithmic scale.
 _LOG_RATIO = 30.0
 _SCHEMA = 1
@@ -92,12 +94,16 @@ def read_grid(path: Path) -> Grid:
     return grid
 
 
-def make_contour_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) -> Figure:
+def make_contour_figure(
+    grid: Grid, *, title: str = "Loss landscape", record: Mapping[str, Any] | None = None, note: str = ""
+) -> Figure:
     """Return a two-dimensional landscape as filled contours, with its models where they lie.
 
     Args:
         grid: Two-dimensional.
-        record: Of the run it was measured on, to be named in the title.
+        title: What the figure shows.
+        record: Of the run it was measured on, to be named below.
+        note: What else to say below.
 
     Returns:
         The figure. Axes in weight units are drawn to one scale.
@@ -105,41 +111,111 @@ def make_contour_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) 
     Raises:
         ValueError: If the grid is not two-dimensional or has fewer than 2 x 2 cells.
     """
-    _check_two_dimensional(grid)
-    x, y = grid.axes
-    # Axes of one scale need a figure of about their shape.
-    ratio = np.ptp(y) / np.ptp(x) if _in_weight_units(grid) else 1.0
-    figure = Figure(figsize=(7.2, float(np.clip(1.6 + 5.0 * ratio, 4.2, 9.0))), layout="constrained")
-    axes = figure.subplots()
-    missing = ~np.isfinite(grid.losses)
-    shown = np.where(missing, np.nan, grid.losses).T
-    if not missing.all():
-        levels, norm = _levels(grid.losses[~missing])
-        filled = axes.contourf(x, y, shown, levels=levels, norm=norm, cmap=_MAP)
-        axes.contour(x, y, shown, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
-        bar = figure.colorbar(filled, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label="loss", ticks=levels[::2])
-        bar.ax.set_yticklabels([f"{level:.3g}" for level in levels[::2]])
+    return make_landscapes_figure({"": grid}, title=title, record=record, note=note)
+
+
+def make_landscapes_figure(
+    grids: Mapping[str, Grid],
+    *,
+    title: str = "Loss landscape",
+    record: Mapping[str, Any] | None = None,
+    note: str = "",
+) -> Figure:
+    """Return two-dimensional landscapes side by side, all with the same colours and contour levels.
+
+    A grid of fewer than 25 x 25 points, all finite, is drawn by cubic interpolation between them, which the figure
+    says; the points themselves are dots.
+
+    Args:
+        grids: By the name of each, two-dimensional.
+        title: What the figure shows.
+        record: Of the run they were measured on, to be named below.
+        note: What else to say below.
+
+    Raises:
+        ValueError: If there is no grid, or one is not two-dimensional or has fewer than 2 x 2 cells.
+    """
+    if not grids:
+        raise ValueError("a figure of landscapes needs at least one")
+    for grid in grids.values():
+        _check_two_dimensional(grid)
+    first = next(iter(grids.values()))
+    count = len(grids)
+    # Axes of one scale need panels of about their shape.
+    ratio = np.ptp(first.axes[1]) / np.ptp(first.axes[0]) if _in_weight_units(first) else 1.0
+    width = 4.6 if count == 1 else 3.1
+    height = float(np.clip(1.3 + width * ratio * 0.86, 3.2, 8.0))
+    figure = Figure(figsize=(width * count + 0.9, height), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    levels = _levels(grids.values())
+    filled = None
+    interpolated = False
+    for axes, (name, grid) in zip(panels, grids.items(), strict=True):
+        missing = ~np.isfinite(grid.losses)
+        x, y, fine = _refined(grid, logarithmic=_is_geometric(levels))
+        fine = fine.clip(*levels[[0, -1]])  # rounding may have left the range
+        if not missing.all():
+            norm = LogNorm(*levels[[0, -1]]) if _is_geometric(levels) else Normalize(*levels[[0, -1]])
+            filled = axes.contourf(x, y, fine.T, levels=levels, norm=norm, cmap=_MAP)
+            lines = axes.contour(x, y, fine.T, levels=levels, colors="black", linewidths=0.4, alpha=0.7)
+            if np.ptp(fine[np.isfinite(fine)]) > 0:
+                axes.clabel(lines, levels[1:-1:2], fmt="%.3g", fontsize=6.5, colors="black")
+        if len(x) > len(grid.axes[0]):
+            interpolated = True
+            axes.plot(*(part.ravel() for part in np.meshgrid(*grid.axes)), ".", color="black", markersize=1.2)
+        _hatch_missing(axes, grid)
+        if grid.marks.size:
+            _draw_marks(axes, grid)
+        else:
+            axes.plot(0, 0, marker="+", color="black", markersize=10, markeredgewidth=1.6)
+        _name_axes(axes, grid)
+        axes.tick_params(labelsize=8)
+        if axes is not panels[0]:
+            axes.set_ylabel("")
+        if _in_weight_units(grid):
+            axes.set_aspect("equal")
+        axes.set_title(_range(name, grid), fontsize=8)
+    if filled is not None:
+        bar = figure.colorbar(filled, ax=list(panels), label="loss", ticks=levels[::2], fraction=0.05, pad=0.02)
+        bar.ax.set_yticklabels([f"{level:.3g}" for level in levels[::2]], fontsize=8)
         bar.ax.minorticks_off()
         bar.ax.spines["outline"].set_visible(False)
-    _hatch_missing(axes, grid)
-    if grid.marks.size:
-        _draw_marks(axes, grid)
-    else:
-        axes.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2.2)
-        axes.annotate(f"weights: {grid.origin_loss:.4g}", (0, 0), (7, 7), **_LABEL)
-    _name_axes(axes, grid)
-    if _in_weight_units(grid):
-        axes.set_aspect("equal")
-    _title(figure, "Loss landscape", describe_variation(grid.about), record)
-    return figure
+    size = " x ".join(map(str, first.losses.shape))
+    drawn = f"{size} points measured" + (" (dots), cubic interpolation between them" if interpolated else "")
+    return finish(figure, title, [describe_variation(first.about), drawn, note], record=record)
 
 
-def make_surface_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) -> Figure:
+def _range(name: str, grid: Grid) -> str:
+    """Return a panel's heading: its name, and its own losses, which the common colours may not tell."""
+    finite = grid.losses[np.isfinite(grid.losses)]
+    words = f"{finite.min():.3g} to {finite.max():.3g}" if finite.size else "no finite loss"
+    if not grid.marks.size:
+        words += f"; at the weights (+) {grid.origin_loss:.3g}"
+    return f"{name}\n{words}" if name else words  # in one line it would meet the next panel's
+
+
+def _refined(grid: Grid, *, logarithmic: bool) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return coordinates and losses to draw: a coarse grid is interpolated, within the range of what was measured."""
+    x, y = grid.axes
+    losses = np.where(np.isfinite(grid.losses), grid.losses, np.nan)
+    if min(losses.shape) < 4 or min(losses.shape) >= _FINE or np.isnan(losses).any():
+        return x, y, losses
+    heights = np.log(losses) if logarithmic else losses
+    fine_x, fine_y = (np.linspace(axis[0], axis[-1], 2 * _FINE + 1) for axis in (x, y))
+    fine = RectBivariateSpline(x, y, heights)(fine_x, fine_y).clip(heights.min(), heights.max())
+    return fine_x, fine_y, np.exp(fine) if logarithmic else fine
+
+
+def make_surface_figure(
+    grid: Grid, *, title: str = "Loss landscape", record: Mapping[str, Any] | None = None, note: str = ""
+) -> Figure:
     """Return a two-dimensional landscape as a surface; cells that are not finite are holes.
 
     Args:
         grid: Two-dimensional.
+        title: What the figure shows.
         record: Of the run it was measured on.
+        note: What else to say below.
 
     Returns:
         The figure. The height is the logarithm of the loss where losses span more than a factor of thirty.
@@ -148,12 +224,12 @@ def make_surface_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) 
         ValueError: If the grid is not two-dimensional or has fewer than 2 x 2 cells.
     """
     _check_two_dimensional(grid)
-    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
+    figure = Figure(figsize=(5.0, 4.4), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
-    a, b = np.meshgrid(*grid.axes, indexing="ij")
-    heights = np.where(np.isfinite(grid.losses), grid.losses, np.nan)
-    finite = heights[np.isfinite(heights)]
+    finite = grid.losses[np.isfinite(grid.losses)]
     logarithmic = _is_wide(finite)
+    x, y, heights = _refined(grid, logarithmic=logarithmic)
+    a, b = np.meshgrid(x, y, indexing="ij")
     if logarithmic:
         heights = np.log10(heights)
     if finite.size:
@@ -164,31 +240,38 @@ def make_surface_figure(grid: Grid, *, record: Mapping[str, Any] | None = None) 
             heights,
             cmap=_MAP,
             norm=Normalize(low, high if high > low else low + 1),
-            rcount=60,
-            ccount=60,
+            rcount=51,
+            ccount=51,
             linewidth=0.2,
             edgecolor=(1, 1, 1, 0.25),
         )
     _name_axes(axes, grid)
-    axes.set_zlabel("log10 of the loss" if logarithmic else "loss", labelpad=8)
+    axes.set_zlabel("log10 of the loss" if logarithmic else "loss", labelpad=4, fontsize=8)
     axes.view_init(elev=32, azim=-57)
-    axes.set_box_aspect(None, zoom=0.88)
+    axes.set_box_aspect(None, zoom=0.85)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_major_locator(MaxNLocator(5))
+        axis.set_tick_params(labelsize=7.5)
         axis.pane.set_facecolor("0.97")
-    _title(figure, "Loss landscape", describe_variation(grid.about), record)
-    return figure
+    size = " x ".join(map(str, grid.losses.shape))
+    drawn = f"{size} points measured" + (", cubic interpolation between them" if len(x) > len(grid.axes[0]) else "")
+    return finish(figure, title, [describe_variation(grid.about), drawn, note], record=record)
 
 
 def make_slices_figure(
-    grids: Mapping[str, Grid], *, heading: str = "Loss along one direction", record: Mapping[str, Any] | None = None
+    grids: Mapping[str, Grid],
+    *,
+    title: str = "Loss along one direction",
+    record: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> Figure:
     """Return one-dimensional landscapes in one set of axes.
 
     Args:
         grids: By the name of each.
-        heading: What the figure shows.
+        title: What the figure shows.
         record: Of the run they were measured on.
+        note: What else to say below.
 
     Returns:
         The figure. Infinite cells are marked at the upper edge, NaN cells at the lower one.
@@ -200,7 +283,8 @@ def make_slices_figure(
     variations = {name: describe_variation(grid.about) for name, grid in grids.items()}
     alike = len(set(variations.values())) == 1
     # The legend stands below the axes and takes from their height.
-    figure = Figure(figsize=(8.0, 4.8 if alike else 4.4 + 0.4 * len(grids)), layout="constrained")
+    rows = math.ceil(len(grids) / 3) if alike else 2 * len(grids)
+    figure = Figure(figsize=(6.4, 3.6 + 0.18 * rows), layout="constrained")
     axes = figure.subplots()
     for k, (name, grid) in enumerate(grids.items()):
         # Where several things were varied, each line says its own, and else the title does.
@@ -212,17 +296,19 @@ def make_slices_figure(
     first = next(iter(grids.values()))
     axes.set_xlabel(_axis_label(first, 0) if len(labels) == 1 else "coordinate along each line's direction")
     axes.set_ylabel("loss")
-    figure.legend(**_OUTSIDE)
-    _title(figure, heading, variations[next(iter(variations))] if alike else "", record)
-    return figure
+    figure.legend(**BELOW, ncols=3 if alike else 1)
+    return finish(figure, title, [variations[next(iter(variations))] if alike else "", note], record=record)
 
 
-def make_connectivity_figure(grids: Mapping[str, Grid], *, record: Mapping[str, Any] | None = None) -> Figure:
+def make_connectivity_figure(
+    grids: Mapping[str, Grid], *, record: Mapping[str, Any] | None = None, note: str = ""
+) -> Figure:
     """Return the loss on the straight lines between two models, with each barrier.
 
     Args:
         grids: Lines by name, such as one in factor and one in merged space.
         record: Of the run they were measured on.
+        note: What else to say below.
 
     Returns:
         The figure; thin lines join the ends, the barrier is the highest loss above them.
@@ -231,7 +317,7 @@ def make_connectivity_figure(grids: Mapping[str, Grid], *, record: Mapping[str, 
         ValueError: If there is no line, or one is not one-dimensional.
     """
     _check_one_dimensional(grids)
-    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for k, (name, grid) in enumerate(grids.items()):
         alphas, losses = grid.axes[0], grid.losses
@@ -249,10 +335,9 @@ def make_connectivity_figure(grids: Mapping[str, Grid], *, record: Mapping[str, 
         axes.plot(alphas[[0, -1]], losses[[0, -1]], color=colour, linewidth=0.8, alpha=0.6)
     axes.set_xlabel("share of the second model")
     axes.set_ylabel("loss")
-    figure.legend(**_OUTSIDE)
+    figure.legend(**BELOW)
     lines = dict.fromkeys(grid.about["axes"][0]["label"] for grid in grids.values())
-    _title(figure, "Linear mode connectivity", f"straight lines {', '.join(lines)}", record)
-    return figure
+    return finish(figure, "Linear mode connectivity", [f"straight lines {', '.join(lines)}", note], record=record)
 
 
 def make_density_figure(
@@ -261,6 +346,7 @@ def make_density_figure(
     scope: str | None = None,
     kernel: float = _KERNEL,
     record: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> Figure:
     """Return the density of eigenvalues, and below it how many lie beyond each value, without a kernel.
 
@@ -269,6 +355,7 @@ def make_density_figure(
         scope: What was varied: one of the scopes' names, or other words.
         kernel: Standard deviation of the density's Gaussian bumps, as a share of the range of all nodes.
         record: Of the run they were measured on.
+        note: What else to say below.
 
     Returns:
         The figure. The band is the least and greatest over probes.
@@ -285,7 +372,7 @@ def make_density_figure(
     sigma = kernel * span
     margin = max(0.05 * span, 5 * sigma)
     grid = np.linspace(low - margin, high + margin, 1201)
-    figure = Figure(figsize=(8.0, 6.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.2 + 0.18 * math.ceil(len(spectra) / 2)), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     floors, peaks, sizes = [], [], []
     for k, (name, spectrum) in enumerate(spectra.items()):
@@ -297,18 +384,18 @@ def make_density_figure(
         floors.append(1 / (size * sigma * math.sqrt(2 * math.pi)))
         peaks.append(float(per_probe.max()))
         sizes.append(size)
-        _draw_band(below, grid, _counts_beyond(nodes[name], weights[name], grid) * size, name, colour, style)
+        _draw_band(below, grid, _counts_beyond(nodes[name], weights[name], grid) * size, f"_{name}", colour, style)
     above.axhline(min(floors), color="0.5", linewidth=0.8, linestyle=":")
     # Lower values are the tails of the kernel and no eigenvalues.
     above.set_yscale("log")
     above.set_ylim(0.1 * min(floors), 4 * max(peaks))
-    above.annotate("peak of a single eigenvalue", (1, min(floors)), (-4, 3), **_EDGE_NOTE)
+    above.annotate("peak of one\neigenvalue", (1, min(floors)), (4, 0), **_EDGE_NOTE)
     above.set_ylabel("density per unit eigenvalue")
-    above.legend(**_LEGEND)
+    figure.legend(**BELOW, ncols=2)  # inside the axes it would cover the peak
     below.set_yscale("log")
     below.set_ylim(0.1, 2 * max(sizes))
     below.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
-    below.annotate("one eigenvalue", (1, 1), (-4, 3), **_EDGE_NOTE)
+    below.annotate("one\neigenvalue", (1, 1), (4, 0), **_EDGE_NOTE)
     below.set_ylabel("eigenvalues beyond it,\naway from zero")
     below.set_xlabel("eigenvalue of the Hessian")
     for axes in (above, below):
@@ -316,14 +403,17 @@ def make_density_figure(
         axes.set_xlim(grid[0], grid[-1])
     probes = {x.shape for x in nodes.values()}
     made = ", ".join(f"{count} probes x {steps} steps" for count, steps in sorted(probes))
-    note = f"{made}; Gaussian kernel of standard deviation {sigma:.3g} (above), none (below)"
-    note += "; bands: least to greatest over probes"
-    _title(figure, "Hessian spectrum", describe_variation({"scope": scope, "note": note}), record)
-    return figure
+    how = f"{made}; Gaussian kernel of standard deviation {sigma:.3g} (above), none (below)"
+    how += "; bands: least to greatest over probes"
+    return finish(figure, "Hessian spectrum", [describe_variation({"scope": scope, "note": how}), note], record=record)
 
 
 def make_eigenvalues_figure(
-    spectra: Mapping[str, Mapping[str, Any]], *, scope: str | None = None, record: Mapping[str, Any] | None = None
+    spectra: Mapping[str, Mapping[str, Any]],
+    *,
+    scope: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> Figure:
     """Return eigenvalues in order, with residuals as error bars; those that did not converge are hollow.
 
@@ -331,6 +421,7 @@ def make_eigenvalues_figure(
         spectra: By name, mappings with ``values``, ``residuals`` and ``converged``, (k,) each.
         scope: What was varied: one of the scopes' names, or other words.
         record: Of the run they were measured on.
+        note: What else to say below.
 
     Returns:
         The figure.
@@ -340,7 +431,7 @@ def make_eigenvalues_figure(
     """
     if not spectra:
         raise ValueError("a figure of eigenvalues needs at least one spectrum")
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6 + 0.18 * math.ceil(len(spectra) / 3)), layout="constrained")
     axes = figure.subplots()
     hollow = False
     everything = np.concatenate([np.asarray(spectrum["values"], dtype=np.float64) for spectrum in spectra.values()])
@@ -365,10 +456,16 @@ def make_eigenvalues_figure(
     axes.set_xlim(0.5, longest + 0.5)
     axes.set_xlabel("eigenvalue, in the order of the search")
     axes.set_ylabel("eigenvalue of the Hessian")
-    axes.legend(**_LEGEND)
-    note = "bars: residuals" + ("; hollow: not converged" if hollow else "")
-    _title(figure, "Hessian eigenvalues", describe_variation({"scope": scope, "note": note}), record)
-    return figure
+    figure.legend(**BELOW, ncols=3)
+    how = "bars: residuals" + ("; hollow: not converged" if hollow else "")
+    return finish(
+        figure, "Hessian eigenvalues", [describe_variation({"scope": scope, "note": how}), note], record=record
+    )
+
+
+def describe_scope(scope: str) -> str:
+    """Return in words which weights a scope chooses; other words stay as they are."""
+    return _SCOPES.get(scope, scope)
 
 
 def describe_variation(about: Mapping[str, Any]) -> str:
@@ -376,7 +473,7 @@ def describe_variation(about: Mapping[str, Any]) -> str:
     parts = []
     if scope := about.get("scope"):
         count = about.get("num_parameters")
-        parts.append(_SCOPES.get(scope, scope) + (f" ({count:,} weights)" if count else ""))
+        parts.append(describe_scope(scope) + (f" ({count:,} weights)" if count else ""))
     axes = about.get("axes", [])
     if marks := about.get("marks"):
         parts.append(f"plane through {', '.join(marks)}")
@@ -396,14 +493,15 @@ _LABEL: Mapping[str, Any] = {
     "textcoords": "offset points",
     "fontsize": 8.5,
     "color": "black",
-    "bbox": {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    "bbox": {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"},
 }
 _EDGE_NOTE: Mapping[str, Any] = {
     "xycoords": ("axes fraction", "data"),
     "textcoords": "offset points",
-    "ha": "right",
-    "fontsize": 7.5,
+    "va": "center",
+    "fontsize": 7,
     "color": "0.4",
+    "annotation_clip": False,
 }
 
 
@@ -414,13 +512,20 @@ def _words(about: Mapping[str, Any], axis: Mapping[str, Any]) -> str:
     return _NORMALISATIONS.get(kind, "")
 
 
-def _levels(values: FloatArray) -> tuple[FloatArray, Normalize]:
+def _levels(grids: Iterable[Grid]) -> FloatArray:
+    """Return contour levels for all of some landscapes: evenly spaced, by their logarithms where losses span much."""
+    values = np.concatenate([grid.losses[np.isfinite(grid.losses)] for grid in grids])
+    if not values.size:
+        return np.linspace(0.0, 1.0, _LEVELS)
     low, high = float(values.min()), float(values.max())
-    if _is_wide(values):
-        return np.geomspace(low, high, _LEVELS), LogNorm(low, high)
+    if low > 0 and high > _LEVEL_RATIO * low:
+        return np.geomspace(low, high, _LEVELS)
     # A flat landscape has no levels of its own.
-    high = high if high > low else low + max(abs(low), 1.0) * 1e-6
-    return np.linspace(low, high, _LEVELS), Normalize(low, high)
+    return np.linspace(low, high if high > low else low + max(abs(low), 1.0) * 1e-6, _LEVELS)
+
+
+def _is_geometric(levels: FloatArray) -> bool:
+    return bool(levels[0] > 0 and levels[-1] > _LEVEL_RATIO * levels[0])
 
 
 def _is_wide(values: FloatArray) -> bool:
@@ -515,8 +620,8 @@ def _axis_label(grid: Grid, k: int) -> str:
 
 
 def _name_axes(axes: Axes, grid: Grid) -> None:
-    axes.set_xlabel(_axis_label(grid, 0))
-    axes.set_ylabel(_axis_label(grid, 1))
+    axes.set_xlabel(_axis_label(grid, 0), fontsize=8)
+    axes.set_ylabel(_axis_label(grid, 1), fontsize=8)
 
 
 def _check_two_dimensional(grid: Grid) -> None:
@@ -530,23 +635,3 @@ def _check_one_dimensional(grids: Mapping[str, Grid]) -> None:
     for name, grid in grids.items():
         if grid.losses.ndim != 1:
             raise ValueError(f"{name} is not one-dimensional but {grid.losses.shape}")
-
-
-def _title(
-    figure: Figure,
-    heading: str,
-    varied: str,
-    record: Mapping[str, Any] | None,
-) -> None:
-    """Head a figure with what it shows, what was varied, which run it is, and why it must not be compared."""
-    columns = int(figure.get_size_inches()[0] * 12)  # a character is about 6 points wide at this size
-    lines = [heading, *textwrap.wrap(varied, columns)]
-    label = ""
-    if record is not None:
-        lines += textwrap.wrap(describe(record), columns)
-        label = short_warning(record)
-        lines += textwrap.wrap(label, columns) if label else []
-    figure.suptitle("\n".join(lines), fontsize=10.5, color=_WARNING if label else "black")
-    for axes in figure.axes:
-        if axes.name != "3d":
-            axes.spines[["top", "right"]].set_visible(False)

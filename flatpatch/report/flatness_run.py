@@ -6,27 +6,28 @@ import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from flatpatch.report.drawing import BELOW, SUFFIXES, finish, save
 from flatpatch.report.flatness_figures import (
     Grid,
-    make_contour_figure,
+    describe_scope,
     make_density_figure,
     make_eigenvalues_figure,
+    make_landscapes_figure,
     make_slices_figure,
     make_surface_figure,
     read_grid,
 )
-from flatpatch.report.titles import describe, short_warning
 
-_DPI = 110
+_DPI = 150
 _PREFIX = "flatness_"
 _COLOURS = {"before": "#56B4E9", "after": "#0072B2", "finished": "#D55E00"}
+_WHEN = {"before": "before", "after": "after", "finished": "measured afterwards"}
 _MARKERS = {"before": "o", "after": "s", "finished": "^"}
 # What is drawn over the tasks, with the value that tells how far it can be trusted.
 _OVER_TASKS = {
@@ -50,7 +51,7 @@ Entry = Mapping[str, Any]
 
 
 def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what was measured in a run, as PNG files in ``figures/``.
+    """Draw what was measured in a run, as PNG and PDF files in ``figures/``.
 
     Args:
         record: The run's record.
@@ -58,18 +59,17 @@ def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
 
     Returns:
         The files written, none where nothing was measured: per scope the values over the tasks, eigenvalues, densities
-        and slices, and each landscape as contours; the last landscape as a surface too. A file that is missing or
-        damaged is left out.
+        and slices, and per task its landscapes side by side; the last landscape as a surface too. Those side
+        by side have the same colours and levels. A file that is missing or damaged is left out.
     """
     target = folder / "figures"
-    for old in target.glob(f"{_PREFIX}*.png"):
-        old.unlink()
+    for suffix in SUFFIXES:
+        for old in target.glob(f"{_PREFIX}*{suffix}"):
+            old.unlink()
     written = []
     for name, figure in _figures(record, folder):
         target.mkdir(parents=True, exist_ok=True)
-        path = target / f"{_PREFIX}{name}.png"
-        figure.savefig(path, dpi=_DPI)
-        written.append(path)
+        written += save(figure, target / f"{_PREFIX}{name}", dpi=_DPI)
     return written
 
 
@@ -87,15 +87,16 @@ def _figures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Fig
             yield f"{scope}_density", make_density_figure(shown, scope=scope, record=record)
         if slices := {name: grid for name, found in results.items() if (grid := _slice(found)) is not None}:
             yield f"{scope}_slices", make_slices_figure(slices, record=record)
-        last: Grid | None = None
-        for entry in chosen:
-            grid = _landscape(folder, entry)
-            if grid is not None:
-                last = grid
-                place = f"{entry['task_index'] + 1}_{entry['when']}"
-                yield f"{scope}_landscape_{place}", make_contour_figure(grid, record=record)
-        if last is not None:
-            yield f"{scope}_surface", make_surface_figure(last, record=record)
+        grids = [(entry, grid) for entry in chosen if (grid := _landscape(folder, entry)) is not None]
+        if not grids:
+            continue
+        for index in dict.fromkeys(entry["task_index"] for entry, _ in grids):
+            own = {_WHEN[entry["when"]]: grid for entry, grid in grids if entry["task_index"] == index}
+            title = f"Loss landscape, task {index + 1} {record['tasks'][index]}"
+            yield f"{scope}_landscape_{index + 1}", make_landscapes_figure(own, title=title, record=record)
+        entry, last = grids[-1]
+        title = f"Loss landscape, task {entry['task_index'] + 1} {entry['task']}, {_WHEN[entry['when']]}"
+        yield f"{scope}_surface", make_surface_figure(last, title=title, record=record)
 
 
 def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) -> Figure | None:
@@ -112,10 +113,18 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
     known = [name for name in _OVER_TASKS if any(_value(entry, name) is not None for entry in entries)]
     if not known:
         return None
-    tasks = record["tasks"]
-    figure = Figure(figsize=(7.5, 1.1 + 1.55 * len(known)), layout="constrained")
-    panels = figure.subplots(len(known), 1, sharex=True, squeeze=False)[:, 0]
     whens = [when for when in _COLOURS if any(entry["when"] == when for entry in entries)]
+    trained = sorted({entry["task_index"] for entry in entries})
+    # Of a single task the times stand side by side, in small panels: over the tasks they would be mostly empty.
+    single = len(trained) == 1
+    if single and len(whens) == 1:
+        return None  # one number each, which the tables have
+    if single:
+        figure = Figure(figsize=(1.2 + 1.35 * len(known), 2.7), layout="constrained")
+        panels = figure.subplots(1, len(known), squeeze=False)[0]
+    else:
+        figure = Figure(figsize=(6.4, 1.3 + 1.3 * len(known)), layout="constrained")
+        panels = figure.subplots(len(known), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, known, strict=True):
         text, error = _OVER_TASKS[name]
         for k, when in enumerate(whens):
@@ -123,9 +132,9 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
             seen = [point for point in points if point[1] is not None]
             if not seen:
                 continue
-            places = np.array([point[0] for point in seen]) + 0.12 * (k - (len(whens) - 1) / 2)
+            offset = 0.0 if single else 0.12 * (k - (len(whens) - 1) / 2)
             axes.errorbar(
-                places,
+                [k if single else point[0] + offset for point in seen],
                 [point[1] for point in seen],
                 yerr=[point[2] or 0.0 for point in seen] if error else None,
                 color=_COLOURS[when],
@@ -133,24 +142,29 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
                 markersize=5,
                 linestyle="none",
                 capsize=3,
-                label=f"{when} the task" if when != "finished" else "measured afterwards",
+                label=f"{when} the task" if when != "finished" else _WHEN[when],
             )
-        axes.set_ylabel(text, fontsize=8.5)
-        axes.tick_params(labelsize=8.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        if single:
+            axes.set_title(text, fontsize=7.5)
+            axes.set_xticks(range(len(whens)), [_WHEN[when] for when in whens], rotation=30, ha="right")
+            axes.set_xlim(-0.6, len(whens) - 0.4)
+        else:
+            axes.set_ylabel(text, fontsize=8)
+        axes.tick_params(labelsize=7.5 if single else 8)
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-    panels[-1].set_xticks(range(len(tasks)), [f"{i + 1} {task}" for i, task in enumerate(tasks)])
-    panels[0].legend(loc="best", fontsize=8.5, framealpha=0.9, edgecolor="none", ncols=len(whens))
-    samples = sorted({entry["samples"] for entry in entries})
-    lines = [
-        f"Flatness around each task, scope {entries[0]['scope']}",
-        f"{', '.join(map(str, samples))} training examples of the task at hand; bars: residual, standard error",
-        describe(record),
-    ]
-    if warning := short_warning(record):
-        lines.append(warning)
-    figure.suptitle("\n".join(lines), fontsize=10, color="#A33B00" if warning else "black")
-    return figure
+    if not single:
+        tasks = record["tasks"]
+        panels[-1].set_xticks(range(len(tasks)), [f"{i + 1} {task}" for i, task in enumerate(tasks)])
+        panels[-1].set_xlim(-0.4, len(tasks) - 0.6)
+        if len(tasks) > 6:
+            panels[-1].tick_params(axis="x", labelrotation=40)
+        figure.legend(*panels[0].get_legend_handles_labels(), **BELOW, ncols=len(whens))
+    samples = ", ".join(map(str, sorted({entry["samples"] for entry in entries})))
+    title = f"Flatness of {describe_scope(entries[0]['scope'])}"
+    if single:
+        title += f", task {trained[0] + 1} {record['tasks'][trained[0]]}"
+    note = f"{samples} training examples of the task at hand; bars: residual, standard error"
+    return finish(figure, title, [note], record=record)
 
 
 def flatness_table(record: Mapping[str, Any]) -> list[str]:
@@ -215,5 +229,4 @@ def _landscape(folder: Path, entry: Entry) -> Grid | None:
                 return None
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-    grid = read_grid(path)
-    return replace(grid, about={**grid.about, "note": _name(entry)})
+    return read_grid(path)

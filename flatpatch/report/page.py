@@ -34,7 +34,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.records import setting
-from flatpatch.report.titles import of_images, warning
+from flatpatch.report.titles import in_one_line, of_images, warning
 
 # Title, whether more is better, and meaning; the definitions are those of flatpatch.continual.metrics.
 METRICS: Mapping[str, tuple[str, str, str]] = {
@@ -113,14 +113,6 @@ def make_page(
     Returns:
         A whole HTML document, UTF-8 text. The same runs give the same text.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "seconds": _seconds}
     # Names of tasks are text: a dollar sign in one does not begin a formula.
     with rc_context({"text.parse_math": False, "svg.hashsalt": "flatpatch", "svg.fonttype": "path"}):
         figures = _figures(groups, advance)
@@ -148,12 +140,25 @@ def make_page(
         "pins": _by_group(groups, _pins),
         "reruns": [(group, _rerun(group)) for group in groups],
         "figures": figures,
-        "heat": [_heat(level) for level in range(21)],
+        "heat": heat(),
         "colours": drawing.COLOURS,
         "few_tasks": drawing.FEW_TASKS,
         "missing": _MISSING,
     }
-    return environment.get_template("page.html.jinja").render(context)
+    return page_environment().get_template("page.html.jinja").render(context)
+
+
+def page_environment() -> Environment:
+    """Return where the pages' templates are rendered: everything is escaped, and nothing may be missing."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "seconds": _seconds}
+    return environment
 
 
 def work(groups: Sequence[Group]) -> int:
@@ -200,7 +205,7 @@ def _chain(tasks: Sequence[str]) -> str:
 
 
 def _reasoned(record: Mapping[str, Any], key: str) -> str:
-    reason = record.get(f"{key}_reason")
+    reason = in_one_line(record.get(f"{key}_reason") or "")
     return f"{record[key]} ({reason})" if reason else str(record[key])
 
 
@@ -360,12 +365,12 @@ def _figures(groups: Sequence[Group], advance: Callable[[], object]) -> dict[str
     for name, description, make in _drawings(groups):
         figure = make()
         if figure is not None:
-            figures[name] = {"source": _embedded(figure), "alt": description}
+            figures[name] = {"source": embedded(figure), "alt": description}
         advance()
     return figures
 
 
-def _embedded(figure: Figure) -> str:
+def embedded(figure: Figure) -> str:
     """Return a figure as a data address: SVG, or PNG where the lines are so many that it is smaller."""
     vector = io.BytesIO()
     figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
@@ -468,11 +473,13 @@ def _pins(run: Run) -> dict[str, str]:
 
 
 def _deviations(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return each departure once, with the groups it holds for."""
+    """Return each departure once, with the groups it holds for; a reason that stands at the top is not told again."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for group in groups:
         for run in group.runs:
             for row in run.record["deviations"]:
+                if row["why"] == run.record.get("engine_reason"):
+                    row = {**row, "why": "see engine, at the top"}
                 key = tuple(str(row.get(name)) for name in ("what", "upstream", "here", "why", "tasks"))
                 entry = found.setdefault(key, {**row, "tasks": row.get("tasks", []), "holders": []})
                 entry["holders"].append((group, run))
@@ -515,6 +522,11 @@ def _rerun(group: Group) -> dict[str, Any]:
 
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def heat() -> list[str]:
+    """Return the backgrounds of a heat table's cells, from 0 to 100 in steps of five."""
+    return [_heat(level) for level in range(21)]
 
 
 def _heat(level: int) -> str:

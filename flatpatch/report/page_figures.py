@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from flatpatch.report.drawing import BELOW, constant, finish
 from flatpatch.report.figures import StepCurves, of_one_loss, step_curves
 from flatpatch.report.groups import Group, Run, Spread, mean_accuracies, spread
 
@@ -32,11 +33,15 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FEW_TASKS = 10
 _TASK_MAP = "viridis"
 _BAND = 0.18
+# Drawn even where they do not vary.
+_ALWAYS = frozenset({"loss", "perturbed_loss"})
 # Scalars that tell how far another one can be trusted: in the table only.
 _AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged")
 # Points drawn per line over all tasks: more than a screen can show tells nothing, and makes the page large.
 _POINTS = 900
 _LOG_RATIO = 30.0
+# Of a figure, in inches: so narrow that its letters can still be read where a phone shrinks it.
+_WIDTH = 6.0
 
 
 def make_mean_figure(groups: Sequence[Group], letters: Sequence[str]) -> Figure | None:
@@ -50,7 +55,7 @@ def make_mean_figure(groups: Sequence[Group], letters: Sequence[str]) -> Figure 
     per_group = [_stacked([mean_accuracies(run) for run in group.counted]) for group in groups]
     if max(int(np.isfinite(values).any(axis=0).sum()) for values in per_group) < 2:
         return None
-    figure = _figure(8.0, 4.2)
+    figure = _figure(_WIDTH, 3.4)
     axes = figure.subplots()
     x = np.arange(1.0, len(tasks) + 1)
     for group, values in zip(groups, per_group, strict=True):
@@ -69,7 +74,7 @@ def make_tasks_figure(group: Group) -> Figure | None:
         return None
     tasks = group.tasks
     few = len(tasks) <= FEW_TASKS
-    figure = _figure(8.0, 4.2 if few else 4.8)
+    figure = _figure(_WIDTH, 3.4 if few else 4.0)
     axes = figure.subplots()
     x = np.arange(1.0, len(tasks) + 1)
     shades = Normalize(1, max(2, len(tasks)))
@@ -125,43 +130,69 @@ def make_flatness_figure(
     """
     tasks = groups[0].tasks
     x = np.arange(1.0, len(tasks) + 1)
-    times = {"before": ":", "after": "-", "finished": "--"}
     drawn: dict[str, list[tuple[Group, str, FloatArray]]] = {}
     for name in names:
         if name.endswith(_AUXILIARY):
             continue
         for group in groups:
-            for when in times:
+            for when in _TIMES:
                 values = np.array([measured(run, scope, when, name) for run in group.counted])
                 if np.isfinite(values).any():
                     drawn.setdefault(name, []).append((group, when, values))
+    flat = {
+        name: value
+        for name, lines in drawn.items()
+        if (value := constant(np.concatenate([values.ravel() for *_, values in lines]))) is not None
+    }
+    drawn = {name: lines for name, lines in drawn.items() if name not in flat}
     if not drawn:
         return None
+    whens = [when for when in _TIMES if any(when == at for lines in drawn.values() for _, at, _ in lines)]
+    trained = np.isfinite(np.concatenate([values for lines in drawn.values() for *_, values in lines])).any(axis=0)
+    # Of a single task each panel has the times side by side: over the tasks it would be mostly empty.
+    single = int(np.argmax(trained)) if trained.sum() == 1 else None
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    figure = _figure(max(5.0, 3.3 * columns), 2.5 * rows + 0.9)
+    figure = _figure(max(3.4, 2.3 * columns), 1.75 * rows + 0.7)
     all_axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axes in all_axes.flat[len(drawn) :]:
         axes.set_axis_off()
-    several = len({when for lines in drawn.values() for _, when, _ in lines}) > 1
     for axes, (name, lines) in zip(all_axes.flat, drawn.items(), strict=False):
         for group, when, values in lines:
-            look = _look(letters.index(group.letter), marker=len(tasks) <= 20) | {"linestyle": times[when]}
-            _draw_spread(axes, x, values, look, _legend(group) + (f", {_WHEN[when]}" if several else ""))
-        axes.set_title(name.replace("_", " "), fontsize=9.5)
+            look = _look(letters.index(group.letter), marker=len(tasks) <= 20) | {"linestyle": _TIMES[when]}
+            if single is None:
+                label = _legend(group) + (f", {_WHEN[when]}" if len(whens) > 1 else "")
+                _draw_spread(axes, x, values, look, label)
+            else:
+                own = values[:, single]
+                place = np.array([whens.index(when) + 0.1 * (letters.index(group.letter) - (len(letters) - 1) / 2)])
+                axes.errorbar(
+                    place,
+                    [np.nanmean(own)],
+                    yerr=[np.nanstd(own, ddof=1) if np.isfinite(own).sum() > 1 else 0.0],
+                    **(look | {"linestyle": "none", "capsize": 2}),
+                    label=_legend(group),
+                )
+        axes.set_title(name.replace("_", " "), fontsize=8.5)
         _scale(axes, np.concatenate([values.ravel() for *_, values in lines]))
-        axes.set_xlabel("task", fontsize=8.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.tick_params(labelsize=8)
         axes.xaxis.set_tick_params(labelbottom=True)
-        axes.set_xlim(0.6, len(tasks) + 0.4)
+        if single is None:
+            axes.set_xlabel("task", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            axes.set_xlim(0.6, len(tasks) + 0.4)
+        else:
+            axes.set_xticks(range(len(whens)), whens)
+            axes.set_xlim(-0.5, len(whens) - 0.5)
     handles: dict[str, Any] = {}
     for axes in all_axes.flat:
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    _legend_below(figure, handles, columns=2)
-    _trim(figure)
-    return figure
+    _legend_below(figure, handles, columns=1 if len(handles) > 2 else 2)
+    at = "" if single is None else f"Measured on one task alone: {single + 1} {tasks[single]}."
+    return finish(figure, "", [at, _not_drawn({name.replace("_", " "): value for name, value in flat.items()})])
 
 
+_TIMES = {"before": ":", "after": "-", "finished": "--"}
 _WHEN = {"before": "before training the task", "after": "after training the task", "finished": "measured afterwards"}
 
 
@@ -206,10 +237,12 @@ def _steps_figure(groups: Sequence[Group], letters: Sequence[str], panels: Mappi
     curves = {
         group.letter: [step_curves(group.tasks, run.steps) for run in group.counted if run.steps] for group in groups
     }
-    shown = [key for key in panels if any(curve.has(key) for own in curves.values() for curve in own)]
+    known = [key for key in panels if any(curve.has(key) for own in curves.values() for curve in own)]
+    flat = {key: value for key in known if (value := _one_value(curves, key)) is not None and key not in _ALWAYS}
+    shown = [key for key in known if key not in flat]
     if not shown:
         return None
-    figure = _figure(8.5, 1.1 + 2.0 * len(shown))
+    figure = _figure(_WIDTH, 1.1 + 1.5 * len(shown))
     all_axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     starts: dict[float, str] = {}
     window = 1
@@ -240,8 +273,20 @@ def _steps_figure(groups: Sequence[Group], letters: Sequence[str], panels: Mappi
     for axes in all_axes:
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     _legend_below(figure, handles, columns=2)
-    _trim(figure)
-    return figure
+    return finish(figure, "", [_not_drawn({" ".join(panels[key].split()): value for key, value in flat.items()})])
+
+
+def _one_value(curves: Mapping[str, Sequence[StepCurves]], key: str) -> float | None:
+    """Return the value that a measurement has at every step of all runs; with its intended one, where it has one."""
+    keys = [key, "perturbation_norm"] if key == "effective_perturbation_norm" else [key]
+    return constant(np.concatenate([curve.values[name] for own in curves.values() for curve in own for name in keys]))
+
+
+def _not_drawn(flat: Mapping[str, float]) -> str:
+    if not flat:
+        return ""
+    said = "; ".join(f"{name} {value:.4g}" for name, value in flat.items())
+    return f"Not drawn, as it is the same everywhere to a thousandth: {said}."
 
 
 def _draw_steps(axes: Axes, curves: Sequence[StepCurves], key: str, look: dict[str, Any], label: str) -> None:
@@ -352,18 +397,17 @@ def _finish(figure: Figure, axes: Axes, columns: int = 2) -> None:
     axes.grid(axis="y", color="0.9", linewidth=0.7)
     handles, labels = axes.get_legend_handles_labels()
     _legend_below(figure, dict(zip(map(str, labels), handles, strict=True)), columns)
-    _trim(figure)
+    finish(figure, "")
 
 
 def _legend_below(figure: Figure, handles: Mapping[str, Any], columns: int) -> None:
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=min(columns, len(handles)),
-        fontsize=8.5,
-        frameon=False,
-    )
+    """Add a legend below the axes: in one column where names are long, and cut where they would leave the figure."""
+    columns = min(columns, len(handles))
+    room = int(figure.get_size_inches()[0] * 72 / (0.55 * 8))  # a letter is about half as wide as it is high
+    if max(map(len, handles)) > room // columns - 8:
+        columns = 1
+    names = [name if len(name) <= room - 8 else f"{name[: room - 9]}…" for name in handles]
+    figure.legend(list(handles.values()), names, **BELOW, ncols=columns)
 
 
 def _trim(figure: Figure) -> None:

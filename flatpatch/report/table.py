@@ -45,9 +45,6 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
         lines += ["*" * width, *_wrapped(label, width, "* "), "*" * width]
     lines += _wrapped(describe(record), width)
     lines += _wrapped("tasks are named by their classes" if of_images(record) else record["benchmark"], width)
-    for key in ("profile", "engine"):
-        if reason := record.get(f"{key}_reason"):
-            lines += _wrapped(f"{key} {record[key]}: {reason}", width)
     lines += _wrapped(_departures(record), width)
     lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
     for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):

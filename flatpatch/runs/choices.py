@@ -7,6 +7,7 @@ import re
 from flatpatch import patches
 from flatpatch.errors import UserError
 from flatpatch.methods import METHODS, Method
+from flatpatch.report.titles import in_one_line
 from flatpatch.settings import Request
 
 
@@ -58,7 +59,7 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
     return (
         ("upstream", f"{method.repository} is here: {why}")
         if here
-        else ("reference", f"{method.repository} cannot be had: {why}")
+        else ("reference", f"{method.repository} cannot be had: {in_one_line(why)}")
     )
 
 

@@ -31,9 +31,9 @@ from flatpatch.measurement.request import WHENS
 from flatpatch.report.table import summary_table
 from flatpatch.runs import vision_run
 from flatpatch.runs.changes import Stage, TaskPlan
-from flatpatch.runs.figures import leave_figures
+from flatpatch.runs.figures import leave_figures, tell_figures
 from flatpatch.runs.plan import Plan, headline
-from flatpatch.runs.progress import Progress
+from flatpatch.runs.progress import Progress, in_words
 from flatpatch.runs.record import (
     LOCK,
     check_continues,
@@ -44,6 +44,7 @@ from flatpatch.runs.record import (
     write_record,
 )
 from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
+from flatpatch.telling import is_quiet, say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
@@ -63,10 +64,10 @@ def execute(plan: Plan) -> dict[str, Any]:
     """
     old = check_continues(plan.folder, plan)
     if old is not None and old["status"] == "finished":
-        print(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
+        say(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
         _show(plan.folder, old)
         return old
-    print("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]), flush=True)
+    say("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]))
     plan.folder.mkdir(parents=True, exist_ok=True)
     with only_runner(plan.folder), _Stop() as stop:
         record = new_record(plan)
@@ -86,7 +87,7 @@ def execute(plan: Plan) -> dict[str, Any]:
             raise
         finally:
             write_record(plan.folder, record)
-    print()
+    say()
     _show(plan.folder, record)
     return record
 
@@ -94,9 +95,8 @@ def execute(plan: Plan) -> dict[str, Any]:
 def _show(folder: Path, record: dict[str, Any]) -> None:
     """Print the table and draw the figures."""
     print(summary_table(record))
-    print(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
-    for path in leave_figures(folder, record):
-        print(f"figure   {path}")
+    say(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
+    tell_figures(leave_figures(folder, record))
 
 
 def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
@@ -116,7 +116,7 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
     for index, task in enumerate(plan.stages):
         own = _task_folder(plan, task)
         if index < kept:
-            print(f"{plan.title(task)}: finished before, kept", flush=True)
+            say(f"{plan.title(task)}: finished before, kept")
         else:
             _run_task(plan, index, task, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
@@ -334,15 +334,16 @@ def _watch(
                 state = json.loads(progress.read_text(encoding="utf-8"))
                 if state.get("note", note) != note:
                     note = state["note"]
-                    tqdm.write(f"{title}: {note}", file=sys.stdout)
+                    if not is_quiet():
+                        tqdm.write(f"{title}: {note}", file=sys.stdout)
                 task = state.get("task") or ""
-                doing = f"{state['phase']} {names.get(task, task)}".strip()
+                doing = f"{in_words(state['phase'])} {names.get(task, task)}".strip()
                 loss = "" if state.get("loss") is None else f"loss {state['loss']:.3f}"
                 last = (doing, state["step"], state["total"], loss)
             shown.update(*last)
             time.sleep(0.2)
         shown.end()
-    print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
+    say(f"{title}: {time.monotonic() - started:.0f} s")
 
 
 def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:

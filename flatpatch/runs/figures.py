@@ -9,6 +9,7 @@ from typing import Any
 from flatpatch.report.figures import draw_run
 from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.records import read_step_metrics
+from flatpatch.telling import say
 
 
 def leave_figures(folder: Path, record: Mapping[str, Any]) -> list[Path]:
@@ -36,3 +37,10 @@ def or_warn(folder: Path, draw: Callable[[], Sequence[Path]]) -> list[Path]:
             flush=True,
         )
         return []
+
+
+def tell_figures(written: Sequence[Path]) -> None:
+    """Say where figures are, folder by folder: a list of all of them would hide what else was said."""
+    for folder in dict.fromkeys(path.parent for path in written):
+        count = sum(path.parent == folder for path in written)
+        say(f"figures  {folder}/ ({count} file{'s' if count > 1 else ''})")

@@ -34,25 +34,29 @@ from flatpatch.measurement.guard import working_copy
 from flatpatch.measurement.request import EFFORTS, Request
 from flatpatch.measurement.sample import Sample
 from flatpatch.measurement.suite import ScopeResult, measure_model
+from flatpatch.report.drawing import SUFFIXES, save
 from flatpatch.report.flatness_figures import (
     make_connectivity_figure,
     make_contour_figure,
     make_density_figure,
     make_eigenvalues_figure,
+    make_landscapes_figure,
     make_surface_figure,
     read_grid,
 )
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
+from flatpatch.report.joint_page import make_joint_page
 from flatpatch.report.records import read_record
 from flatpatch.report.titles import short_warning
 from flatpatch.runs.execute import only_runner
-from flatpatch.runs.figures import or_warn
+from flatpatch.runs.figures import or_warn, tell_figures
 from flatpatch.runs.measure_words import Asked
-from flatpatch.runs.pages import leave_page, place_of
+from flatpatch.runs.pages import PAGE, leave_page, place_of
 from flatpatch.runs.plan import folder_problems, unwritable
 from flatpatch.runs.progress import Progress
-from flatpatch.runs.record import write_record
+from flatpatch.runs.record import write_atomically, write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
+from flatpatch.telling import is_quiet, say
 
 SCHEMA = 1
 COMPARISON = "comparison.json"
@@ -135,7 +139,7 @@ def _measure_run(
         # On a terminal the measuring shows its own bar.
         lines = None if sys.stderr.isatty() else _plain_lines(title)
         results, terms = measure_model(
-            copied, sample.batches, request, loss=run.loss, title=title, say=_say, progress=lines
+            copied, sample.batches, request, loss=run.loss, title=title, say=say, progress=lines, bar=not is_quiet()
         )
         for scope, result in results.items():
             if result.loss is None:
@@ -181,7 +185,7 @@ def _show(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, Scope
     for content, _ in made:
         for failure in files.failures(content):
             print(f"WARNING: not measured: {content['task']}: {failure}")
-    print("\n".join(f"figure   {path}" for path in figures))
+    tell_figures(figures)
 
 
 class _Joint:
@@ -268,21 +272,20 @@ class _Joint:
                 "request": self.asked.request.as_dict(),
                 "scopes": {},
             }
+            labels = dict.fromkeys(text for run in self.runs if (text := short_warning(run.record)))
+            note = ". ".join([f"Models after task {self.task} of {' and '.join(self.names)}", *labels])
             figures: dict[str, Figure] = {}
             if len(self.runs) == 2:
-                self._lines(made, found, figures)
+                self._lines(made, found, figures, note)
             else:
-                self._planes(made, found, figures)
-            self._spectra(contents, figures)
+                self._planes(made, found, figures, note)
+            self._side_by_side(contents, figures, note)
             files.write_json(made / COMPARISON, found)
-            warnings = "\n".join(dict.fromkeys(text for run in self.runs if (text := short_warning(run.record))))
             for name, figure in figures.items():
-                figure.suptitle(
-                    f"{figure.get_suptitle()}\n{warnings}".strip(),
-                    fontsize=10,
-                    color="#A33B00" if warnings else "black",
-                )
-                figure.savefig(made / f"{name}.png", dpi=110)
+                save(figure, made / name, dpi=150)
+            records = {name: run.record for name, run in zip(self.names, self.runs, strict=True)}
+            page = make_joint_page(found, records, [content["scopes"] for content in contents], figures)
+            write_atomically(made / PAGE, page)
             made.chmod(0o755)
             if self.output.exists():
                 shutil.rmtree(self.output)
@@ -297,9 +300,10 @@ class _Joint:
                     f"{scope:<9} {result['space']}: barrier {_number(result['barrier'])} at "
                     f"{result['barrier_alpha']:.2f}"
                 )
-        print("\n".join(f"figure   {self.output / name}.png" for name in figures))
+        tell_figures([self.output / f"{name}{suffix}" for name in figures for suffix in SUFFIXES])
+        say(f"page     {self.output / PAGE}")
 
-    def _lines(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure]) -> None:
+    def _lines(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure], note: str) -> None:
         grids = {}
         for scope, problem in self.problems.items():
             path = folder / f"connectivity-{scope}.npz"
@@ -316,9 +320,9 @@ class _Joint:
             save_landscape(line.landscape, path)
             found["scopes"][scope] = {**line.as_dict(), "arrays": path.name}
             grids[scope] = read_grid(path)
-        figures["connectivity"] = make_connectivity_figure(grids)
+        figures["connectivity"] = make_connectivity_figure(grids, note=note)
 
-    def _planes(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure]) -> None:
+    def _planes(self, folder: Path, found: dict[str, Any], figures: dict[str, Figure], note: str) -> None:
         points = EFFORTS[self.asked.request.effort].grid_points
         for scope, problem in self.problems.items():
             path = folder / f"plane-{scope}.npz"
@@ -330,10 +334,10 @@ class _Joint:
             losses = dict(zip(self.names, plane.mark_losses.tolist(), strict=True))
             found["scopes"][scope] = {"coordinates": plane.marks.tolist(), "losses": losses, "arrays": path.name}
             grid = read_grid(path)
-            figures[f"plane-{scope}"] = make_contour_figure(grid)
-            figures[f"surface-{scope}"] = make_surface_figure(grid)
+            figures[f"plane-{scope}"] = make_contour_figure(grid, title="Plane through three models", note=note)
+            figures[f"surface-{scope}"] = make_surface_figure(grid, title="Plane through three models", note=note)
 
-    def _spectra(self, contents: Sequence[Mapping[str, Any]], figures: dict[str, Figure]) -> None:
+    def _side_by_side(self, contents: Sequence[Mapping[str, Any]], figures: dict[str, Figure], note: str) -> None:
         for scope in self.asked.request.scopes:
             results = {
                 name: content["scopes"][scope]["results"] for name, content in zip(self.names, contents, strict=True)
@@ -341,7 +345,13 @@ class _Joint:
             for kind, make in (("eigenvalues", make_eigenvalues_figure), ("density", make_density_figure)):
                 if all(kind in result for result in results.values()):
                     spectra = {name: result[kind] for name, result in results.items()}
-                    figures[f"{kind}-{scope}"] = make(spectra, scope=scope)
+                    figures[f"{kind}-{scope}"] = make(spectra, scope=scope, note=note)
+            if all("landscape" in result for result in results.values()):
+                grids = {
+                    name: read_grid(run.folder / content["scopes"][scope]["arrays"])
+                    for name, run, content in zip(self.names, self.runs, contents, strict=True)
+                }
+                figures[f"landscapes-{scope}"] = make_landscapes_figure(grids, title="Loss landscapes", note=note)
 
 
 def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[int]) -> _Joint:
@@ -413,10 +423,6 @@ def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 def _plain_lines(title: str) -> Callable[[int, int], None]:
     shown = Progress(title, "percent")
     return lambda done, total: shown.update("measuring", round(100 * done / total), 100)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _number(value: float | None) -> str:

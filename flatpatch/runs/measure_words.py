@@ -26,7 +26,8 @@ Quick runs are measured with one thread on the CPU, as small models are no faste
   measure_batch=16        examples in a batch of them
   measure_rho=0.05        radius of SAM's ball to measure in
   measure_effort=quick    {efforts}
-  output=                 where the results of several runs together go; default: runs/comparison-NAMES
+  output=                 where the results of several runs together go; default: runs/comparison-NAMES;
+                          report.html there shows them
 
 examples:
   python -m flatpatch measure run=runs/nlora-sam

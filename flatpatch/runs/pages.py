@@ -12,6 +12,7 @@ from flatpatch.report.groups import Group, Run, group_runs, read_run
 from flatpatch.report.page import make_page, work
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_atomically
+from flatpatch.telling import say
 
 PAGE = "report.html"
 
@@ -53,7 +54,7 @@ def write_page(folders: Sequence[Path], page: Path, unreadable: Sequence[str] = 
         text = make_page(groups, comparisons=_comparisons(groups), unreadable=problems, advance=advance)
     replaces = page.exists()
     write_atomically(page, text)
-    print(f"page     {page}" + (" (in place of the one that was there)" if replaces else ""))
+    say(f"page     {page}" + (" (in place of the one that was there)" if replaces else ""))
 
 
 def leave_page(folders: Sequence[Path]) -> None:

@@ -7,9 +7,24 @@ import time
 
 from tqdm import tqdm
 
+from flatpatch.telling import is_quiet
+
+# The parts of a run as the processes that do them write it, and as they are shown. What comes after the first word,
+# such as "before" of "measure before", stays.
+_PHASES = {"train": "training", "predict": "predicting", "measure": "measuring"}
 # Between two plain lines: at first, and once the work has taken long.
 SECONDS = 10.0
 MOST_SECONDS = 60.0
+
+
+def in_words(phase: str) -> str:
+    """Return how a part of a run is shown.
+
+    >>> in_words("predict"), in_words("measure before")
+    ('predicting', 'measuring before')
+    """
+    first, space, rest = phase.partition(" ")
+    return f"{_PHASES.get(first, first)}{space}{rest}"
 
 
 class Progress:
@@ -24,7 +39,8 @@ class Progress:
     def __init__(self, title: str, unit: str, *, leave: bool = False) -> None:
         self._title, self._unit = title, unit
         self._doing = "starting"
-        self._bar = tqdm(desc=f"{title}: {self._doing}", unit=unit, file=sys.stderr, disable=None, leave=leave)
+        disable = True if is_quiet() else None  # None: where nobody looks, lines take the bar's place
+        self._bar = tqdm(desc=f"{title}: {self._doing}", unit=unit, file=sys.stderr, disable=disable, leave=leave)
         self._began = self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -59,7 +75,7 @@ class Progress:
 
     def _say(self, doing: str, done: int, total: int | None, text: str) -> None:
         now = time.monotonic()
-        if now - self._said < min(MOST_SECONDS, max(SECONDS, (now - self._began) / 20)):
+        if is_quiet() or now - self._said < min(MOST_SECONDS, max(SECONDS, (now - self._began) / 20)):
             return
         self._said = now
         count = f"{self._unit} {done}/{total}" if total else ""

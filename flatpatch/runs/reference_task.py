@@ -152,6 +152,8 @@ class StepRecorder:
         record = {"task": task or self.run["task"], **{k: state[k] for k in ("step", "learning_rate", "seconds")}}
         self._recorder.add(record, measured)
         self._progress("train", state, state["loss"], task)
+        if state["step"] == state["total"]:
+            self._begin("predict", task)
 
     def on_predict(self, state: dict[str, int], task: str = "") -> None:
         """Say how far the prediction is."""
@@ -161,6 +163,7 @@ class StepRecorder:
         """Measure the task loss on a fixed sample of the training data, if asked to at this time."""
         sample = sample_of(examples, collate)
         self._measurer.at(when, task_index=self.run["task_index"], task=self.run["task"], model=model, sample=sample)
+        self._begin("train" if when == "before" else "predict")
 
     def measure_images(self, when: str, state: vision.TaskState, task: str) -> None:
         """Measure the cross-entropy over a task's classes on the images that upstream's hook would draw."""
@@ -174,9 +177,16 @@ class StepRecorder:
             loss=supervised_loss(F.cross_entropy),
             loss_name=IMAGE_LOSS,
         )
+        if when == "before":
+            self._begin("train", task)
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
         self._progress(phase, {"step": step, "total": total}, None, "", note=note)
+
+    def _begin(self, phase: str, task: str = "") -> None:
+        """Say what comes next, before its first step has been made."""
+        self._written = -math.inf
+        self._progress(phase, {"step": 0, "total": None}, None, task)
 
     def _progress(self, phase: str, state: dict[str, Any], loss: float | None, task: str, **more: str) -> None:
         step, total = state["step"], state["total"]

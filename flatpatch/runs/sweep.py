@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.report.overview import overview
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
-from flatpatch.runs.figures import leave_figures
+from flatpatch.runs.figures import leave_figures, tell_figures
 from flatpatch.runs.pages import leave_page, place_of, write_page
 from flatpatch.runs.plan import Plan, make_plan, render
 from flatpatch.runs.record import check_continues, compared_settings
 from flatpatch.settings import PLACES, parse, split_word, told
+from flatpatch.telling import say
 
 REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
 
-Prints each run's table again, redraws the figures of finished ones, and writes one HTML page about all of them that
-needs no other file and no network. A folder of runs stands for all runs in it. Runs that differ by their seed alone
-are put together as mean, standard deviation and n; missing, unfinished and unreadable ones are named.
+Prints one run's table again, or of several the means over seeds and a line each; redraws the figures of finished ones,
+and writes one HTML page about all of them that needs no other file and no network. A folder of runs stands for all runs
+in it. Runs that differ by their seed alone are put together as mean, standard deviation and n; missing, unfinished and
+unreadable ones are named.
 
 The page is FOLDER/report.html for one run, report.html in the folder that holds the first run for several.
 
@@ -88,7 +91,7 @@ def sweep(words: Sequence[str]) -> int:
         check_continues(plan.folder, plan)
     records, failures = [], []
     for number, plan in enumerate(plans, 1):
-        print(f"\nrun {number}/{len(plans)}: {plan.folder.name}", flush=True)
+        say(f"\nrun {number}/{len(plans)}: {plan.folder.name}")
         try:
             records.append(execute(plan))
         except FlatpatchError as error:
@@ -149,18 +152,19 @@ def show(words: Sequence[str]) -> int:
         raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
     folders, unreadable = _find_runs(given["run"].split(","))
     page = _page_file(given.get("page", ""), folders)
-    finished = []
-    for folder in folders:
-        record = read_record(folder)
-        print(summary_table(record), "\n")
-        if record["status"] == "finished":
-            for path in leave_figures(folder, record):
-                print(f"figure   {path}")
-            finished.append(record)
-    if len(finished) > 1:
-        print(seeds_table(finished))
+    records = [read_record(folder) for folder in folders]
+    if len(records) == 1:
+        print(summary_table(records[0]))
+    else:
+        finished = [record for record in records if record["status"] == "finished"]
+        print(f"{seeds_table(finished)}\n" if finished else "", end="")
+        print(overview([(folder.name, record) for folder, record in zip(folders, records, strict=True)]))
     for text in unreadable:
         print(f"left out {text}")
+    say()
+    for folder, record in zip(folders, records, strict=True):
+        if record["status"] == "finished":
+            tell_figures(leave_figures(folder, record))
     write_page(folders, page, unreadable)
     return 0
 

@@ -1,0 +1,124 @@
+"""What all figures share: colours, a short title, small print below, and how they are saved.
+
+Colours are Okabe and Ito's, told apart by most colour-blind readers, and never the only difference between two lines.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+
+from flatpatch.report.titles import describe, short_warning
+
+FloatArray = NDArray[np.float64]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TITLE_SIZE = 9.0
+NOTE_SIZE = 7.0
+# A figure's legend, below the axes, where no line runs; ``finish`` makes room for it.
+BELOW: Mapping[str, Any] = {"loc": "lower center", "fontsize": 8, "frameon": False}
+# Beside each PNG a file whose lines stay lines.
+SUFFIXES = (".png", ".pdf")
+# What varies by less than this share of its largest value would be drawn as a straight line.
+CONSTANT = 1e-3
+
+
+def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Mapping[str, Any] | None = None) -> Figure:
+    """Head a figure with a short title, and say below it in small print what was drawn and of which run.
+
+    To be called last: a legend of the figure's own is put between the axes and the small print.
+
+    Args:
+        figure: With the constrained layout.
+        title: A few words; empty for none.
+        notes: Sentences for below; empty ones are left out.
+        record: Of the run that is shown: named, with the reason why it must not be compared with a paper's numbers.
+
+    Returns:
+        The figure.
+    """
+    width, height = figure.get_size_inches()
+    texts = [note for note in notes if note]
+    if record is not None:
+        texts += [text for text in (describe(record), short_warning(record)) if text]
+    if title:
+        figure.suptitle(title, fontsize=TITLE_SIZE, color="black")
+    columns = int(width * 72 / (0.62 * NOTE_SIZE))  # the width of a character where many are capitals
+    lines = [line for text in texts for line in textwrap.wrap(text, columns)]
+    share = 0.0
+    if lines:
+        share = (1.35 * NOTE_SIZE * len(lines) + 6) / (72 * height)
+        place = 4 / (72 * width), 3 / (72 * height)
+        figure.text(*place, "\n".join(lines), fontsize=NOTE_SIZE, color="0.3", va="bottom")
+    if figure.legends:
+        for legend in figure.legends:
+            legend.set_bbox_to_anchor((0, share, 1, 1 - share), figure.transFigure)
+        renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+        heights = [legend.get_window_extent(renderer).height for legend in figure.legends]
+        share += max(heights) / figure.bbox.height + 4 / (72 * height)
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, share, 1, 1 - share))
+    for axes in figure.axes:
+        if axes.name != "3d" and axes.get_label() != "<colorbar>":
+            axes.spines[["top", "right"]].set_visible(False)
+    _freeze(figure)
+    return figure
+
+
+def _freeze(figure: Figure) -> None:
+    """Lay the figure out for good: each time anew, the places of its axes would differ in their last bits."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(part, 6) for part in axes.get_position(original=True).bounds], which="original")
+
+
+def small_print(figure: Figure) -> str:
+    """Return what ``finish`` wrote below a figure, in one line."""
+    texts = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
+    return " ".join(" ".join(texts).split())
+
+
+def save(figure: Figure, path: Path, *, dpi: int) -> list[Path]:
+    """Write a figure as PNG and as PDF.
+
+    Args:
+        figure: What to write.
+        path: Without suffix.
+        dpi: Of the PNG.
+
+    Returns:
+        The files. The same figure gives the same bytes.
+    """
+    written = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    figure.savefig(written[0], dpi=dpi)
+    with rc_context({"pdf.fonttype": 42}):  # letters stay letters
+        figure.savefig(written[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return written
+
+
+def remove(path: Path) -> None:
+    """Remove a figure that ``save`` wrote, where it is there."""
+    for suffix in SUFFIXES:
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def constant(values: Sequence[float] | FloatArray) -> float | None:
+    """Return the one value that all finite numbers are, but for a thousandth; None where they vary or are none."""
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
+        return None
+    low, high = float(finite.min()), float(finite.max())
+    return (low + high) / 2 if high - low <= CONSTANT * max(abs(low), abs(high)) else None
