@@ -201,7 +201,9 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
     request = without_idle(request, idle, notes)
     off_reference |= bool(request.overrides)
-    ranges = task_classes(editor.current, classes)
+    model = quick_vision.MODEL if quick else {"embed_dim": 768, "depth": 12}
+    width, blocks = int(model["embed_dim"]), int(model["depth"])
+    ranges = task_classes(editor.current, classes, width=width, blocks=blocks)
 
     root = Path(settings.data).expanduser().absolute() if settings.data else ROOT / "data"
     weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
