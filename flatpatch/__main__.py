@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean, unprintable
 
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
@@ -50,6 +50,7 @@ SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dr
 One run for every combination; finished ones are kept, so the same command goes on where it stopped.
 seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, and one HTML page about
 its runs, report.html in the folder that holds them, in place of one that is there. output=FOLDER gives a sweep its own.
+More than 1000 runs need yes=true.
 
 example:
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
@@ -78,6 +79,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    for word in arguments:
+        if bad := unprintable(word):
+            raise UserError(f"{ascii(word)} holds the character {bad}. Write it without control characters, in UTF-8.")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -100,12 +104,17 @@ def _asks_for_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
+def _of_usage(words: list[str]) -> int:
+    """Return the exit code after the usage was shown: nothing said must not start hours of training."""
+    return 0 if words else UserError.exit_code
+
+
 def _run(words: list[str]) -> int:
     from flatpatch import settings
 
-    if _asks_for_help(words):
+    if not words or _asks_for_help(words):
         print(RUN_USAGE.format(settings=settings.describe()))
-        return 0
+        return _of_usage(words)
     dry_run = "--dry-run" in words
     request = settings.parse([word for word in words if word != "--dry-run"])
     from flatpatch.runs.plan import make_plan, render
@@ -123,11 +132,11 @@ def _run(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    if _asks_for_help(words):
+    if not words or _asks_for_help(words):
         from flatpatch import settings
 
         print(SWEEP_USAGE.format(settings=settings.describe()))
-        return 0
+        return _of_usage(words)
     from flatpatch.runs import sweep
 
     return sweep.sweep(words)

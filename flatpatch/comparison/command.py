@@ -14,10 +14,10 @@ from rich.table import Table
 from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import subject_of
 from flatpatch.continual.vision_logs import read_vision_log
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
-from flatpatch.settings import split_word
+from flatpatch.settings import named_runs, repeated, split_word
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
        python -m flatpatch compare log=FILE [key=value ...] [--require reproduced]
@@ -66,14 +66,14 @@ def compare(words: Sequence[str]) -> int:
     if baseline is not None:
         load_baseline(baseline)  # a wrong name is said before anything is read
     options: dict[str, Any] = {
-        "metrics": given["metric"].split(",") if "metric" in given else None,
+        "metrics": _metrics(given["metric"]) if "metric" in given else None,
         "margin": _margin(given.get("margin", str(MARGIN))),
     }
     also: list[str] = []
     if "log" in given:
-        result = _compare_log(Path(given["log"]).expanduser(), baseline, options)
+        result = _compare_log(named_path("log", given["log"]), baseline, options)
     else:
-        folders = [run_folder(name) for name in given["run"].split(",")]
+        folders = [run_folder(name) for name in named_runs(given["run"])]
         records = [read_record(folder) for folder in folders]
         result = compare_runs(records, baseline, names=[folder.name for folder in folders], **options)
         also = find_baselines(subject_of(records[0]))
@@ -155,6 +155,13 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
     if problems:
         raise UserError.collect(problems)
     return given, required
+
+
+def _metrics(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if twice := repeated(names):
+        raise UserError(f"metric={text} names {twice} twice. Name each once.")
+    return names
 
 
 def _margin(text: str) -> float:

@@ -73,6 +73,8 @@ def _settings(verb: str, words: Sequence[str], keys: Sequence[str]) -> dict[str,
                 f"unknown setting {key!r} of patches {verb}.{did_you_mean(key, keys)} "
                 f"Known settings: {', '.join(keys)}."
             )
+        elif key in settings:
+            problems.append(f"{key}= is given twice. Name one.")
         settings[key] = value
     if settings.get("patched", "true") not in ("true", "false"):
         problems.append(f"patched={settings['patched']} is neither true nor false.")

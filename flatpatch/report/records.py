@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError, did_you_mean, named_path
 
 RECORD_FILE = "record.json"
 SCHEMA_VERSION = 1
@@ -182,10 +183,10 @@ def run_folder(name: str) -> Path:
     Raises:
         UserError: If nothing is at either, with the path that was meant.
     """
-    place, inside = Path(name).expanduser(), Path("runs") / name
-    if not place.exists() and (inside.exists() or place.name == name):
+    place, inside = named_path("run", name), Path("runs") / name
+    if not os.path.exists(place) and (os.path.exists(inside) or place.name == name):
         place = inside
-    if not place.exists():
+    if not os.path.exists(place):  # False, too, for a name that is too long
         raise UserError(f"run={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
     return place
 

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.flatness import (
     Problem,
     find_scope,
@@ -367,7 +367,7 @@ def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[
                 "of one order."
             )
     output = (
-        Path(asked.output).expanduser() if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
+        named_path("output", asked.output) if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
     )
     if asked.output == "":
         output = output.with_name(output.name.replace("/", "_")[:200])

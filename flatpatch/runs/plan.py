@@ -21,7 +21,7 @@ from flatpatch import patches
 from flatpatch.conflicts import PaperArgument
 from flatpatch.continual import quick
 from flatpatch.continual.tasks import check_benchmark
-from flatpatch.errors import UserError
+from flatpatch.errors import UserError, named_path
 from flatpatch.methods import METHODS, STANDARD_ORDERS, Method
 from flatpatch.runs import overrides
 from flatpatch.runs.changes import Datasets, Deviation, Editor, Stage, TaskPlan, dataset_of
@@ -33,6 +33,7 @@ from flatpatch.runs.choices import (
     choose_world_size,
     cuda_devices,
     find_upstream,
+    settle,
 )
 from flatpatch.runs.scripts import Invocation, parse_script
 from flatpatch.settings import TELLING_WORDS, Request, in_name
@@ -184,6 +185,8 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
     devices = devices[:world_size]
+    request = settle(request, engine, engine_reason, launcher, world_size, notes)
+    settings = request.settings
     if settings.measuring is not None and world_size > 1:
         raise UserError(
             f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
@@ -304,7 +307,7 @@ def _find_places(
     links: dict[str, Path] = {}
     asked = editor.current[0].get("model_name_or_path") if engine == "upstream" else ""
     if settings.model:
-        model = Path(settings.model).expanduser().absolute()
+        model = named_path("model", settings.model).absolute()
     elif profile == "quick":
         model = quick.MODEL_FOLDER
     else:
@@ -340,7 +343,7 @@ def _find_places(
             editor.set("base_model", argument, why)
 
     if settings.data:
-        links["CL_Benchmark"] = Path(settings.data).expanduser().absolute()
+        links["CL_Benchmark"] = named_path("data", settings.data).absolute()
         editor.note("benchmark data", "the repository's CL_Benchmark", str(links["CL_Benchmark"]), "setting data=")
         if profile == "quick" and engine == "reference":
             editor.set("data_dir", "CL_Benchmark", "setting data=")
@@ -435,7 +438,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join([*parts, f"seed{settings.seed}"]))
-    return (Path(settings.output).expanduser() / name).absolute()
+    return (named_path("output", settings.output) / name).absolute()
 
 
 def _benchmark_name(request: Request, profile: str) -> str:

@@ -29,7 +29,7 @@ from flatpatch.flatness import Loss, model_loss
 from flatpatch.measurement.request import Request
 from flatpatch.measurement.sample import Sample, draw_sample
 from flatpatch.methods import METHODS
-from flatpatch.report.records import read_record
+from flatpatch.report.records import read_record, run_folder
 from flatpatch.runs.changes import TaskPlan
 from flatpatch.runs.plan import Plan, make_plan
 from flatpatch.runs.record import folder_digest
@@ -189,10 +189,7 @@ def find_run(name: str) -> FinishedRun:
     Raises:
         UserError: If there is no such run, it is not finished, or it is not one that can be rebuilt.
     """
-    place = Path(name).expanduser()
-    folder = (Path("runs") / name if place.name == name and not place.exists() else place).absolute()
-    if not folder.is_dir():
-        raise UserError(f"run={name}: there is no run {folder}. Name a run's folder, e.g. run=runs/NAME.")
+    folder = run_folder(name).absolute()
     record = read_record(folder)
     if record["status"] != "finished":
         raise UserError(
