@@ -155,16 +155,41 @@ def test_run_folder_occupied_by_other_files_is_refused(refused: Refused, tmp_pat
 
 def test_run_folder_occupied_by_another_run_is_told_what_differs(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").mkdir(parents=True)
-    settings = {"rho": {"value": 0.5, "source": "command line"}}
-    record = {"schema": 1, "status": "finished", "profile": "quick", "engine": "reference", "settings": settings}
+    record = make_quick_record()
+    record["settings"]["rho"] = {"value": 0.5, "source": "command line"}
     (tmp_path / "out" / "mine" / "record.json").write_text(json.dumps(record))
     assert "rho is 0.5 there and 0.1 here" in refused("run=mine", "sam=sam", "rho=0.1")
 
 
-def test_run_folder_with_an_unreadable_record_is_refused(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "out" / "mine").mkdir(parents=True)
-    (tmp_path / "out" / "mine" / "record.json").write_text("{")
-    assert "its record.json cannot be read" in refused("run=mine")
+DAMAGED: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda path: path.write_text(json.dumps(make_quick_record())[:300]),
+    "empty": lambda path: path.write_text(""),
+    "of a newer version": lambda path: path.write_text(json.dumps(make_quick_record(schema=2))),
+    "of wrong types": lambda path: path.write_text(json.dumps(make_quick_record(seeds=3))),
+    "with a setting of a wrong type": lambda path: path.write_text(
+        json.dumps(make_quick_record(settings={"rho": {"value": "x", "source": "default"}}))
+    ),
+    "with an edited average": lambda path: path.write_text(json.dumps(make_quick_record(metrics={"forgetting": 1}))),
+    "lists in lists": lambda path: path.write_text("[" * 100_000),
+    "a number without end": lambda path: path.write_text('{"schema": ' + "9" * 5000 + "}"),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_record_has_one_answer_of_all_verbs(
+    damage: Callable[[Path], object], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once run called a record occupied that report told to run again, and printed one that report refused."""
+    folder = tmp_path / "out" / "mine"
+    folder.mkdir(parents=True)
+    damage(folder / "record.json")
+    answer = refused("run=mine")
+    assert "record.json" in answer
+    for verb in ("report", "measure", "compare"):
+        assert main([verb, f"run={folder}"]) == 2
+        assert capsys.readouterr().err == answer, verb
 
 
 def test_unwritable_run_folder_is_refused(refused: Refused, tmp_path: Path) -> None:

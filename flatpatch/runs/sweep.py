@@ -7,12 +7,12 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError, named_path
-from flatpatch.report.records import RECORD_FILE, read_record, run_folder
+from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.figures import leave_figures
@@ -193,6 +193,7 @@ def show(words: Sequence[str]) -> int:
     for folder in folders:
         record = read_record(folder)
         print(summary_table(record), "\n")
+        unreadable += _missing_steps(folder, record)
         if record["status"] == "finished":
             for path in leave_figures(folder, record):
                 print(f"figure   {path}")
@@ -203,6 +204,15 @@ def show(words: Sequence[str]) -> int:
         print(f"left out {text}")
     write_page(folders, page, unreadable)
     return 0
+
+
+def _missing_steps(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Say which of a run's steps cannot be shown, for whatever reason."""
+    said: list[str] = []
+    steps = read_step_metrics(folder / "metrics.jsonl", said)
+    if not said and (lack := lacking_steps(record, len(steps))):
+        said.append(f"{lack} ({folder})")
+    return said
 
 
 def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
