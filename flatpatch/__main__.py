@@ -6,7 +6,8 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from flatpatch.errors import FlatpatchError, UserError, did_you_mean, unprintable
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean, no_room, unprintable
+from flatpatch.terminal import Lasting
 
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
@@ -71,7 +72,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"flatpatch: the disk is full: {error}. Free some space and run the same command again.", file=sys.stderr)
+        print(f"flatpatch: the disk is full: {no_room(error)}", file=sys.stderr)
+        return UserError.exit_code
+    except ImportError as error:
+        print(f"flatpatch: {_no_environment(error)}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
         print("flatpatch: interrupted.", file=sys.stderr)
@@ -98,6 +102,22 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in verbs:
         raise UserError(f"unknown verb '{verb}'.{did_you_mean(verb, verbs)} Verbs: {', '.join(verbs)}. See --help.")
     return verbs[verb](rest)
+
+
+def _no_environment(error: ImportError) -> str:
+    """Say that this is another Python than the one that is made for this package.
+
+    Raises:
+        ImportError: If what is missing is a part of this package: then that is its own fault.
+    """
+    if error.name is None or error.name.partition(".")[0] == "flatpatch":
+        raise error
+    version = ".".join(map(str, sys.version_info[:3]))
+    return (
+        f"{sys.executable} (Python {version}) cannot load {error.name}: {error}. Use the environment of this project, "
+        "which the scripts make on first use: bash run_scripts/run.sh takes the same words, e.g. "
+        f"bash run_scripts/run.sh {' '.join(sys.argv[1:2]) or '--help'}"
+    )
 
 
 def _asks_for_help(words: list[str]) -> bool:
@@ -180,4 +200,5 @@ def _doctor(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,6 +43,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[near[0]]}'?" if near else ""
+
+
+def no_room(error: OSError) -> str:
+    """Say where nothing can be written; an error that names no file is of the folder of temporary ones."""
+    place = error.filename or f"the folder of temporary files, {os.environ.get('TMPDIR') or '/tmp'}"
+    return (
+        f"nothing can be written into {place}: {error.strerror or error}. Free some space there, or name another "
+        "folder for temporary files with TMPDIR=FOLDER, and run the same command again."
+    )
 
 
 def unprintable(word: str) -> str:
