@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
-from flatpatch.comparison.sides import subject_of
+from flatpatch.comparison.sides import is_source, subject_of
 from flatpatch.continual.vision_logs import read_vision_log
 from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
@@ -39,6 +39,7 @@ verdicts:
   undecided                   none of these: too few seeds
   equivalent                  as reproduced, but of runs with SAM, which is another method
   not comparable because ...
+  the same file               the log is the one that the baseline was read from
 With --require reproduced the exit code is 1 for anything but "reproduced".
 
 baselines:
@@ -51,6 +52,7 @@ examples:
   python -m flatpatch compare log=third_party/InfLoRA/logs/FOLDERS/0.log baseline=inflora_cifar100
 """
 
+SAME_FILE = "the same file"
 _KEYS = ("run", "log", "baseline", "metric", "margin")
 _WIDTH = 110
 
@@ -179,7 +181,14 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
     runs = read_vision_log(path)
     if not runs:
         raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")
-    return compare_logged(runs, baseline, **options)
+    result = compare_logged(runs, baseline, **options)
+    if result["metrics"] and is_source(path, result["baseline"]["name"]):
+        why = f"{result['baseline']['name']} was read from this very file"
+        verdict = f"{SAME_FILE}: {why}, so that equal numbers say nothing of a new run"
+        result |= {"verdict": verdict, "why": why}
+        for entry in result["metrics"]:
+            entry |= {"verdict": SAME_FILE, "why": why}
+    return result
 
 
 def _side(side: Mapping[str, Any]) -> str:

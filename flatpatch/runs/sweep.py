@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError, named_path
+from flatpatch.report.copies import copied_records
 from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
@@ -189,7 +190,7 @@ def show(words: Sequence[str]) -> int:
         raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
     folders, unreadable = _find_runs(named_runs(given["run"]))
     page = _page_file(given.get("page", ""), folders)
-    finished = []
+    finished, names = [], []
     for folder in folders:
         record = read_record(folder)
         print(summary_table(record), "\n")
@@ -198,8 +199,10 @@ def show(words: Sequence[str]) -> int:
             for path in leave_figures(folder, record):
                 print(f"figure   {path}")
             finished.append(record)
+            names.append(folder.name)
     if len(finished) > 1:
         print(seeds_table(finished))
+        print("".join(f"{text}\n" for text in copied_records(names, finished)), end="")
     for text in unreadable:
         print(f"left out {text}")
     write_page(folders, page, unreadable)
