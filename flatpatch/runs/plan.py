@@ -467,8 +467,9 @@ def _check_start(plan: Plan) -> None:
         lacking = [path for path in lacking if any(lost.endswith(path) for lost in absent)]
         if lacking:
             problems.append(
-                f"the checkout {data.parent} is partial and lacks {', '.join(lacking)}. Fetch the whole repository, "
-                f"or name a complete benchmark folder with data=FOLDER."
+                f"the checkout {data.parent} is partial and lacks {', '.join(lacking)}. Fetch all of it: "
+                f"{patches.fetch_command(data.parent, plan.verified.pin) if plan.verified else ''}; or name a complete "
+                "benchmark folder with data=FOLDER."
             )
             wanted = []
         try:
