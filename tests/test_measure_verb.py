@@ -70,6 +70,18 @@ def make_run(shared: tuple[Path, Path], tmp_path: Path) -> MakeRun:
     return make
 
 
+def test_sample_beyond_the_data_is_said_and_recorded(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run("small", 1)
+    words = ["measure", f"run={folder}", "measure=loss", "measure_scope=adapter", "measure_batch=4"]
+    assert main([*words, "measure_samples=8"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    for _ in range(2):
+        assert main([*words, "measure_samples=100"]) == 0
+        text = "measure_samples=100, and amazon has 8 training examples: measured on all of them"
+        assert f"WARNING: {text}\n" in capsys.readouterr().out
+    assert read_record(folder)["notes"].count(text) == 1
+
+
 def digest(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -169,6 +169,8 @@ def _add_to_run(run: FinishedRun, content: dict[str, Any], results: dict[str, Sc
             *(e for e in record["flatness"] if (e["task_index"], e["when"], e["scope"]) not in places),
             *entries,
         ]
+        if new := [text for text in files.shortage(content) if text not in record.get("notes", [])]:
+            record["notes"] = [*record.get("notes", []), *new]
         write_record(run.folder, record)
 
 
@@ -181,6 +183,8 @@ def _show(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, Scope
     for content, _ in made:
         for failure in files.failures(content):
             print(f"WARNING: not measured: {content['task']}: {failure}")
+        for text in files.shortage(content):
+            print(f"WARNING: {text}")
     print("\n".join(f"figure   {path}" for path in figures))
 
 
