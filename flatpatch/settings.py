@@ -178,6 +178,8 @@ def split_word(word: str) -> tuple[str, str]:
         UserError: If the word is not of that form.
     """
     if word.startswith("-"):
+        if hint := did_you_mean(word, ("--dry-run", "--help")):
+            raise UserError(f"'{word}' is no option.{hint}")
         bare = word.lstrip("-")
         example = bare if "=" in bare else f"{bare}=VALUE"
         raise UserError(f"'{word}' is not a setting. Settings are written key=value: {example}. See --help.")
@@ -243,7 +245,7 @@ def parse(words: Sequence[str]) -> Request:
             sources[key] = "command line"
             continue
         try:
-            if "$" in value or "?" in value:
+            if any(character in value for character in "$?_"):  # Python reads 1_0 as ten
                 raise ValueError(value)
             OmegaConf.update(config, key, value.strip(), force_add=False)
         except (OmegaConfBaseException, ValueError):
@@ -297,6 +299,8 @@ def _check(settings: Settings) -> list[str]:
     problems += check_name(settings.run) if settings.run else []
     problems += check_folder("output", settings.output)
     names = [name.strip() for name in settings.tasks.split(",")]
+    if settings.tasks and not all(names):
+        problems.append(f"tasks={settings.tasks} has an empty name. Name tasks with commas between them.")
     if twice := repeated(names):
         problems.append(f"tasks={settings.tasks} names {twice} twice. A run learns each task once.")
     devices = [number.strip() for number in settings.device.split(",")]

@@ -87,6 +87,8 @@ def test_character_that_no_name_may_hold_is_refused(words: list[str], capsys: py
         (["measure", "run=a", "measure=loss,loss"], "names loss twice"),
         (["measure", f"run={'x' * 300}"], "there is no run"),
         (["patches", "verify", "repo=N-LoRA", "repo=O-LoRA"], "repo= is given twice"),
+        (["patches", "drift", "repo=N-LoRA", "commit=main"], "commit=main is no commit"),
+        (["sweep", "yes=true"], "nothing to sweep over"),
     ],
 )
 def test_verb_is_told_of_what_it_would_lose_or_cannot_find(

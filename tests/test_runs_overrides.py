@@ -25,21 +25,23 @@ def refusal(*words: str) -> str:
 
 
 TEXT = [
-    ("num_train_epochs=-1", "out of range (expected over 0)"),
-    ("num_train_epochs=0", "out of range (expected over 0)"),
-    ("num_train_epochs=abc", "(expected over 0)"),
-    ("num_train_epochs=", "(expected over 0)"),
-    ("num_train_epochs=nan", "(expected over 0)"),
-    ("per_device_train_batch_size=0", "out of range (expected at least 1)"),
-    ("per_device_eval_batch_size=-4", "out of range (expected at least 1)"),
-    ("gradient_accumulation_steps=1.5", "is not a whole number (expected at least 1)"),
+    ("num_train_epochs=-1", "out of range (expected over 0 and at most 1000000)"),
+    ("num_train_epochs=0", "out of range (expected over 0 and at most 1000000)"),
+    ("num_train_epochs=abc", "(expected over 0 and at most 1000000)"),
+    ("num_train_epochs=", "(expected over 0 and at most 1000000)"),
+    ("num_train_epochs=nan", "(expected over 0 and at most 1000000)"),
+    ("per_device_train_batch_size=0", "out of range (expected at least 1 and at most 2147483647)"),
+    ("per_device_eval_batch_size=-4", "out of range (expected at least 1 and at most 2147483647)"),
+    ("gradient_accumulation_steps=1.5", "is not a whole number (expected at least 1 and at most 2147483647)"),
     ("learning_rate=-1", "out of range (expected at least 0)"),
     ("learning_rate=nan", "out of range (expected at least 0)"),
     ("learning_rate=inf", "out of range (expected at least 0)"),
     ("max_grad_norm=-1", "out of range (expected at least 0)"),
-    ("max_source_length=0", "out of range (expected at least 1)"),
+    ("max_source_length=0", "out of range (expected at least 1 and at most 2147483647)"),
     ("lamda_1=-0.5", "out of range (expected at least 0)"),
-    ("max_train_samples=0", "out of range (expected at least 1)"),
+    ("num_train_epochs=99999999999", "out of range (expected over 0 and at most 1000000)"),
+    ("learning_rate=1_0", "is not a number (expected at least 0)"),
+    ("max_train_samples=0", "out of range (expected at least 1 and at most 2147483647)"),
 ]
 
 
@@ -63,7 +65,7 @@ def test_value_that_the_reference_engine_cannot_use_is_refused(word: str, expect
         ("do_train=false", "would end without a result"),
         ("predict_with_generate=0", "would end without a result"),
         ("run_name=--do_eval", "begins with '-'"),
-        ("logging_steps=0", "out of range (expected at least 1)"),
+        ("logging_steps=0", "out of range (expected at least 1 and at most 2147483647)"),
         ("_n_gpu=2", "upstream has no argument '_n_gpu'"),
         ("lamda_2=1", "cannot reach the run: N-LoRA never uses it"),
         ("fp16=true", "transformers refuses it: FP16"),
@@ -154,6 +156,7 @@ def test_nothing_is_asked_of_transformers_for_the_reference_engine_or_a_gpu() ->
 IMAGES = [
     ("epochs=0", "epochs=0 is out of range"),
     ("batch_size=-1", "batch_size=-1 is out of range"),
+    ("batch_size=100000000000", "batch_size=100000000000 is out of range"),
     ("lrate=-0.1", "lrate=-0.1 is out of range (expected a finite number of at least 0)"),
     ("lrate=NaN", "lrate=NaN is out of range"),
     ("weight_decay=1e999", "weight_decay=Infinity is out of range"),

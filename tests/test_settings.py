@@ -52,6 +52,7 @@ def test_unknown_setting_is_told_the_nearest_one() -> None:
 
 def test_stray_flag_is_told_the_form_to_use() -> None:
     assert "key=value: rho=0.1" in message("--rho=0.1")
+    assert "'--dryrun' is no option. Did you mean '--dry-run'?" in message("--dryrun")
     assert "key=value, e.g. rho=0.05" in message("rho")
 
 
@@ -84,6 +85,8 @@ def test_stray_flag_is_told_the_form_to_use() -> None:
         ("run=/etc", "is not a plain name"),
         ("run=-x", "begins with '-'"),
         ("run=a,b", "has a comma"),
+        ("rho=1_0", "rho='1_0' is not a number"),
+        ("tasks=amazon,", "has an empty name"),
         ("tasks=amazon,amazon", "names amazon twice"),
         ("tasks=amazon, agnews,amazon", "names amazon twice"),
         ("device=0,0", "names 0 twice"),

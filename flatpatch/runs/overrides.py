@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatpatch import continual
 from flatpatch.errors import did_you_mean
 
 # Settings of ours that stand for an argument of upstream's; overriding the argument itself would bypass the record.
@@ -54,15 +55,22 @@ class Range:
         return math.isfinite(value) and above and below
 
     def __str__(self) -> str:
-        low = f"{'over' if self.open == 'low' else 'at least'} {self.low:g}" if math.isfinite(self.low) else ""
-        high = f"{'under' if self.open == 'high' else 'at most'} {self.high:g}" if math.isfinite(self.high) else ""
+        low = f"{'over' if self.open == 'low' else 'at least'} {_plain(self.low)}" if math.isfinite(self.low) else ""
+        high = (
+            f"{'under' if self.open == 'high' else 'at most'} {_plain(self.high)}" if math.isfinite(self.high) else ""
+        )
         return " and ".join(filter(None, (low, high))) or "a finite number"
 
 
-COUNT, OVER_ZERO, NOT_NEGATIVE = Range(1), Range(0, open="low"), Range(0)
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
+COUNT, OVER_ZERO, NOT_NEGATIVE = Range(1, 2**31 - 1), Range(0, open="low"), Range(0)
 SHARE, PART = Range(0, 1), Range(0, 1, open="high")
 RANGES: Mapping[str, Range] = {
-    **dict.fromkeys(("num_train_epochs", "repetition_penalty", "lora_alpha"), OVER_ZERO),
+    **dict.fromkeys(("repetition_penalty", "lora_alpha"), OVER_ZERO),
+    "num_train_epochs": Range(0, 1e6, open="low"),
     **dict.fromkeys(
         (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -107,20 +115,26 @@ def upstream_kinds(entry: Path) -> dict[str, Kind]:
     from transformers import Seq2SeqTrainingArguments
 
     kinds = {field.name: _kind_of(field.type) for field in dataclasses.fields(Seq2SeqTrainingArguments) if field.init}
-    for node in ast.parse(entry.read_text(encoding="utf-8")).body:
-        for item in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                name = re.sub(r"(?:typing\.)?Optional\[(.*)\]", r"\1", ast.unparse(item.annotation))
-                kinds[item.target.id] = Kind(_NUMBERS.get(name, str))
-    return kinds
+    return kinds | {name: Kind(_NUMBERS.get(text, str)) for name, text in _declared(entry).items()}
 
 
 def reference_kinds() -> dict[str, Kind]:
-    """Return the arguments that reach the reference engine."""
-    from flatpatch.continual.reference import ReferenceTask
+    """Return the arguments that reach the reference engine; read from its file, as loading it takes seconds."""
+    file = Path(continual.__file__).parent / "reference" / "task.py"
+    return {name: Kind(_NUMBERS[text]) for name, text in _declared(file).items() if text in ("int", "float")}
 
-    found = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(ReferenceTask)}
-    return {name: Kind(_NUMBERS[text]) for name, text in found.items() if text in ("int", "float")}
+
+def _declared(file: Path) -> dict[str, str]:
+    """Return the fields that the classes of a file declare, each with its type, without the None that it may be."""
+    return {
+        item.target.id: re.sub(r"^(?:typing\.)?Optional\[(.*)\]$", r"\1", ast.unparse(item.annotation)).removesuffix(
+            " | None"
+        )
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
 
 
 def problems_of(
@@ -178,6 +192,8 @@ def read(name: str, word: str, kind: Kind) -> Any:
     limits = RANGES.get(name, Range())
     what = "a whole number" if kind.type is int else "a number"
     try:
+        if "_" in word:  # Python reads 1_0 as ten
+            raise ValueError
         value = kind.type(word)
     except ValueError:
         raise ValueError(f"{got} is not {what} (expected {limits}).") from None

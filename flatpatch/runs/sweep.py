@@ -96,6 +96,8 @@ def sweep(words: Sequence[str]) -> int:
     """Run every combination, then print what they gave; returns 1 if a run failed."""
     dry_run = "--dry-run" in words
     combinations = expand([word for word in words if word != "--dry-run"])
+    if combinations == [[]] and not dry_run:
+        raise UserError("nothing to sweep over: name at least one setting, e.g. seed=0..2. See sweep --help.")
     requests = [parse(combination) for combination in combinations]
     if len(requests) > 1:
         print(f"{len(requests)} combinations", flush=True)

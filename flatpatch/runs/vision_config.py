@@ -202,7 +202,7 @@ def task_classes(
     problems = []
     for key in COUNTS:
         value = config.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             problems.append(f"{key}={json.dumps(value)} is out of range (expected a whole number of at least 1).")
     for key, words in WORDS.items():
         if key in config and config[key] not in words:
