@@ -67,6 +67,8 @@ def test_value_that_the_reference_engine_cannot_use_is_refused(word: str, expect
         ("run_name=--do_eval", "begins with '-'"),
         ("logging_steps=0", "out of range (expected at least 1 and at most 2147483647)"),
         ("_n_gpu=2", "upstream has no argument '_n_gpu'"),
+        ("instruction_strategy=double", "Expected: single, multiple."),
+        ("do_demo=true", "cannot reach the run: N-LoRA never uses it"),
         ("lamda_2=1", "cannot reach the run: N-LoRA never uses it"),
         ("fp16=true", "transformers refuses it: FP16"),
         ("load_best_model_at_end=true", "transformers refuses it: --load_best_model_at_end requires"),
@@ -102,6 +104,14 @@ def test_kinds_are_those_of_upstreams_own_fields(repo: str, entry: str, upstream
     assert kinds["warmup_steps"] == Kind(int)
     assert kinds["learning_rate"] == kinds["num_train_epochs"] == Kind(float)
     assert kinds["evaluation_strategy"].words == ("no", "steps", "epoch")
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("repo", ["N-LoRA", "O-LoRA"])
+def test_arguments_said_to_be_unused_are_read_nowhere(repo: str, upstream: Callable[[str], Path]) -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((upstream(repo) / "src").glob("*.py")))
+    for name in overrides._UNUSED[repo.replace("-", "").lower()]:
+        assert f"{name}:" in code and f"args.{name}" not in code and f"config.{name}" not in code, name
 
 
 @pytest.mark.parametrize("method", ["seqlora", "inclora"])

@@ -108,7 +108,13 @@ RECORD_SCHEMA: Mapping[str, Any] = {
                 },
             },
         },
-        "environment": {"type": "object"},
+        "environment": {
+            "type": "object",
+            "properties": {
+                **{key: {"type": "object"} for key in ("libraries", "flatpatch", "variables")},
+                "gpus": {"type": "array"},
+            },
+        },
         "seeds": {"type": "array", "items": {"type": "integer"}},
         "tasks": {"type": "array", "items": _TEXT, "minItems": 1},
         # Hashes of the folders the run read: model and data.

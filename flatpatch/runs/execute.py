@@ -236,7 +236,7 @@ def _is_done(plan: Plan, task: Stage) -> bool:
     try:
         files = json.loads(marker.read_text(encoding="utf-8"))["files"]
         return all(_digest(plan.folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
         return False
 
 

@@ -94,9 +94,12 @@ RANGES: Mapping[str, Range] = {
     "data_seed": Range(0, 2**32 - 1),
     "max_steps": Range(-1),
 }
+_WORDS = {"instruction_strategy": ("single", "multiple")}  # texts of which upstream's code takes these alone
 # Arguments that a method's code declares and never uses, in upstream's code and in the reference engine alike.
+_DEAD = ("lang", "overwrite_cache", "preprocessing_num_workers", "do_demo")
 _UNUSED: Mapping[str, tuple[str, ...]] = {
-    "nlora": ("lamda_2",),
+    "nlora": ("lamda_2", *_DEAD),
+    "olora": _DEAD,
     "seqlora": ("lamda_1", "lamda_2"),
     "inclora": ("lamda_1", "lamda_2"),
 }
@@ -177,6 +180,7 @@ def read(name: str, word: str, kind: Kind) -> Any:
         ValueError: If the argument does not take it; says what it takes.
     """
     got = f"upstream.{name}='{word}'"
+    kind = dataclasses.replace(kind, words=_WORDS.get(name, kind.words))
     if kind.words and word not in kind.words:
         raise ValueError(f"{got} is unknown.{did_you_mean(word, kind.words)} Expected: {', '.join(kind.words)}.")
     if kind.type is bool:

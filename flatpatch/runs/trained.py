@@ -100,7 +100,7 @@ class FinishedRun(ABC):
         try:
             done = json.loads((self.folder / "tasks" / process / "done.json").read_text(encoding="utf-8"))
             found: str | None = done["files"].get(str(path.relative_to(self.folder)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
             return None
         return found
 
@@ -322,8 +322,12 @@ def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
     """
     arguments = _task(run, index).invocation
     work = run.folder / "work"
-    config = json.loads((work / arguments.get("task_config_dir") / "train_tasks.json").read_text(encoding="utf-8"))
-    tasks = [(kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries]
+    told = work / arguments.get("task_config_dir") / "train_tasks.json"
+    try:
+        config = json.loads(told.read_text(encoding="utf-8"))
+        tasks = [(kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run.name}: {told}, which names the task's data, cannot be read ({error}).") from None
     file = arguments.get("instruction_file")
     instructions = read_instructions(work / file if file else None)
     limit = arguments.get("max_train_samples")
