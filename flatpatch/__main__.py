@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flatpatch import telling
-from flatpatch.errors import FlatpatchError, UserError, did_you_mean
+from flatpatch.errors import FlatpatchError, UserError, did_you_mean, no_room, unprintable
+from flatpatch.terminal import Lasting
 
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
@@ -53,6 +54,7 @@ SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dr
 One run for every combination; finished ones are kept, so the same command goes on where it stopped.
 seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, and one HTML page about
 its runs, report.html in the folder that holds them, in place of one that is there. output=FOLDER gives a sweep its own.
+More than 1000 runs need yes=true.
 
 example:
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
@@ -75,7 +77,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"flatpatch: the disk is full: {error}. Free some space and run the same command again.", file=sys.stderr)
+        print(f"flatpatch: the disk is full: {no_room(error)}", file=sys.stderr)
+        return UserError.exit_code
+    except ImportError as error:
+        print(f"flatpatch: {_no_environment(error)}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
         print("flatpatch: interrupted.", file=sys.stderr)
@@ -83,6 +88,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    for word in arguments:
+        if bad := unprintable(word):
+            raise UserError(f"{ascii(word)} holds the character {bad}. Write it without control characters, in UTF-8.")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -101,16 +109,37 @@ def _dispatch(arguments: list[str]) -> int:
     return verbs[verb](rest)
 
 
+def _no_environment(error: ImportError) -> str:
+    """Say that this is another Python than the one that is made for this package.
+
+    Raises:
+        ImportError: If what is missing is a part of this package: then that is its own fault.
+    """
+    if error.name is None or error.name.partition(".")[0] == "flatpatch":
+        raise error
+    version = ".".join(map(str, sys.version_info[:3]))
+    return (
+        f"{sys.executable} (Python {version}) cannot load {error.name}: {error}. Use the environment of this project, "
+        "which the scripts make on first use: bash run_scripts/run.sh takes the same words, e.g. "
+        f"bash run_scripts/run.sh {' '.join(sys.argv[1:2]) or '--help'}"
+    )
+
+
 def _asks_for_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
+
+
+def _of_usage(words: list[str]) -> int:
+    """Return the exit code after the usage was shown: nothing said must not start hours of training."""
+    return 0 if words else UserError.exit_code
 
 
 def _run(words: list[str]) -> int:
     from flatpatch import settings
 
-    if _asks_for_help(words):
+    if not words or _asks_for_help(words):
         print(RUN_USAGE.format(settings=settings.describe()))
-        return 0
+        return _of_usage(words)
     dry_run = "--dry-run" in words
     request = settings.parse([word for word in words if word != "--dry-run"])
     from flatpatch.runs.plan import make_plan, render
@@ -128,11 +157,11 @@ def _run(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    if _asks_for_help(words):
+    if not words or _asks_for_help(words):
         from flatpatch import settings
 
         print(SWEEP_USAGE.format(settings=settings.describe()))
-        return 0
+        return _of_usage(words)
     from flatpatch.runs import sweep
 
     return sweep.sweep(words)
@@ -176,4 +205,5 @@ def _doctor(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     sys.exit(main())

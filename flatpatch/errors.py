@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
+import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+# Control characters, halves of characters (bytes that are not UTF-8), separators of lines and paragraphs.
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 class FlatpatchError(Exception):
@@ -37,3 +43,33 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[near[0]]}'?" if near else ""
+
+
+def no_room(error: OSError) -> str:
+    """Say where nothing can be written; an error that names no file is of the folder of temporary ones."""
+    place = error.filename or f"the folder of temporary files, {os.environ.get('TMPDIR') or '/tmp'}"
+    return (
+        f"nothing can be written into {place}: {error.strerror or error}. Free some space there, or name another "
+        "folder for temporary files with TMPDIR=FOLDER, and run the same command again."
+    )
+
+
+def unprintable(word: str) -> str:
+    """Return the first character of a word that no name, path or value here may hold, as Python writes it; or ``""``.
+
+    A line break would forge lines in logs, and a byte that is not UTF-8 cannot be printed at all.
+    """
+    bad = next((character for character in word if unicodedata.category(character) in _UNPRINTABLE), "")
+    return ascii(bad) if bad else ""
+
+
+def named_path(key: str, word: str) -> Path:
+    """Return the path that a setting names, with ``~`` for a home folder.
+
+    Raises:
+        UserError: If it names nobody's.
+    """
+    try:
+        return Path(word).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}={word}: there is no home folder of that user here. Write the path in full.") from None

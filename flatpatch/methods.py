@@ -32,6 +32,7 @@ class Method:
     config_flag: tuple[str, ...] = ()  # what stands before the configuration's name on upstream's command line
     seed: int = 42  # what upstream's script or configuration runs with; checked against them by a test
     reference: bool = True  # whether there is a reference implementation
+    penalty: bool = True  # text: whether its loss has a penalty beside the task's
 
     @property
     def orders(self) -> tuple[str, ...]:
@@ -68,8 +69,8 @@ METHODS: Mapping[str, Method] = {
         },
         orders_note="O-LoRA ships no script for orders 4 and 5; its long.sh is order 6.",
     ),
-    "seqlora": Method(title="sequential LoRA", repository=None),
-    "inclora": Method(title="incremental LoRA", repository=None),
+    "seqlora": Method(title="sequential LoRA", repository=None, penalty=False),
+    "inclora": Method(title="incremental LoRA", repository=None, penalty=False),
     "inflora": Method(
         title="InfLoRA",
         repository="InfLoRA",

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.measurement.request import KINDS, SCOPES, WHENS, check_request
 from flatpatch.measurement.request import Request as MeasureRequest
 from flatpatch.methods import METHODS, Method
@@ -178,6 +178,8 @@ def split_word(word: str) -> tuple[str, str]:
         UserError: If the word is not of that form.
     """
     if word.startswith("-"):
+        if hint := did_you_mean(word, ("--dry-run", "--help")):
+            raise UserError(f"'{word}' is no option.{hint}")
         bare = word.lstrip("-")
         example = bare if "=" in bare else f"{bare}=VALUE"
         raise UserError(f"'{word}' is not a setting. Settings are written key=value: {example}. See --help.")
@@ -185,6 +187,32 @@ def split_word(word: str) -> tuple[str, str]:
         raise UserError(f"'{word}' is not a setting. Settings are written key=value, e.g. rho=0.05. See --help.")
     key, value = word.split("=", 1)
     return key, value
+
+
+def once(verb: str, words: Sequence[str]) -> dict[str, str]:
+    """Return the values of a verb whose lists stand in one word, so that a key given twice would lose some.
+
+    Raises:
+        UserError: If a word is not of the form ``key=value``, or a key is given twice.
+    """
+    pairs = [split_word(word) for word in words]
+    if twice := repeated([key for key, _ in pairs]):
+        raise UserError(f"{twice}= is given twice. {verb} takes several with commas between them: {twice}=A,B.")
+    return {key: value.strip() for key, value in pairs}
+
+
+def named_runs(value: str) -> list[str]:
+    """Return the runs that ``run=A,B`` names.
+
+    Raises:
+        UserError: If one of them is empty.
+    """
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise UserError(
+            f"run={value} has an empty name. Name folders with commas between them, e.g. run=runs/A,runs/B."
+        )
+    return names
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -217,7 +245,7 @@ def parse(words: Sequence[str]) -> Request:
             sources[key] = "command line"
             continue
         try:
-            if "$" in value or "?" in value:
+            if any(character in value for character in "$?_"):  # Python reads 1_0 as ten
                 raise ValueError(value)
             OmegaConf.update(config, key, value.strip(), force_add=False)
         except (OmegaConfBaseException, ValueError):
@@ -245,6 +273,9 @@ def _check(settings: Settings) -> list[str]:
         value = getattr(settings, key)
         if value not in choices:
             problems.append(f"unknown {key} '{value}'.{did_you_mean(value, choices)} Expected: {', '.join(choices)}.")
+    for key in ("model", "data"):
+        if getattr(settings, key):
+            problems += check_folder(key, getattr(settings, key))
     for key in ("rho", "eta"):
         value = getattr(settings, key)
         if not (math.isfinite(value) and value >= 0):
@@ -265,8 +296,16 @@ def _check(settings: Settings) -> list[str]:
         )
     if method and settings.engine == "upstream" and method.repository is None:
         problems.append(f"method {settings.method} has no repository of its own: use engine=reference.")
-    if settings.run and (Path(settings.run).name != settings.run or settings.run in (".", "..")):
-        problems.append(f"run='{settings.run}' is not a plain name; choose the place with output=FOLDER.")
+    problems += check_name(settings.run) if settings.run else []
+    problems += check_folder("output", settings.output)
+    names = [name.strip() for name in settings.tasks.split(",")]
+    if settings.tasks and not all(names):
+        problems.append(f"tasks={settings.tasks} has an empty name. Name tasks with commas between them.")
+    if twice := repeated(names):
+        problems.append(f"tasks={settings.tasks} names {twice} twice. A run learns each task once.")
+    devices = [number.strip() for number in settings.device.split(",")]
+    if twice := repeated(devices):
+        problems.append(f"device={settings.device} names {twice} twice. Name each GPU once.")
     folder = str((Path(settings.output) / settings.run).absolute()).lower()
     for word in TELLING_WORDS if method and not method.vision else ():
         if word in folder:
@@ -275,6 +314,33 @@ def _check(settings: Settings) -> list[str]:
                 f"sees that word in a path. Choose another folder with output=FOLDER and run=NAME."
             )
     return problems
+
+
+def check_name(name: str) -> list[str]:
+    """Return why a word cannot name a run's folder."""
+    if Path(name).name != name or name in (".", ".."):
+        return [f"run='{name}' is not a plain name; choose the place with output=FOLDER."]
+    if name.startswith("-"):
+        return [f"run='{name}' begins with '-', which commands take for an option. Choose another name."]
+    if "," in name:
+        return [f"run='{name}' has a comma, which separates runs where several are named. Choose another name."]
+    return []
+
+
+def check_folder(key: str, word: str) -> list[str]:
+    """Return why a word cannot name the folder that something is written into."""
+    if not word:
+        return [f"{key}= is empty (expected a folder, e.g. {key}=runs)."]
+    try:
+        named_path(key, word)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def repeated(items: Sequence[str]) -> str:
+    """Return the first item that a list has twice, or an empty string."""
+    return next((item for index, item in enumerate(items) if item and item in items[:index]), "")
 
 
 def _check_kind(settings: Settings, method: Method) -> list[str]:
@@ -286,6 +352,12 @@ def _check_kind(settings: Settings, method: Method) -> list[str]:
         if item.name in foreign and getattr(settings, item.name) != item.default
     ]
     if not method.vision:
+        if settings.sam != "off" and settings.scope == "head":
+            problems.append(
+                f"scope=head has nothing to perturb: {method.title} trains LoRA weights alone. Use scope=lora."
+            )
+        if settings.sam != "off" and settings.ascent_loss == "task" and not method.penalty:
+            problems.append(f"ascent_loss=task has no penalty to leave out in {method.title}. Leave it out.")
         return problems
     if settings.sam_on != "both" and settings.method != "cllora":
         problems.append(

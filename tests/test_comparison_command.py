@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +22,15 @@ from flatpatch.report.baselines import load_baseline
 SHIPPED = "logs/cifar100/10_10_sip/InfLoRA/adam/10/0.95_1.0-0.0005/0.log"
 
 
-def shipped_like_log(lower: dict[int, float] | None = None) -> str:
-    """Return a log in InfLoRA's form with the accuracies of its shipped CIFAR-100 runs, some seeds lowered."""
+def shipped_like_log(lower: dict[int, float] | None = None, copied: dict[int, int] | None = None) -> str:
+    """Return a log in InfLoRA's form with the accuracies of its shipped CIFAR-100 runs, some lowered or another's."""
     baseline = load_baseline("inflora_cifar100")
     setting = baseline["setting"]
     runs = []
     for run in baseline["per_seed"]:
         less = (lower or {}).get(run["seed"], 0.0)
-        rows = [[round(x - less, 2) for x in row if x is not None] for row in run["accuracy_matrix"]]
+        shown = baseline["per_seed"][(copied or {}).get(run["seed"], run["seed"])]
+        rows = [[round(x - less, 2) for x in row if x is not None] for row in shown["accuracy_matrix"]]
         lines = run_lines(
             rows,
             sizes=[1000] * 10,
@@ -80,7 +82,6 @@ def test_infloras_own_log_is_reproduced_and_a_changed_copy_is_not(
     upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = upstream("InfLoRA") / SHIPPED
-    assert main(["compare", f"log={path}", "--require", "reproduced"]) == 0
     result = compare_logged(read_vision_log(path))
     assert [found["difference"] for found in result["metrics"]] == [0.0] * 4
 
@@ -99,6 +100,43 @@ def test_infloras_own_log_is_reproduced_and_a_changed_copy_is_not(
     capsys.readouterr()
     assert main(["compare", f"log={copy}", "--require", "reproduced"]) == 1
     assert "seed 3 by -3.00, while the other 4" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("copied", [False, True])
+def test_log_beside_the_numbers_that_were_read_from_it_is_called_the_same_file(
+    copied: bool, upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal to itself it would be reproduced whatever it says."""
+    path = upstream("InfLoRA") / SHIPPED
+    if copied:
+        path = Path(shutil.copy(path, tmp_path / "mine.log"))
+    assert main(["compare", f"log={path}", "--require", "reproduced"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "verdict the same file: inflora_cifar100 was read from this very file" in printed
+    assert "+0.00" in printed and "reproduced" not in printed
+    assert main(["compare", f"log={path}", "baseline=paper_inflora"]) == 0
+    assert "the same file" not in capsys.readouterr().out
+
+
+def test_runs_with_copied_accuracies_are_named(runs, capsys):
+    records = [inflora_record(seed) for seed in range(3)]
+    assert main(["compare", f"run={runs(*records)}"]) == 0
+    assert "was one copied?" not in capsys.readouterr().out
+    for key in ("accuracy_matrix", "metrics"):
+        records[2][key] = records[1][key]
+    assert main(["compare", f"run={runs(*records)}"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "run-1 and run-2 have the same 10 x 10 accuracy matrix, though they differ in seed 1 and 2" in printed
+    assert "run-2 and inflora_cifar100, seed 1 have the same 10 x 10" in printed
+
+
+def test_log_with_copied_accuracies_is_named(tmp_path, capsys):
+    path = tmp_path / "0.log"
+    path.write_text(shipped_like_log(copied={1: 0}), encoding="utf-8")
+    assert main(["compare", f"log={path}"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"seed 0 \(line \d+\) and seed 1 \(line \d+\) have the same 10 x 10 accuracy matrix", printed)
 
 
 @pytest.mark.third_party

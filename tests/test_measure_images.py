@@ -233,7 +233,16 @@ def test_what_is_missing_or_damaged_is_refused(make_run: MakeRun, refused: Calla
     assert "it began with are gone" in refused(f"run={folder}", *SMALL)
     hook.unlink()
     assert "what it was told cannot be read" in refused(f"run={folder}", *SMALL)
+    for damaged in ("[]", '{"schema": 1, "vision": 3}'):
+        hook.write_text(damaged)
+        assert "what it was told cannot be read" in refused(f"run={folder}", *SMALL)
     hook.write_text(description)
+    config = folder / "work/flatpatch-config.json"
+    told = config.read_text()
+    for damaged in ("[]", "{}", told[:20]):
+        config.write_text(damaged)
+        assert "what it was told cannot be read" in refused(f"run={folder}", *SMALL)
+    config.write_text(told)
     second = folder / "work/logs/tasks/1.safetensors"
     whole = second.read_bytes()
     second.write_bytes(whole[:100])

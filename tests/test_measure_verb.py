@@ -71,6 +71,36 @@ def make_run(shared: tuple[Path, Path], tmp_path: Path) -> MakeRun:
     return make
 
 
+@pytest.mark.parametrize("content", ["[1]", "3", '{"files": 3}', '{"files"', "{}"])
+def test_note_of_a_task_that_is_damaged_is_as_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks" / "1-x").mkdir(parents=True)
+    (tmp_path / "tasks" / "1-x" / "done.json").write_text(content)
+    run = trained.TrainedRun(tmp_path, {}, None)  # type: ignore[arg-type]
+    assert run.noted_hash("1-x", tmp_path / "some") is None
+
+
+def test_list_of_a_tasks_data_that_is_damaged_is_refused(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run("damaged", 1)
+    file = folder / "work" / "task_configs" / "amazon" / "train_tasks.json"
+    assert file.is_file()
+    for content in ("[1]", '{"SC": 3}', '{"SC": [{}]}', "{"):
+        file.write_text(content)
+        assert main(["measure", f"run={folder}", "measure=loss", *SMALL]) == 2
+        assert f"{file}, which names the task's data, cannot be read" in capsys.readouterr().err
+
+
+def test_sample_beyond_the_data_is_said_and_recorded(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run("small", 1)
+    words = ["measure", f"run={folder}", "measure=loss", "measure_scope=adapter", "measure_batch=4"]
+    assert main([*words, "measure_samples=8"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    for _ in range(2):
+        assert main([*words, "measure_samples=100"]) == 0
+        text = "measure_samples=100, and amazon has 8 training examples: measured on all of them"
+        assert f"WARNING: {text}\n" in capsys.readouterr().out
+    assert read_record(folder)["notes"].count(text) == 1
+
+
 def digest(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()

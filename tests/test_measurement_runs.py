@@ -84,11 +84,15 @@ def test_measured_reference_run_is_bit_for_bit_the_same(places: tuple[Path, Path
 def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = small_benchmark(tmp_path / "data", train=32, test=4)
+    data = small_benchmark(tmp_path / "data", train=8, test=4)
     words = ["run", "profile=quick", "engine=reference", "device=cpu", "tasks=dbpedia,amazon", f"data={data}"]
     words += [f"output={tmp_path}", "run=measured", "measure=trace", "measure_scope=adapter", *TINY]
+    words += ["measure_samples=12"]
     assert main(words) == 0
     shown = capsys.readouterr().out
+    short = [f"measure_samples=12, and {task} has 8 training examples" for task in ("dbpedia", "amazon")]
+    assert all(shown.count(f"WARNING: {text}: measured on all of them") == 1 for text in short)
+    assert [note.split(":")[0] for note in read_record(tmp_path / "measured")["notes"]] == short
     assert "flatness around" in shown and "measuring before task 1 dbpedia, adapter" in shown
     folder = tmp_path / "measured"
     record = read_record(folder)

@@ -262,6 +262,59 @@ def test_a_partial_copy_without_the_patched_file_is_refused(project: Project) ->
     assert "this partial checkout lacks the content of run.py" in message
 
 
+def advised(message: str) -> str:
+    """Return the commands that a message says to run."""
+    found = re.search(r"run: (git -C .*?)(?=\. Without|$)", message, re.MULTILINE)
+    assert found is not None, message
+    return found[1]
+
+
+def test_edits_are_dropped_by_the_command_that_is_told(project: Project) -> None:
+    (project.checkout / "run.py").write_text("edited\n")
+    (project.checkout / "data/big.json").unlink()
+    subprocess.run(advised(refusal(project)), shell=True, check=True, capture_output=True)
+    verify(REPO, workspace=project.workspace)
+
+
+def test_deleted_files_of_a_partial_clone_come_back_by_the_command_that_is_told(
+    project: Project, tmp_path: Path
+) -> None:
+    """A mere checkout of contents that were never cloned cannot work, and a mere fetch keeps the clone's filter."""
+    source, partial = project.checkout.rename(tmp_path / "source"), project.checkout
+    git("config", "uploadpack.allowFilter", "true", folder=source)
+    git("config", "uploadpack.allowAnySHA1InWant", "true", folder=source)
+    git("clone", "--filter=blob:none", "--no-checkout", source.as_uri(), str(partial), folder=tmp_path)
+    git("read-tree", "HEAD", folder=partial)
+    message = refusal(project)
+    assert f"run: git -C {partial} checkout" not in message
+    assert "This checkout is partial and does not hold the content of .gitignore, data/big.json" in message
+    subprocess.run(advised(message), shell=True, check=True, capture_output=True)
+    source.rename(tmp_path / "gone")  # all of it is here now
+    assert verify(REPO, workspace=project.workspace).absent == ()
+
+
+@pytest.mark.parametrize("source", [VARIABLE, CONFIG])
+def test_folder_that_is_itself_the_repository_is_told_the_one_around_it(
+    source: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone into it, which was the advice, would lie inside another repository."""
+    holder = tmp_path / "shared"
+    holder.mkdir()
+    project.checkout.rename(holder / REPO)
+    (tmp_path / "upstream.git").rename(tmp_path / "gone.git")
+    if source == VARIABLE:
+        monkeypatch.setenv(VARIABLE, str(holder / REPO))
+    else:
+        git("config", "--global", CONFIG, str(holder / REPO), folder=tmp_path)
+    message = refusal(project)
+    assert f"{holder / REPO} is itself a git checkout; name the folder that holds it, {holder}" in message
+    assert "git clone" not in message
+    command = f"export {VARIABLE}={holder}" if source == VARIABLE else f"{CONFIG} {holder}"
+    assert command in message
+    monkeypatch.setenv(VARIABLE, str(holder))
+    verify(REPO, workspace=project.workspace)
+
+
 def test_patches_are_verified_without_a_checkout(project: Project, tmp_path: Path) -> None:
     project.checkout.rename(tmp_path / "elsewhere")
     verify_patches(REPO, workspace=project.workspace)

@@ -155,7 +155,8 @@ def test_images_are_headed_by_the_numbers_of_their_papers(tmp_path):
 
 
 def test_a_metric_that_some_seeds_lack_says_its_own_n(tmp_path):
-    records = [with_average(seeded(k), value) for k, value in enumerate((70.0, 72.0, None))]
+    records = [with_average(seeded(k), value) for k, value in enumerate((70.0, 72.0, 74.0))]
+    records[2]["metrics"]["average_accuracy"] = None
     _, reader = read([write_run(tmp_path / str(k), record) for k, record in enumerate(records)])
     assert reader.row(SUMMARY, "A SAM rho=0.05")[3] == "71.00 ± 1.41 (n = 2)"
 

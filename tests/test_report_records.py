@@ -11,6 +11,7 @@ from report_records import LONG, make_quick_record, make_record
 from flatpatch.errors import UserError
 from flatpatch.report.records import (
     RECORD_SCHEMA,
+    lacking_steps,
     read_record,
     read_step_metrics,
     setting,
@@ -69,6 +70,10 @@ def test_each_required_key_is_required(key):
         ({"settings": {"rho": {"value": 0.05}}}, "settings.rho lacks source"),
         ({"upstream": {"repo": "N-LoRA"}}, "upstream lacks pin, base_tree, patched_tree"),
         ({"deviations": [{"what": "seed"}]}, "deviations[0] lacks upstream, here, why"),
+        ({"environment": {"variables": None}}, "environment.variables is None, expected object"),
+        ({"environment": {"gpus": 3}}, "environment.gpus is 3, expected array"),
+        ({"settings": {"rho": {"value": "x", "source": "default"}}}, "settings.rho.value is 'x', expected number"),
+        ({"settings": {"seed": {"value": "x", "source": "default"}}}, "settings.seed.value is 'x', expected integer"),
         ({"seeds": ["42"]}, "seeds[0] is '42', expected integer"),
         ({"seeds": [True]}, "seeds[0] is True, expected integer"),
         ({"tasks": []}, "tasks has 0 items, expected at least 1"),
@@ -135,6 +140,43 @@ def test_step_metrics_cut_short_by_a_kill_lose_only_that_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
     assert read_step_metrics(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_average_that_is_not_the_matrixs_is_named_with_both_numbers():
+    """Edited to disagree, it was printed as it stood."""
+    record = make_record(("a", "b"), accuracy_matrix=[[90.0, None], [70.0, 80.0]])
+    assert record["metrics"]["average_accuracy"] == 75.0
+    validate_record(record)
+    record["metrics"]["average_accuracy"] = 75.004  # as it is printed
+    validate_record(record)
+    for name, right in (("average_accuracy", 75), ("forgetting", 20), ("backward_transfer", -20)):
+        with pytest.raises(ValueError, match=f"metrics.{name} is 99, and the accuracy matrix gives {right}: "):
+            validate_record(record | {"metrics": {name: 99}})
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "x"}', '{"step": 1, "loss": "a"}', '{"step": [1]}', "[]", "3", '{"loss": 1}', "[" * 50_000]
+)
+def test_step_metrics_of_another_kind_are_left_out_and_said(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3, "loss": Infinity}}\n', encoding="utf-8")
+    said = []
+    assert [row["step"] for row in read_step_metrics(path, said)] == [1, 3]
+    assert said == [f"1 of 3 lines of {path}, cut short or of another kind, first line 2"]
+
+
+def test_step_metrics_that_are_a_folder_are_said(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    said = []
+    assert read_step_metrics(tmp_path / "metrics.jsonl", said) == []
+    assert said == [f"the steps in {tmp_path / 'metrics.jsonl'}: it cannot be read (Is a directory)"]
+
+
+def test_finished_run_with_fewer_measurements_than_steps_is_told():
+    record = make_record()
+    assert lacking_steps(record, 400) == ""
+    assert lacking_steps(record, 200) == "200 of the run's 400 steps, which metrics.jsonl lacks"
+    assert lacking_steps(make_record(done=2), 7) == "", "an unfinished run has not logged all"
 
 
 def test_step_metrics_of_a_run_that_logged_nothing_are_empty(tmp_path):

@@ -35,13 +35,16 @@ def test_columns_stand_under_their_tasks():
 
 
 def test_both_averages_are_named_as_the_paper_and_upstream_name_them():
-    assert row(make_record(), "average accuracy (mean over tasks; the papers' AA)") == ["78.37"]
-    assert row(make_record(), "sample-weighted accuracy (upstream's predict_exact_match)") == ["73.88"]
+    record = make_record(("a", "b"), accuracy_matrix=[[90.0, None], [70.0, 80.0]])
+    record["metrics"]["sample_weighted_accuracy"] = 73.8813
+    assert row(record, "average accuracy (mean over tasks; the papers' AA)") == ["75.00"]
+    assert row(record, "sample-weighted accuracy (upstream's predict_exact_match)") == ["73.88"]
 
 
 def test_forgetting_and_backward_transfer_are_shown():
-    assert row(make_record(), "forgetting")[-1] == "1.18"
-    assert row(make_record(), "backward transfer")[-1] == "-1.18"
+    record = make_record(("a", "b", "c"), accuracy_matrix=[[80.0, None, None], [90.0, 70.0, None], [93.0, 60.0, 50.0]])
+    assert row(record, "forgetting")[-1] == "3.50"
+    assert row(record, "backward transfer")[-1] == "1.50"
 
 
 def test_missing_metrics_are_dashes():

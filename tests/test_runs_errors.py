@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import third_party_folders
+from report_records import make_quick_record
 
 import flatpatch.continual.reference  # noqa: F401  # DeepSpeed, which it loads, announces itself on stdout once
 from flatpatch import patches
@@ -54,6 +55,79 @@ def test_unknown_verb_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]
     assert "unknown verb 'rnu'. Did you mean 'run'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["run", "sweep"])
+def test_verb_that_trains_says_how_it_is_used_where_nothing_is_said(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.runs.execute.execute", lambda plan: pytest.fail("it trains"))
+    monkeypatch.setattr("flatpatch.runs.sweep.execute", lambda plan: pytest.fail("it trains"))
+    assert main([verb]) == 2
+    assert capsys.readouterr().out.startswith(f"usage: python -m flatpatch {verb}")
+
+
+@pytest.mark.parametrize("words", [["run", "run=a\nb"], ["report", "run=a\tb"], ["patches", "verify", "repo=\udcff"]])
+def test_character_that_no_name_may_hold_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "holds the character '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["report", "run=a", "run=b"], "run= is given twice"),
+        (["report", "run=a,,b"], "has an empty name"),
+        (["report", "run=~nobody-of-that-name/x"], "there is no home folder of that user here"),
+        (["compare", "run=a,"], "has an empty name"),
+        (["compare", "log=~nobody-of-that-name/x"], "there is no home folder of that user here"),
+        (["compare", "run=a", "metric=forgetting,forgetting"], "names forgetting twice"),
+        (["measure", "run=a", "run=b"], "run= is given twice"),
+        (["measure", "run=a,a"], "names a twice"),
+        (["measure", "run=a", "task=x,x"], "names x twice"),
+        (["measure", "run=a,b", "output="], "output= is empty"),
+        (["measure", "run=a", "measure=loss,loss"], "names loss twice"),
+        (["measure", f"run={'x' * 300}"], "there is no run"),
+        (["patches", "verify", "repo=N-LoRA", "repo=O-LoRA"], "repo= is given twice"),
+        (["patches", "drift", "repo=N-LoRA", "commit=main"], "commit=main is no commit"),
+        (["sweep", "yes=true"], "nothing to sweep over"),
+    ],
+)
+def test_verb_is_told_of_what_it_would_lose_or_cannot_find(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_report_names_each_run_once_and_replaces_pages_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps(make_quick_record()))
+    before = (folder / "record.json").read_bytes()
+    assert main(["report", f"run={folder},{tmp_path / '.' / 'a' / '..' / 'a'}"]) == 2
+    assert f"names {folder} twice" in capsys.readouterr().err
+    assert main(["report", f"run={folder}", f"page={folder / 'record.json'}"]) == 2
+    assert "a name that ends in .html" in capsys.readouterr().err
+    assert (folder / "record.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["run", "sweep"])
+def test_setting_that_the_reference_engine_cannot_use_is_refused(verb: str, refused: Refused) -> None:
+    """It made a folder's name of its own and changed nothing."""
+    assert "adapters=fp32 is for the authors' DeepSpeed engine" in refused("adapters=fp32", verb=verb)
+    assert "scope=head has nothing to perturb" in refused("sam=sam", "scope=head", verb=verb)
+
+
+def test_sweep_of_many_runs_counts_them_first_and_shows_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["profile=quick", "engine=reference", f"output={tmp_path}", "seed=0..29", "--dry-run"]
+    assert main(["sweep", *words]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("30 combinations\n30 runs that differ\n")
+    assert shown.count("N-LoRA, order 1") == 1 and shown.count("seed29") == 1
+
+
 def test_unknown_setting_is_refused(refused: Refused) -> None:
     assert "unknown setting 'rh'. Did you mean 'rho'?" in refused("rh=1")
 
@@ -83,16 +157,41 @@ def test_run_folder_occupied_by_other_files_is_refused(refused: Refused, tmp_pat
 
 def test_run_folder_occupied_by_another_run_is_told_what_differs(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").mkdir(parents=True)
-    settings = {"rho": {"value": 0.5, "source": "command line"}}
-    record = {"schema": 1, "status": "finished", "profile": "quick", "engine": "reference", "settings": settings}
+    record = make_quick_record()
+    record["settings"]["rho"] = {"value": 0.5, "source": "command line"}
     (tmp_path / "out" / "mine" / "record.json").write_text(json.dumps(record))
     assert "rho is 0.5 there and 0.1 here" in refused("run=mine", "sam=sam", "rho=0.1")
 
 
-def test_run_folder_with_an_unreadable_record_is_refused(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "out" / "mine").mkdir(parents=True)
-    (tmp_path / "out" / "mine" / "record.json").write_text("{")
-    assert "its record.json cannot be read" in refused("run=mine")
+DAMAGED: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda path: path.write_text(json.dumps(make_quick_record())[:300]),
+    "empty": lambda path: path.write_text(""),
+    "of a newer version": lambda path: path.write_text(json.dumps(make_quick_record(schema=2))),
+    "of wrong types": lambda path: path.write_text(json.dumps(make_quick_record(seeds=3))),
+    "with a setting of a wrong type": lambda path: path.write_text(
+        json.dumps(make_quick_record(settings={"rho": {"value": "x", "source": "default"}}))
+    ),
+    "with an edited average": lambda path: path.write_text(json.dumps(make_quick_record(metrics={"forgetting": 1}))),
+    "lists in lists": lambda path: path.write_text("[" * 100_000),
+    "a number without end": lambda path: path.write_text('{"schema": ' + "9" * 5000 + "}"),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_record_has_one_answer_of_all_verbs(
+    damage: Callable[[Path], object], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once run called a record occupied that report told to run again, and printed one that report refused."""
+    folder = tmp_path / "out" / "mine"
+    folder.mkdir(parents=True)
+    damage(folder / "record.json")
+    answer = refused("run=mine")
+    assert "record.json" in answer
+    for verb in ("report", "measure", "compare"):
+        assert main([verb, f"run={folder}"]) == 2
+        assert capsys.readouterr().err == answer, verb
 
 
 def test_unwritable_run_folder_is_refused(refused: Refused, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_setting_without_effect_makes_no_other_run() -> None:
     assert name_of("rho=0.1", *idle) == name_of()
     assert name_of("sam=sam", "eta=1") == name_of("sam=sam")
     names = [name_of("sam=asam"), *(name_of("sam=asam", word) for word in idle)]
-    assert len(set(names)) == 5
+    assert len(set(names)) == 4, "the run has one process, and so nothing to sync"
 
 
 def test_how_to_measure_makes_no_other_run_where_nothing_is_measured() -> None:

@@ -52,6 +52,7 @@ def test_unknown_setting_is_told_the_nearest_one() -> None:
 
 def test_stray_flag_is_told_the_form_to_use() -> None:
     assert "key=value: rho=0.1" in message("--rho=0.1")
+    assert "'--dryrun' is no option. Did you mean '--dry-run'?" in message("--dryrun")
     assert "key=value, e.g. rho=0.05" in message("rho")
 
 
@@ -75,6 +76,23 @@ def test_stray_flag_is_told_the_form_to_use() -> None:
         ("run=a/b", "is not a plain name; choose the place with output=FOLDER"),
         ("run=my-Adapter", "has 'adapter' in its path"),
         ("output=llama-runs", "has 'llama' in its path"),
+        ("output=", "output= is empty"),
+        ("output=  ", "output= is empty"),
+        ("output=~nobody-of-that-name/x", "there is no home folder of that user here"),
+        ("data=~nobody-of-that-name", "there is no home folder of that user here"),
+        ("model=~nobody-of-that-name", "there is no home folder of that user here"),
+        ("run=..", "is not a plain name"),
+        ("run=/etc", "is not a plain name"),
+        ("run=-x", "begins with '-'"),
+        ("run=a,b", "has a comma"),
+        ("rho=1_0", "rho='1_0' is not a number"),
+        ("tasks=amazon,", "has an empty name"),
+        ("tasks=amazon,amazon", "names amazon twice"),
+        ("tasks=amazon, agnews,amazon", "names amazon twice"),
+        ("device=0,0", "names 0 twice"),
+        ("measure=loss,trace,loss", "names loss twice"),
+        ("measure_scope=adapter,adapter", "names adapter twice"),
+        ("measure_when=after,after", "names after twice"),
     ],
 )
 def test_bad_value_is_told_what_was_expected(word: str, expected: str) -> None:
@@ -111,6 +129,22 @@ def test_sweep_leaves_names_of_places_whole() -> None:
     ]
 
 
+@pytest.mark.parametrize("word", ["seed=1,1", "seed=0..1000000000", "seed=0..10000"])
+def test_sweep_refuses_a_list_that_cannot_be_meant(word: str) -> None:
+    """A range of a thousand million took all memory before anything was said."""
+    with pytest.raises(UserError, match="names 1 twice|these are 1000+1 runs. A sweep has at most 10000"):
+        expand([word])
+
+
+def test_sweep_of_many_runs_needs_a_word_more() -> None:
+    with pytest.raises(UserError, match=r"these are 1100 runs, 100 values of seed alone. If you mean it, add yes=true"):
+        expand(["seed=0..99", "rho=0..10"])
+    assert len(expand(["seed=0..99", "rho=0..10", "yes=true"])) == 1100
+    assert expand(["yes=false", "seed=1"]) == [["seed=1"]]
+    with pytest.raises(UserError, match="neither true nor false"):
+        expand(["yes=", "seed=1"])
+
+
 def test_sweep_refuses_an_empty_range() -> None:
     with pytest.raises(UserError, match=r"the range is empty .* seed=1\.\.3"):
         expand(["seed=3..1"])
@@ -124,3 +158,15 @@ def test_scope_without_a_trained_weight_is_refused(words: tuple[str, str]) -> No
 def test_frozen_factor_of_cllora_is_perturbed_in_the_task_step_alone() -> None:
     assert parse(["method=cllora", "sam=sam", "scope=B", "sam_on=task"]).settings.scope == "B"
     assert "has nothing to perturb" in message("method=cllora", "sam=sam", "scope=B", "sam_on=distillation")
+
+
+@pytest.mark.parametrize("method", ["nlora", "olora", "seqlora", "inclora"])
+def test_head_of_a_method_that_trains_none_is_refused(method: str) -> None:
+    assert "scope=head has nothing to perturb" in message(f"method={method}", "sam=sam", "scope=head")
+    assert parse([f"method={method}", "sam=off", "scope=head"]).settings.scope == "head", "without SAM no effect"
+
+
+def test_penalty_that_a_method_lacks_cannot_be_left_out_of_the_ascent() -> None:
+    assert parse(["method=nlora", "sam=sam", "ascent_loss=task"]).settings.ascent_loss == "task"
+    for method in ("seqlora", "inclora"):
+        assert "ascent_loss=task has no penalty" in message(f"method={method}", "sam=sam", "ascent_loss=task")

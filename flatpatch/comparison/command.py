@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
-from flatpatch.comparison.sides import subject_of
+from flatpatch.comparison.sides import is_source, subject_of
 from flatpatch.continual.vision_logs import read_vision_log
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
-from flatpatch.settings import split_word
+from flatpatch.settings import named_runs, repeated, split_word
 from flatpatch.telling import say
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
@@ -40,6 +40,7 @@ verdicts:
   undecided                   none of these: too few seeds
   equivalent                  as reproduced, but of runs with SAM, which is another method
   not comparable because ...
+  the same file               the log is the one that the baseline was read from
 With --require reproduced the exit code is 1 for anything but "reproduced".
 
 baselines:
@@ -52,6 +53,7 @@ examples:
   python -m flatpatch compare log=third_party/InfLoRA/logs/FOLDERS/0.log baseline=inflora_cifar100
 """
 
+SAME_FILE = "the same file"
 _KEYS = ("run", "log", "baseline", "metric", "margin")
 _WIDTH = 110
 
@@ -67,14 +69,14 @@ def compare(words: Sequence[str]) -> int:
     if baseline is not None:
         load_baseline(baseline)  # a wrong name is said before anything is read
     options: dict[str, Any] = {
-        "metrics": given["metric"].split(",") if "metric" in given else None,
+        "metrics": _metrics(given["metric"]) if "metric" in given else None,
         "margin": _margin(given.get("margin", str(MARGIN))),
     }
     also: list[str] = []
     if "log" in given:
-        result = _compare_log(Path(given["log"]).expanduser(), baseline, options)
+        result = _compare_log(named_path("log", given["log"]), baseline, options)
     else:
-        folders = [run_folder(name) for name in given["run"].split(",")]
+        folders = [run_folder(name) for name in named_runs(given["run"])]
         records = [read_record(folder) for folder in folders]
         result = compare_runs(records, baseline, names=[folder.name for folder in folders], **options)
         also = find_baselines(subject_of(records[0]))
@@ -158,6 +160,13 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
     return given, required
 
 
+def _metrics(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if twice := repeated(names):
+        raise UserError(f"metric={text} names {twice} twice. Name each once.")
+    return names
+
+
 def _margin(text: str) -> float:
     try:
         return float(text)
@@ -173,7 +182,14 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
     runs = read_vision_log(path)
     if not runs:
         raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")
-    return compare_logged(runs, baseline, **options)
+    result = compare_logged(runs, baseline, **options)
+    if result["metrics"] and is_source(path, result["baseline"]["name"]):
+        why = f"{result['baseline']['name']} was read from this very file"
+        verdict = f"{SAME_FILE}: {why}, so that equal numbers say nothing of a new run"
+        result |= {"verdict": verdict, "why": why}
+        for entry in result["metrics"]:
+            entry |= {"verdict": SAME_FILE, "why": why}
+    return result
 
 
 def _side(side: Mapping[str, Any]) -> str:

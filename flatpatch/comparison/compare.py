@@ -22,6 +22,7 @@ from typing import Any
 from flatpatch.comparison.differences import Difference, Side, paired_difference, unpaired_difference
 from flatpatch.comparison.images import obstacle_of_images, unchecked_images, unchecked_images_of_log
 from flatpatch.comparison.sides import (
+    Matrix,
     Run,
     other_settings,
     run_of_log,
@@ -33,6 +34,7 @@ from flatpatch.comparison.sides import (
 from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
+from flatpatch.report.copies import copied, copied_records
 from flatpatch.report.effects import idle_settings
 from flatpatch.report.records import setting
 from flatpatch.report.splits import list_hashes
@@ -92,7 +94,8 @@ def compare_runs(
     kind = load_baseline(baseline)["kind"] if baseline else ""
     obstacle = "; ".join(filter(None, [obstacle, obstacle_of_images(records, names, subject, kind)]))
     result = _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
-    return result | {"notes": unchecked_images(records, subject, kind)}
+    twice = [*copied_records(names, records), *_copied_from(runs, baseline, with_sam)]
+    return result | {"notes": [*twice, *unchecked_images(records, subject, kind)]}
 
 
 def compare_logged(
@@ -132,7 +135,31 @@ def compare_logged(
     sides = [run_of_log(f"seed {run.seed} (line {run.first_line})", run) for run in complete]
     result = _compare(sides, subjects[0], chosen, obstacle, metrics, margin, with_sam=False)
     kind = load_baseline(chosen)["kind"] if chosen else ""
-    return result | {"notes": unchecked_images_of_log(_are_shipped(sides, subjects[0]), subjects[0], kind)}
+    twice = [*copied([_as_copied(side, {"seed": side.seed}) for side in sides]), *_copied_from(sides, chosen, False)]
+    notes = unchecked_images_of_log(_are_shipped(sides, subjects[0]), subjects[0], kind)
+    return result | {"notes": [*twice, *notes]}
+
+
+def _as_copied(run: Run, trained_with: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], Matrix]:
+    return run.name, trained_with, run.accuracy or []
+
+
+def _copied_from(runs: Sequence[Run], baseline: str | None, with_sam: bool) -> list[str]:
+    """Name each run that has the accuracies of a shipped run of another seed, or of one without its SAM."""
+    if baseline is None or load_baseline(baseline)["kind"] == "paper":
+        return []
+    shipped = [run for run in runs_of_baseline(baseline, load_baseline(baseline)) if run.seed is not None]
+    return [
+        sentence
+        for run in runs
+        for other in shipped
+        for sentence in copied(
+            [
+                _as_copied(run, {"seed": run.seed, "SAM": "on" if with_sam else "off"}),
+                _as_copied(other, {"seed": other.seed, "SAM": "off"}),
+            ]
+        )
+    ]
 
 
 def _are_shipped(runs: Sequence[Run], subject: Mapping[str, Any]) -> bool:

@@ -5,13 +5,16 @@ All accuracies go through ``flatpatch.continual.metrics``, those of shipped runs
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flatpatch.continual.metrics import averaged_accuracy_inflora, from_lists, summarise
 from flatpatch.continual.vision_logs import LoggedRun
+from flatpatch.report.baselines import load_baseline
 from flatpatch.report.records import setting
 
 Matrix = Sequence[Sequence[float | None]]
@@ -102,6 +105,17 @@ def runs_of_baseline(name: str, baseline: Mapping[str, Any]) -> list[Run]:
     rows = [[None] * len(tasks) if row is None else row for row in numbers["accuracy_matrix"]]
     printed = [None] * (len(tasks) - 1) + [numbers["micro_final"]["mean"]]
     return [Run(name, seed, tuple(tasks), _metrics(rows, printed), rows)]
+
+
+def is_source(path: Path, name: str) -> bool:
+    """Return whether a log is the file of upstream's that a baseline was read from, or a copy of it.
+
+    Args:
+        path: The log.
+        name: The baseline's.
+    """
+    source = load_baseline(name).get("source") or {}
+    return bool(source) and hashlib.sha256(path.read_bytes()).hexdigest() == source.get("sha256")
 
 
 def other_settings(run: LoggedRun, baseline: Mapping[str, Any]) -> list[str]:

@@ -142,6 +142,14 @@ def read_entries(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     return found
 
 
+def shortage(content: Mapping[str, Any]) -> list[str]:
+    """Say that a measuring point had fewer examples than were asked for."""
+    asked, had = content["request"]["samples"], content["samples"]
+    if content["error"] or had >= asked:
+        return []
+    return [f"measure_samples={asked}, and {content['task']} has {had} training examples: measured on all of them"]
+
+
 def failures(content: Mapping[str, Any]) -> list[str]:
     """Return what could not be measured, one line each."""
     if content["error"]:

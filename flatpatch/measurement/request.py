@@ -171,4 +171,7 @@ def _names(key: str, text: str, known: Sequence[str], problems: list[str]) -> tu
         for word in words
         if word not in known
     ]
-    return tuple(dict.fromkeys(word for word in words if word in known))
+    twice = next((word for index, word in enumerate(words) if word in words[:index]), "")
+    if twice:
+        problems.append(f"{key}={text} names {twice} twice. Name each once.")
+    return tuple(word for word in words if word in known)

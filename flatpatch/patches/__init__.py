@@ -1,6 +1,6 @@
 """Patches on pinned upstream repositories: check them, build the patched copy, look after them. Knows only git."""
 
-from flatpatch.patches.checks import Verified, verify, verify_patches
+from flatpatch.patches.checks import Verified, fetch_command, verify, verify_patches
 from flatpatch.patches.cli import cli
 from flatpatch.patches.copies import Built, build
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
@@ -15,6 +15,7 @@ __all__ = [
     "build",
     "cli",
     "drift",
+    "fetch_command",
     "find_checkout",
     "is_available",
     "passed_over",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flatpatch.errors import UserError
 from flatpatch.patches.gitcalls import GitFailed, Scratch, has_commit, in_checkout, scratch
 from flatpatch.patches.patchfile import Patch, content_problems, parse, spelling_problems
-from flatpatch.patches.workspace import PROJECT, Workspace, check_name, find_checkout
+from flatpatch.patches.workspace import PROJECT, VARIABLE, Workspace, check_name, find_checkout
 
 LOCK_KEYS = {"url", "pin", "base_tree", "patched_tree", "patches"}
 SHOWN = 5  # files named in one message
@@ -195,7 +197,7 @@ def checkout_problems(checkout: Path, pin: str) -> list[str]:
     if changed:
         problems.append(
             f"{checkout} has edits that are in no patch: {_named(changed)}. Only copies under build/ are patched. "
-            f"To drop the edits, run: git -C {checkout} checkout {head} -- ."
+            f"{_restore(checkout, head, [path for _, path in changed])}"
         )
     if new := [("untracked", path) for path in untracked.split("\0")[:-1]]:
         problems.append(
@@ -203,6 +205,31 @@ def checkout_problems(checkout: Path, pin: str) -> list[str]:
             f"be kept there, name them in the checkout's .git/info/exclude. To see all: git -C {checkout} status"
         )
     return problems
+
+
+def fetch_command(checkout: Path, commit: str) -> str:
+    """Return what brings all of a commit into a checkout that was cloned with a filter, which a mere fetch keeps."""
+    where = shlex.quote(str(checkout))
+    return (
+        f"git -C {where} fetch --refetch --no-filter --depth 1 origin {commit} && git -C {where} checkout {commit} -- ."
+    )
+
+
+def _restore(checkout: Path, head: str, paths: Sequence[str]) -> str:
+    """Say what brings files back as they were committed; of a partial checkout git alone may not have them."""
+    with scratch(checkout) as git:
+        git.read_tree(head)
+        entries = git.entries(*paths)
+        missing = git.missing(entry.blob for entry in entries)
+    lost = [entry.path for entry in entries if entry.blob in missing]
+    if not lost:
+        return f"To drop the edits, run: git -C {shlex.quote(str(checkout))} checkout {head} -- ."
+    return (
+        f"This checkout is partial and does not hold the content of {', '.join(lost[:SHOWN])}"
+        + (f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else "")
+        + f". With network, run: {fetch_command(checkout, head)}. Without it, name a whole checkout: export {VARIABLE}="
+        "<the folder that holds it>"
+    )
 
 
 def _named(files: list[tuple[str, str]]) -> str:
@@ -235,7 +262,8 @@ def apply_series(git: Scratch, patches: list[Patch], pin: str) -> list[str]:
             elif git.missing([entry.blob]):
                 problems.append(
                     f"{where} does not apply: this partial checkout lacks the content of {change.path} (blob "
-                    f"{entry.blob} of pin {pin}). In the checkout, run: git fetch --refetch --depth 1 origin {pin}"
+                    f"{entry.blob} of pin {pin}). In the checkout, run: "
+                    f"git fetch --refetch --no-filter --depth 1 origin {pin}"
                 )
         if problems:
             return problems

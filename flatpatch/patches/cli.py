@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from flatpatch.errors import FlatpatchError, UserError, did_you_mean
@@ -73,9 +74,13 @@ def _settings(verb: str, words: Sequence[str], keys: Sequence[str]) -> dict[str,
                 f"unknown setting {key!r} of patches {verb}.{did_you_mean(key, keys)} "
                 f"Known settings: {', '.join(keys)}."
             )
+        elif key in settings:
+            problems.append(f"{key}= is given twice. Name one.")
         settings[key] = value
     if settings.get("patched", "true") not in ("true", "false"):
         problems.append(f"patched={settings['patched']} is neither true nor false.")
+    if not re.fullmatch(r"[0-9a-f]{1,40}", settings.get("commit", "0")):
+        problems.append(f"commit={settings['commit']} is no commit (expected its hash, e.g. 40 hex digits).")
     if problems:
         raise UserError.collect(problems)
     return settings

@@ -57,7 +57,13 @@ def build(repo: str, *, patched: bool = True, into: Path | None = None, workspac
     tree = verified.patched_tree if patched else verified.base_tree
     parent = (into or workspace.root / "build").resolve()
     path = copy_path(repo, tree, parent)
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        (parent / f".{path.name}.lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"the copies' folder {parent} cannot be written: {error.strerror}. Make it writable."
+        ) from error
     set_aside = None
     with _locked(parent / f".{path.name}.lock"):
         manifest = read_manifest(path)

@@ -6,17 +6,22 @@ own objects, which borrows the checkout's objects. So a shared, read-only or par
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-from git import Git
-
-from flatpatch.errors import FlatpatchError
+from flatpatch.errors import FlatpatchError, UserError, no_room
 from flatpatch.patches.patchfile import Insertion
+
+# Without git GitPython would fail while it is imported; here the first call of git says what is missing.
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+from git import Git  # noqa: E402
 
 # No question may be asked on the terminal, and no file of the checkout may be rewritten by a mere look at it.
 QUIET = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_OPTIONAL_LOCKS": "0"}
@@ -51,10 +56,11 @@ def run_git(
 
     Raises:
         GitFailed: If it ended with another status or took too long.
+        UserError: If there is no git, or no room for what it reads.
     """
-    with tempfile.TemporaryFile() as given:
-        given.write(stdin)
-        given.seek(0)
+    if shutil.which("git") is None:
+        raise UserError("there is no git on PATH, which reads the authors' repositories. Install git.")
+    with _temporary(stdin) as given:
         status, printed, complaint = Git(str(folder)).execute(
             ["git", *arguments],
             istream=given,
@@ -69,6 +75,16 @@ def run_git(
         raise GitFailed(str(complaint).strip() or f"git {' '.join(arguments)} ended with status {status}")
     assert isinstance(printed, bytes)
     return printed
+
+
+def _temporary(content: bytes) -> BinaryIO:
+    try:
+        file: Any = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+        file.write(content)
+        file.seek(0)
+    except OSError as error:
+        raise UserError(no_room(error)) from error
+    return cast(BinaryIO, file)
 
 
 def _git_directory(checkout: Path) -> Path:
@@ -235,6 +251,13 @@ class Scratch:
         return self.store(merged), clashes
 
 
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="flatpatch-")
+    except OSError as error:
+        raise UserError(no_room(error)) from error
+
+
 @contextmanager
 def scratch(checkout: Path | None = None, *, user_config: bool = False) -> Iterator[Scratch]:
     """Make a ``Scratch`` that lasts as long as the block.
@@ -246,7 +269,7 @@ def scratch(checkout: Path | None = None, *, user_config: bool = False) -> Itera
     Yields:
         The empty scratch directory.
     """
-    with tempfile.TemporaryDirectory(prefix="flatpatch-") as name:
+    with _temporary_folder() as name:
         folder = Path(name)
         (folder / "git/objects/info").mkdir(parents=True)
         (folder / "git/refs").mkdir()

@@ -124,7 +124,13 @@ def _advice(repo: str, workspace: Workspace, lacking: Mapping[str, Path]) -> str
     pin = workspace.recorded_pin(repo) or workspace.lock().get(repo, {}).get("pin", "PIN")
     root = shlex.quote(str(workspace.root))
     lines = [f"With network, run: git -C {root} submodule update --init --depth 1 third_party/{repo}"]
-    for checkout in list(lacking.values())[:1]:
+    for source, checkout in list(lacking.items())[:1]:
+        if _is_repository(checkout.parent):  # a clone into it would lie inside another repository
+            name = f"export {VARIABLE}=" if source == VARIABLE else f"{config} {CONFIG} "
+            lines.append(
+                f"or name the folder around the one that is named: {name}{shlex.quote(str(checkout.parent.parent))}"
+            )
+            continue
         into = shlex.quote(str(checkout))
         clone = f"git clone {workspace.recorded_url(repo) or 'ADDRESS'} {into} && git -C {into} checkout {pin}"
         lines.append(f"or, for the folder that is named: {clone}")
@@ -168,9 +174,15 @@ def _lack(checkout: Path) -> str:
     """Return why a folder is no checkout, or an empty string."""
     if os.path.exists(checkout / ".git"):
         return ""
+    if _is_repository(checkout.parent):
+        return f"{checkout.parent} is itself a git checkout; name the folder that holds it, {checkout.parent.parent}"
     if os.path.exists(checkout):
         return f"{checkout} is not a git checkout"
     return f"{checkout} does not exist" + ("" if os.path.isdir(checkout.parent) else f", nor does {checkout.parent}")
+
+
+def _is_repository(folder: Path) -> bool:
+    return os.path.exists(folder / ".git")
 
 
 def is_available(repo: str, *, workspace: Workspace = PROJECT) -> tuple[bool, str]:

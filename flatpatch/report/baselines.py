@@ -63,7 +63,8 @@ RUN_SCHEMA: Mapping[str, Any] = {
         "source": {
             "type": "object",
             "required": ["repo", "commit", "path"],
-            "properties": {"repo": _TEXT, "commit": {"type": ["string", "null"]}, "path": _TEXT},
+            # The hash of the one file that all numbers were read from, where there is one.
+            "properties": {"repo": _TEXT, "commit": {"type": ["string", "null"]}, "path": _TEXT, "sha256": _TEXT},
         },
         # A text where the seed was not said.
         "seeds": {"type": "array", "minItems": 1, "items": {"type": ["integer", "string"]}},

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError, did_you_mean, named_path
 
 RECORD_FILE = "record.json"
+# One answer of all verbs: to run the command again alone would not do, as it continues what the record says.
+_REMEDY = "Restore the file, or remove the run's folder and run its command again."
+_PRINTED = 0.005  # percent: accuracies are printed with two decimals
 SCHEMA_VERSION = 1
 
 _TEXT = {"type": "string"}
@@ -24,6 +28,16 @@ _MAYBE_TEXT = {"type": ["string", "null"]}
 _MAYBE_NUMBER = {"type": ["number", "null"]}
 _PERCENT = {"type": ["number", "null"], "minimum": 0, "maximum": 100}
 _SECONDS = {"type": ["number", "null"], "minimum": 0}
+
+
+def _setting(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["value", "source"],
+        "properties": {"value": value, "source": _TEXT},
+    }
+
 
 RECORD_SCHEMA: Mapping[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -64,12 +78,13 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "error": _TEXT,
         "settings": {
             "type": "object",
-            "additionalProperties": {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["value", "source"],
-                "properties": {"value": {}, "source": _TEXT},
+            # Those that are reckoned with here; the others are only shown.
+            "properties": {
+                **{key: _setting(_TEXT) for key in ("method", "order", "benchmark", "variant", "sam", "measure")},
+                **{key: _setting({"type": "number", "minimum": 0}) for key in ("rho", "eta", "measure_rho")},
+                "seed": _setting({"type": "integer", "minimum": 0}),
             },
+            "additionalProperties": _setting({}),
         },
         # null where no upstream code runs (engine reference).
         "upstream": {
@@ -93,7 +108,13 @@ RECORD_SCHEMA: Mapping[str, Any] = {
                 },
             },
         },
-        "environment": {"type": "object"},
+        "environment": {
+            "type": "object",
+            "properties": {
+                **{key: {"type": "object"} for key in ("libraries", "flatpatch", "variables")},
+                "gpus": {"type": "array"},
+            },
+        },
         "seeds": {"type": "array", "items": {"type": "integer"}},
         "tasks": {"type": "array", "items": _TEXT, "minItems": 1},
         # Hashes of the folders the run read: model and data.
@@ -150,6 +171,23 @@ RECORD_SCHEMA: Mapping[str, Any] = {
     },
 }
 
+# One line of metrics.jsonl, as far as anything is drawn from it.
+STEP_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["step"],
+    "properties": {
+        "task": _MAYBE_TEXT,
+        "step": {"type": "integer", "minimum": 0},
+        **{
+            key: {"type": ["number", "null", "not finite"]}
+            for key in (
+                *("loss", "perturbed_loss", "grad_norm", "perturbation_norm", "effective_perturbation_norm"),
+                *("perturbation_cosine", "learning_rate", "seconds"),
+            )
+        },
+    },
+}
+
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -157,6 +195,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
     "null": (type(None),),
+    "not finite": (float,),  # a diverged step's loss; no JSON, but written and read by Python
 }
 
 
@@ -182,10 +221,10 @@ def run_folder(name: str) -> Path:
     Raises:
         UserError: If nothing is at either, with the path that was meant.
     """
-    place, inside = Path(name).expanduser(), Path("runs") / name
-    if not place.exists() and (inside.exists() or place.name == name):
+    place, inside = named_path("run", name), Path("runs") / name
+    if not os.path.exists(place) and (os.path.exists(inside) or place.name == name):
         place = inside
-    if not place.exists():
+    if not os.path.exists(place):  # False, too, for a name that is too long
         raise UserError(f"run={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
     return place
 
@@ -211,49 +250,68 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"no record {path}. Expected a run's folder or its {RECORD_FILE}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the record {path}: {error}.") from None
-    remedy = "Run the same command again to make it anew, or restore the file."
     if not text.strip():
-        raise UserError(f"the record {path} is empty. {remedy}")
+        raise UserError(f"the record {path} is empty. {_REMEDY}")
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"the record {path} is cut short or not JSON ({error}). {remedy}") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or lists in lists in lists
+        raise UserError(f"the record {path} is cut short or not JSON ({error}). {_REMEDY}") from None
     if isinstance(record, dict) and record.get("schema", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise UserError(
             f"the record {path} has schema {record['schema']}; this version of flatpatch reads "
-            f"{SCHEMA_VERSION}. Read it with the version that wrote it."
+            f"{SCHEMA_VERSION}. Use the version that wrote it, or another folder for another run."
         )
     try:
         validate_record(record)
     except ValueError as error:
-        raise UserError(f"{path} is not a run's record:\n{error}") from None
+        raise UserError(f"{path} is not a run's record:\n{error}\n{_REMEDY}") from None
     checked: dict[str, Any] = record
     return checked
 
 
-def read_step_metrics(path: Path) -> list[dict[str, Any]]:
+def read_step_metrics(path: Path, said: list[str] | None = None) -> list[dict[str, Any]]:
     """Read the measurements a run logged at each step.
 
     A kill can cut a line short, and the resumed run writes on behind it; such a line is left out.
 
     Args:
         path: A ``metrics.jsonl``; a run that has logged nothing yet has none.
+        said: Gets a sentence about what is left out, if anything is.
 
     Returns:
         One object per sound line, in the file's order.
     """
     path = Path(path)
-    if not path.exists():
+    said = [] if said is None else said
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    except OSError as error:
+        said.append(f"the steps in {path}: it cannot be read ({error.strerror})")
+        return []
+    rows, lost = [], []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
+        except (ValueError, RecursionError):
+            row = None
+        if any(schema_violations(row, STEP_SCHEMA, "")):
+            lost.append(number)
+        else:
             rows.append(row)
+    if lost:
+        said.append(f"{len(lost)} of {len(lines)} lines of {path}, cut short or of another kind, first line {lost[0]}")
     return rows
+
+
+def lacking_steps(record: Mapping[str, Any], steps: int) -> str:
+    """Say that a finished run's measurements are fewer than the steps it counted, or return an empty string."""
+    counted = [entry.get("steps") for entry in record.get("training", ())]
+    total = sum(count for count in counted if isinstance(count, int))
+    if record["status"] != "finished" or steps >= total:
+        return ""
+    return f"{total - steps} of the run's {total} steps, which metrics.jsonl lacks"
 
 
 def setting(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -291,7 +349,7 @@ def schema_violations(value: Any, schema: Mapping[str, Any], where: str) -> Iter
             yield f"{name} has {len(value)} items, expected at least {schema['minItems']}"
         for i, item in enumerate(value):
             yield from schema_violations(item, schema.get("items", {}), f"{where}[{i}]")
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) and math.isfinite(value):
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         if not low <= value <= high:
             yield f"{name} is {value!r}, expected {low:g} to {high:g}"
@@ -309,17 +367,30 @@ def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
         index = entry["task_index"]
         if index >= size or record["tasks"][index] != entry["task"]:
             yield f"flatness has an entry for task {index} {entry['task']}, which is not one of the run's"
+    if widths == [size] * size:
+        yield from _wrong_metrics(record)
     for key in ("train_seconds", "predict_seconds"):
         length = len(record["timing"].get(key, ()))
         if length not in (0, size):
             yield f"timing.{key} has {length} entries, expected {size}, one per task"
 
 
+def _wrong_metrics(record: Mapping[str, Any]) -> Iterator[str]:
+    """Say which numbers are not those of the accuracy matrix; what needs more than that cannot be checked here."""
+    from flatpatch.continual.metrics import from_lists, summarise  # numpy, which a mere look at --help needs not load
+
+    of_the_matrix = summarise(from_lists(record["accuracy_matrix"]))
+    for name, value in record["metrics"].items():
+        right = of_the_matrix.get(name)
+        if value is not None and right is not None and abs(value - right) > _PRINTED:
+            yield f"metrics.{name} is {value:g}, and the accuracy matrix gives {right:g}: one of them was edited"
+
+
 def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, float) and not math.isfinite(value):
-        return False  # JSON has no NaN; a missing number is null
+        return kind == "not finite"  # JSON has no NaN; a missing number is null
     return isinstance(value, _TYPES[kind])
 
 

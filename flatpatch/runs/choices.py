@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from flatpatch import patches
@@ -142,3 +143,31 @@ def choose_world_size(asked: int, device: str, devices: tuple[str, ...], theirs:
             )
         return asked or min(len(devices), theirs)
     return asked or 1
+
+
+def settle(request: Request, engine: str, reason: str, launcher: str, world_size: int, notes: list[str]) -> Request:
+    """Put settings back to their defaults that change nothing where the run was found to go; notes each.
+
+    Raises:
+        UserError: If one cannot be used there at all.
+    """
+    settings = request.settings
+    if engine == "reference" and settings.adapters != "upstream":
+        raise UserError(
+            f"adapters={settings.adapters} is for the authors' DeepSpeed engine, and engine=reference ({reason}) has "
+            "LoRA weights in fp32 in any case. Leave it out, or use engine=upstream."
+        )
+    idle: dict[str, str] = {}
+    if launcher == "python" and settings.adapters != "upstream":
+        idle["adapters"] = "upstream"
+        notes.append(f"adapters={settings.adapters} changes nothing: without DeepSpeed LoRA weights are fp32 anyway")
+    if world_size == 1 and settings.sync != "local":
+        idle["sync"] = "local"
+        notes.append(f"sync={settings.sync} changes nothing: the run has one process")
+    if not idle:
+        return request
+    return dataclasses.replace(
+        request,
+        settings=dataclasses.replace(settings, **idle),  # type: ignore[arg-type]
+        sources={**request.sources, **dict.fromkeys(idle, "default")},
+    )

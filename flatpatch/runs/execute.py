@@ -121,7 +121,7 @@ def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
             _run_task(plan, index, task, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
-        lost = _lost_models(plan, task)
+        lost = [*_lost_models(plan, task), *_short_samples(plan, task)]
         record["notes"] += lost
         write_record(plan.folder, record)
         if index >= kept:
@@ -135,6 +135,12 @@ def _say_failures(plan: Plan, task: Stage) -> None:
         if path.suffix == ".json":
             for failure in measurements.failures(read_json(path)):
                 print(f"WARNING: not measured: {path.stem}: {failure}", flush=True)
+
+
+def _short_samples(plan: Plan, task: Stage) -> list[str]:
+    """Say where fewer examples were measured than were asked for."""
+    contents = [read_json(path) for path in _measured(plan, task) if path.suffix == ".json"]
+    return list(dict.fromkeys(text for content in contents for text in measurements.shortage(content)))
 
 
 def _lost_models(plan: Plan, stage: Stage) -> list[str]:
@@ -230,7 +236,7 @@ def _is_done(plan: Plan, task: Stage) -> bool:
     try:
         files = json.loads(marker.read_text(encoding="utf-8"))["files"]
         return all(_digest(plan.folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
         return False
 
 

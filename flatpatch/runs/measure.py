@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.flatness import (
     Problem,
     find_scope,
@@ -173,6 +173,8 @@ def _add_to_run(run: FinishedRun, content: dict[str, Any], results: dict[str, Sc
             *(e for e in record["flatness"] if (e["task_index"], e["when"], e["scope"]) not in places),
             *entries,
         ]
+        if new := [text for text in files.shortage(content) if text not in record.get("notes", [])]:
+            record["notes"] = [*record.get("notes", []), *new]
         write_record(run.folder, record)
 
 
@@ -185,6 +187,8 @@ def _show(run: FinishedRun, made: Sequence[tuple[dict[str, Any], dict[str, Scope
     for content, _ in made:
         for failure in files.failures(content):
             print(f"WARNING: not measured: {content['task']}: {failure}")
+        for text in files.shortage(content):
+            print(f"WARNING: {text}")
     tell_figures(figures)
 
 
@@ -379,7 +383,7 @@ def _prepare_joint(asked: Asked, runs: Sequence[FinishedRun], indices: Sequence[
                 "of one order."
             )
     output = (
-        Path(asked.output).expanduser() if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
+        named_path("output", asked.output) if asked.output else Path("runs") / f"comparison-{'-'.join(names_of(runs))}"
     )
     if asked.output == "":
         output = output.with_name(output.name.replace("/", "_")[:200])

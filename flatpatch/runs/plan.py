@@ -6,7 +6,6 @@ a :class:`Deviation`, with the reason.
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import json
 import os
@@ -22,8 +21,9 @@ from flatpatch import patches
 from flatpatch.conflicts import PaperArgument
 from flatpatch.continual import quick
 from flatpatch.continual.tasks import check_benchmark
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError, named_path
 from flatpatch.methods import METHODS, STANDARD_ORDERS, Method
+from flatpatch.runs import overrides
 from flatpatch.runs.changes import Datasets, Deviation, Editor, Stage, TaskPlan, dataset_of
 from flatpatch.runs.choices import (
     choose_device,
@@ -33,22 +33,12 @@ from flatpatch.runs.choices import (
     choose_world_size,
     cuda_devices,
     find_upstream,
+    settle,
 )
 from flatpatch.runs.scripts import Invocation, parse_script
 from flatpatch.settings import TELLING_WORDS, Request, in_name
 
 ROOT = Path(__file__).resolve().parents[2]
-# Settings of ours that stand for an argument of upstream's; overriding the argument itself would bypass the record.
-OURS = {
-    "model_name_or_path": "model=",
-    "data_dir": "data=",
-    "output_dir": "output= and run=",
-    "task_config_dir": "tasks=",
-    "seed": "seed=",
-    "local_rank": "processes=",
-    "deepspeed": "launcher=",
-    "no_cuda": "device=",
-}
 # Room for the patched copy, the adapters, the predictions and the datasets cache of a run.
 BYTES_NEEDED = 300 * 2**20
 LONGEST_NAME = 240
@@ -195,6 +185,8 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     launcher = choose_launcher(settings.launcher, device, engine)
     world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
     devices = devices[:world_size]
+    request = settle(request, engine, engine_reason, launcher, world_size, notes)
+    settings = request.settings
     if settings.measuring is not None and world_size > 1:
         raise UserError(
             f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
@@ -212,7 +204,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
     links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
     off_reference |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
-    _check_overrides(request, verified, originals[0], engine)
+    _check_overrides(request, method, verified, originals[0], device)
     idle = [name for name, value in request.overrides.items() if not editor.would_change(name, value)]
     request = without_idle(request, idle, notes)
     for name, value in request.overrides.items():
@@ -315,7 +307,7 @@ def _find_places(
     links: dict[str, Path] = {}
     asked = editor.current[0].get("model_name_or_path") if engine == "upstream" else ""
     if settings.model:
-        model = Path(settings.model).expanduser().absolute()
+        model = named_path("model", settings.model).absolute()
     elif profile == "quick":
         model = quick.MODEL_FOLDER
     else:
@@ -351,7 +343,7 @@ def _find_places(
             editor.set("base_model", argument, why)
 
     if settings.data:
-        links["CL_Benchmark"] = Path(settings.data).expanduser().absolute()
+        links["CL_Benchmark"] = named_path("data", settings.data).absolute()
         editor.note("benchmark data", "the repository's CL_Benchmark", str(links["CL_Benchmark"]), "setting data=")
         if profile == "quick" and engine == "reference":
             editor.set("data_dir", "CL_Benchmark", "setting data=")
@@ -371,27 +363,29 @@ def _lacking(model: Path) -> str:
     return ""
 
 
-def _check_overrides(request: Request, verified: patches.Verified | None, invocation: Invocation, engine: str) -> None:
+def _check_overrides(
+    request: Request,
+    method: Method,
+    verified: patches.Verified | None,
+    invocation: Invocation,
+    device: str,
+) -> None:
     if not request.overrides:
         return
-    problems = []
-    known = {name for name, _ in invocation.arguments}
-    if engine == "upstream":
-        assert verified is not None
-        known |= _declared_arguments(verified.checkout / invocation.entry)
-        from transformers import Seq2SeqTrainingArguments
-
-        known |= set(Seq2SeqTrainingArguments.__dataclass_fields__)
-    else:
-        from flatpatch.continual.reference import ReferenceTask
-
-        fields = ReferenceTask.__dataclass_fields__.values()
-        known = {field.name for field in fields if str(field.type).startswith(("int", "float"))}
-    for name in request.overrides:
-        if name in OURS:
-            problems.append(f"upstream.{name}: use the setting {OURS[name]} instead, so that the record stays true.")
-        elif name not in known:
-            problems.append(f"upstream.{name}: upstream has no argument '{name}'.{did_you_mean(name, known)}")
+    reference = verified is None
+    known = (
+        overrides.reference_kinds()
+        if verified is None
+        else overrides.upstream_kinds(verified.checkout / invocation.entry)
+    )
+    problems = overrides.problems_of(
+        request.overrides,
+        known,
+        method=request.settings.method,
+        title=method.title,
+        reference=reference,
+        device=device,
+    )
     if problems:
         raise UserError.collect(problems)
 
@@ -400,18 +394,6 @@ def without_idle(request: Request, idle: Collection[str], notes: list[str]) -> R
     """Leave out overrides that name the value which runs without them: they make no other run."""
     notes += [f"upstream.{name}={request.overrides[name]} changes nothing: it is so without it" for name in idle]
     return replace(request, overrides={name: word for name, word in request.overrides.items() if name not in idle})
-
-
-def _declared_arguments(entry: Path) -> set[str]:
-    """Return the names of the dataclass fields that upstream's entry script declares."""
-    tree = ast.parse(entry.read_text(encoding="utf-8"))
-    return {
-        item.target.id
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        for item in node.body
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    }
 
 
 def _library_deviations(verified: patches.Verified | None, engine: str) -> list[Deviation]:
@@ -456,7 +438,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join([*parts, f"seed{settings.seed}"]))
-    return (Path(settings.output).expanduser() / name).absolute()
+    return (named_path("output", settings.output) / name).absolute()
 
 
 def _benchmark_name(request: Request, profile: str) -> str:
@@ -485,8 +467,9 @@ def _check_start(plan: Plan) -> None:
         lacking = [path for path in lacking if any(lost.endswith(path) for lost in absent)]
         if lacking:
             problems.append(
-                f"the checkout {data.parent} is partial and lacks {', '.join(lacking)}. Fetch the whole repository, "
-                f"or name a complete benchmark folder with data=FOLDER."
+                f"the checkout {data.parent} is partial and lacks {', '.join(lacking)}. Fetch all of it: "
+                f"{patches.fetch_command(data.parent, plan.verified.pin) if plan.verified else ''}; or name a complete "
+                "benchmark folder with data=FOLDER."
             )
             wanted = []
         try:

@@ -20,6 +20,7 @@ from typing import Any
 from flatpatch import __version__
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.effects import without_effect
+from flatpatch.report.records import read_record
 from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
 from flatpatch.runs.vision_plan import VisionPlan
 
@@ -159,15 +160,10 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"the run folder {folder} is occupied: it has files but no record.json. {advice}")
-    try:
-        old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        theirs = {key: entry["value"] for key, entry in old["settings"].items() if key not in NOT_COMPARED}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the run folder {folder} is occupied: its record.json cannot be read ({error}). {advice}"
-        ) from error
+    old = read_record(folder)
+    theirs = {key: entry["value"] for key, entry in old["settings"].items() if key not in NOT_COMPARED}
     ours = compared_settings(plan)
     idle = _idle(plan)
     different = [
@@ -242,13 +238,16 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return flatpatch's own commit, marked where the tree has edits."""
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Return flatpatch's own commit, marked where the tree has edits; None where git cannot tell."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git on this machine
+        return None
     return found.stdout.strip() or None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -56,11 +57,8 @@ def read_task(arguments: dict[str, str]) -> ReferenceTask:
     configs = Path(arguments["task_config_dir"])
     previous = Path(arguments["model_name_or_path"])
     kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
-    plain = {
-        field.name: kinds[str(field.type)](arguments[field.name])
-        for field in dataclasses.fields(ReferenceTask)
-        if field.name in arguments and str(field.type) in kinds
-    }
+    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(ReferenceTask)}
+    plain = {name: kinds[text](arguments[name]) for name, text in types.items() if name in arguments and text in kinds}
     return ReferenceTask(
         model=Path(arguments["base_model"]),
         data_dir=Path(arguments["data_dir"]),

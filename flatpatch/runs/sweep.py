@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.errors import FlatpatchError, UserError, named_path
+from flatpatch.report.copies import copied_records
 from flatpatch.report.overview import overview
-from flatpatch.report.records import RECORD_FILE, read_record, run_folder
+from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
 from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.figures import leave_figures, tell_figures
 from flatpatch.runs.pages import leave_page, place_of, write_page
 from flatpatch.runs.plan import Plan, make_plan, render
 from flatpatch.runs.record import check_continues, compared_settings
-from flatpatch.settings import PLACES, parse, split_word, told
+from flatpatch.settings import PLACES, named_runs, once, parse, repeated, split_word, told
 from flatpatch.telling import say
+
+MANY = 1_000  # runs that need a word more
+MOST = 10_000  # runs that are planned at all
+SURE = "yes"
+SHOWN = 20  # runs whose commands a dry run prints
 
 REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
 
@@ -41,32 +48,62 @@ examples:
 def expand(words: Sequence[str]) -> list[list[str]]:
     """Return one list of ``key=value`` words for every combination of the listed values.
 
+    Raises:
+        UserError: If a range is empty, a list names a value twice, or the combinations are too many to mean that.
+
     >>> expand(["rho=0,0.1", "seed=0..1"])
     [['rho=0', 'seed=0'], ['rho=0', 'seed=1'], ['rho=0.1', 'seed=0'], ['rho=0.1', 'seed=1']]
     """
-    last: dict[str, list[str]] = {}
+    last: dict[str, Sequence[str]] = {}
+    sure = False
     for word in words:
         key, value = split_word(word)
-        if key in PLACES or key.startswith("upstream."):
-            values = [value]
-        elif match := re.fullmatch(r"(\d+)\.\.(\d+)", value):
-            first, final = int(match[1]), int(match[2])
-            if final < first:
-                raise UserError(
-                    f"{word}: the range is empty (expected the smaller number first, e.g. {key}={final}..{first})."
-                )
-            values = [str(number) for number in range(first, final + 1)]
+        if key == SURE:
+            sure = _is_sure(value)
+        elif key in PLACES or key.startswith("upstream."):
+            last[key] = [value]
         else:
-            values = value.split(",")
-        last[key] = [f"{key}={value}" for value in values]
-    return [list(combination) for combination in itertools.product(*last.values())]
+            last[key] = _values(word, key, value)
+    count = math.prod(map(len, last.values()))
+    if count > MOST or (count > MANY and not sure):
+        longest = max(last, key=lambda key: len(last[key]))
+        advice = f"If you mean it, add {SURE}=true." if count <= MOST else f"A sweep has at most {MOST}: split it."
+        raise UserError(f"these are {count} runs, {len(last[longest])} values of {longest} alone. {advice}")
+    chosen = [[f"{key}={value}" for value in values] for key, values in last.items()]
+    return [list(combination) for combination in itertools.product(*chosen)]
+
+
+def _values(word: str, key: str, value: str) -> Sequence[str]:
+    """Return the values that a word lists; of a long range no more than shows that it is too long."""
+    match = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", value)
+    if match is None:
+        values = [part.strip() for part in value.split(",")]
+        if twice := repeated(values):
+            raise UserError(f"{word} names {twice} twice. Name each value once.")
+        return values
+    first, final = int(match[1]), int(match[2])
+    if final < first:
+        raise UserError(f"{word}: the range is empty (expected the smaller number first, e.g. {key}={final}..{first}).")
+    if final - first >= MOST:
+        raise UserError(f"{word}: these are {final - first + 1} runs. A sweep has at most {MOST}: split it.")
+    return [str(number) for number in range(first, final + 1)]
+
+
+def _is_sure(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise UserError(f"{SURE}='{value}' is neither true nor false.")
+    return value == "true"
 
 
 def sweep(words: Sequence[str]) -> int:
     """Run every combination, then print what they gave; returns 1 if a run failed."""
     dry_run = "--dry-run" in words
     combinations = expand([word for word in words if word != "--dry-run"])
+    if combinations == [[]] and not dry_run:
+        raise UserError("nothing to sweep over: name at least one setting, e.g. seed=0..2. See sweep --help.")
     requests = [parse(combination) for combination in combinations]
+    if len(requests) > 1:
+        print(f"{len(requests)} combinations", flush=True)
     plans: list[Plan] = []
     known: list[tuple[Any, ...]] = []
     for plan in (make_plan(request, dry_run=dry_run) for request in requests):
@@ -85,7 +122,13 @@ def sweep(words: Sequence[str]) -> int:
             f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each."
         )
     if dry_run:
-        print("\n\n".join(render(plan) for plan in plans))
+        print(f"{len(plans)} run{'s' if len(plans) > 1 else ''} that differ\n")
+        if len(plans) <= SHOWN:
+            print("\n\n".join(render(plan) for plan in plans))
+            return 0
+        print(render(plans[0]))
+        print("\nand in the same way (with run instead of sweep, --dry-run shows the commands of one):")
+        print("\n".join(f"  {plan.folder}" for plan in plans[1:]))
         return 0
     for plan in plans:
         check_continues(plan.folder, plan)
@@ -146,27 +189,39 @@ def show(words: Sequence[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(REPORT_USAGE)
         return 0
-    given = dict(split_word(word) for word in words)
+    given = once("report", words)
     unknown = [key for key in given if key not in ("run", "page")]
     if unknown or not given.get("run"):
         raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
-    folders, unreadable = _find_runs(given["run"].split(","))
+    folders, unreadable = _find_runs(named_runs(given["run"]))
     page = _page_file(given.get("page", ""), folders)
-    records = [read_record(folder) for folder in folders]
-    if len(records) == 1:
-        print(summary_table(records[0]))
+    named = [(folder.name, read_record(folder)) for folder in folders]
+    finished = [(name, record) for name, record in named if record["status"] == "finished"]
+    if len(named) == 1:
+        print(summary_table(named[0][1]))
     else:
-        finished = [record for record in records if record["status"] == "finished"]
-        print(f"{seeds_table(finished)}\n" if finished else "", end="")
-        print(overview([(folder.name, record) for folder, record in zip(folders, records, strict=True)]))
+        names, records = [name for name, _ in finished], [record for _, record in finished]
+        print(f"{seeds_table(records)}\n" if finished else "", end="")
+        print("\n".join([overview(named), *copied_records(names, records)]))
+    for folder, (_, record) in zip(folders, named, strict=True):
+        unreadable += _missing_steps(folder, record)
     for text in unreadable:
         print(f"left out {text}")
     say()
-    for folder, record in zip(folders, records, strict=True):
+    for folder, (_, record) in zip(folders, named, strict=True):
         if record["status"] == "finished":
             tell_figures(leave_figures(folder, record))
     write_page(folders, page, unreadable)
     return 0
+
+
+def _missing_steps(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Say which of a run's steps cannot be shown, for whatever reason."""
+    said: list[str] = []
+    steps = read_step_metrics(folder / "metrics.jsonl", said)
+    if not said and (lack := lacking_steps(record, len(steps))):
+        said.append(f"{lack} ({folder})")
+    return said
 
 
 def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -189,12 +244,16 @@ def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
                 folders.append(folder)
     if not folders:
         raise UserError.collect(unreadable)
-    return list(dict.fromkeys(folders)), unreadable
+    if twice := repeated([str(folder.resolve()) for folder in folders]):
+        raise UserError(f"run={','.join(names)} names {twice} twice. Name each run once.")
+    return folders, unreadable
 
 
 def _page_file(name: str, folders: Sequence[Path]) -> Path:
     """Return where the page goes; checked before anything is drawn."""
-    page = Path(name).expanduser() if name else place_of(folders)
+    page = named_path("page", name) if name else place_of(folders)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"page={page}: expected a name that ends in .html, so that no other file is replaced.")
     if page.is_dir() or not page.parent.is_dir():
         raise UserError(f"page={page}: expected a file in a folder that exists, e.g. page=report.html.")
     if not os.access(page.parent, os.W_OK):

@@ -29,7 +29,7 @@ from flatpatch.flatness import Loss, model_loss
 from flatpatch.measurement.request import Request
 from flatpatch.measurement.sample import Sample, draw_sample
 from flatpatch.methods import METHODS
-from flatpatch.report.records import read_record
+from flatpatch.report.records import read_record, run_folder
 from flatpatch.runs.changes import TaskPlan
 from flatpatch.runs.plan import Plan, make_plan
 from flatpatch.runs.record import folder_digest
@@ -100,7 +100,7 @@ class FinishedRun(ABC):
         try:
             done = json.loads((self.folder / "tasks" / process / "done.json").read_text(encoding="utf-8"))
             found: str | None = done["files"].get(str(path.relative_to(self.folder)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
             return None
         return found
 
@@ -189,10 +189,7 @@ def find_run(name: str) -> FinishedRun:
     Raises:
         UserError: If there is no such run, it is not finished, or it is not one that can be rebuilt.
     """
-    place = Path(name).expanduser()
-    folder = (Path("runs") / name if place.name == name and not place.exists() else place).absolute()
-    if not folder.is_dir():
-        raise UserError(f"run={name}: there is no run {folder}. Name a run's folder, e.g. run=runs/NAME.")
+    folder = run_folder(name).absolute()
     record = read_record(folder)
     if record["status"] != "finished":
         raise UserError(
@@ -325,8 +322,12 @@ def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
     """
     arguments = _task(run, index).invocation
     work = run.folder / "work"
-    config = json.loads((work / arguments.get("task_config_dir") / "train_tasks.json").read_text(encoding="utf-8"))
-    tasks = [(kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries]
+    told = work / arguments.get("task_config_dir") / "train_tasks.json"
+    try:
+        config = json.loads(told.read_text(encoding="utf-8"))
+        tasks = [(kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run.name}: {told}, which names the task's data, cannot be read ({error}).") from None
     file = arguments.get("instruction_file")
     instructions = read_instructions(work / file if file else None)
     limit = arguments.get("max_train_samples")

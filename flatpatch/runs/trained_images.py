@@ -245,6 +245,9 @@ class ImageRun(FinishedRun):
             return manager(*(arguments[name] for name in names), arguments)
 
 
+_NEEDED = {"seed", "init_cls", "increment"}  # of a configuration, whatever engine was told by it
+
+
 def read_image_run(folder: Path, record: dict[str, Any]) -> ImageRun:
     """Read what a finished image run was told.
 
@@ -254,7 +257,9 @@ def read_image_run(folder: Path, record: dict[str, Any]) -> ImageRun:
     try:
         config = json.loads((folder / "work" / CONFIG).read_text(encoding="utf-8"))
         vision = json.loads(_description(folder).read_text(encoding="utf-8"))["vision"]
-    except (OSError, ValueError, KeyError) as error:
+        if not (isinstance(config, dict) and isinstance(vision, dict) and config.keys() >= _NEEDED):
+            raise ValueError(f"{CONFIG} or {_description(folder).name} does not hold what it must")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run={folder.name}: what it was told cannot be read ({error}). Make the run again.") from None
     return ImageRun(folder, record, config, vision)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,12 @@ TOP_K = 5  # CL-LoRA's models/base.py
 COUNTS = (
     *("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions"),
     *("epochs", "init_epoch", "init_epochs", "later_epochs"),
+)
+# Numbers that are counts but for 0, and such as cannot be negative.
+WHOLE = ("num_workers",)
+NOT_NEGATIVE = (
+    *("num_workers", "init_lr", "lrate", "later_lr", "fc_lrate", "min_lr", "lrate_decay"),
+    *("weight_decay", "init_weight_decay"),
 )
 # What upstream's code knows; CL-LoRA's steplr needs milestones that no configuration it ships has.
 WORDS = {
@@ -150,24 +157,57 @@ def _wrong_kind(key: str, word: str, value: Any, theirs: Any) -> str:
     return ""
 
 
-def task_classes(config: Mapping[str, Any], classes: int) -> tuple[tuple[int, int], ...]:
-    """Return the first and last class of each task.
+def _value_problems(config: Mapping[str, Any], width: int, blocks: int) -> list[str]:
+    """Return which numbers and lists of blocks the code could not use, whoever set them."""
+    problems = []
+    for key, value in config.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
+            kind = "a whole number" if key in WHOLE else "a finite number"
+            bound = " of at least 0" if key in NOT_NEGATIVE else ""
+            problems.append(f"{key}={json.dumps(value)} is out of range (expected {kind}{bound}).")
+    rank = config.get("rank", 1)
+    if isinstance(rank, int) and rank > width:
+        problems.append(f"rank={rank} is more than the model's width (expected at most {width}).")
+    for key in ("lamb", "lame"):
+        if not 0 < config.get(key, 1) <= 1:
+            problems.append(f"{key}={json.dumps(config[key])}: expected a share over 0 and at most 1.")
+    if "msa" in config and not (len(config["msa"]) == 3 and set(config["msa"]) in ({0, 1}, {1})):
+        problems.append(f"msa={json.dumps(config['msa'])}: expected three of 0 and 1, one of them 1, e.g. [1,0,1].")
+    for key in ("general_pos", "specfic_pos"):
+        own = config.get(key, [0])
+        if not own or any(isinstance(place, bool) or place not in range(blocks) for place in own):
+            problems.append(
+                f"{key}={json.dumps(own)}: expected numbers of blocks from 0 to {blocks - 1}, at least one."
+            )
+    return problems
+
+
+def task_classes(
+    config: Mapping[str, Any], classes: int, *, width: int = 768, blocks: int = 12
+) -> tuple[tuple[int, int], ...]:
+    """Return the first and last class of each task, having checked all that the configuration says.
 
     Args:
         config: Upstream's configuration, with ``init_cls`` and ``increment``.
         classes: How many classes the benchmark has.
+        width: Of the model; a ViT-B/16's.
+        blocks: Of the model.
 
     Raises:
-        UserError: If upstream's own groups of classes, which its log has accuracies of, would not be the tasks.
+        UserError: If a value cannot be used, or upstream's own groups of classes, which its log has accuracies of,
+            would not be the tasks.
     """
     problems = []
     for key in COUNTS:
         value = config.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             problems.append(f"{key}={json.dumps(value)} is out of range (expected a whole number of at least 1).")
     for key, words in WORDS.items():
         if key in config and config[key] not in words:
             problems.append(f"{key}={json.dumps(config[key])} is unknown here. Expected: {', '.join(words)}.")
+    problems += _value_problems(config, width, blocks)
     if problems:
         raise UserError.collect(problems)
     first, step = config["init_cls"], config["increment"]

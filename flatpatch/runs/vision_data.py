@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatpatch.errors import UserError
+from flatpatch.errors import UserError, named_path
 from flatpatch.report import splits
 
 IMAGES = (
@@ -277,7 +277,7 @@ def find_weights(model: str, asked: str, places: Sequence[Path]) -> Path:
     url = weights_url(model)
     name = url.rsplit("/", 1)[1]
     if asked:
-        given = Path(asked).expanduser().absolute()
+        given = named_path("model", asked).absolute()
         candidates = [given / name if given.is_dir() else given]
     else:
         candidates = [place / name for place in places]

@@ -21,7 +21,7 @@ import torch
 
 from flatpatch import patches
 from flatpatch.continual import quick_vision
-from flatpatch.errors import UserError
+from flatpatch.errors import UserError, named_path
 from flatpatch.methods import METHODS, Method
 from flatpatch.report import splits
 from flatpatch.runs import vision_data
@@ -201,9 +201,11 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
     request = without_idle(request, idle, notes)
     off_reference |= bool(request.overrides)
-    ranges = task_classes(editor.current, classes)
+    model = quick_vision.MODEL if quick else {"embed_dim": 768, "depth": 12}
+    width, blocks = int(model["embed_dim"]), int(model["depth"])
+    ranges = task_classes(editor.current, classes, width=width, blocks=blocks)
 
-    root = Path(settings.data).expanduser().absolute() if settings.data else ROOT / "data"
+    root = named_path("data", settings.data).absolute() if settings.data else ROOT / "data"
     weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
     if settings.method == "inflora" and verified:
         _note_split(editor, inputs, root, verified.checkout, notes)
@@ -386,7 +388,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))
-    return (Path(settings.output).expanduser() / name).absolute()
+    return (named_path("output", settings.output) / name).absolute()
 
 
 def _benchmark_name(method: Method, asked: str, profile: str, variant: str) -> str:

@@ -113,7 +113,7 @@ def train_task(
         lambda batch: (model(**batch).loss, penalty()),
         total=task.num_train_epochs * (batches_per_epoch // accumulated),
         accumulated=accumulated,
-        max_grad_norm=task.max_grad_norm,
+        max_grad_norm=task.max_grad_norm or None,  # for the Trainer 0 means no clipping
         make_gradients=make_gradients,
         on_step=on_step,
     )

@@ -70,8 +70,8 @@ class VisionReference:
         width = self.model["embed_dim"]
         if self.rank > width:
             problems.append(f"rank={self.rank} is more than the model's width; expected at most {width}.")
-        if not 0 < self.lamb <= self.lame <= 1:
-            problems.append(f"lamb={self.lamb}, lame={self.lame}: expected shares with 0 < lamb <= lame <= 1.")
+        if not (0 < self.lamb <= 1 and 0 < self.lame <= 1):
+            problems.append(f"lamb={self.lamb}, lame={self.lame}: expected shares over 0 and at most 1.")
         if self.weights is not None and not self.weights.is_file():
             problems.append(f"no weights at {self.weights}. Give a safetensors file with timm's names.")
         if problems:
