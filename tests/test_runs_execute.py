@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,52 @@ def test_terminated_run_says_it_can_go_on(undisturbed: Path, data: Path, tmp_pat
     assert record["accuracy_matrix"][0][0] is not None
     assert main(command) == 0
     assert results(tmp_path / "stopped") == results(undisturbed)
+
+
+def test_record_tells_the_threads_that_each_task_was_trained_with(
+    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert main(words(data, tmp_path, "two", "threads=2", "tasks=dbpedia")) == 0
+    (trained,) = json.loads((tmp_path / "two" / "record.json").read_text())["training"]
+    assert trained["threads"] == 2
+    assert [row["threads"] for row in json.loads((undisturbed / "record.json").read_text())["training"]] == [1, 1]
+
+
+def begun_elsewhere(undisturbed: Path, folder: Path, **machine: object) -> Path:
+    """Copy a run as if it had been stopped in its second task on another machine."""
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    (folder / "tasks" / "2-amazon" / "done.json").unlink()
+    record = json.loads((folder / "record.json").read_text())
+    record["status"] = "interrupted"
+    record["environment"] |= machine
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_run_taken_up_on_another_machine_says_and_records_it(
+    undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun_elsewhere(undisturbed, tmp_path / "undisturbed", processor="another", threads=9)
+    assert main(words(data, tmp_path, "undisturbed")) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: from task 2 on another machine or set-up: processor" in said
+    record = json.loads((folder / "record.json").read_text())
+    validate_record(record)
+    (taken_up,) = record["taken_up"]
+    assert taken_up["tasks_kept"] == 1
+    assert taken_up["machine_changed"] == {
+        "processor": ["another", record["environment"]["processor"]],
+        "threads": [9, 1],
+    }
+    assert any("(before: another), threads 1 (before: 9)" in note for note in record["notes"])
+
+
+def test_run_is_not_continued_with_another_number_of_threads(
+    undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(data, undisturbed.parent, "undisturbed", "threads=2")) == 2
+    assert "threads is 0 there and 2 here" in capsys.readouterr().err
 
 
 def test_same_settings_give_the_same_numbers_in_another_folder(undisturbed: Path, data: Path, tmp_path: Path) -> None:

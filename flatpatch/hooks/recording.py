@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flatpatch.hooks.run_files import write_atomically
 
 BUFFERED_STEPS = 10
@@ -76,8 +78,9 @@ class Recorder:
         write_atomically(self._progress, json.dumps(progress | more) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Say what was done."""
-        write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
+        """Say what was done, and with how many threads, on which the numbers depend."""
+        told = {**summary, "threads": torch.get_num_threads()}
+        write_atomically(self._summary, json.dumps(told, indent=2) + "\n")
 
 
 def describe(settings: Mapping[str, Any]) -> str:

@@ -147,6 +147,21 @@ RECORD_SCHEMA: Mapping[str, Any] = {
             },
         },
         "restarts": {"type": "integer", "minimum": 0},
+        # One entry for each restart: when, how many tasks were kept, and what changed between the two calls' machines,
+        # as {name: [before, now]}; only where tasks were kept.
+        "taken_up": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["at", "tasks_kept", "machine_changed"],
+                "properties": {
+                    "at": _TEXT,
+                    "tasks_kept": {"type": "integer", "minimum": 0},
+                    "machine_changed": {"type": "object", "additionalProperties": {"type": "array"}},
+                },
+            },
+        },
     },
 }
 

@@ -39,6 +39,7 @@ from flatpatch.runs.record import (
     check_continues,
     finish_record,
     new_record,
+    note_restart,
     read_json,
     write_atomically,
     write_record,
@@ -48,6 +49,8 @@ from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 LOG = "log.txt"
+_STARTS_ANEW = "taken up again: an image run cannot go on from its middle, so it starts anew with its first task."
+_NONE_KEPT = "taken up again: no task was finished before, so it starts with the first."
 
 
 def execute(plan: Plan) -> dict[str, Any]:
@@ -70,12 +73,15 @@ def execute(plan: Plan) -> dict[str, Any]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     with only_runner(plan.folder), _Stop() as stop:
         record = new_record(plan)
+        kept = _kept(plan)
         if old is not None:
-            record["restarts"] = old["restarts"] + 1
-            record["timing"]["started"] = old["timing"]["started"]
+            for note in note_restart(record, old, _tasks_of(plan, kept)):
+                print(f"WARNING: {note}", flush=True)
+            if not kept:
+                print(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT, flush=True)
         write_record(plan.folder, record)
         try:
-            _run_tasks(plan, record, stop)
+            _run_tasks(plan, record, kept, stop)
             finish_record(record, "finished")
         except Interrupted:
             finish_record(record, "interrupted")
@@ -99,11 +105,21 @@ def _show(folder: Path, record: dict[str, Any]) -> None:
         print(f"figure   {path}")
 
 
-def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
-    prepare_work(plan, plan.folder / "work")
+def _kept(plan: Plan) -> int:
+    """Return how many stages, from the first on, an earlier call finished and left whole."""
     kept = 0
     while kept < len(plan.stages) and _is_done(plan, plan.stages[kept]):
         kept += 1
+    return kept
+
+
+def _tasks_of(plan: Plan, stages: int) -> int:
+    """Return how many tasks the first stages train; an image run's one stage trains them all."""
+    return len(plan.task_names) if isinstance(plan, VisionPlan) and stages else stages
+
+
+def _run_tasks(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
+    prepare_work(plan, plan.folder / "work")
     # From the first task that is not whole, later ones started from something else: none of their files may stay.
     for task in plan.stages[kept:]:
         _end_leftovers(_task_folder(plan, task) / "hook.json")

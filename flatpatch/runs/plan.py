@@ -35,7 +35,7 @@ from flatpatch.runs.choices import (
     find_upstream,
 )
 from flatpatch.runs.scripts import Invocation, parse_script
-from flatpatch.settings import TELLING_WORDS, Request, in_name
+from flatpatch.settings import TELLING_WORDS, Request, as_default, in_name
 
 ROOT = Path(__file__).resolve().parents[2]
 # Settings of ours that stand for an argument of upstream's; overriding the argument itself would bypass the record.
@@ -51,6 +51,10 @@ OURS = {
 }
 # Room for the patched copy, the adapters, the predictions and the datasets cache of a run.
 BYTES_NEEDED = 300 * 2**20
+# The small models are no faster with more threads, much slower where these wait for cores, and their numbers depend on
+# the count.
+QUICK_THREADS = 1
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LONGEST_NAME = 240
 
 
@@ -92,6 +96,11 @@ class Plan:
         """Return how a stage is called on the terminal."""
         names = [other.name for other in self.stages]
         return f"task {names.index(stage.name) + 1}/{len(names)} {stage.name}"
+
+    @property
+    def threads(self) -> int | None:
+        """How many CPU threads each process is given; None leaves it to the machine and the caller."""
+        return self.request.settings.threads or (QUICK_THREADS if self.profile == "quick" else None)
 
     @property
     def sequence(self) -> str:
@@ -139,6 +148,8 @@ class Plan:
             "CUDA_VISIBLE_DEVICES": visible_devices(self.devices) if self.device == "cuda" else "",
             "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
         }
+        if self.threads:
+            variables |= dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         if self.device == "cpu" and self.launcher == "deepspeed":
             variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(self.world_size)}
         return variables
@@ -170,6 +181,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     profile, profile_reason = choose_profile(settings.profile, method, available)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     notes: list[str] = []
+    request = own_threads(request, profile, notes)
     device, devices = choose_device(request, profile, available, dry_run, notes)
     verified = find_upstream(method, engine, notes)
     originals = _read_invocations(request, method, profile, engine, verified)
@@ -243,6 +255,16 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if not dry_run:
         _check_start(plan)
     return plan
+
+
+def own_threads(request: Request, profile: str, notes: list[str]) -> Request:
+    """Let ``threads=`` of a quick run that names the default be no other run, and say what the caller's count does."""
+    if profile != "quick":
+        return request
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given not in ("", str(request.settings.threads or QUICK_THREADS)):
+        notes.append(f"OMP_NUM_THREADS={given} has no effect in profile quick, which takes threads={QUICK_THREADS}")
+    return as_default(request, "threads", QUICK_THREADS)
 
 
 def paper_arguments(method: Method, where: str) -> list[tuple[PaperArgument, str]]:
@@ -449,7 +471,18 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         ]
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        keys = ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes", "device", "launcher")
+        keys = (
+            "eta",
+            "scope",
+            "sync",
+            "ascent_loss",
+            "adapters",
+            "tasks",
+            "processes",
+            "device",
+            "launcher",
+            "threads",
+        )
         changed = in_name(settings, keys)
         # "adapters" in the name would itself be one of the words that upstream misreads.
         parts += [f"{key}{value}".replace(",", "+").replace("adapters", "lora") for key, value in changed.items()]

@@ -34,6 +34,8 @@ TELLING_VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
 )
+# What may differ between two calls that continue the same run and yet change its numbers: said, and recorded.
+OF_MACHINE = ("python", "processor", "threads", "gpus", "cuda")
 # What may differ between two calls that continue the same run.
 NOT_COMPARED = ("output", "run", "port", "profile", "engine")  # the last two by what they came to
 
@@ -119,7 +121,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": int(told) if (told := variables.get("OMP_NUM_THREADS", "")).isdecimal() else torch.get_num_threads(),
+        "threads": plan.threads or _threads_left_to_the_machine(plan),
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "device": plan.device,
@@ -129,6 +131,17 @@ def environment(plan: Plan) -> dict[str, Any]:
         "flatpatch": {"version": __version__, "commit": _commit()},
         "variables": variables,
     }
+
+
+def _threads_left_to_the_machine(plan: Plan) -> int:
+    """Return the threads of a process that flatpatch gives no number; each says its own count in ``training``."""
+    import torch
+
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdecimal():
+        return int(told)
+    by_torchrun = plan.world_size > 1 and "torch.distributed.run" in plan.command(plan.stages[0], "python", 0)
+    return 1 if by_torchrun else torch.get_num_threads()
 
 
 def compared_settings(plan: Plan) -> dict[str, Any]:
@@ -200,6 +213,43 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
 def _without_why(deviations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # The reason for an engine tells how it was chosen, which may differ.
     return [{key: value for key, value in row.items() if key != "why"} for row in deviations]
+
+
+def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what the numbers may depend on and differs between two calls' machines: ``{name: [before, now]}``."""
+    before, now = old.get("environment", {}), record["environment"]
+    found = {name: [before.get(name), now[name]] for name in OF_MACHINE if before.get(name) != now[name]}
+    theirs, ours = before.get("variables", {}), now["variables"]
+    for name in TELLING_VARIABLES:
+        if "_NUM_THREADS" not in name and theirs.get(name) != ours.get(name):
+            found[name] = [theirs.get(name), ours.get(name)]
+    return found
+
+
+def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> list[str]:
+    """Write into a record that the run was taken up again, and return what its reader must know of it.
+
+    Args:
+        record: The record of this call.
+        old: That of the call before.
+        kept: How many tasks were finished before and are kept.
+    """
+    record["restarts"] = old["restarts"] + 1
+    record["timing"]["started"] = old["timing"]["started"]
+    changes = machine_changes(old, record) if 0 < kept < len(record["tasks"]) else {}
+    taken_up = {"at": _now(), "tasks_kept": kept, "machine_changed": changes}
+    record["taken_up"] = [*old.get("taken_up", []), taken_up]
+    said = [_change_note(record["tasks"], row) for row in record["taken_up"] if row["machine_changed"]]
+    record["notes"] += said
+    return said[-1:] if changes else []
+
+
+def _change_note(tasks: list[str], taken_up: Mapping[str, Any]) -> str:
+    changes = ", ".join(f"{name} {now} (before: {old})" for name, (old, now) in taken_up["machine_changed"].items())
+    return (
+        f"from task {taken_up['tasks_kept'] + 1} on another machine or set-up: {changes}. The results are not those "
+        "of a run on one machine bit for bit"
+    )
 
 
 def finish_record(record: dict[str, Any], status: str) -> None:

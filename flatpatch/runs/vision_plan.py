@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from flatpatch.report import splits
 from flatpatch.runs import vision_data
 from flatpatch.runs.changes import Deviation, Stage
 from flatpatch.runs.choices import choose_device, choose_engine, choose_profile, find_upstream
-from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, paper_arguments, without_idle
+from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, own_threads, paper_arguments, without_idle
 from flatpatch.runs.vision_config import ConfigEditor, known_keys, override, read_config, task_classes
 from flatpatch.settings import Request, as_default, in_name
 
@@ -98,14 +97,6 @@ class VisionPlan(Plan):
             return [python, "main.py", CONFIG]
         return [python, "main.py", "--device", _upstream_devices(self.devices), *self.method.config_flag, CONFIG]
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables that the command gets beside the caller's own."""
-        variables = super().environment()
-        if self.profile == "quick" and self.device == "cpu":
-            # The small ViT is no faster with more threads, and much slower where they wait for cores.
-            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-        return variables
-
 
 def make_vision_plan(request: Request, available: int, *, dry_run: bool = False) -> VisionPlan:
     """Resolve every ``auto``, read upstream's configuration, and check whatever can be checked without starting.
@@ -152,6 +143,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
     notes: list[str] = []
+    request = own_threads(request, profile, notes)
+    settings = request.settings
     device, devices = choose_device(request, profile, available, dry_run, notes)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
         devices = devices[:1]  # as upstream's commands; several only where they are named
@@ -382,7 +375,9 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         parts = [settings.variant or settings.method, settings.benchmark, profile, engine, settings.sam]
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        parts += [f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device")).items()]
+        parts += [
+            f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device", "threads")).items()
+        ]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))
