@@ -4,7 +4,14 @@ from flatpatch.patches.checks import Verified, verify, verify_patches
 from flatpatch.patches.cli import cli
 from flatpatch.patches.copies import Built, build
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
-from flatpatch.patches.workspace import PROJECT, Workspace, find_checkout, is_available, passed_over
+from flatpatch.patches.workspace import (
+    PROJECT,
+    Workspace,
+    find_checkout,
+    is_available,
+    nothing_fetched,
+    passed_over,
+)
 
 __all__ = [
     "PROJECT",
@@ -17,6 +24,7 @@ __all__ = [
     "drift",
     "find_checkout",
     "is_available",
+    "nothing_fetched",
     "passed_over",
     "refresh",
     "show",

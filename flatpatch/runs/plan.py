@@ -79,6 +79,7 @@ class Plan:
     verified: patches.Verified | None
     folder: Path
     notes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()  # what a dry run found missing here, without which the run is refused
     off_reference: bool = False
     benchmark: str = ""
 
@@ -181,8 +182,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     profile, profile_reason = choose_profile(settings.profile, method, available)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     notes: list[str] = []
+    lacks: list[str] = []
     request = own_threads(request, profile, notes)
-    device, devices = choose_device(request, profile, available, dry_run, notes)
+    device, devices = choose_device(request, profile, available, dry_run, lacks)
     verified = find_upstream(method, engine, notes)
     originals = _read_invocations(request, method, profile, engine, verified)
 
@@ -222,7 +224,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         off_reference |= left and profile != "quick"  # quick runs are not upstream's in any case
     if settings.seed != 42:
         editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
-    links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
+    links = _find_places(request, editor, verified, profile, engine, dry_run, lacks)
     off_reference |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     _check_overrides(request, verified, originals[0], engine)
     idle = [name for name, value in request.overrides.items() if not editor.would_change(name, value)]
@@ -251,9 +253,13 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         notes=tuple(notes),
         off_reference=off_reference,
         benchmark=_benchmark_name(request, profile),
+        lacks=tuple(lacks),
     )
-    if not dry_run:
-        _check_start(plan)
+    problems = _data_problems(plan)
+    if dry_run:
+        return replace(plan, lacks=(*plan.lacks, *problems))
+    if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
+        raise UserError.collect(problems)
     return plan
 
 
@@ -330,7 +336,7 @@ def _find_places(
     profile: str,
     engine: str,
     dry_run: bool,
-    notes: list[str],
+    lacks: list[str],
 ) -> dict[str, Path]:
     """Find the model and the data; return the links the working directory needs, and set the arguments that differ."""
     settings = request.settings
@@ -354,7 +360,7 @@ def _find_places(
         )
         if not dry_run:
             raise UserError(lack)
-        notes.append(lack)
+        lacks.append(lack)
     name = model.name.lower()
     telling = [word for word in (*TELLING_WORDS, "codegen", "bloomz", "gpt-neox") if word in name]
     if not settings.order.startswith("llama") and ("t5" not in name or telling):
@@ -499,8 +505,8 @@ def _benchmark_name(request: Request, profile: str) -> str:
     return f"{kind} CL benchmark, order {request.settings.order}"
 
 
-def _check_start(plan: Plan) -> None:
-    """Check data, folder and disk: all that would otherwise fail after the start."""
+def _data_problems(plan: Plan) -> list[str]:
+    """Return which of the plan's data are missing or damaged."""
     problems = []
     data = plan.links.get("CL_Benchmark")
     if data is None and plan.profile != "quick":
@@ -526,9 +532,7 @@ def _check_start(plan: Plan) -> None:
             check_benchmark(data, sorted(set(wanted)))
         except UserError as error:
             problems.append(str(error))
-    problems += folder_problems(plan.folder, BYTES_NEEDED)
-    if problems:
-        raise UserError.collect(problems)
+    return problems
 
 
 def folder_problems(folder: Path, bytes_needed: int, what: str = "run") -> list[str]:
@@ -591,6 +595,7 @@ def render(plan: Plan, python: str = "python") -> str:
             )
         if not plan.deviations:
             lines.append("  none")
+    lines += [f"missing: {lack}" for lack in plan.lacks]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

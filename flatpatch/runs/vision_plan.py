@@ -143,9 +143,10 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
     notes: list[str] = []
+    lacks: list[str] = []
     request = own_threads(request, profile, notes)
     settings = request.settings
-    device, devices = choose_device(request, profile, available, dry_run, notes)
+    device, devices = choose_device(request, profile, available, dry_run, lacks)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
         devices = devices[:1]  # as upstream's commands; several only where they are named
     verified = find_upstream(method, engine, notes)
@@ -175,7 +176,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         )
         if not dry_run:
             raise UserError(lack)
-        notes.append(lack)
+        lacks.append(lack)
     off_reference = len(devices) > 1 and not several
     if verified and device == "cpu":
         editor.note("device", "cuda:0", "cpu", "setting device=" if settings.device != "auto" else "no GPU here")
@@ -197,7 +198,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     ranges = task_classes(editor.current, classes)
 
     root = Path(settings.data).expanduser().absolute() if settings.data else ROOT / "data"
-    weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
+    weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes, lacks)
     if settings.method == "inflora" and verified:
         _note_split(editor, inputs, root, verified.checkout, notes)
     if settings.model and weights and weights.name != _weights_name(editor):
@@ -232,6 +233,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         verified=verified,
         folder=_run_folder(request, profile, engine),
         notes=tuple(notes),
+        lacks=tuple(lacks),
         off_reference=off_reference,
         benchmark=_benchmark_name(method, settings.benchmark, profile, settings.variant),
         config=editor.current,
@@ -299,8 +301,9 @@ def _find_inputs(
     root: Path,
     dry_run: bool,
     notes: list[str],
+    lacks: list[str],
 ) -> tuple[Path | None, dict[str, str]]:
-    """Find images and weights and check them; what is missing stops a run and is noted in a dry one."""
+    """Find images and weights and check them; what is missing stops a run, and a dry one says it."""
     if profile == "quick":
         return quick_vision.WEIGHTS, {quick_vision.WEIGHTS.name: vision_data.file_hash(quick_vision.WEIGHTS)}
     assert verified is not None
@@ -321,7 +324,7 @@ def _find_inputs(
         problems.append(str(error))
     if problems and not dry_run:
         raise UserError.collect(problems)
-    notes += problems
+    lacks += problems
     return weights, inputs
 
 
