@@ -65,7 +65,7 @@ class Settings:
     sam_on: str = _setting("both", "CL-LoRA: perturb in both steps of a batch, or in one alone")
     adapters: str = _setting("upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16")
     seed: int = _setting(42, "random seed; default: upstream's (42; InfLoRA 0, CL-LoRA 1993)")
-    tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-reference)")
+    tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-protocol)")
     device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1")
     processes: int = _setting(0, "number of processes; 0: one on the CPU, one per GPU named in device")
     launcher: str = _setting(

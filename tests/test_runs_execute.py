@@ -133,7 +133,7 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
     validate_record(record)
     assert record["status"] == "finished"
     assert record["tasks"] == list(TASKS)
-    assert record["labels"] == ["quick", "reference", "off-reference"]
+    assert record["labels"] == ["quick", "reference", "off-protocol"]
     assert record["settings"]["rho"] == {"value": 0.05, "source": "command line"}
     assert record["restarts"] == 0
     matrix = record["accuracy_matrix"]

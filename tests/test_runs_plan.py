@@ -1,4 +1,4 @@
-"""Promise P2: every argument comes from upstream's script, and every departure is recorded."""
+"""Promise P2: every argument comes from upstream's script, and every deviation is recorded."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
     ],
     ids=lambda words: " ".join(words),
 )
-def test_every_departure_from_the_script_is_recorded(
+def test_every_deviation_from_the_script_is_recorded(
     method: str, order: str, words: list[str], upstream: Callable[[str], Path]
 ) -> None:
     checkout = upstream(str(METHODS[method].repository))
@@ -139,7 +139,7 @@ def test_dry_run_from_the_readme_prints_four_commands_and_starts_nothing(
 
 
 @pytest.mark.third_party
-def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_reference(upstream: Callable[[str], Path]) -> None:
+def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_protocol(upstream: Callable[[str], Path]) -> None:
     upstream("O-LoRA")
     plan = make_plan(parse(["method=olora", "profile=upstream", "device=0,1"]), dry_run=True)
     for task in plan.tasks:
@@ -149,7 +149,7 @@ def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_reference(upstrea
             for i in (task.upstream, task.invocation)
         ]
         assert sizes[0] * 8 == sizes[1] * 2 == 64
-    assert plan.labels == ("off-reference",)
+    assert plan.labels == ("off-protocol",)
 
 
 def test_gpus_are_chosen_among_those_the_caller_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +162,10 @@ def test_gpus_are_chosen_among_those_the_caller_sees(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.third_party
 @pytest.mark.parametrize("words", [["device=cpu"], ["device=0", "launcher=python"], ["device=0", "data=somewhere"]])
-def test_run_that_left_upstreams_setup_is_off_reference(words: list[str], upstream: Callable[[str], Path]) -> None:
+def test_run_that_left_upstreams_setup_is_off_protocol(words: list[str], upstream: Callable[[str], Path]) -> None:
     upstream("N-LoRA")
     plan = make_plan(parse(["method=nlora", "profile=upstream", *words]), dry_run=True)
-    assert plan.labels == ("off-reference",)
+    assert plan.labels == ("off-protocol",)
 
 
 @pytest.mark.third_party
@@ -344,3 +344,17 @@ def test_record_holds_the_one_thread_that_torchrun_gives_each_of_several_process
     words = ["method=nlora", "profile=upstream", "device=cpu", "launcher=python"]
     assert environment(make_plan(parse([*words, "processes=2"]), dry_run=True))["threads"] == 1
     assert environment(make_plan(parse(words), dry_run=True))["threads"] == 7
+
+
+@pytest.mark.third_party
+def test_dry_run_says_which_data_are_missing(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("N-LoRA")
+    words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("missing: ")]
+    assert any("torch sees no CUDA device" in line for line in lines)
+    assert any("the pretrained model is missing" in line for line in lines)
+    assert str(tmp_path / "SC" / "amazon") in said

@@ -1,17 +1,18 @@
-"""Plans of the image methods: upstream's own JSON runs, and every departure from it is recorded."""
+"""Plans of the image methods: upstream's own JSON runs, and every deviation from it is recorded."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flatpatch import conflicts
+from flatpatch import conflicts, patches
 from flatpatch.__main__ import main
 from flatpatch.continual import quick_vision
 from flatpatch.continual.vision_logs import LoggedRun
@@ -115,7 +116,7 @@ def test_benchmark_has_the_papers_number_of_tasks(
     ],
     ids=" ".join,
 )
-def test_every_departure_from_the_configuration_is_recorded(
+def test_every_deviation_from_the_configuration_is_recorded(
     words: tuple[str, ...], upstream: Callable[[str], Path]
 ) -> None:
     row = METHODS[words[0].removeprefix("method=")]
@@ -161,11 +162,73 @@ def test_dry_run_prints_the_command_and_the_differences_and_writes_nothing(
 
 
 @pytest.mark.third_party
+def test_dry_run_prints_the_recipe_and_what_differs_from_upstreams(
+    upstream: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
+    words = ["method=inflora", "profile=upstream", "device=0", "upstream.lrate=0.002"]
+    assert main(["run", *words, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in ("epochs", "batch_size", "optim", "rank", "increment", "total_sessions", "weight_decay", "lamb"):
+        assert f"  {key} = {json.dumps(shipped[key])}" in lines
+    assert f"  lrate = 0.002  (there: {shipped['lrate']})" in lines
+    assert not any(line.startswith("  num_heads =") for line in lines), "it never reaches the run"
+    assert main(["run", "method=inflora", "engine=reference", "profile=quick", "--dry-run"]) == 0
+    assert "  epochs = 10  (there: 20)\n" in capsys.readouterr().out
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        (("method=inflora",), 1),
+        (("method=inflora", "variant=inflorab5"), 1),
+        (("method=inflora", "variant=infloraca"), 1),
+        (("method=cllora",), 2),
+        (("method=cllora", "sam_on=task"), 1),
+        (("method=cllora", "sam_on=distillation"), 1),
+        (("method=nlora",), 1),
+        (("method=olora",), 1),
+    ],
+    ids=str,
+)
+def test_dry_run_names_the_lines_of_the_patched_tree_at_which_sam_enters(
+    words: tuple[str, ...],
+    calls: int,
+    upstream: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repo = str(METHODS[words[0].removeprefix("method=")].repository)
+    upstream(repo)
+    assert main(["run", *words, "sam=sam", "profile=upstream", "device=0", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    copy = patches.build(repo, into=tmp_path).path
+    assert f"SAM enters in the patched tree, build/{copy.name}:\n" in text
+    found = re.findall(r"^  (\S+):(\d+)  (flatpatch\.hooks\.\w+): (.*)$", text, flags=re.MULTILINE)
+    assert len(found) == calls
+    for path, number, call, what in found:
+        line = (copy / path).read_text().splitlines()[int(number) - 1].strip()
+        assert line.startswith(f"{call}(")
+        assert ('"distillation"' in line) == ("distillation" in what)
+
+
+def test_dry_run_names_the_line_of_the_reference_engine_at_which_sam_enters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["run", "method=seqlora_vit", "--dry-run", "profile=quick"]) == 0
+    said = capsys.readouterr().out
+    assert "SAM is off; it would enter in flatpatch's own code:" in said
+    [(path, number)] = re.findall(r"^  (flatpatch/\S+):(\d+)  self\.sam\.gradients$", said, flags=re.MULTILINE)
+    assert "self.sam.gradients(" in (ROOT / path).read_text().splitlines()[int(number) - 1]
+
+
+@pytest.mark.third_party
 def test_cpu_outside_profile_quick_is_warned_of(upstream: Callable[[str], Path]) -> None:
     upstream("InfLoRA")
     plan = plan_of("method=inflora", "profile=upstream", "device=cpu")
     assert any(note.startswith("WARNING: a ViT-B/16 on the CPU.") for note in plan.notes)
-    assert plan.labels == ("off-reference",)
+    assert plan.labels == ("off-protocol",)
 
 
 @pytest.mark.third_party
@@ -175,8 +238,6 @@ def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Cal
 
 
 def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatpatch import patches
-
     monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/InfLoRA"))
     plan = plan_of("method=inflora")
@@ -186,8 +247,6 @@ def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: 
 
 
 def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatpatch import patches
-
     monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/CL-LoRA"))
     with pytest.raises(UserError) as caught:

@@ -70,7 +70,7 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
     validate_record(record)
     assert record["status"] == "finished"
     assert record["tasks"] == NAMES
-    assert record["labels"] == ["quick", "reference", "off-reference"]
+    assert record["labels"] == ["quick", "reference", "off-protocol"]
     assert record["seeds"] == [0]
     assert "order" not in record["settings"]
     assert (

@@ -1,8 +1,8 @@
 """Patches on pinned upstream repositories: check them, build the patched copy, look after them. Knows only git."""
 
-from flatpatch.patches.checks import Verified, verify, verify_patches
+from flatpatch.patches.checks import Verified, inserted_lines, verify, verify_patches
 from flatpatch.patches.cli import cli
-from flatpatch.patches.copies import Built, build
+from flatpatch.patches.copies import Built, build, copy_path
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
 from flatpatch.patches.workspace import (
     PROJECT,
@@ -21,8 +21,10 @@ __all__ = [
     "Workspace",
     "build",
     "cli",
+    "copy_path",
     "drift",
     "find_checkout",
+    "inserted_lines",
     "is_available",
     "nothing_fetched",
     "passed_over",

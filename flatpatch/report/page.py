@@ -468,7 +468,7 @@ def _pins(run: Run) -> dict[str, str]:
 
 
 def _deviations(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return each departure once, with the groups it holds for."""
+    """Return each deviation once, with the groups it holds for."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for group in groups:
         for run in group.runs:

@@ -17,6 +17,8 @@ from flatpatch.errors import UserError, did_you_mean
 
 RECORD_FILE = "record.json"
 SCHEMA_VERSION = 1
+# Once "off-reference", which sounded like the reference engine and has nothing to do with it.
+_EARLIER_LABELS = {"off-reference": "off-protocol"}
 
 _TEXT = {"type": "string"}
 _TEXTS = {"type": "array", "items": _TEXT}
@@ -59,7 +61,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
         # Why the numbers must not stand beside a paper's; empty if they may.
-        "labels": {"type": "array", "items": {"enum": ["quick", "reference", "off-reference"]}},
+        "labels": {"type": "array", "items": {"enum": ["quick", "reference", "off-protocol"]}},
         "notes": _TEXTS,
         "error": _TEXT,
         "settings": {
@@ -238,12 +240,20 @@ def read_record(path: Path) -> dict[str, Any]:
             f"the record {path} has schema {record['schema']}; this version of flatpatch reads "
             f"{SCHEMA_VERSION}. Read it with the version that wrote it."
         )
+    _use_todays_words(record)
     try:
         validate_record(record)
     except ValueError as error:
         raise UserError(f"{path} is not a run's record:\n{error}") from None
     checked: dict[str, Any] = record
     return checked
+
+
+def _use_todays_words(record: Any) -> None:
+    """Rename in a record what earlier versions called otherwise."""
+    labels = record.get("labels") if isinstance(record, dict) else None
+    if isinstance(labels, list):
+        record["labels"] = [_EARLIER_LABELS.get(label, label) if isinstance(label, str) else label for label in labels]
 
 
 def read_step_metrics(path: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from flatpatch.runs.choices import (
     cuda_devices,
     find_upstream,
 )
+from flatpatch.runs.sam_places import where_sam_enters
 from flatpatch.runs.scripts import Invocation, parse_script
 from flatpatch.settings import TELLING_WORDS, Request, as_default, in_name
 
@@ -80,7 +81,7 @@ class Plan:
     folder: Path
     notes: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()  # what a dry run found missing here, without which the run is refused
-    off_reference: bool = False
+    off_protocol: bool = False
     benchmark: str = ""
 
     @property
@@ -116,8 +117,8 @@ class Plan:
             labels.append("quick")
         if self.engine == "reference":
             labels.append("reference")
-        if self.off_reference:
-            labels.append("off-reference")
+        if self.off_protocol:
+            labels.append("off-protocol")
         return tuple(labels)
 
     def command(self, stage: Stage, python: str, port: int) -> list[str]:
@@ -137,6 +138,18 @@ class Plan:
             ]
             return [python, *launch, *words]
         return [python, *words]
+
+    def recipe(self) -> list[str]:
+        """Return lines about what the commands do not show; a text run's commands show all."""
+        return []
+
+    def executes(self, path: str) -> bool:
+        """Tell whether the run trains by a patched file; a text repository has one."""
+        return True
+
+    def perturbs(self, call: str) -> bool:
+        """Tell whether an inserted call takes a step with SAM where SAM is on."""
+        return True
 
     def environment(self) -> dict[str, str]:
         """Return the variables that every task's command gets beside the caller's own."""
@@ -215,23 +228,23 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
             "leave "
             "measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
         )
-    off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
+    off_protocol = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
     if settings.adapters != "upstream" and launcher == "deepspeed":
         editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
-        off_reference = True
+        off_protocol = True
     if engine == "upstream":
         left = editor.fit_launcher(launcher, device, world_size, asked=settings.device != "auto")
-        off_reference |= left and profile != "quick"  # quick runs are not upstream's in any case
+        off_protocol |= left and profile != "quick"  # quick runs are not upstream's in any case
     if settings.seed != 42:
         editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
     links = _find_places(request, editor, verified, profile, engine, dry_run, lacks)
-    off_reference |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
+    off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     _check_overrides(request, verified, originals[0], engine)
     idle = [name for name, value in request.overrides.items() if not editor.would_change(name, value)]
     request = without_idle(request, idle, notes)
     for name, value in request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
-        off_reference = True
+        off_protocol = True
 
     plan = Plan(
         request=request,
@@ -251,7 +264,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         verified=verified,
         folder=_run_folder(request, profile, engine),
         notes=tuple(notes),
-        off_reference=off_reference,
+        off_protocol=off_protocol,
         benchmark=_benchmark_name(request, profile),
         lacks=tuple(lacks),
     )
@@ -585,6 +598,8 @@ def render(plan: Plan, python: str = "python") -> str:
         variables = f"CUDA_VISIBLE_DEVICES={','.join(plan.devices)} " if plan.device == "cuda" else ""
         command = plan.command(stage, python, plan.request.settings.port or 29500)
         lines += [f"# {plan.title(stage)}", variables + shlex.join(command), ""]
+    for part in (plan.recipe(), where_sam_enters(plan)):
+        lines += [*part, ""] if part else []
     if plan.engine == "upstream":
         theirs = "configuration" if plan.method.vision else "script"
         lines.append(f"Differences from upstream's own {theirs} and requirements:")

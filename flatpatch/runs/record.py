@@ -199,7 +199,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
                 f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here"
             )
     if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
-        different.append("its commands departed from upstream's in another way")
+        different.append("its deviations from upstream were others")
     if old.get("inputs") != here["inputs"]:
         different.append("its model or data were other files")
     tree = plan.verified.patched_tree if plan.verified else None
