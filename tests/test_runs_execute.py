@@ -92,6 +92,21 @@ def in_training(folder: Path, task: str) -> Callable[[], bool]:
     return safe
 
 
+def assert_nothing_runs_on(folder: Path, seconds: float = 8) -> None:
+    """Each process of a run has the path of its settings in its environment."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"FLATPATCH_RUN={folder}/".encode() in (entry / "environ").read_bytes():
+                    left.append(entry.name)
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.1)
+
+
 def results(folder: Path) -> dict[str, Any]:
     """Return all that a run measured, without its times."""
     record = json.loads((folder / "record.json").read_text())
@@ -242,7 +257,7 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert json.loads((tmp_path / "killed" / "record.json").read_text())["status"] == "running"
-    # The child may have outlived its parent: the second call must end it before it starts the task again.
+    assert_nothing_runs_on(tmp_path / "killed")
     again = start(command)
     output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
@@ -254,14 +269,18 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     assert ("finished before, kept" in output) == (task == "amazon")
 
 
-def test_terminated_run_says_it_can_go_on(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_terminated_run_says_it_can_go_on(
+    number: signal.Signals, undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
     command = words(data, tmp_path, "stopped")
     process = start(command)
     wait_until(in_training(tmp_path / "stopped", "amazon"), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 85
-    assert "stopped by SIGTERM" in output
+    assert f"stopped by {number.name}" in output
+    assert_nothing_runs_on(tmp_path / "stopped")
     assert "The same command continues the run" in output
     record = json.loads((tmp_path / "stopped" / "record.json").read_text())
     validate_record(record)

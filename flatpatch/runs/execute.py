@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -44,9 +43,10 @@ from flatpatch.runs.record import (
     write_atomically,
     write_record,
 )
+from flatpatch.runs.supervise import Supervised
 from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 LOG = "log.txt"
 _STARTS_ANEW = "taken up again: an image run cannot go on from its middle, so it starts anew with its first task."
@@ -265,22 +265,14 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
         variables.pop(name, None)
     started = time.monotonic()
     with (own / LOG).open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=plan.folder / "work",
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
         try:
             _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan), _way_on(plan))
         finally:
-            _end(process)
+            process.end()
             _end_leftovers(hook)
-    if process.returncode != 0:
-        raise FlatpatchError(_failure(plan, task, process.returncode, own / LOG))
+    if code := process.poll():
+        raise FlatpatchError(_failure(plan, task, code, own / LOG))
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
             f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
@@ -334,9 +326,7 @@ def _shown_names(plan: Plan) -> dict[str, str]:
     return shown
 
 
-def _watch(
-    process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str
-) -> None:
+def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str) -> None:
     """Show the task's progress until it ends; stop it when asked to."""
     started = time.monotonic()
     with Progress(title, "step", leave=True) as shown:
@@ -344,7 +334,7 @@ def _watch(
         last: tuple[Any, ...] = ("starting",)
         while process.poll() is None:
             if stop.asked:
-                _end(process)
+                process.end()
                 raise Interrupted(f"stopped by {stop.asked} during {title}. {way_on}")
             with contextlib.suppress(OSError, ValueError):
                 state = json.loads(progress.read_text(encoding="utf-8"))
@@ -404,17 +394,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started."""
-    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
 
 
 def _end_leftovers(hook: Path) -> None:
