@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,9 @@ import torch
 
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
+from flatpatch.errors import FlatpatchError
 from flatpatch.report.records import validate_record
+from flatpatch.runs import execute
 from flatpatch.runs.plan import ROOT, make_plan
 from flatpatch.runs.record import check_continues, new_record, write_record
 from flatpatch.settings import parse
@@ -392,6 +395,94 @@ def test_run_made_with_other_libraries_is_not_continued(
     (copy / "record.json").write_text(json.dumps(record))
     assert main(words(data, tmp_path, "undisturbed")) == 2
     assert "libraries is " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that_says_so(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = execute._hook_settings
+    with monkeypatch.context() as full:
+        full.setattr(execute, "_hook_settings", lambda *given: whole(*given) | {"metrics": "/dev/full"})
+        assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 85
+    said = capsys.readouterr().err
+    assert "flatpatch: the disk is full: task 1/1 dbpedia failed" in said
+    assert f"Free are: {tmp_path / 'full'} " in said
+    assert "The same command continues the run" in said
+    record = json.loads((tmp_path / "full" / "record.json").read_text())
+    validate_record(record)
+    assert record["status"] == "interrupted"
+    assert "the disk is full" in record["error"]
+    assert not (tmp_path / "full" / ".room").exists()
+    assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 0
+    record = json.loads((tmp_path / "full" / "record.json").read_text())
+    assert (record["status"], record["restarts"], "error" in record) == ("finished", 1, False)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_record_is_written_in_the_room_that_was_kept_for_it(
+    number: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = []
+
+    def fail(*_: object) -> None:
+        full.append(True)
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    def sync(_: int) -> None:
+        if full and (tmp_path / "full" / ".room").exists():
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(execute, "_run_task", fail)
+    monkeypatch.setattr(os, "fsync", sync)
+    assert main(words(data, tmp_path, "full")) == 85
+    assert f"the disk is full: [Errno {number}]" in capsys.readouterr().err
+    record = json.loads((tmp_path / "full" / "record.json").read_text())
+    assert record["status"] == "interrupted"
+    assert "'somewhere'" in record["error"]
+
+
+def test_record_that_cannot_be_written_any_more_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        def sync(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", sync)
+        raise FlatpatchError("the task failed")
+
+    monkeypatch.setattr(execute, "_run_task", fail)
+    assert main(words(data, tmp_path, "full")) == 85
+    said = capsys.readouterr().err
+    assert "the task failed" in said
+    assert f"{tmp_path / 'full' / 'record.json'} could not be written" in said
+    assert json.loads((tmp_path / "full" / "record.json").read_text())["status"] == "running"
+
+
+def test_sweep_stops_where_the_disk_is_full(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(execute, "_run_task", fail)
+    command = [word for word in words(data, tmp_path, "x")[1:] if not word.startswith(("run=", "tasks="))]
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1"]) == 85
+    assert len(list(tmp_path.glob("*/record.json"))) == 1
+
+
+def test_run_begun_at_another_commit_is_refused_with_the_commit_to_check_out(
+    undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun_elsewhere(undisturbed, tmp_path / "undisturbed")
+    record = json.loads((folder / "record.json").read_text())
+    assert set(record["environment"]["flatpatch"]) == {"version", "commit", "code"}
+    record["environment"]["flatpatch"]["commit"] = "c" * 40
+    (folder / "record.json").write_text(json.dumps(record))
+    before = sorted(folder.rglob("*"))
+    assert main(words(data, tmp_path, "undisturbed")) == 2
+    said = capsys.readouterr().err
+    assert f"git -C {ROOT} checkout {'c' * 40}; then the same command" in said
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from flatpatch import patches
 from flatpatch.continual import metrics, quick
 from flatpatch.continual.results import read_results
-from flatpatch.errors import FlatpatchError, Interrupted, UserError
+from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.hooks.keeping import kept_file
 from flatpatch.measurement import files as measurements
 from flatpatch.measurement.request import WHENS
@@ -37,10 +39,13 @@ from flatpatch.runs.record import (
     LOCK,
     check_continues,
     finish_record,
+    is_disk_full,
+    keep_room,
     new_record,
     note_restart,
     read_json,
     write_atomically,
+    write_last_record,
     write_record,
 )
 from flatpatch.runs.supervise import Supervised
@@ -49,6 +54,8 @@ from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 LOG = "log.txt"
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
+BYTES_OF_LAST_WORDS = 5000
 _STARTS_ANEW = "taken up again: an image run cannot go on from its middle, so it starts anew with its first task."
 _NONE_KEPT = "taken up again: no task was finished before, so it starts with the first."
 
@@ -63,6 +70,7 @@ def execute(plan: Plan) -> dict[str, Any]:
         UserError: If the run folder holds another run.
         FlatpatchError: If a task fails.
         Interrupted: If a signal asks to stop; says what the same command will do then.
+        DiskFull: If the disk fills up.
     """
     old = check_continues(plan.folder, plan)
     if old is not None and old["status"] == "finished":
@@ -80,21 +88,51 @@ def execute(plan: Plan) -> dict[str, Any]:
             if not kept:
                 print(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT, flush=True)
         write_record(plan.folder, record)
+        problem: BaseException | None = None
         try:
+            keep_room(plan.folder)
             _run_tasks(plan, record, kept, stop)
-            finish_record(record, "finished")
-        except Interrupted:
-            finish_record(record, "interrupted")
-            raise
         except BaseException as error:
-            record["error"] = str(error)
-            finish_record(record, "failed")
-            raise
-        finally:
-            write_record(plan.folder, record)
+            problem = _with_full_disk_named(plan, error)
+        _conclude(plan, record, problem)
     print()
     _show(plan.folder, record)
     return record
+
+
+def _with_full_disk_named(plan: Plan, error: BaseException) -> BaseException:
+    if isinstance(error, DiskFull) or not is_disk_full(error):
+        return error
+    named = DiskFull(f"the disk is full: {error}. {_room_left(plan.folder)} {_way_on(plan)}")
+    named.__cause__ = error
+    return named
+
+
+def _room_left(folder: Path) -> str:
+    """Say how much room there is where a run writes: its folder, and the one for temporary files."""
+    places = dict.fromkeys((folder, Path(tempfile.gettempdir())))
+    free = ", ".join(f"{place} {shutil.disk_usage(place).free / 2**20:.1f} MiB" for place in places)
+    return f"Free are: {free}. Make room, or move the folder to a disk that has some."
+
+
+def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None) -> None:
+    """Write the record of a run that has ended, and raise what ended it."""
+    if problem is not None and (isinstance(problem, DiskFull) or not isinstance(problem, Interrupted)):
+        record["error"] = str(problem)
+    status = "finished" if problem is None else "interrupted" if isinstance(problem, Interrupted) else "failed"
+    finish_record(record, status)
+    try:
+        write_last_record(plan.folder, record)
+    except (OSError, UserError) as error:
+        if not is_disk_full(error):
+            raise
+        said = f"{problem}\n" if problem else ""
+        raise DiskFull(
+            f"{said}the disk is full, and {plan.folder / 'record.json'} could not be written: it does not say how the "
+            f"run ended. {_room_left(plan.folder)} {_way_on(plan)}"
+        ) from error
+    if problem is not None:
+        raise problem
 
 
 def _show(folder: Path, record: dict[str, Any]) -> None:
@@ -272,7 +310,10 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
             process.end()
             _end_leftovers(hook)
     if code := process.poll():
-        raise FlatpatchError(_failure(plan, task, code, own / LOG))
+        said = _failure(plan, task, code, own / LOG)
+        if _had_no_room(own / LOG):
+            raise DiskFull(f"the disk is full: {said}\n{_room_left(plan.folder)}")
+        raise FlatpatchError(said)
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
             f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
@@ -356,6 +397,12 @@ def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+
+
+def _had_no_room(log: Path) -> bool:
+    """Tell whether a process failed for want of room: by its last words, or by what is left where they were to go."""
+    last = log.read_text(encoding="utf-8", errors="replace")[-BYTES_OF_LAST_WORDS:]
+    return any(words in last for words in NO_ROOM) or shutil.disk_usage(log).free < 2**20
 
 
 def _way_on(plan: Plan) -> str:

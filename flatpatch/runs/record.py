@@ -10,21 +10,22 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch import __version__
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.report.effects import without_effect
-from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
+from flatpatch.runs.own_code import other_code, own_code
+from flatpatch.runs.plan import Plan, deviations_as_record
 from flatpatch.runs.vision_plan import VisionPlan
 
 SCHEMA = 1
 LOCK = ".lock"
+ROOM = ".room"  # kept while a run is at work
+BYTES_OF_ROOM = 2**20
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 VISION_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 # Variables of the caller that can change a number.
@@ -61,6 +62,27 @@ def write_atomically(path: Path, text: str) -> None:
                 f"the disk is full: {path} was not written. Free some space and run the same command again."
             ) from error
         raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether a full disk, or a used up quota, is what an error comes from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
+
+
+def keep_room(folder: Path) -> None:
+    """Take some of the disk, so that the record can still be written when the rest is full."""
+    # Random, since a file system may compress zeros away.
+    (folder / ROOM).write_bytes(os.urandom(BYTES_OF_ROOM))
+
+
+def write_last_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``record.json`` a last time, in the room that was kept for it if need be."""
+    (folder / ROOM).unlink(missing_ok=True)
+    write_record(folder, record)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -128,7 +150,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "world_size": plan.world_size,
         "launcher": plan.launcher,
         "libraries": {name: _version(name) for name in (VISION_LIBRARIES if plan.method.vision else LIBRARIES)},
-        "flatpatch": {"version": __version__, "commit": _commit()},
+        "flatpatch": own_code(),
         "variables": variables,
     }
 
@@ -193,11 +215,13 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         if old.get(name) != mine:
             different.append(f"{name} is {old.get(name)!r} there and {mine!r} here")
     here = new_record(plan)
-    for name in ("device", "world_size", "launcher", "libraries", "flatpatch"):
+    for name in ("device", "world_size", "launcher", "libraries"):
         if old.get("environment", {}).get(name) != here["environment"][name]:
             different.append(
                 f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here"
             )
+    if said := other_code(old.get("environment", {}).get("flatpatch"), here["environment"]["flatpatch"]):
+        different.append(said)
     if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
         different.append("its deviations from upstream were others")
     if old.get("inputs") != here["inputs"]:
@@ -289,17 +313,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """Return flatpatch's own commit, marked where the tree has edits."""
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
 
 
 def read_json(path: Path) -> Any:
