@@ -272,6 +272,14 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     assert ("finished before, kept" in output) == (task == "amazon")
 
 
+def test_training_ends_within_seconds_of_a_killed_runner(data: Path, tmp_path: Path) -> None:
+    process = start(words(data, tmp_path, "killed", "tasks=dbpedia", "upstream.num_train_epochs=500"))
+    wait_until(in_training(tmp_path / "killed", "dbpedia"), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert_nothing_runs_on(tmp_path / "killed")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
 def test_terminated_run_says_it_can_go_on(
     number: signal.Signals, undisturbed: Path, data: Path, tmp_path: Path
