@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flatpatch.hooks.run_files import write_atomically
 
 BUFFERED_STEPS = 10
@@ -79,6 +77,8 @@ class Recorder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Say what was done, and with how many threads, on which the numbers depend."""
+        import torch
+
         told = {**summary, "threads": torch.get_num_threads()}
         write_atomically(self._summary, json.dumps(told, indent=2) + "\n")
 
