@@ -33,7 +33,7 @@ class Interrupted(FlatpatchError):
 
 
 class DiskFull(Interrupted):
-    """The disk filled up while a run was at work; the same command continues it once there is room."""
+    """The disk filled up at work; the same command goes on once there is room."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

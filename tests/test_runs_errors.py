@@ -269,7 +269,7 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, mo
     import errno
     import os
 
-    from flatpatch.errors import UserError
+    from flatpatch.errors import DiskFull
     from flatpatch.runs.record import write_atomically
 
     target = tmp_path / "record.json"
@@ -279,7 +279,7 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="the disk is full: .*record.json was not written"):
+    with pytest.raises(DiskFull, match="the disk is full: .*record.json was not written"):
         write_atomically(target, "new")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]

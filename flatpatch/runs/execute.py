@@ -123,7 +123,7 @@ def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None)
     finish_record(record, status)
     try:
         write_last_record(plan.folder, record)
-    except (OSError, UserError) as error:
+    except (OSError, FlatpatchError) as error:
         if not is_disk_full(error):
             raise
         said = f"{problem}\n" if problem else ""

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.errors import DiskFull, FlatpatchError, UserError
 from flatpatch.report.effects import without_effect
 from flatpatch.runs.own_code import other_code, own_code
 from flatpatch.runs.plan import Plan, deviations_as_record
@@ -45,7 +45,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between.
 
     Raises:
-        UserError: If the disk is full.
+        DiskFull: If the disk is full.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -57,8 +57,8 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(name, path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+        if is_disk_full(error):
+            raise DiskFull(
                 f"the disk is full: {path} was not written. Free some space and run the same command again."
             ) from error
         raise
