@@ -275,7 +275,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "processes",
             "not said",
             "scripts: 8 GPUs, batch 8; shipped results of order 1: 2 GPUs, batch 8, accumulation 4",
-            "as the scripts; other numbers keep the global batch and are labelled off-reference",
+            "as the scripts; other numbers keep the global batch and are labelled off-protocol",
             "scripts/order_1.sh; the author in O-LoRA's issue 32",
         ),
         Conflict(
@@ -363,7 +363,7 @@ def render() -> str:
         "flatpatch runs the repositories. Where a paper says something else, the row says what runs here and how to",
         "follow the paper instead. CL-LoRA's paper was read in full; what InfLoRA's, O-LoRA's and N-LoRA's papers say",
         "was taken from secondary sources and must be held against the papers before it is quoted. The files named are",
-        "the repository's. Every run lists its own departures from upstream in its `record.json`.",
+        "the repository's. Every run lists its own deviations from upstream in its `record.json`.",
         "",
         "This page is written from `flatpatch/conflicts.py` by `python -m flatpatch.conflicts > DEVIATIONS.md`.",
     ]

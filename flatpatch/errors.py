@@ -38,6 +38,10 @@ class Interrupted(FlatpatchError):
     exit_code = 85
 
 
+class DiskFull(Interrupted):
+    """The disk filled up at work; the same command goes on once there is room."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known word, or an empty string."""
     lowered = {name.lower(): name for name in known}

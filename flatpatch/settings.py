@@ -65,13 +65,14 @@ class Settings:
     sam_on: str = _setting("both", "CL-LoRA: perturb in both steps of a batch, or in one alone")
     adapters: str = _setting("upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16")
     seed: int = _setting(42, "random seed; default: upstream's (42; InfLoRA 0, CL-LoRA 1993)")
-    tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-reference)")
+    tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-protocol)")
     device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1")
     processes: int = _setting(0, "number of processes; 0: one on the CPU, one per GPU named in device")
     launcher: str = _setting(
         "auto", "deepspeed as upstream, or plain python; auto: deepspeed on GPUs, python on the CPU"
     )
     port: int = _setting(0, "port of the launcher; 0: a free one")
+    threads: int = _setting(0, "CPU threads of each process; 0: one in profile quick, else what the machine gives")
     model: str = _setting("", "pretrained model: its folder, or for images its file; default: what the profile needs")
     data: str = _setting("", "folder of the benchmark; default: what the profile needs")
     run: str = _setting("", "name of the run's folder; default: made from the settings")
@@ -148,11 +149,11 @@ def _defaults() -> dict[str, Any]:
     return {item.name: item.default for item in dataclasses.fields(Settings)}
 
 
-def as_default(request: Request, key: str, default: str) -> Request:
+def as_default(request: Request, key: str, default: str | int) -> Request:
     """Return the request with a setting left out that was given the value which leaving it out means."""
     if getattr(request.settings, key) != default:
         return request
-    settings = dataclasses.replace(request.settings, **{key: ""})  # type: ignore[arg-type]
+    settings = dataclasses.replace(request.settings, **{key: _defaults()[key]})
     return dataclasses.replace(request, settings=settings, sources={**request.sources, key: "default"})
 
 
@@ -280,7 +281,7 @@ def _check(settings: Settings) -> list[str]:
         value = getattr(settings, key)
         if not (math.isfinite(value) and value >= 0):
             problems.append(f"{key}={value:g} is out of range (expected a finite number >= 0, e.g. {key}=0.05).")
-    for key, highest in (("seed", 2**32 - 1), ("processes", 1024), ("port", 65535)):
+    for key, highest in (("seed", 2**32 - 1), ("processes", 1024), ("port", 65535), ("threads", 1024)):
         if not 0 <= getattr(settings, key) <= highest:
             problems.append(
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."

@@ -231,8 +231,8 @@ def test_a_run_with_sam_is_at_best_equivalent():
     [
         (make_quick_record(method="olora"), "quick, reference"),
         (make_quick_record(method="olora", labels=[]), "quick, reference"),  # whatever the record's labels say
-        (olora_record(labels=["off-reference"]), "off-reference"),
-        (inflora_record(0, labels=["off-reference"]), "off-reference"),
+        (olora_record(labels=["off-protocol"]), "off-protocol"),
+        (inflora_record(0, labels=["off-protocol"]), "off-protocol"),
     ],
 )
 def test_labelled_runs_are_not_compared(record, label):
@@ -243,8 +243,8 @@ def test_labelled_runs_are_not_compared(record, label):
 
 
 def test_one_labelled_run_among_others_stops_the_comparison():
-    result = compare_runs([inflora_record(0), inflora_record(1, labels=["off-reference"])])
-    assert result["verdict"] == "not comparable because it is labelled off-reference"
+    result = compare_runs([inflora_record(0), inflora_record(1, labels=["off-protocol"])])
+    assert result["verdict"] == "not comparable because it is labelled off-protocol"
 
 
 @pytest.mark.parametrize(

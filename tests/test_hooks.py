@@ -163,6 +163,7 @@ def test_summary_tells_what_was_perturbed(tmp_path, attached):
         "sam": "SAM rho=0.5 scope=B sync=local ascent_loss=total",
         "launcher": "plain",
         "dtype": "float32",
+        "threads": 1,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -21,7 +22,7 @@ from transformers import AutoModelForSeq2SeqLM
 from flatpatch.__main__ import main
 from flatpatch.continual.reference import adapters
 from flatpatch.continual.reference.adapters import Adapter, Pair
-from flatpatch.errors import UserError
+from flatpatch.errors import DiskFull, UserError
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runs import measure as verb
@@ -472,3 +473,9 @@ def test_quick_run_is_measured_with_one_thread_unless_told_otherwise(
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert main(words) == 0
     assert told == [1]
+
+
+def test_disk_that_fills_up_while_measuring_is_no_mistake_in_what_was_asked(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match="What the record names is whole") as caught, verb._writing(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.exit_code == 85

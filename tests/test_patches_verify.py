@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from patches_project import REPO, Project, best_seconds, git, make_project
+from patches_project import CALL, REPO, Project, best_seconds, git, make_project
 
 from flatpatch.errors import UserError
 from flatpatch.patches import (
     cli,
     find_checkout,
+    inserted_lines,
     is_available,
     passed_over,
     verify,
@@ -24,6 +25,7 @@ from flatpatch.patches import (
 from flatpatch.patches.patchfile import Insertion
 from flatpatch.patches.workspace import CONFIG, VARIABLE
 
+CALL_LINES = CALL.lines
 REFRESH = f"Run: python -m flatpatch patches refresh repo={REPO}"
 
 
@@ -54,6 +56,18 @@ def test_a_sound_project_verifies_within_a_second(project: Project) -> None:
     assert verified.patched_tree == project.lock["patched_tree"] != verified.base_tree
     assert verified.checkout == project.checkout
     assert verified.absent == ()
+
+
+def test_inserted_lines_have_their_numbers_in_the_file_with_all_patches_applied(project: Project) -> None:
+    later = (Insertion(0, ("# top",)), Insertion(6, ("    # between",)), Insertion(8, ("    # below",)))
+    project.write_patch("second.patch", {"run.py": later})
+    lines = (project.checkout / "run.py").read_text().splitlines()
+    for insertions in ((Insertion(5, CALL_LINES),), later):
+        for insertion in reversed(insertions):
+            lines[insertion.after : insertion.after] = insertion.lines
+    found = inserted_lines(REPO, workspace=project.workspace)
+    assert [line for _, _, line in found] == ["# top", CALL_LINES[0], "    # between", CALL_LINES[1], "    # below"]
+    assert all(path == "run.py" and lines[number - 1] == line for path, number, line in found)
 
 
 def test_verifying_writes_nothing_into_the_checkout(project: Project) -> None:

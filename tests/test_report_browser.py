@@ -110,7 +110,7 @@ def visit(browser: str, serve: tuple[Path, str, list[str]], page: str, width: in
 def many(tmp_path_factory: pytest.TempPathFactory) -> str:
     folders = make_four(tmp_path_factory.mktemp("four"))
     tasks = tuple(f"classes {10 * k}-{10 * k + 9}" for k in range(20))
-    record = seeded(0, tasks=tasks, method="a-method-with-a-rather-long-name-" + "x" * 60, labels=["off-reference"])
+    record = seeded(0, tasks=tasks, method="a-method-with-a-rather-long-name-" + "x" * 60, labels=["off-protocol"])
     record["deviations"] += [{"what": "argument " + "y" * 80, "upstream": "z" * 300, "here": None, "why": "w" * 200}]
     folders.append(write_run(tmp_path_factory.mktemp("wide") / ("name" * 40), record, make_steps(tasks, steps=4)))
     return make_page(group_runs([read_run(folder) for folder in folders]))

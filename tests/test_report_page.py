@@ -639,6 +639,18 @@ def test_command_to_run_again_asks_for_the_same_settings(tmp_path):
     assert "edits that are in no commit" in reader.words
 
 
+@pytest.mark.parametrize(
+    ("profile", "words", "expected"),
+    [("quick", [], ""), ("upstream", ["threads=2"], ""), ("upstream", [], "OMP_NUM_THREADS=2 ")],
+)
+def test_command_to_run_again_sets_the_threads_only_where_the_run_does_not(profile, words, expected, tmp_path):
+    record = make_record(profile=profile, settings=parse(["method=nlora", *words]).as_record())
+    record["environment"] = {"threads": 2, "variables": {"OMP_NUM_THREADS": "2"}}
+    text, _ = read([write_run(tmp_path / "run", record)])
+    (shown,) = re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", text, re.DOTALL)
+    assert shown.splitlines()[-1].startswith(f"{expected}bash run_scripts/run.sh run ")
+
+
 def test_report_writes_the_page_of_one_run_into_its_folder(tmp_path, capsys):
     folder = write_run(tmp_path / "run", make_record(), make_steps(steps=4))
     assert main(["report", f"run={folder}"]) == 0

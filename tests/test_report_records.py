@@ -41,6 +41,13 @@ def test_records_of_all_kinds_are_valid_and_read_back_the_same(tmp_path, record)
     assert read_record(written(tmp_path, record)) == record
 
 
+def test_label_of_an_earlier_version_is_read_as_todays(tmp_path):
+    path = written(tmp_path, make_record(labels=["quick", "off-reference"]))
+    assert read_record(path)["labels"] == ["quick", "off-protocol"]
+    with pytest.raises(ValueError, match="off-reference"):
+        validate_record(make_record(labels=["off-reference"]))
+
+
 def test_a_runs_folder_is_as_good_as_its_record(tmp_path):
     written(tmp_path, make_record())
     assert read_record(tmp_path) == make_record()

@@ -96,10 +96,10 @@ def test_the_reason_for_the_engine_is_left_to_the_run_and_the_page():
     assert "could not be cloned" not in summary_table(make_quick_record())
 
 
-def test_departures_are_counted_and_named():
-    assert "1 departure from upstream's own run: library torch (record.json)" in summary_table(make_record())
-    assert "no departures from upstream's own run" in summary_table(make_record(deviations=[]))
-    assert "departure" not in summary_table(make_quick_record(deviations=[]))
+def test_deviations_are_counted_and_named():
+    assert "1 deviation from upstream's own run: library torch (record.json)" in summary_table(make_record())
+    assert "no deviations from upstream's own run" in summary_table(make_record(deviations=[]))
+    assert "deviation" not in summary_table(make_quick_record(deviations=[]))
 
 
 def test_times_are_sums_over_the_tasks_that_have_one():

@@ -23,7 +23,7 @@ def test_a_full_upstream_run_needs_no_label():
     [
         (make_quick_record(engine="upstream", labels=[]), "QUICK RUN"),
         (make_quick_record(), "QUICK AND REFERENCE RUN"),
-        (make_record(labels=["off-reference"]), "OFF-REFERENCE RUN"),
+        (make_record(labels=["off-protocol"]), "OFF-PROTOCOL RUN"),
     ],
 )
 def test_labelled_runs_say_that_they_are_not_comparable(record, kinds):

@@ -18,9 +18,7 @@ from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
 from flatpatch.errors import UserError
-from flatpatch.methods import METHODS
 from flatpatch.runs import choices
-from flatpatch.runs.doctor import doctor
 from flatpatch.settings import parse
 
 Refused = Callable[..., str]
@@ -366,35 +364,11 @@ def test_tests_look_for_checkouts_where_the_code_does(tmp_path: Path, monkeypatc
     assert third_party_folders() == [tmp_path / "own", tmp_path / "shared", project]
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_doctor_says_which_methods_need_what_is_missing(
-    here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path))
-    configure(monkeypatch, tmp_path)
-    monkeypatch.setattr(patches, "is_available", lambda repo: (here, f"elsewhere/{repo}"))
-    doctor([])
-    said = capsys.readouterr().out
-    needed = "" if here else "; method=cllora needs CL-LoRA in every profile"
-    assert f"\n'--' is not needed for profile=quick engine=auto{needed}. The README" in said
-    assert "refuse" not in said
-    for name, method in METHODS.items():
-        repo = method.repository
-        if repo and here:
-            lack = f"FLATPATCH_THIRD_PARTY={tmp_path} has no {repo}: {tmp_path / repo} does not exist"
-            assert f"[ok] {repo}: elsewhere/{repo}\n[--] {lack}; the one above is used\n" in said
-        elif repo and not method.reference:
-            assert f"method={name} needs {repo}" in said
-        else:
-            engine, _ = choices.choose_engine("auto", method, "quick")
-            assert engine == "reference", "it is said to need nothing"
-
-
 def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
     import os
 
-    from flatpatch.errors import UserError
+    from flatpatch.errors import DiskFull
     from flatpatch.runs.record import write_atomically
 
     target = tmp_path / "record.json"
@@ -404,7 +378,7 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="the disk is full: .*record.json was not written"):
+    with pytest.raises(DiskFull, match="the disk is full: .*record.json was not written"):
         write_atomically(target, "new")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,9 @@ import torch
 
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
+from flatpatch.errors import FlatpatchError
 from flatpatch.report.records import validate_record
+from flatpatch.runs import execute
 from flatpatch.runs.plan import ROOT, make_plan
 from flatpatch.runs.record import check_continues, new_record, write_record
 from flatpatch.settings import parse
@@ -91,6 +95,21 @@ def in_training(folder: Path, task: str) -> Callable[[], bool]:
     return safe
 
 
+def assert_nothing_runs_on(folder: Path, seconds: float = 8) -> None:
+    """Each process of a run has the path of its settings in its environment."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"FLATPATCH_RUN={folder}/".encode() in (entry / "environ").read_bytes():
+                    left.append(entry.name)
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.1)
+
+
 def results(folder: Path) -> dict[str, Any]:
     """Return all that a run measured, without its times."""
     record = json.loads((folder / "record.json").read_text())
@@ -132,7 +151,7 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
     validate_record(record)
     assert record["status"] == "finished"
     assert record["tasks"] == list(TASKS)
-    assert record["labels"] == ["quick", "reference", "off-reference"]
+    assert record["labels"] == ["quick", "reference", "off-protocol"]
     assert record["settings"]["rho"] == {"value": 0.05, "source": "command line"}
     assert record["restarts"] == 0
     matrix = record["accuracy_matrix"]
@@ -241,7 +260,7 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert json.loads((tmp_path / "killed" / "record.json").read_text())["status"] == "running"
-    # The child may have outlived its parent: the second call must end it before it starts the task again.
+    assert_nothing_runs_on(tmp_path / "killed")
     again = start(command)
     output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
@@ -253,14 +272,26 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
     assert ("finished before, kept" in output) == (task == "amazon")
 
 
-def test_terminated_run_says_it_can_go_on(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+def test_training_ends_within_seconds_of_a_killed_runner(data: Path, tmp_path: Path) -> None:
+    process = start(words(data, tmp_path, "killed", "tasks=dbpedia", "upstream.num_train_epochs=500"))
+    wait_until(in_training(tmp_path / "killed", "dbpedia"), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert_nothing_runs_on(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_terminated_run_says_it_can_go_on(
+    number: signal.Signals, undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
     command = words(data, tmp_path, "stopped")
     process = start(command)
     wait_until(in_training(tmp_path / "stopped", "amazon"), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 85
-    assert "stopped by SIGTERM" in output
+    assert f"stopped by {number.name}" in output
+    assert_nothing_runs_on(tmp_path / "stopped")
     assert "The same command continues the run" in output
     record = json.loads((tmp_path / "stopped" / "record.json").read_text())
     validate_record(record)
@@ -268,6 +299,52 @@ def test_terminated_run_says_it_can_go_on(undisturbed: Path, data: Path, tmp_pat
     assert record["accuracy_matrix"][0][0] is not None
     assert main(command) == 0
     assert results(tmp_path / "stopped") == results(undisturbed)
+
+
+def test_record_tells_the_threads_that_each_task_was_trained_with(
+    undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert main(words(data, tmp_path, "two", "threads=2", "tasks=dbpedia")) == 0
+    (trained,) = json.loads((tmp_path / "two" / "record.json").read_text())["training"]
+    assert trained["threads"] == 2
+    assert [row["threads"] for row in json.loads((undisturbed / "record.json").read_text())["training"]] == [1, 1]
+
+
+def begun_elsewhere(undisturbed: Path, folder: Path, **machine: object) -> Path:
+    """Copy a run as if it had been stopped in its second task on another machine."""
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    (folder / "tasks" / "2-amazon" / "done.json").unlink()
+    record = json.loads((folder / "record.json").read_text())
+    record["status"] = "interrupted"
+    record["environment"] |= machine
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_run_taken_up_on_another_machine_says_and_records_it(
+    undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun_elsewhere(undisturbed, tmp_path / "undisturbed", processor="another", threads=9)
+    assert main(words(data, tmp_path, "undisturbed")) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: from task 2 on another machine or set-up: processor" in said
+    record = json.loads((folder / "record.json").read_text())
+    validate_record(record)
+    (taken_up,) = record["taken_up"]
+    assert taken_up["tasks_kept"] == 1
+    assert taken_up["machine_changed"] == {
+        "processor": ["another", record["environment"]["processor"]],
+        "threads": [9, 1],
+    }
+    assert any("(before: another), threads 1 (before: 9)" in note for note in record["notes"])
+
+
+def test_run_is_not_continued_with_another_number_of_threads(
+    undisturbed: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(data, undisturbed.parent, "undisturbed", "threads=2")) == 2
+    assert "threads is 0 there and 2 here" in capsys.readouterr().err
 
 
 def test_same_settings_give_the_same_numbers_in_another_folder(undisturbed: Path, data: Path, tmp_path: Path) -> None:
@@ -326,6 +403,94 @@ def test_run_made_with_other_libraries_is_not_continued(
     (copy / "record.json").write_text(json.dumps(record))
     assert main(words(data, tmp_path, "undisturbed")) == 2
     assert "libraries is " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that_says_so(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = execute._hook_settings
+    with monkeypatch.context() as full:
+        full.setattr(execute, "_hook_settings", lambda *given: whole(*given) | {"metrics": "/dev/full"})
+        assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 85
+    said = capsys.readouterr().err
+    assert "flatpatch: the disk is full: task 1/1 dbpedia failed" in said
+    assert f"Free are: {tmp_path / 'full'} " in said
+    assert "The same command continues the run" in said
+    record = json.loads((tmp_path / "full" / "record.json").read_text())
+    validate_record(record)
+    assert record["status"] == "interrupted"
+    assert "the disk is full" in record["error"]
+    assert not (tmp_path / "full" / ".room").exists()
+    assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 0
+    record = json.loads((tmp_path / "full" / "record.json").read_text())
+    assert (record["status"], record["restarts"], "error" in record) == ("finished", 1, False)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_record_is_written_in_the_room_that_was_kept_for_it(
+    number: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = []
+
+    def fail(*_: object) -> None:
+        full.append(True)
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    def sync(_: int) -> None:
+        if full and (tmp_path / "full" / ".room").exists():
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(execute, "_run_task", fail)
+    monkeypatch.setattr(os, "fsync", sync)
+    assert main(words(data, tmp_path, "full")) == 85
+    assert f"the disk is full: [Errno {number}]" in capsys.readouterr().err
+    record = json.loads((tmp_path / "full" / "record.json").read_text())
+    assert record["status"] == "interrupted"
+    assert "'somewhere'" in record["error"]
+
+
+def test_record_that_cannot_be_written_any_more_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        def sync(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", sync)
+        raise FlatpatchError("the task failed")
+
+    monkeypatch.setattr(execute, "_run_task", fail)
+    assert main(words(data, tmp_path, "full")) == 85
+    said = capsys.readouterr().err
+    assert "the task failed" in said
+    assert f"{tmp_path / 'full' / 'record.json'} could not be written" in said
+    assert json.loads((tmp_path / "full" / "record.json").read_text())["status"] == "running"
+
+
+def test_sweep_stops_where_the_disk_is_full(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(execute, "_run_task", fail)
+    command = [word for word in words(data, tmp_path, "x")[1:] if not word.startswith(("run=", "tasks="))]
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1"]) == 85
+    assert len(list(tmp_path.glob("*/record.json"))) == 1
+
+
+def test_run_begun_at_another_commit_is_refused_with_the_commit_to_check_out(
+    undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun_elsewhere(undisturbed, tmp_path / "undisturbed")
+    record = json.loads((folder / "record.json").read_text())
+    assert set(record["environment"]["flatpatch"]) == {"version", "commit", "code"}
+    record["environment"]["flatpatch"]["commit"] = "c" * 40
+    (folder / "record.json").write_text(json.dumps(record))
+    before = sorted(folder.rglob("*"))
+    assert main(words(data, tmp_path, "undisturbed")) == 2
+    said = capsys.readouterr().err
+    assert f"git -C {ROOT} checkout {'c' * 40}; then the same command" in said
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

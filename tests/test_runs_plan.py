@@ -1,4 +1,4 @@
-"""Promise P2: every argument comes from upstream's script, and every departure is recorded."""
+"""Promise P2: every argument comes from upstream's script, and every deviation is recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatpatch.__main__ import main
 from flatpatch.methods import METHODS
 from flatpatch.runs.execute import prepare_work
 from flatpatch.runs.plan import Plan, make_plan, render, visible_devices
-from flatpatch.runs.record import compared_settings
+from flatpatch.runs.record import compared_settings, environment
 from flatpatch.settings import Settings, parse
 
 ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
@@ -107,7 +107,7 @@ def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
     ],
     ids=lambda words: " ".join(words),
 )
-def test_every_departure_from_the_script_is_recorded(
+def test_every_deviation_from_the_script_is_recorded(
     method: str, order: str, words: list[str], upstream: Callable[[str], Path]
 ) -> None:
     checkout = upstream(str(METHODS[method].repository))
@@ -139,7 +139,7 @@ def test_dry_run_from_the_readme_prints_four_commands_and_starts_nothing(
 
 
 @pytest.mark.third_party
-def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_reference(upstream: Callable[[str], Path]) -> None:
+def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_protocol(upstream: Callable[[str], Path]) -> None:
     upstream("O-LoRA")
     plan = make_plan(parse(["method=olora", "profile=upstream", "device=0,1"]), dry_run=True)
     for task in plan.tasks:
@@ -149,7 +149,7 @@ def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_reference(upstrea
             for i in (task.upstream, task.invocation)
         ]
         assert sizes[0] * 8 == sizes[1] * 2 == 64
-    assert plan.labels == ("off-reference",)
+    assert plan.labels == ("off-protocol",)
 
 
 def test_gpus_are_chosen_among_those_the_caller_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +162,10 @@ def test_gpus_are_chosen_among_those_the_caller_sees(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.third_party
 @pytest.mark.parametrize("words", [["device=cpu"], ["device=0", "launcher=python"], ["device=0", "data=somewhere"]])
-def test_run_that_left_upstreams_setup_is_off_reference(words: list[str], upstream: Callable[[str], Path]) -> None:
+def test_run_that_left_upstreams_setup_is_off_protocol(words: list[str], upstream: Callable[[str], Path]) -> None:
     upstream("N-LoRA")
     plan = make_plan(parse(["method=nlora", "profile=upstream", *words]), dry_run=True)
-    assert plan.labels == ("off-reference",)
+    assert plan.labels == ("off-protocol",)
 
 
 @pytest.mark.third_party
@@ -312,3 +312,62 @@ def test_quick_run_of_upstreams_code_has_the_quick_benchmark_in_its_work_folder(
     prepare_work(plan, tmp_path / "work")
     assert (tmp_path / "work" / "CL_Benchmark").is_dir()
     assert (tmp_path / "work" / plan.tasks[0].invocation.get("data_dir") / "TC" / "dbpedia" / "train.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["nlora", "seqlora", "inflora", "seqlora_vit"])
+def test_quick_run_takes_one_thread_whatever_the_caller_has_and_threads_sets_another(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"method={method}", "engine=reference", "profile=quick", "device=cpu"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    plain = make_plan(parse(words), dry_run=True)
+    assert plain.environment()["OMP_NUM_THREADS"] == plain.environment()["MKL_NUM_THREADS"] == "1"
+    assert any(note.startswith("OMP_NUM_THREADS=3 has no effect") for note in plain.notes)
+    named = make_plan(parse([*words, "threads=1"]), dry_run=True)
+    assert (named.folder, named.environment()) == (plain.folder, plain.environment())
+    two = make_plan(parse([*words, "threads=2"]), dry_run=True)
+    assert two.environment()["OMP_NUM_THREADS"] == two.environment()["OPENBLAS_NUM_THREADS"] == "2"
+    assert two.folder.name == plain.folder.name.replace("-seed", "-threads2-seed")
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("method", ["nlora", "inflora"])
+def test_real_run_keeps_the_machines_threads_unless_told_otherwise(
+    method: str, upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream(str(METHODS[method].repository))
+    words = [f"method={method}", "profile=upstream", "device=0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    plain = make_plan(parse(words), dry_run=True)
+    assert "OMP_NUM_THREADS" not in plain.environment()
+    assert environment(plain)["threads"] == 3
+    eight = make_plan(parse([*words, "threads=8"]), dry_run=True)
+    assert eight.environment()["MKL_NUM_THREADS"] == "8"
+    assert environment(eight)["threads"] == 8
+    assert "threads8" in eight.folder.name
+
+
+@pytest.mark.third_party
+def test_record_holds_the_one_thread_that_torchrun_gives_each_of_several_processes(
+    upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream("N-LoRA")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    words = ["method=nlora", "profile=upstream", "device=cpu", "launcher=python"]
+    assert environment(make_plan(parse([*words, "processes=2"]), dry_run=True))["threads"] == 1
+    assert environment(make_plan(parse(words), dry_run=True))["threads"] == 7
+
+
+@pytest.mark.third_party
+def test_dry_run_says_which_data_are_missing(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("N-LoRA")
+    words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("missing: ")]
+    assert any("torch sees no CUDA device" in line for line in lines)
+    assert any("the pretrained model is missing" in line for line in lines)
+    assert str(tmp_path / "SC" / "amazon") in said

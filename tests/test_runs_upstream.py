@@ -66,7 +66,7 @@ def test_authors_own_data_goes_through_their_code_with_sam(upstream: Callable[[s
     assert record["status"] == "finished"
     assert record["tasks"] == ["amazon", "agnews"]
     assert record["upstream"]["pin"] == "7301afe5f0e3ef68461fda4b0d103dd83b2b6277"
-    assert record["labels"] == ["quick", "off-reference"]
+    assert record["labels"] == ["quick", "off-protocol"]
     assert [summary["steps"] for summary in record["training"]] == [4, 4]
     assert all(summary["perturbed_parameters"] > 0 for summary in record["training"])
     steps = [json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Plans of the image methods: upstream's own JSON runs, and every departure from it is recorded."""
+"""Plans of the image methods: upstream's own JSON runs, and every deviation from it is recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flatpatch import conflicts
+from flatpatch import conflicts, patches
 from flatpatch.__main__ import main
 from flatpatch.continual import quick_vision
 from flatpatch.continual.vision_logs import LoggedRun
@@ -115,7 +115,7 @@ def test_benchmark_has_the_papers_number_of_tasks(
     ],
     ids=" ".join,
 )
-def test_every_departure_from_the_configuration_is_recorded(
+def test_every_deviation_from_the_configuration_is_recorded(
     words: tuple[str, ...], upstream: Callable[[str], Path]
 ) -> None:
     row = METHODS[words[0].removeprefix("method=")]
@@ -161,11 +161,27 @@ def test_dry_run_prints_the_command_and_the_differences_and_writes_nothing(
 
 
 @pytest.mark.third_party
+def test_dry_run_prints_the_recipe_and_what_differs_from_upstreams(
+    upstream: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
+    words = ["method=inflora", "profile=upstream", "device=0", "upstream.lrate=0.002"]
+    assert main(["run", *words, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in ("epochs", "batch_size", "optim", "rank", "increment", "total_sessions", "weight_decay", "lamb"):
+        assert f"  {key} = {json.dumps(shipped[key])}" in lines
+    assert f"  lrate = 0.002  (there: {shipped['lrate']})" in lines
+    assert not any(line.startswith("  num_heads =") for line in lines), "it never reaches the run"
+    assert main(["run", "method=inflora", "engine=reference", "profile=quick", "--dry-run"]) == 0
+    assert "  epochs = 10  (there: 20)\n" in capsys.readouterr().out
+
+
+@pytest.mark.third_party
 def test_cpu_outside_profile_quick_is_warned_of(upstream: Callable[[str], Path]) -> None:
     upstream("InfLoRA")
     plan = plan_of("method=inflora", "profile=upstream", "device=cpu")
     assert any(note.startswith("WARNING: a ViT-B/16 on the CPU.") for note in plan.notes)
-    assert plan.labels == ("off-reference",)
+    assert plan.labels == ("off-protocol",)
 
 
 @pytest.mark.third_party
@@ -175,8 +191,6 @@ def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Cal
 
 
 def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatpatch import patches
-
     monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/InfLoRA"))
     plan = plan_of("method=inflora")
@@ -186,8 +200,6 @@ def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: 
 
 
 def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatpatch import patches
-
     monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/CL-LoRA"))
     with pytest.raises(UserError) as caught:
@@ -208,21 +220,13 @@ def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pyte
     assert plan.command(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.runs.reference_vision"]
 
 
-def test_quick_run_takes_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = parse(["method=inflora", "engine=reference", "profile=quick", "device=cpu"])
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert make_plan(request, dry_run=True).environment()["OMP_NUM_THREADS"] == "3"
-
-
 def test_record_holds_the_threads_that_the_training_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     request = parse(["method=inflora", "engine=reference", "profile=quick", "device=cpu"])
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     monkeypatch.delenv("OMP_NUM_THREADS")
     made = environment(make_plan(request, dry_run=True))
     assert (made["threads"], made["variables"]["OMP_NUM_THREADS"]) == (1, "1")
-    made = environment(make_plan(parse(["method=nlora", "engine=reference", "device=cpu"]), dry_run=True))
+    made = environment(dataclasses.replace(make_plan(request, dry_run=True), profile="upstream"))
     assert made["threads"] == 7 and "OMP_NUM_THREADS" not in made["variables"]
 
 

@@ -70,7 +70,7 @@ def test_run_leaves_a_valid_record_steps_and_figures(undisturbed: Path) -> None:
     validate_record(record)
     assert record["status"] == "finished"
     assert record["tasks"] == NAMES
-    assert record["labels"] == ["quick", "reference", "off-reference"]
+    assert record["labels"] == ["quick", "reference", "off-protocol"]
     assert record["seeds"] == [0]
     assert "order" not in record["settings"]
     assert (
@@ -151,14 +151,16 @@ def kill_during(command: list[str], condition: Callable[[], bool]) -> None:
     process.communicate(timeout=60)
 
 
-def test_killed_run_starts_over_and_ends_as_an_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_run_says_that_it_starts_anew_and_ends_as_an_undisturbed_one(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = words(tmp_path, "killed")
     folder = tmp_path / "killed"
     kill_during(command, lambda: started(folder, NAMES[1]))
     assert json.loads((folder / "record.json").read_text())["status"] == "running"
     (folder / "work/logs/left.log").write_text("of the first attempt")
-    # The child may have outlived its parent: the second call must end it before it starts anew.
     assert main(command) == 0
+    assert "an image run cannot go on from its middle, so it starts anew" in capsys.readouterr().out
     assert results(folder) == results(undisturbed)
     assert not (folder / "work/logs/left.log").exists()
     assert json.loads((folder / "record.json").read_text())["restarts"] == 1

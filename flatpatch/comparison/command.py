@@ -25,7 +25,7 @@ USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value 
 
 Compares finished runs that differ by their seed alone, or the runs in a log of upstream's, with numbers that
 upstream or a paper published. Gives the difference, its 95 % interval and the smallest difference that so few
-seeds can show. Quick, reference and off-reference runs are not compared.
+seeds can show. Quick, reference and off-protocol runs are not compared.
 
 settings:
   baseline=NAME     default: the first that speaks of such runs, upstream's own runs before papers

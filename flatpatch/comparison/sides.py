@@ -50,7 +50,7 @@ def subject_of(record: Mapping[str, Any]) -> dict[str, Any]:
     order = setting(record, "order")
     if order is not None:
         return {"method": method, "order": str(order)}
-    # A changed class order needs no mark here: overriding upstream's configuration labels the run off-reference.
+    # A changed class order needs no mark here: overriding upstream's configuration labels the run off-protocol.
     return {"method": method, "dataset": re.sub(r"_\d+$", "", record["benchmark"]), "tasks": len(record["tasks"])}
 
 

@@ -77,8 +77,11 @@ class Recorder:
         write_atomically(self._progress, json.dumps(progress | more) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Say what was done."""
-        write_atomically(self._summary, json.dumps(summary, indent=2) + "\n")
+        """Say what was done, and with how many threads, on which the numbers depend."""
+        import torch
+
+        told = {**summary, "threads": torch.get_num_threads()}
+        write_atomically(self._summary, json.dumps(told, indent=2) + "\n")
 
 
 def describe(settings: Mapping[str, Any]) -> str:

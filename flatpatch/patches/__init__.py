@@ -1,10 +1,17 @@
 """Patches on pinned upstream repositories: check them, build the patched copy, look after them. Knows only git."""
 
-from flatpatch.patches.checks import Verified, fetch_command, verify, verify_patches
+from flatpatch.patches.checks import Verified, fetch_command, inserted_lines, verify, verify_patches
 from flatpatch.patches.cli import cli
-from flatpatch.patches.copies import Built, build
+from flatpatch.patches.copies import Built, build, copy_path
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
-from flatpatch.patches.workspace import PROJECT, Workspace, find_checkout, is_available, passed_over
+from flatpatch.patches.workspace import (
+    PROJECT,
+    Workspace,
+    find_checkout,
+    is_available,
+    nothing_fetched,
+    passed_over,
+)
 
 __all__ = [
     "PROJECT",
@@ -14,10 +21,13 @@ __all__ = [
     "Workspace",
     "build",
     "cli",
+    "copy_path",
     "drift",
     "fetch_command",
     "find_checkout",
+    "inserted_lines",
     "is_available",
+    "nothing_fetched",
     "passed_over",
     "refresh",
     "show",

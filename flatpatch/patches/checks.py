@@ -122,6 +122,36 @@ def load_patches(repo: str, workspace: Workspace) -> tuple[list[Patch], list[str
     return patches, problems
 
 
+def inserted_lines(repo: str, *, workspace: Workspace = PROJECT) -> list[tuple[str, int, str]]:
+    """Return each line that the series inserts, with its file and its number there once all patches are applied.
+
+    Args:
+        repo: Name of the repository.
+        workspace: The project.
+
+    Raises:
+        UserError: If a patch cannot be read.
+    """
+    patches, problems = load_patches(repo, workspace)
+    if problems:
+        raise UserError.collect(problems)
+    found: dict[str, list[tuple[int, str]]] = {}
+    for change in (change for patch in patches for change in patch.changes):
+        earlier = found.get(change.path, [])
+        # A later patch counts the lines of the file that the earlier ones made, and moves those below its own.
+        moved = [
+            (number + sum(len(new.lines) for new in change.insertions if new.after < number), line)
+            for number, line in earlier
+        ]
+        inserted = 0
+        for insertion in change.insertions:
+            start = insertion.after + inserted + 1
+            moved += [(start + offset, line) for offset, line in enumerate(insertion.lines)]
+            inserted += len(insertion.lines)
+        found[change.path] = sorted(moved)
+    return [(path, number, line) for path, lines in found.items() for number, line in lines]
+
+
 def read_text(path: Path) -> str:
     """Read a text file, keeping its line ends as they are."""
     try:

@@ -75,7 +75,7 @@ def build(repo: str, *, patched: bool = True, into: Path | None = None, workspac
     return Built(path, tree, repo, verified.pin, set_aside)
 
 
-def copy_path(repo: str, tree: str, parent: Path) -> Path:
+def copy_path(repo: str, tree: str, parent: Path = PROJECT.root / "build") -> Path:
     """Return where the copy of a tree lies."""
     return parent / f"{repo}-{tree[:12]}"
 

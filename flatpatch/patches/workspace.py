@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ CONFIG = "flatpatch.thirdParty"
 # An unreachable host answers nothing; a big repository on a slow line takes its time.
 PROBE_SECONDS = 15
 CLONE_SECONDS = 900
+_fetches = contextvars.ContextVar("fetches", default=True)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,16 @@ def check_name(repo: str, workspace: Workspace) -> None:
         )
 
 
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Look for checkouts as ever, but leave empty submodules empty."""
+    token = _fetches.set(False)
+    try:
+        yield
+    finally:
+        _fetches.reset(token)
+
+
 def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
     """Return the checkout of a repository.
 
@@ -110,6 +123,8 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
     if not (checkout / ".git").exists():
         if checkout.is_dir() and any(checkout.iterdir()):
             tried.append(f"{checkout}: is not a git checkout")
+        elif not _fetches.get():
+            tried.append(f"{checkout}: empty; a run tries to fill it")
         elif complaint := _fill_submodule(workspace, repo):
             tried.append(f"{checkout}: empty, and it could not be filled: {complaint}")
     if (checkout / ".git").exists():

@@ -473,7 +473,7 @@ def _pins(run: Run) -> dict[str, str]:
 
 
 def _deviations(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return each departure once, with the groups it holds for; a reason that stands at the top is not told again."""
+    """Return each deviation once, with the groups it holds for; a reason that stands at the top is not told again."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for group in groups:
         for run in group.runs:
@@ -504,7 +504,12 @@ def _rerun(group: Group) -> dict[str, Any]:
     verb = "sweep" if len(seeds) > 1 else "run"
     words += [f"seed={','.join(seeds)}"] if seeds else []
     variables = environment.get("variables", {})
-    callers = [f"{name}={shlex.quote(str(variables[name]))} " for name in _CALLERS if name in variables]
+    of_run = "threads" in record["settings"] and (record["profile"] == "quick" or setting(record, "threads"))
+    callers = [
+        f"{name}={shlex.quote(str(variables[name]))} "
+        for name in _CALLERS
+        if name in variables and not (of_run and name.endswith("_NUM_THREADS"))  # the run sets those itself
+    ]
     code = environment.get("flatpatch", {})
     commit = str(code.get("commit") or "")
     steps = [f"git checkout {shlex.quote(commit.removesuffix('-dirty'))}"] if commit else []

@@ -21,6 +21,8 @@ RECORD_FILE = "record.json"
 _REMEDY = "Restore the file, or remove the run's folder and run its command again."
 _PRINTED = 0.005  # percent: accuracies are printed with two decimals
 SCHEMA_VERSION = 1
+# Once "off-reference", which sounded like the reference engine and has nothing to do with it.
+_EARLIER_LABELS = {"off-reference": "off-protocol"}
 
 _TEXT = {"type": "string"}
 _TEXTS = {"type": "array", "items": _TEXT}
@@ -73,7 +75,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
         # Why the numbers must not stand beside a paper's; empty if they may.
-        "labels": {"type": "array", "items": {"enum": ["quick", "reference", "off-reference"]}},
+        "labels": {"type": "array", "items": {"enum": ["quick", "reference", "off-protocol"]}},
         "notes": _TEXTS,
         "error": _TEXT,
         "settings": {
@@ -168,6 +170,21 @@ RECORD_SCHEMA: Mapping[str, Any] = {
             },
         },
         "restarts": {"type": "integer", "minimum": 0},
+        # One entry for each restart: when, how many tasks were kept, and what changed between the two calls' machines,
+        # as {name: [before, now]}; only where tasks were kept.
+        "taken_up": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["at", "tasks_kept", "machine_changed"],
+                "properties": {
+                    "at": _TEXT,
+                    "tasks_kept": {"type": "integer", "minimum": 0},
+                    "machine_changed": {"type": "object", "additionalProperties": {"type": "array"}},
+                },
+            },
+        },
     },
 }
 
@@ -261,12 +278,20 @@ def read_record(path: Path) -> dict[str, Any]:
             f"the record {path} has schema {record['schema']}; this version of flatpatch reads "
             f"{SCHEMA_VERSION}. Use the version that wrote it, or another folder for another run."
         )
+    _use_todays_words(record)
     try:
         validate_record(record)
     except ValueError as error:
         raise UserError(f"{path} is not a run's record:\n{error}\n{_REMEDY}") from None
     checked: dict[str, Any] = record
     return checked
+
+
+def _use_todays_words(record: Any) -> None:
+    """Rename in a record what earlier versions called otherwise."""
+    labels = record.get("labels") if isinstance(record, dict) else None
+    if isinstance(labels, list):
+        record["labels"] = [_EARLIER_LABELS.get(label, label) if isinstance(label, str) else label for label in labels]
 
 
 def read_step_metrics(path: Path, said: list[str] | None = None) -> list[dict[str, Any]]:

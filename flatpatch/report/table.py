@@ -45,7 +45,7 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
         lines += ["*" * width, *_wrapped(label, width, "* "), "*" * width]
     lines += _wrapped(describe(record), width)
     lines += _wrapped("tasks are named by their classes" if of_images(record) else record["benchmark"], width)
-    lines += _wrapped(_departures(record), width)
+    lines += _wrapped(_deviations(record), width)
     lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
     for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):
         lines += [*block, ""]
@@ -67,12 +67,12 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _departures(record: Mapping[str, Any]) -> str:
+def _deviations(record: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(row["what"] for row in record["deviations"]))
     if not names:
-        return "no departures from upstream's own run" if record["upstream"] else ""
+        return "no deviations from upstream's own run" if record["upstream"] else ""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return f"{len(names)} departure{'s' if len(names) > 1 else ''} from upstream's own run: {shown} (record.json)"
+    return f"{len(names)} deviation{'s' if len(names) > 1 else ''} from upstream's own run: {shown} (record.json)"
 
 
 def _matrix_blocks(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]], width: int) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ from flatpatch.report.records import setting
 _LABEL_TEXTS = {
     "quick": "small model and data",
     "reference": "our own small implementation, not upstream's code",
-    "off-reference": "not upstream's own set-up; the departures are in record.json",
+    "off-protocol": "not upstream's own set-up; the deviations are in record.json",
 }
 
 

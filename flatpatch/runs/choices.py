@@ -78,9 +78,9 @@ def find_upstream(method: Method, engine: str, notes: list[str]) -> patches.Veri
 
 
 def choose_device(
-    request: Request, profile: str, available: int, dry_run: bool, notes: list[str]
+    request: Request, profile: str, available: int, dry_run: bool, lacks: list[str]
 ) -> tuple[str, tuple[str, ...]]:
-    """Return ``cpu`` or ``cuda``, and the GPUs' numbers.
+    """Return ``cpu`` or ``cuda``, and the GPUs' numbers; a dry run adds to ``lacks`` which of them are not here.
 
     Raises:
         UserError: If a GPU is asked for, or needed, that is not here.
@@ -99,7 +99,7 @@ def choose_device(
     if not available or missing:
         lack = f"GPU {', '.join(missing)} is not here ({available} found)" if available else "torch sees no CUDA device"
         if dry_run:
-            notes.append(f"{lack}: this is the plan for a machine that has one. device=cpu plans for the CPU.")
+            lacks.append(f"{lack}: this is the plan for a machine that has one. device=cpu plans for the CPU.")
             return "cuda", numbers or ("0",)
         advice = "Add device=cpu to run on the CPU, or use profile=quick."
         if profile == "quick":

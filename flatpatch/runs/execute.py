@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -11,8 +12,8 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from flatpatch import patches
 from flatpatch.continual import metrics, quick
 from flatpatch.continual.results import read_results
-from flatpatch.errors import FlatpatchError, Interrupted, UserError
+from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.hooks.keeping import kept_file
 from flatpatch.measurement import files as measurements
 from flatpatch.measurement.request import WHENS
@@ -38,17 +39,26 @@ from flatpatch.runs.record import (
     LOCK,
     check_continues,
     finish_record,
+    is_disk_full,
+    keep_room,
     new_record,
+    note_restart,
     read_json,
     write_atomically,
+    write_last_record,
     write_record,
 )
+from flatpatch.runs.supervise import Supervised
 from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
 from flatpatch.telling import is_quiet, say
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 LOG = "log.txt"
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
+BYTES_OF_LAST_WORDS = 5000
+_STARTS_ANEW = "taken up again: an image run cannot go on from its middle, so it starts anew with its first task."
+_NONE_KEPT = "taken up again: no task was finished before, so it starts with the first."
 
 
 def execute(plan: Plan) -> dict[str, Any]:
@@ -61,6 +71,7 @@ def execute(plan: Plan) -> dict[str, Any]:
         UserError: If the run folder holds another run.
         FlatpatchError: If a task fails.
         Interrupted: If a signal asks to stop; says what the same command will do then.
+        DiskFull: If the disk fills up.
     """
     old = check_continues(plan.folder, plan)
     if old is not None and old["status"] == "finished":
@@ -71,25 +82,58 @@ def execute(plan: Plan) -> dict[str, Any]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     with only_runner(plan.folder), _Stop() as stop:
         record = new_record(plan)
+        kept = _kept(plan)
         if old is not None:
-            record["restarts"] = old["restarts"] + 1
-            record["timing"]["started"] = old["timing"]["started"]
+            for note in note_restart(record, old, _tasks_of(plan, kept)):
+                print(f"WARNING: {note}", flush=True)
+            if not kept:
+                print(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT, flush=True)
         write_record(plan.folder, record)
+        problem: BaseException | None = None
         try:
-            _run_tasks(plan, record, stop)
-            finish_record(record, "finished")
-        except Interrupted:
-            finish_record(record, "interrupted")
-            raise
+            keep_room(plan.folder)
+            _run_tasks(plan, record, kept, stop)
         except BaseException as error:
-            record["error"] = str(error)
-            finish_record(record, "failed")
-            raise
-        finally:
-            write_record(plan.folder, record)
+            problem = _with_full_disk_named(plan, error)
+        _conclude(plan, record, problem)
     say()
     _show(plan.folder, record)
     return record
+
+
+def _with_full_disk_named(plan: Plan, error: BaseException) -> BaseException:
+    if isinstance(error, DiskFull) or not is_disk_full(error):
+        return error
+    named = DiskFull(f"the disk is full: {error}. {_room_left(plan.folder)} {_way_on(plan)}")
+    named.__cause__ = error
+    return named
+
+
+def _room_left(folder: Path) -> str:
+    """Say how much room there is where a run writes: its folder, and the one for temporary files."""
+    places = dict.fromkeys((folder, Path(tempfile.gettempdir())))
+    free = ", ".join(f"{place} {shutil.disk_usage(place).free / 2**20:.1f} MiB" for place in places)
+    return f"Free are: {free}. Make room, or move the folder to a disk that has some."
+
+
+def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None) -> None:
+    """Write the record of a run that has ended, and raise what ended it."""
+    if problem is not None and (isinstance(problem, DiskFull) or not isinstance(problem, Interrupted)):
+        record["error"] = str(problem)
+    status = "finished" if problem is None else "interrupted" if isinstance(problem, Interrupted) else "failed"
+    finish_record(record, status)
+    try:
+        write_last_record(plan.folder, record)
+    except (OSError, FlatpatchError) as error:
+        if not is_disk_full(error):
+            raise
+        said = f"{problem}\n" if problem else ""
+        raise DiskFull(
+            f"{said}the disk is full, and {plan.folder / 'record.json'} could not be written: it does not say how the "
+            f"run ended. {_room_left(plan.folder)} {_way_on(plan)}"
+        ) from error
+    if problem is not None:
+        raise problem
 
 
 def _show(folder: Path, record: dict[str, Any]) -> None:
@@ -99,11 +143,21 @@ def _show(folder: Path, record: dict[str, Any]) -> None:
     tell_figures(leave_figures(folder, record))
 
 
-def _run_tasks(plan: Plan, record: dict[str, Any], stop: _Stop) -> None:
-    prepare_work(plan, plan.folder / "work")
+def _kept(plan: Plan) -> int:
+    """Return how many stages, from the first on, an earlier call finished and left whole."""
     kept = 0
     while kept < len(plan.stages) and _is_done(plan, plan.stages[kept]):
         kept += 1
+    return kept
+
+
+def _tasks_of(plan: Plan, stages: int) -> int:
+    """Return how many tasks the first stages train; an image run's one stage trains them all."""
+    return len(plan.task_names) if isinstance(plan, VisionPlan) and stages else stages
+
+
+def _run_tasks(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
+    prepare_work(plan, plan.folder / "work")
     # From the first task that is not whole, later ones started from something else: none of their files may stay.
     for task in plan.stages[kept:]:
         _end_leftovers(_task_folder(plan, task) / "hook.json")
@@ -255,22 +309,17 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
         variables.pop(name, None)
     started = time.monotonic()
     with (own / LOG).open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=plan.folder / "work",
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
         try:
             _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan), _way_on(plan))
         finally:
-            _end(process)
+            process.end()
             _end_leftovers(hook)
-    if process.returncode != 0:
-        raise FlatpatchError(_failure(plan, task, process.returncode, own / LOG))
+    if code := process.poll():
+        said = _failure(plan, task, code, own / LOG)
+        if _had_no_room(own / LOG):
+            raise DiskFull(f"the disk is full: {said}\n{_room_left(plan.folder)}")
+        raise FlatpatchError(said)
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
             f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
@@ -324,9 +373,7 @@ def _shown_names(plan: Plan) -> dict[str, str]:
     return shown
 
 
-def _watch(
-    process: subprocess.Popen[bytes], title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str
-) -> None:
+def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str) -> None:
     """Show the task's progress until it ends; stop it when asked to."""
     started = time.monotonic()
     with Progress(title, "step", leave=True) as shown:
@@ -334,7 +381,7 @@ def _watch(
         last: tuple[Any, ...] = ("starting",)
         while process.poll() is None:
             if stop.asked:
-                _end(process)
+                process.end()
                 raise Interrupted(f"stopped by {stop.asked} during {title}. {way_on}")
             with contextlib.suppress(OSError, ValueError):
                 state = json.loads(progress.read_text(encoding="utf-8"))
@@ -357,6 +404,12 @@ def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+
+
+def _had_no_room(log: Path) -> bool:
+    """Tell whether a process failed for want of room: by its last words, or by what is left where they were to go."""
+    last = log.read_text(encoding="utf-8", errors="replace")[-BYTES_OF_LAST_WORDS:]
+    return any(words in last for words in NO_ROOM) or shutil.disk_usage(log).free < 2**20
 
 
 def _way_on(plan: Plan) -> str:
@@ -395,17 +448,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started."""
-    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
 
 
 def _end_leftovers(hook: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flatpatch.errors import FlatpatchError, UserError, named_path
+from flatpatch.errors import DiskFull, FlatpatchError, UserError, named_path
 from flatpatch.flatness import (
     Problem,
     find_scope,
@@ -54,7 +53,7 @@ from flatpatch.runs.measure_words import Asked
 from flatpatch.runs.pages import PAGE, leave_page, place_of
 from flatpatch.runs.plan import folder_problems, unwritable
 from flatpatch.runs.progress import Progress
-from flatpatch.runs.record import write_atomically, write_record
+from flatpatch.runs.record import is_disk_full, write_atomically, write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
 from flatpatch.telling import is_quiet, say
 
@@ -404,13 +403,16 @@ def _writing(folder: Path) -> Iterator[None]:
     """Say in one message that a file could not be written, as far as that could not be seen beforehand.
 
     Raises:
-        FlatpatchError: If a file cannot be written. A full disk is left to the command line, which tells of it.
+        DiskFull: If the disk is full.
+        FlatpatchError: If a file cannot be written for another reason.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if is_disk_full(error):
+            raise DiskFull(
+                f"the disk is full: {error}. What the record names is whole. Make room and run the same command again."
+            ) from error
         raise FlatpatchError(
             f"{folder} could not be written: {error}. What the record names is whole. Make room there and run the same "
             "command again."

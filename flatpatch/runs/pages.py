@@ -31,7 +31,8 @@ def write_page(folders: Sequence[Path], page: Path, unreadable: Sequence[str] = 
         unreadable: A sentence for each other run that could not be read.
 
     Raises:
-        UserError: If none of the runs can be read, or the disk is full.
+        UserError: If none of the runs can be read.
+        DiskFull: If the disk is full.
     """
     runs: list[Run] = []
     problems = list(unreadable)

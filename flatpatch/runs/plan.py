@@ -35,12 +35,17 @@ from flatpatch.runs.choices import (
     find_upstream,
     settle,
 )
+from flatpatch.runs.sam_places import where_sam_enters
 from flatpatch.runs.scripts import Invocation, parse_script
-from flatpatch.settings import TELLING_WORDS, Request, in_name
+from flatpatch.settings import TELLING_WORDS, Request, as_default, in_name
 
 ROOT = Path(__file__).resolve().parents[2]
 # Room for the patched copy, the adapters, the predictions and the datasets cache of a run.
 BYTES_NEEDED = 300 * 2**20
+# The small models are no faster with more threads, much slower where these wait for cores, and their numbers depend on
+# the count.
+QUICK_THREADS = 1
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LONGEST_NAME = 240
 
 
@@ -65,7 +70,8 @@ class Plan:
     verified: patches.Verified | None
     folder: Path
     notes: tuple[str, ...] = ()
-    off_reference: bool = False
+    lacks: tuple[str, ...] = ()  # what a dry run found missing here, without which the run is refused
+    off_protocol: bool = False
     benchmark: str = ""
 
     @property
@@ -84,6 +90,11 @@ class Plan:
         return f"task {names.index(stage.name) + 1}/{len(names)} {stage.name}"
 
     @property
+    def threads(self) -> int | None:
+        """How many CPU threads each process is given; None leaves it to the machine and the caller."""
+        return self.request.settings.threads or (QUICK_THREADS if self.profile == "quick" else None)
+
+    @property
     def sequence(self) -> str:
         """What is learned, in a few words."""
         return f"order {self.request.settings.order} ({' > '.join(self.task_names)})"
@@ -96,8 +107,8 @@ class Plan:
             labels.append("quick")
         if self.engine == "reference":
             labels.append("reference")
-        if self.off_reference:
-            labels.append("off-reference")
+        if self.off_protocol:
+            labels.append("off-protocol")
         return tuple(labels)
 
     def command(self, stage: Stage, python: str, port: int) -> list[str]:
@@ -118,6 +129,18 @@ class Plan:
             return [python, *launch, *words]
         return [python, *words]
 
+    def recipe(self) -> list[str]:
+        """Return lines about what the commands do not show; a text run's commands show all."""
+        return []
+
+    def executes(self, path: str) -> bool:
+        """Tell whether the run trains by a patched file; a text repository has one."""
+        return True
+
+    def perturbs(self, call: str) -> bool:
+        """Tell whether an inserted call takes a step with SAM where SAM is on."""
+        return True
+
     def environment(self) -> dict[str, str]:
         """Return the variables that every task's command gets beside the caller's own."""
         variables = {
@@ -129,6 +152,8 @@ class Plan:
             "CUDA_VISIBLE_DEVICES": visible_devices(self.devices) if self.device == "cuda" else "",
             "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
         }
+        if self.threads:
+            variables |= dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         if self.device == "cpu" and self.launcher == "deepspeed":
             variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(self.world_size)}
         return variables
@@ -160,7 +185,9 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     profile, profile_reason = choose_profile(settings.profile, method, available)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
     notes: list[str] = []
-    device, devices = choose_device(request, profile, available, dry_run, notes)
+    lacks: list[str] = []
+    request = own_threads(request, profile, notes)
+    device, devices = choose_device(request, profile, available, dry_run, lacks)
     verified = find_upstream(method, engine, notes)
     originals = _read_invocations(request, method, profile, engine, verified)
 
@@ -193,23 +220,23 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
             "leave "
             "measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
         )
-    off_reference = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
+    off_protocol = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
     if settings.adapters != "upstream" and launcher == "deepspeed":
         editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
-        off_reference = True
+        off_protocol = True
     if engine == "upstream":
         left = editor.fit_launcher(launcher, device, world_size, asked=settings.device != "auto")
-        off_reference |= left and profile != "quick"  # quick runs are not upstream's in any case
+        off_protocol |= left and profile != "quick"  # quick runs are not upstream's in any case
     if settings.seed != 42:
         editor.set("seed", str(settings.seed), "setting seed=; upstream's scripts pass none, which means 42")
-    links = _find_places(request, editor, verified, profile, engine, dry_run, notes)
-    off_reference |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
+    links = _find_places(request, editor, verified, profile, engine, dry_run, lacks)
+    off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     _check_overrides(request, method, verified, originals[0], device)
     idle = [name for name, value in request.overrides.items() if not editor.would_change(name, value)]
     request = without_idle(request, idle, notes)
     for name, value in request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
-        off_reference = True
+        off_protocol = True
 
     plan = Plan(
         request=request,
@@ -229,12 +256,26 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         verified=verified,
         folder=_run_folder(request, profile, engine),
         notes=tuple(notes),
-        off_reference=off_reference,
+        off_protocol=off_protocol,
         benchmark=_benchmark_name(request, profile),
+        lacks=tuple(lacks),
     )
-    if not dry_run:
-        _check_start(plan)
+    problems = _data_problems(plan)
+    if dry_run:
+        return replace(plan, lacks=(*plan.lacks, *problems))
+    if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
+        raise UserError.collect(problems)
     return plan
+
+
+def own_threads(request: Request, profile: str, notes: list[str]) -> Request:
+    """Let ``threads=`` of a quick run that names the default be no other run, and say what the caller's count does."""
+    if profile != "quick":
+        return request
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given not in ("", str(request.settings.threads or QUICK_THREADS)):
+        notes.append(f"OMP_NUM_THREADS={given} has no effect in profile quick, which takes threads={QUICK_THREADS}")
+    return as_default(request, "threads", QUICK_THREADS)
 
 
 def paper_arguments(method: Method, where: str) -> list[tuple[PaperArgument, str]]:
@@ -300,7 +341,7 @@ def _find_places(
     profile: str,
     engine: str,
     dry_run: bool,
-    notes: list[str],
+    lacks: list[str],
 ) -> dict[str, Path]:
     """Find the model and the data; return the links the working directory needs, and set the arguments that differ."""
     settings = request.settings
@@ -324,7 +365,7 @@ def _find_places(
         )
         if not dry_run:
             raise UserError(lack)
-        notes.append(lack)
+        lacks.append(lack)
     name = model.name.lower()
     telling = [word for word in (*TELLING_WORDS, "codegen", "bloomz", "gpt-neox") if word in name]
     if not settings.order.startswith("llama") and ("t5" not in name or telling):
@@ -431,7 +472,18 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         ]
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        keys = ("eta", "scope", "sync", "ascent_loss", "adapters", "tasks", "processes", "device", "launcher")
+        keys = (
+            "eta",
+            "scope",
+            "sync",
+            "ascent_loss",
+            "adapters",
+            "tasks",
+            "processes",
+            "device",
+            "launcher",
+            "threads",
+        )
         changed = in_name(settings, keys)
         # "adapters" in the name would itself be one of the words that upstream misreads.
         parts += [f"{key}{value}".replace(",", "+").replace("adapters", "lora") for key, value in changed.items()]
@@ -448,8 +500,8 @@ def _benchmark_name(request: Request, profile: str) -> str:
     return f"{kind} CL benchmark, order {request.settings.order}"
 
 
-def _check_start(plan: Plan) -> None:
-    """Check data, folder and disk: all that would otherwise fail after the start."""
+def _data_problems(plan: Plan) -> list[str]:
+    """Return which of the plan's data are missing or damaged."""
     problems = []
     data = plan.links.get("CL_Benchmark")
     if data is None and plan.profile != "quick":
@@ -476,9 +528,7 @@ def _check_start(plan: Plan) -> None:
             check_benchmark(data, sorted(set(wanted)))
         except UserError as error:
             problems.append(str(error))
-    problems += folder_problems(plan.folder, BYTES_NEEDED)
-    if problems:
-        raise UserError.collect(problems)
+    return problems
 
 
 def folder_problems(folder: Path, bytes_needed: int, what: str = "run") -> list[str]:
@@ -531,6 +581,8 @@ def render(plan: Plan, python: str = "python") -> str:
         variables = f"CUDA_VISIBLE_DEVICES={','.join(plan.devices)} " if plan.device == "cuda" else ""
         command = plan.command(stage, python, plan.request.settings.port or 29500)
         lines += [f"# {plan.title(stage)}", variables + shlex.join(command), ""]
+    for part in (plan.recipe(), where_sam_enters(plan)):
+        lines += [*part, ""] if part else []
     if plan.engine == "upstream":
         theirs = "configuration" if plan.method.vision else "script"
         lines.append(f"Differences from upstream's own {theirs} and requirements:")
@@ -541,6 +593,7 @@ def render(plan: Plan, python: str = "python") -> str:
             )
         if not plan.deviations:
             lines.append("  none")
+    lines += [f"missing: {lack}" for lack in plan.lacks]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

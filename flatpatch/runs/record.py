@@ -10,22 +10,23 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch import __version__
-from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.errors import DiskFull, FlatpatchError, UserError
 from flatpatch.report.effects import without_effect
 from flatpatch.report.records import read_record
-from flatpatch.runs.plan import ROOT, Plan, deviations_as_record
+from flatpatch.runs.own_code import other_code, own_code
+from flatpatch.runs.plan import Plan, deviations_as_record
 from flatpatch.runs.vision_plan import VisionPlan
 
 SCHEMA = 1
 LOCK = ".lock"
+ROOM = ".room"  # kept while a run is at work
+BYTES_OF_ROOM = 2**20
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 VISION_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 # Variables of the caller that can change a number.
@@ -35,6 +36,8 @@ TELLING_VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
 )
+# What may differ between two calls that continue the same run and yet change its numbers: said, and recorded.
+OF_MACHINE = ("python", "processor", "threads", "gpus", "cuda")
 # What may differ between two calls that continue the same run.
 NOT_COMPARED = ("output", "run", "port", "profile", "engine")  # the last two by what they came to
 
@@ -43,7 +46,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between.
 
     Raises:
-        UserError: If the disk is full.
+        DiskFull: If the disk is full.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -55,11 +58,32 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(name, path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+        if is_disk_full(error):
+            raise DiskFull(
                 f"the disk is full: {path} was not written. Free some space and run the same command again."
             ) from error
         raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether a full disk, or a used up quota, is what an error comes from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
+
+
+def keep_room(folder: Path) -> None:
+    """Take some of the disk, so that the record can still be written when the rest is full."""
+    # Random, since a file system may compress zeros away.
+    (folder / ROOM).write_bytes(os.urandom(BYTES_OF_ROOM))
+
+
+def write_last_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``record.json`` a last time, in the room that was kept for it if need be."""
+    (folder / ROOM).unlink(missing_ok=True)
+    write_record(folder, record)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -120,16 +144,27 @@ def environment(plan: Plan) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": int(told) if (told := variables.get("OMP_NUM_THREADS", "")).isdecimal() else torch.get_num_threads(),
+        "threads": plan.threads or _threads_left_to_the_machine(plan),
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "device": plan.device,
         "world_size": plan.world_size,
         "launcher": plan.launcher,
         "libraries": {name: _version(name) for name in (VISION_LIBRARIES if plan.method.vision else LIBRARIES)},
-        "flatpatch": {"version": __version__, "commit": _commit()},
+        "flatpatch": own_code(),
         "variables": variables,
     }
+
+
+def _threads_left_to_the_machine(plan: Plan) -> int:
+    """Return the threads of a process that flatpatch gives no number; each says its own count in ``training``."""
+    import torch
+
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdecimal():
+        return int(told)
+    by_torchrun = plan.world_size > 1 and "torch.distributed.run" in plan.command(plan.stages[0], "python", 0)
+    return 1 if by_torchrun else torch.get_num_threads()
 
 
 def compared_settings(plan: Plan) -> dict[str, Any]:
@@ -176,13 +211,15 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         if old.get(name) != mine:
             different.append(f"{name} is {old.get(name)!r} there and {mine!r} here")
     here = new_record(plan)
-    for name in ("device", "world_size", "launcher", "libraries", "flatpatch"):
+    for name in ("device", "world_size", "launcher", "libraries"):
         if old.get("environment", {}).get(name) != here["environment"][name]:
             different.append(
                 f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here"
             )
+    if said := other_code(old.get("environment", {}).get("flatpatch"), here["environment"]["flatpatch"]):
+        different.append(said)
     if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
-        different.append("its commands departed from upstream's in another way")
+        different.append("its deviations from upstream were others")
     if old.get("inputs") != here["inputs"]:
         different.append("its model or data were other files")
     tree = plan.verified.patched_tree if plan.verified else None
@@ -196,6 +233,43 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
 def _without_why(deviations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # The reason for an engine tells how it was chosen, which may differ.
     return [{key: value for key, value in row.items() if key != "why"} for row in deviations]
+
+
+def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what the numbers may depend on and differs between two calls' machines: ``{name: [before, now]}``."""
+    before, now = old.get("environment", {}), record["environment"]
+    found = {name: [before.get(name), now[name]] for name in OF_MACHINE if before.get(name) != now[name]}
+    theirs, ours = before.get("variables", {}), now["variables"]
+    for name in TELLING_VARIABLES:
+        if "_NUM_THREADS" not in name and theirs.get(name) != ours.get(name):
+            found[name] = [theirs.get(name), ours.get(name)]
+    return found
+
+
+def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> list[str]:
+    """Write into a record that the run was taken up again, and return what its reader must know of it.
+
+    Args:
+        record: The record of this call.
+        old: That of the call before.
+        kept: How many tasks were finished before and are kept.
+    """
+    record["restarts"] = old["restarts"] + 1
+    record["timing"]["started"] = old["timing"]["started"]
+    changes = machine_changes(old, record) if 0 < kept < len(record["tasks"]) else {}
+    taken_up = {"at": _now(), "tasks_kept": kept, "machine_changed": changes}
+    record["taken_up"] = [*old.get("taken_up", []), taken_up]
+    said = [_change_note(record["tasks"], row) for row in record["taken_up"] if row["machine_changed"]]
+    record["notes"] += said
+    return said[-1:] if changes else []
+
+
+def _change_note(tasks: list[str], taken_up: Mapping[str, Any]) -> str:
+    changes = ", ".join(f"{name} {now} (before: {old})" for name, (old, now) in taken_up["machine_changed"].items())
+    return (
+        f"from task {taken_up['tasks_kept'] + 1} on another machine or set-up: {changes}. The results are not those "
+        "of a run on one machine bit for bit"
+    )
 
 
 def finish_record(record: dict[str, Any], status: str) -> None:
@@ -235,20 +309,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """Return flatpatch's own commit, marked where the tree has edits; None where git cannot tell."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:  # no git on this machine
-        return None
-    return found.stdout.strip() or None
 
 
 def read_json(path: Path) -> Any:

@@ -103,6 +103,7 @@ class StepRecorder:
                 "sam": self.run["sam"]["kind"],
                 "launcher": "plain",
                 "dtype": "float32",
+                "threads": torch.get_num_threads(),
             }
             write_atomically(Path(self.run["summary"]), json.dumps(summary, indent=2))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -27,8 +26,9 @@ from flatpatch.report import splits
 from flatpatch.runs import vision_data
 from flatpatch.runs.changes import Deviation, Stage
 from flatpatch.runs.choices import choose_device, choose_engine, choose_profile, find_upstream
-from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, paper_arguments, without_idle
+from flatpatch.runs.plan import BYTES_NEEDED, ROOT, Plan, folder_problems, own_threads, paper_arguments, without_idle
 from flatpatch.runs.vision_config import ConfigEditor, known_keys, override, read_config, task_classes
+from flatpatch.runs.vision_unread import why_unread
 from flatpatch.settings import Request, as_default, in_name
 
 CONFIG = "flatpatch-config.json"  # the changed copy, in the work folder
@@ -67,6 +67,8 @@ class VisionPlan(Plan):
     """Everything that a run of an image method will do."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
+    shipped: Mapping[str, Any] = field(default_factory=dict)  # upstream's, from which config was made
+    config_file: str = ""  # of upstream's; empty for the reference engine
     classes: tuple[tuple[int, int], ...] = ()  # first and last class of each task, in upstream's order
     hook: Mapping[str, Any] = field(default_factory=dict)  # "vision" of the hooks' description
     inputs: Mapping[str, str] = field(default_factory=dict)  # hashes for the record
@@ -98,13 +100,33 @@ class VisionPlan(Plan):
             return [python, "main.py", CONFIG]
         return [python, "main.py", "--device", _upstream_devices(self.devices), *self.method.config_flag, CONFIG]
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables that the command gets beside the caller's own."""
-        variables = super().environment()
-        if self.profile == "quick" and self.device == "cpu":
-            # The small ViT is no faster with more threads, and much slower where they wait for cores.
-            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-        return variables
+    def recipe(self) -> list[str]:
+        """Return the values of the configuration that reach the run, and what upstream ships where it differs."""
+        of_reference = "what the reference engine is told, in InfLoRA's spelling; as its configs/cifar100_inflora.json"
+        quick = self.profile == "quick"
+        lines = [f"Configuration: {self.config_file or of_reference} but where another value is shown behind."]
+        for key, value in self.config.items():
+            if why_unread(self.config, key, quick=quick):
+                continue
+            shown = f"  {key} = {json.dumps(value)}"
+            if key not in self.shipped:
+                shown += "  (upstream's has none)" if self.config_file else ""
+            elif self.shipped[key] != value:
+                shown += f"  (there: {json.dumps(self.shipped[key])})"
+            lines.append(shown)
+        unread = [key for key in self.config if why_unread(self.config, key, quick=quick)]
+        if unread:
+            lines.append(f"  without effect, and so left out above: {', '.join(unread)}")
+        return lines
+
+    def executes(self, path: str) -> bool:
+        """Tell whether the run trains by a patched file: each model of upstream's has its own."""
+        return Path(path).stem == str(self.config["model_name"]).lower()
+
+    def perturbs(self, call: str) -> bool:
+        """Tell whether an inserted call takes a step with SAM where SAM is on; CL-LoRA's two can be told apart."""
+        sam_on = self.request.settings.sam_on
+        return sam_on == "both" or (sam_on == "distillation") == ('"distillation"' in call)
 
 
 def make_vision_plan(request: Request, available: int, *, dry_run: bool = False) -> VisionPlan:
@@ -152,7 +174,10 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
     notes: list[str] = []
-    device, devices = choose_device(request, profile, available, dry_run, notes)
+    lacks: list[str] = []
+    request = own_threads(request, profile, notes)
+    settings = request.settings
+    device, devices = choose_device(request, profile, available, dry_run, lacks)
     if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
         devices = devices[:1]  # as upstream's commands; several only where they are named
     verified = find_upstream(method, engine, notes)
@@ -182,11 +207,11 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         )
         if not dry_run:
             raise UserError(lack)
-        notes.append(lack)
-    off_reference = len(devices) > 1 and not several
+        lacks.append(lack)
+    off_protocol = len(devices) > 1 and not several
     if verified and device == "cpu":
         editor.note("device", "cuda:0", "cpu", "setting device=" if settings.device != "auto" else "no GPU here")
-        off_reference = not quick
+        off_protocol = not quick
         if not quick:
             notes.append(
                 "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or "
@@ -200,18 +225,18 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
     _fit_sessions(editor, request, classes)
     idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
     request = without_idle(request, idle, notes)
-    off_reference |= bool(request.overrides)
+    off_protocol |= bool(request.overrides)
     model = quick_vision.MODEL if quick else {"embed_dim": 768, "depth": 12}
     width, blocks = int(model["embed_dim"]), int(model["depth"])
     ranges = task_classes(editor.current, classes, width=width, blocks=blocks)
 
     root = named_path("data", settings.data).absolute() if settings.data else ROOT / "data"
-    weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes)
+    weights, inputs = _find_inputs(request, method, editor, verified, profile, root, dry_run, notes, lacks)
     if settings.method == "inflora" and verified:
         _note_split(editor, inputs, root, verified.checkout, notes)
     if settings.model and weights and weights.name != _weights_name(editor):
         editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
-        off_reference = True
+        off_protocol = True
     if settings.variant == "infloraca" and (settings.sam != "off" or settings.measuring is not None):
         stage = "InfLoRA's second stage trains the classifier with its own SGD"
         notes.append(f"{stage}: no SAM there, and measure_when=after measures the model before it")
@@ -241,9 +266,12 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         verified=verified,
         folder=_run_folder(request, profile, engine),
         notes=tuple(notes),
-        off_reference=off_reference,
+        lacks=tuple(lacks),
+        off_protocol=off_protocol,
         benchmark=_benchmark_name(method, settings.benchmark, profile, settings.variant),
         config=editor.current,
+        shipped=editor.shipped,
+        config_file=str(file) if verified and file else "",
         classes=ranges,
         hook={
             "device": "cpu" if device == "cpu" else f"cuda:{_upstream_devices(devices)}",
@@ -308,8 +336,9 @@ def _find_inputs(
     root: Path,
     dry_run: bool,
     notes: list[str],
+    lacks: list[str],
 ) -> tuple[Path | None, dict[str, str]]:
-    """Find images and weights and check them; what is missing stops a run and is noted in a dry one."""
+    """Find images and weights and check them; what is missing stops a run, and a dry one says it."""
     if profile == "quick":
         return quick_vision.WEIGHTS, {quick_vision.WEIGHTS.name: vision_data.file_hash(quick_vision.WEIGHTS)}
     assert verified is not None
@@ -330,7 +359,7 @@ def _find_inputs(
         problems.append(str(error))
     if problems and not dry_run:
         raise UserError.collect(problems)
-    notes += problems
+    lacks += problems
     return weights, inputs
 
 
@@ -384,7 +413,9 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         parts = [settings.variant or settings.method, settings.benchmark, profile, engine, settings.sam]
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        parts += [f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device")).items()]
+        parts += [
+            f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device", "threads")).items()
+        ]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))
