@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="made with another settings"):
         lanczos(operator, 3, checkpoint=path)
     operator.matrix[0, 0] += 1e-12
-    with pytest.raises(ValueError, match="made with another weights"):
+    with pytest.raises(ValueError, match="made with another matrix"):
         lanczos(operator, 2, checkpoint=path)
 
 

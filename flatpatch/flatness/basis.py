@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -183,7 +184,8 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         path: Where, or None.
-        key: What it must have been made with: the algorithm's settings and the operator's fingerprint.
+        key: What it must have been made with: the algorithm's settings and the operator's fingerprint, whose losses
+            may differ by as much as sums in another order.
 
     Returns:
         The state, or None if there is no file.
@@ -199,7 +201,15 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, AttributeError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint ({line}): delete it, or name another file.") from error
-    differing = sorted(name for name in {*key, *state["key"]} if state["key"].get(name) != key.get(name))
+    differing = sorted(
+        name for name in {*key, *state["key"]} if not _agree(name, state["key"].get(name), key.get(name))
+    )
     if differing:
         raise ValueError(f"{path} was made with another {', '.join(differing)}: delete it, or name another file.")
     return state
+
+
+def _agree(name: str, before: Any, now: Any) -> bool:
+    if name != "losses" or before is None or now is None:
+        return bool(before == now)
+    return len(before) == len(now) and bool(np.allclose(before, now, rtol=1e-5, atol=0, equal_nan=True))

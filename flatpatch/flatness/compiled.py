@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import Node
 
 from flatpatch.errors import UserError
 
@@ -54,14 +55,19 @@ def expected_gain(seconds: float, products: int, graphs: Sequence[tuple[int, ...
 
 def graph_size(gradients: Sequence[Tensor], num_terms: int) -> tuple[int, ...]:
     """Return the number of autograd's nodes behind some gradients, and what else tells one graph from another."""
-    pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    return len(graph_nodes(gradients)), num_terms, sum(gradient.numel() for gradient in gradients)
+
+
+def graph_nodes(outputs: Sequence[Tensor]) -> set[Node]:
+    """Return autograd's nodes behind some tensors."""
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(pending)
     while pending:
         for following, _ in pending.pop().next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
-    return len(seen), num_terms, sum(gradient.numel() for gradient in gradients)
+    return seen
 
 
 class Compiler:
