@@ -265,7 +265,8 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         try:
-            model.eval()
+            if any(mode for _, mode in modes):  # else there is nothing to change, in hundreds of modules
+                model.eval()
             torch.backends.mha.set_fastpath_enabled(False)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             yield
