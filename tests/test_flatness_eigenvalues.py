@@ -18,10 +18,12 @@ from flatpatch.flatness import (
     MatrixOperator,
     Problem,
     batch_eigenvalues,
+    best_block_size,
     lanczos,
     power_iteration,
     supervised_loss,
 )
+from flatpatch.flatness.basis import Basis, orthonormal_columns
 
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
 
@@ -251,7 +253,7 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="made with another settings"):
         lanczos(operator, 3, checkpoint=path)
     operator.matrix[0, 0] += 1e-12
-    with pytest.raises(ValueError, match="made with another weights"):
+    with pytest.raises(ValueError, match="made with another matrix"):
         lanczos(operator, 2, checkpoint=path)
 
 
@@ -424,3 +426,59 @@ def test_weights_that_change_during_a_search_are_noticed() -> None:
 
     with pytest.raises(ValueError, match="weights have changed"):
         lanczos(HessianOperator(Problem(model, rows(4), CROSS_ENTROPY)), 3, progress=train)
+
+
+# --- what a search costs
+
+
+def test_a_step_reads_the_basis_six_times_however_wide_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three passes reads it twice: two over what was multiplied, one once it has length 1."""
+    passes = 0
+    remove_from = Basis.remove_from
+
+    def counting(self: Basis, W: Tensor, **options: int) -> Tensor:
+        nonlocal passes
+        passes += options.get("passes", 2)
+        return remove_from(self, W, **options)
+
+    monkeypatch.setattr(Basis, "remove_from", counting)
+    for width in (1, 8):
+        passes = 0
+        result = lanczos(MatrixOperator(symmetric([k**1.2 for k in range(120)])), 2, block_size=width)
+        steps = result.products // width
+        assert passes <= 3 * (steps + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lost_columns_are_replaced_and_the_others_keep_their_span(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = Basis(50, dtype, torch.device("cpu"), 10)
+    basis.append(torch.linalg.qr(torch.randn(50, 4, dtype=torch.float64, generator=generator))[0])
+    a, b = torch.randn(2, 50, dtype=torch.float64, generator=generator)
+    W = torch.stack([a, 2 * a, torch.zeros_like(a), a + 1e-3 * b], dim=1)
+    basis.remove_from(W)
+    columns, lost = orthonormal_columns(W.clone(), basis, 1e-5, seed=1)
+    assert (columns.shape, lost) == ((50, 4), 2)
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(columns.T @ columns, eye, rtol=0, atol=1e-13)
+    assert float(basis.coefficients(columns).abs().max()) < (1e-6 if dtype == torch.float32 else 1e-13)
+    assert float((W - columns @ (columns.T @ W)).abs().max()) < 1e-7
+
+
+def test_no_more_columns_are_returned_than_the_space_has_left() -> None:
+    basis = Basis(5, torch.float64, torch.device("cpu"), 5)
+    basis.append(torch.eye(5, 3, dtype=torch.float64))
+    W = torch.randn(5, 4, dtype=torch.float64)
+    basis.remove_from(W)
+    columns, lost = orthonormal_columns(W, basis, 1e-9, seed=0)
+    assert (columns.shape, lost) == ((5, 2), 2)
+    torch.testing.assert_close(columns[3:] @ columns[3:].T, torch.eye(2, dtype=torch.float64))
+
+
+def test_a_block_is_chosen_by_the_products_needed_and_their_times() -> None:
+    assert best_block_size({8: 0.132, 1: 0.330}) == 1
+    assert best_block_size({1: 1.0, 4: 0.49, 8: 0.4}) == 4
+    assert best_block_size({1: 1.0, 4: 0.5}) == 1
+    for wrong in ({}, {1: 0.0}, {0: 1.0}):
+        with pytest.raises(ValueError, match="positive times by block size"):
+            best_block_size(wrong)

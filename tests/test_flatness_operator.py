@@ -241,6 +241,34 @@ def test_as_many_graphs_are_kept_as_the_budget_allows() -> None:
     assert torch.equal(all_products(operator), expected)
 
 
+@pytest.mark.parametrize("budget", [None, 0])
+def test_a_graph_that_is_not_kept_is_neither_measured_nor_held_after_use(
+    budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks, retained = [], []
+    grad, measure = torch.autograd.grad, torch.autograd.graph.saved_tensors_hooks
+
+    def recording(*arguments: Any, **options: Any) -> Any:
+        if "retain_graph" in options:
+            retained.append(options["retain_graph"])
+        return grad(*arguments, **options)
+
+    def measuring(*arguments: Any) -> Any:
+        hooks.append(arguments)
+        return measure(*arguments)
+
+    operator = HessianOperator(Problem(mlp(), rows(4, 4), CROSS_ENTROPY), memory_budget=budget)
+    monkeypatch.setattr(torch.autograd, "grad", recording)
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", measuring)
+    operator.matmat(torch.randn(operator.size, 2))
+    if budget is None:
+        assert len(hooks) == 2
+        assert retained == [True] * 4
+    else:
+        assert not hooks
+        assert retained == [True, False] * 2  # the second of two vectors is the last that needs the graph
+
+
 def test_weights_do_not_count_as_memory_of_a_graph() -> None:
     big = nn.Sequential(nn.Linear(4, 1000), nn.Tanh(), nn.Linear(1000, 3)).double()
     operator = HessianOperator(Problem(big, rows(1), CROSS_ENTROPY))

@@ -10,7 +10,7 @@ from flatpatch.flatness.batchwise import BatchEigenvalues, batch_eigenvalues
 from flatpatch.flatness.connectivity import Connectivity, checkpoint_point, linear_connectivity, model_point
 from flatpatch.flatness.density import Quadrature, kernel_width, quadrature, spectral_density, spectral_distribution
 from flatpatch.flatness.directions import Direction, given_direction, random_direction
-from flatpatch.flatness.eigenvalues import Eigenpairs, lanczos, power_iteration
+from flatpatch.flatness.eigenvalues import Eigenpairs, best_block_size, lanczos, power_iteration
 from flatpatch.flatness.landscape import Landscape, Mark, Plane, landscape, plane_landscape, plane_through
 from flatpatch.flatness.operator import HessianOperator, LinearOperator, MatrixOperator
 from flatpatch.flatness.points import Point
@@ -53,6 +53,7 @@ __all__ = [
     "WeightedLoss",
     "ball_sharpness",
     "batch_eigenvalues",
+    "best_block_size",
     "checkpoint_point",
     "count_terms",
     "find_scope",

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Progress = Callable[[int, int, str], None]
 """Called with the products done, the most that will be needed, and one line on how far it has come."""
 
-_CHUNK = 2**22  # elements that are turned into float64 at a time: 32 MiB
+# Elements that are turned into float64 at a time: 2 MiB, for a CPU's cache; on a GPU 128 MiB, for few calls.
+_CHUNKS = {"cpu": 2**18}
+_CHUNK = 2**24
 
 
 class Basis:
@@ -55,19 +58,19 @@ class Basis:
     def coefficients(self, W: Tensor) -> Tensor:
         """Multiply the vectors with the columns of W (n, p): (count, p) in float64, on W's device."""
         total = torch.zeros(self.count, W.shape[1], dtype=torch.float64, device=W.device)
-        for part in self._parts():
+        for part in self._parts(W.device):
             total += self.rows[:, part].to(W.device, torch.float64) @ W[part].double()
         return total
 
     def combine(self, C: Tensor) -> Tensor:
         """Combine the vectors by the columns of C (count, p): (n, p) in float64, on C's device."""
         result = torch.empty(self._store.shape[1], C.shape[1], dtype=torch.float64, device=C.device)
-        for part in self._parts():
+        for part in self._parts(C.device):
             result[part] = self.rows[:, part].to(C.device, torch.float64).T @ C
         return result
 
-    def remove_from(self, W: Tensor) -> Tensor:
-        """Make the columns of W (n, p) orthogonal to the vectors, in place, twice.
+    def remove_from(self, W: Tensor, passes: int = 2) -> Tensor:
+        """Make the columns of W (n, p) orthogonal to the vectors, in place, by default twice.
 
         Once is not enough: what is left of a nearly dependent vector is mostly rounding (Giraud et al. 2005).
 
@@ -75,23 +78,24 @@ class Basis:
             The coefficients that were removed, (count, p).
         """
         removed = torch.zeros(self.count, W.shape[1], dtype=torch.float64, device=W.device)
-        for _ in range(2):
+        for _ in range(passes):
             coefficients = self.coefficients(W)
-            for part in self._parts():
+            for part in self._parts(W.device):
                 W[part] -= self.rows[:, part].to(W.device, torch.float64).T @ coefficients
             removed += coefficients
         return removed
 
     def replace(self, C: Tensor) -> None:
         """Replace the vectors by the combinations C (count, p) of themselves, p <= count, in place."""
-        for part in self._parts():
+        for part in self._parts(self._store.device):
             combined = C.T.to(self._store.device) @ self.rows[:, part].double()
             self._store[: C.shape[1], part] = combined.to(self._store.dtype)
         self.count = C.shape[1]
 
-    def _parts(self) -> list[slice]:
+    def _parts(self, device: torch.device) -> list[slice]:
+        """Cut the vectors' length into what is multiplied at a time on a device."""
         size = self._store.shape[1]
-        width = max(_CHUNK // max(self.count, 1), 1)
+        width = max(_CHUNKS.get(device.type, _CHUNK) // max(self.count, 1), 1)
         return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
@@ -102,7 +106,7 @@ def orthonormal_columns(W: Tensor, basis: Basis, threshold: float, seed: int) ->
     A random direction takes its place while the space has one left.
 
     Args:
-        W: Float64 ``(n, p)``, already orthogonal to the basis; overwritten.
+        W: Float64 ``(n, p)``, already orthogonal to the basis.
         basis: What the result is to be orthogonal to.
         threshold: Length below which a column counts as lost.
         seed: Of the random directions.
@@ -110,32 +114,26 @@ def orthonormal_columns(W: Tensor, basis: Basis, threshold: float, seed: int) ->
     Returns:
         Unit vectors ``(n, q)``, q <= p, and how many of the p columns were lost.
     """
-    n, lost = len(W), 0
-    accepted: list[Tensor] = []
-    pending = [W[:, index] for index in range(W.shape[1])]
-    for index, column in enumerate(pending):
-        if basis.count + len(accepted) >= n:
-            lost += len(pending) - index
+    n, count = W.shape
+    room = n - basis.count
+    while True:
+        Q, R = torch.linalg.qr(W)
+        short = (R.diagonal().abs() <= threshold).nonzero().flatten().tolist()
+        if not short and W.shape[1] <= room:
             break
-        length = _remove_all(column, accepted, basis) if accepted else float(column.norm())
-        if length <= threshold:
-            lost += 1
-            column = random_vectors(n, [index], seed=seed, device=W.device)[:, 0]
-            length = _remove_all(column, accepted, basis)
-        accepted.append(column / length)
-        # Of a short column, normalising has also scaled up what rounding left of the other vectors.
-        _remove_all(accepted[-1], accepted[:-1], basis)
-        accepted[-1] /= accepted[-1].norm()
-    return torch.stack(accepted, dim=1) if accepted else W[:, :0], lost
-
-
-def _remove_all(column: Tensor, others: list[Tensor], basis: Basis) -> float:
-    """Make a vector orthogonal to unit vectors and a basis, in place, and return the length that is left."""
-    basis.remove_from(column.unsqueeze(1))
-    for _ in range(2):
-        for other in others:
-            column -= (other @ column) * other
-    return float(column.norm())
+        # A lost column's direction is arbitrary, and has been taken out of those after it: begin again without it.
+        dropped = short[0] if short else room
+        W = torch.cat([W[:, :dropped], W[:, dropped + 1 :]], dim=1)
+    lost = count - Q.shape[1]
+    for index in range(lost):
+        if Q.shape[1] < room:
+            column = random_vectors(n, [index], seed=seed, device=W.device)
+            Q = torch.cat([Q, column / column.norm()], dim=1)
+    # To scale a short column to length 1 has also scaled up what rounding left of the basis; hence once more.
+    for _ in range(1 + (lost > 0)):
+        basis.remove_from(Q, passes=1)
+        Q, _ = torch.linalg.qr(Q)
+    return Q, lost
 
 
 def random_vectors(
@@ -183,7 +181,8 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         path: Where, or None.
-        key: What it must have been made with: the algorithm's settings and the operator's fingerprint.
+        key: What it must have been made with: the algorithm's settings and the operator's fingerprint, whose losses
+            may differ by as much as sums in another order.
 
     Returns:
         The state, or None if there is no file.
@@ -199,7 +198,15 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, TypeError, KeyError, AttributeError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint ({line}): delete it, or name another file.") from error
-    differing = sorted(name for name in {*key, *state["key"]} if state["key"].get(name) != key.get(name))
+    differing = sorted(
+        name for name in {*key, *state["key"]} if not _agree(name, state["key"].get(name), key.get(name))
+    )
     if differing:
         raise ValueError(f"{path} was made with another {', '.join(differing)}: delete it, or name another file.")
     return state
+
+
+def _agree(name: str, before: Any, now: Any) -> bool:
+    if name != "losses" or before is None or now is None:
+        return bool(before == now)
+    return len(before) == len(now) and bool(np.allclose(before, now, rtol=1e-5, atol=0, equal_nan=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flatpatch.flatness.basis import Progress, load_state, save_state
 from flatpatch.flatness.eigenvalues import Eigenpairs, power_iteration
-from flatpatch.flatness.operator import HessianOperator
+from flatpatch.flatness.operator import HessianOperator, checkpoint_key
 from flatpatch.flatness.problem import Problem
 
 
@@ -109,11 +109,7 @@ def batch_eigenvalues(
     count = len(problem.batches)
     # Not compiled: each batch would need code of its own, and the clock would decide how the results are rounded.
     whole = HessianOperator(problem, mode=mode, memory_budget=memory_budget, compile=False)
-    key = {
-        "algorithm": "batch_eigenvalues",
-        "settings": [tol, max_products, restarts, mode, seed, problem.num_terms],
-        "weights": whole.fingerprint(),
-    }
+    key = checkpoint_key(whole, "batch_eigenvalues", [tol, max_products, restarts, seed], checkpoint)
     state = load_state(checkpoint, key)
     found: list[list[float]] = state["found"] if state else []
     vector: Tensor | None = state["vector"].to(problem.device) if state else None

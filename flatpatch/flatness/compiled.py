@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from flatpatch.errors import UserError
+from flatpatch.flatness.problem import graph_nodes
 
 Product = Callable[[Tensor], Tensor]
 
 # Compiled code by what was recorded: one process often measures one model again and again.
 _CODE: dict[Any, Any] = {}
-_COMPILED: set[tuple[int, ...]] = set()
+_COMPILED: set[tuple[float, ...]] = set()
 
 # Measured with torch 2.8 on one thread of a Xeon, for a graph of 620 nodes: 43 s at first, 3 s for every further batch
 # of its shape; products took 0.50 s instead of 0.87 s.
@@ -32,7 +33,7 @@ class CompileError(UserError):
     """A product could not be compiled, or the compiled one is wrong."""
 
 
-def expected_gain(seconds: float, products: int, graphs: Sequence[tuple[int, ...]]) -> float:
+def expected_gain(seconds: float, products: int, graphs: Sequence[tuple[float, ...]]) -> float:
     """Estimate what compiling would save, from measured times on one machine: a guide, not a promise.
 
     Args:
@@ -52,16 +53,9 @@ def expected_gain(seconds: float, products: int, graphs: Sequence[tuple[int, ...
     return _SHARE_SAVED * seconds * products - cost
 
 
-def graph_size(gradients: Sequence[Tensor], num_terms: float) -> tuple[int, ...]:
+def graph_size(gradients: Sequence[Tensor], num_terms: float) -> tuple[float, ...]:
     """Return the number of autograd's nodes behind some gradients, and what else tells one graph from another."""
-    pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        for following, _ in pending.pop().next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return len(seen), int(num_terms), sum(gradient.numel() for gradient in gradients)
+    return len(graph_nodes(gradients)), num_terms, sum(gradient.numel() for gradient in gradients)
 
 
 class Compiler:
@@ -79,7 +73,7 @@ class Compiler:
         """How many pieces of code its products run."""
         return len(self._used)
 
-    def compile(self, product: Product, v: Tensor, graph: tuple[int, ...] | None = None) -> Product:
+    def compile(self, product: Product, v: Tensor, graph: tuple[float, ...] | None = None) -> Product:
         """Record and compile a function that is linear in its vector.
 
         Args:

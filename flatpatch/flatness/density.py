@@ -19,7 +19,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, random_vectors, save_state
-from flatpatch.flatness.operator import LinearOperator, compile_seconds, plan
+from flatpatch.flatness.operator import LinearOperator, checkpoint_key, compile_seconds, plan, product_errors
 
 LAWS = ("rademacher", "gaussian")
 
@@ -34,6 +34,8 @@ class Quadrature:
         size: Dimension n of the operator; n times a weight counts eigenvalues.
         products: Matrix-vector products it took.
         compile_seconds: Time that went into compiling the operator's products meanwhile.
+        error: How far a node may be off because the products are, beyond rounding, in eigenvalue units: the largest
+            estimate of an operator by finite differences, zero for one by autograd.
     """
 
     nodes: Tensor  # (num_probes, num_steps), float64
@@ -41,6 +43,7 @@ class Quadrature:
     size: int
     products: int
     compile_seconds: float = 0.0
+    error: float = 0.0
 
     def moments(self, order: int) -> Tensor:
         """Estimate the mean of the eigenvalues' powers tr(H^order) / n, once per probe ``(num_probes,)``."""
@@ -69,6 +72,7 @@ class Quadrature:
             "size": self.size,
             "products": self.products,
             "compile_seconds": self.compile_seconds,
+            "error": self.error,
             "trace": self.trace,
             "trace_standard_error": None if len(self.nodes) < 2 else self.trace_standard_error,
             "frobenius_norm": self.frobenius_norm,
@@ -114,10 +118,11 @@ def quadrature(
             raise ValueError(f"{name} must be at least 1, got {value}")
     steps = min(num_steps, operator.size)
     together = probes_per_pass or (16 if operator.device.type == "cuda" else 1)
-    key = {"algorithm": "quadrature", "settings": [steps, law, seed], "weights": operator.fingerprint()}
+    key = checkpoint_key(operator, "quadrature", [steps, law, seed, together], checkpoint)
     state = load_state(checkpoint, key)
     done: list[list[list[float]]] = state["probes"] if state else []
-    products = state["products"] if state else 0
+    taken: list[int] = state["products"] if state else []  # by each probe
+    errors: list[float] = state["errors"] if state else []  # likewise
     compiled = compile_seconds(operator)
     plan(operator, max(num_probes - len(done), 0) * steps)
     while len(done) < num_probes:
@@ -130,38 +135,53 @@ def quadrature(
                 line = f"probes {base + 1} to {base + count} of {num_probes}, step {step}"
                 progress(base * steps + step * count, num_probes * steps, line)
 
-        for diagonal, off_diagonal in _tridiagonalise(operator, start, steps, basis_device, report):
-            products += len(diagonal)
+        for diagonal, off_diagonal, error in _tridiagonalise(operator, start, steps, basis_device, report):
+            taken.append(len(diagonal))
+            errors.append(error)
             theta, S = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
             missing = steps - len(theta)
             done.append([[*theta, *[theta[-1]] * missing], [*S[0] ** 2, *[0.0] * missing]])
         done = [[[float(x) for x in row] for row in probe] for probe in done]
         if checkpoint:
-            save_state(checkpoint, {"key": key, "probes": done, "products": products})
+            save_state(checkpoint, {"key": key, "probes": done, "products": taken, "errors": errors})
     rows = torch.tensor(done[:num_probes], dtype=torch.float64)
     took = compile_seconds(operator) - compiled
-    return Quadrature(rows[:, 0], rows[:, 1], size=operator.size, products=products, compile_seconds=took)
+    return Quadrature(
+        rows[:, 0],
+        rows[:, 1],
+        size=operator.size,
+        products=sum(taken[:num_probes]),
+        compile_seconds=took,
+        error=max(errors[:num_probes]),
+    )
 
 
 def _tridiagonalise(
     operator: LinearOperator, start: Tensor, steps: int, basis_device: torch.device | str | None, report: Any
-) -> list[tuple[list[float], list[float]]]:
-    """Run Lanczos from every column of start at once: diagonals (<= steps) and off-diagonals (one fewer)."""
+) -> list[tuple[list[float], list[float], float]]:
+    """Run Lanczos from every column of start at once.
+
+    Returns:
+        For each its diagonal (<= steps), off-diagonal (one fewer) and the largest error of its products.
+    """
     device = torch.device(basis_device or operator.device)
     count = start.shape[1]
     bases = [Basis(operator.size, operator.dtype, device, steps) for _ in range(count)]
     diagonals: list[list[float]] = [[] for _ in range(count)]
     off_diagonals: list[list[float]] = [[] for _ in range(count)]
-    norms = [0.0] * count
+    norms, errors = [0.0] * count, [0.0] * count
     threshold = 10 * torch.finfo(operator.dtype).eps
     current = {index: start[:, index : index + 1] / start[:, index].norm() for index in range(count)}
     for step in range(1, steps + 1):
         columns = torch.cat([bases[index].append(column) for index, column in current.items()], dim=1)
         W = operator.matmat(columns)
+        off = product_errors(operator)
         following = {}
         for position, index in enumerate(current):
             w = W[:, position : position + 1].clone()
             norms[index] = max(norms[index], float(w.norm()))
+            if off is not None:
+                errors[index] = max(errors[index], float(off[:, position].norm()))
             removed = bases[index].remove_from(w)
             diagonals[index].append(float(removed[-1]))
             beta = float(w.norm())
@@ -173,7 +193,7 @@ def _tridiagonalise(
         current = following
         if not current:
             break
-    return list(zip(diagonals, off_diagonals, strict=True))
+    return list(zip(diagonals, off_diagonals, errors, strict=True))
 
 
 def spectral_density(

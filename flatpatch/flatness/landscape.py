@@ -10,8 +10,8 @@ never computed anew. ``about`` has ``moved_buffers``, their names, if any differ
 The file (``.npz``) holds ``losses`` and ``done``, shaped as the grid; ``axis_0`` and, in two dimensions, ``axis_1``,
 the coordinates; ``marks`` (k, d) and ``mark_losses`` (k,), points evaluated besides; ``origin_loss`` (), the loss
 at the weights as they were; and ``about``, JSON of
-``{schema, kind, scope, num_parameters, num_terms, axes: [{label, normalisation, seed, zero_units, skipped}],
-cosine, marks: [names], fingerprint}``. ``load_landscape`` reads it.
+``{schema, kind, scope, num_parameters, num_terms, content: {part: hash}, axes: [{label, normalisation, seed,
+zero_units, skipped}], cosine, marks: [names], fingerprint}``. ``load_landscape`` reads it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from flatpatch.errors import UserError
 from flatpatch.flatness.basis import Progress
+from flatpatch.flatness.content import problem_content
 from flatpatch.flatness.directions import Direction
 from flatpatch.flatness.points import (
     Objective,
@@ -457,11 +458,12 @@ def _fingerprint(about: Mapping[str, Any], axes: Sequence[FloatArray], tensors: 
 def describe(problem: Problem | Objective) -> dict[str, Any]:
     """Return what a result says about the problem it was measured on."""
     if not isinstance(problem, Problem):
-        return {"scope": None, "num_parameters": len(problem.origin), "num_terms": None}
+        return {"scope": None, "num_parameters": len(problem.origin), "num_terms": None, "content": None}
     return {
         "scope": problem.scope.name,
         "num_parameters": problem.size,
         "num_terms": sum(problem.num_terms),
+        "content": problem_content(problem),
     }
 
 

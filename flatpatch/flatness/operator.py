@@ -10,16 +10,19 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
 from flatpatch.flatness.compiled import CompileError, Compiler, Product, expected_gain, graph_size
-from flatpatch.flatness.problem import Problem, differentiate
+from flatpatch.flatness.content import digest, problem_content, sums_of, tensors_in
+from flatpatch.flatness.differences import Differences
+from flatpatch.flatness.problem import Problem, differentiate, graph_nodes
 
 MODES = ("autograd", "finite-difference")
 
@@ -45,8 +48,8 @@ class LinearOperator(Protocol):
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply with the columns of ``V`` ``(n, p)``; the result ``(n, p)`` is float64."""
 
-    def fingerprint(self) -> list[int]:
-        """Return numbers that differ if the matrix has become another one."""
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return what the matrix is made of, part by part, for a checkpoint: the same in every process."""
 
 
 def plan(operator: LinearOperator, products: int) -> None:
@@ -58,6 +61,26 @@ def plan(operator: LinearOperator, products: int) -> None:
 def compile_seconds(operator: LinearOperator) -> float:
     """Return the seconds that an operator has spent on compiling, 0 for one that cannot."""
     return operator.compile_seconds if isinstance(operator, HessianOperator) else 0.0
+
+
+def product_errors(operator: LinearOperator) -> Tensor | None:
+    """Return the estimated errors of an operator's last products, as columns, or None for mere rounding."""
+    return operator.errors if isinstance(operator, HessianOperator) else None
+
+
+def form_errors(operator: LinearOperator, V: Tensor) -> list[float]:
+    """Return how far <v, H v> may be off for each column of the vectors that were multiplied last."""
+    errors = product_errors(operator)
+    return [0.0] * V.shape[1] if errors is None else (V * errors).sum(dim=0).abs().tolist()
+
+
+def checkpoint_key(
+    operator: LinearOperator, algorithm: str, settings: Sequence[Any], checkpoint: Path | None
+) -> dict[str, Any]:
+    """Return what a checkpoint must have been made with, empty if none is wanted."""
+    if checkpoint is None:
+        return {}
+    return {"algorithm": algorithm, "settings": list(settings), **operator.fingerprint()}
 
 
 class MatrixOperator:
@@ -84,9 +107,9 @@ class MatrixOperator:
         self.products += V.shape[1]
         return (self.matrix @ V.to(self.dtype)).double()
 
-    def fingerprint(self) -> list[int]:
-        """Return a sum over the matrix's bits."""
-        return [int(_bit_sum(self.matrix))]
+    def fingerprint(self) -> dict[str, Any]:
+        """Return a hash of the matrix."""
+        return {"matrix": digest(self.matrix)}
 
 
 class HessianOperator:
@@ -95,8 +118,13 @@ class HessianOperator:
     Args:
         problem: The loss and its variables.
         mode: "autograd", or "finite-difference" for models that have no second derivative (fused attention that
-            cannot be replaced, custom kernels): central differences of the gradient, whose relative error in float32
-            is about 1e-3. It moves the weights during a product and puts them back bit for bit.
+            cannot be replaced, custom kernels): central differences of the gradient, by a step that is sought for
+            each product: see :mod:`flatpatch.flatness.differences`. A product takes four gradients or more. In
+            float32 its error was between 1e-4 and 2e-2 of it on small networks; ``errors`` has an estimate, and
+            what is computed from it counts as converged only beyond that. Where the loss has kinks (ReLU), a step
+            that crosses one measures its bend, which autograd leaves out; where no step is both short enough to
+            cross none and long enough for rounding, the estimate need not show it: a warning names the kinks. It
+            moves the weights during a product and puts them back bit for bit.
         memory_budget: Bytes that may be used for kept graphs and, on a GPU, for products with several vectors at
             once. By default half of what is free at the first product (on a CPU 8 GiB at most). Zero keeps nothing.
         compile: Whether to compile the products of kept batches, which takes half a minute or more and then saves
@@ -111,6 +139,7 @@ class HessianOperator:
     Attributes:
         products: Number of matrix-vector products so far.
         compile_seconds: Time spent on compiling so far.
+        errors: The estimated errors of the last products as columns ``(n, p)``, for finite differences; else None.
 
     Raises:
         ValueError: If the mode or a number is not one of those allowed.
@@ -149,7 +178,9 @@ class HessianOperator:
         self._bytes: dict[int, int] = {}
         self._may_keep = memory_budget != 0
         self._is_checked = False
-        self._fingerprint = self.fingerprint()
+        self.errors: Tensor | None = None
+        self._differences = Differences(problem) if mode == "finite-difference" else None
+        self._content = self._sums()
 
     @property
     def kept_batches(self) -> int:
@@ -161,13 +192,17 @@ class HessianOperator:
         """Memory of the kept graphs in bytes, apart from the weights they refer to."""
         return sum(self._bytes.values())
 
-    def fingerprint(self) -> list[int]:
-        """Return numbers that change with any weight or buffer, also one written through ``.data``."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Return hashes of all that the loss is made of, and the batches' losses for what has no hash."""
+        with self.problem.active(), torch.no_grad():
+            losses = [float(self.problem.batch_loss(index)) for index in range(len(self.problem.batches))]
+        return {**problem_content(self.problem), "mode": self.mode, "precision": str(self.dtype), "losses": losses}
+
+    def _sums(self) -> dict[str, list[int]]:
+        """Return numbers that change with any weight, buffer or batch, also one written through ``.data``."""
         model = self.problem.model
-        tensors = {id(t): t for t in (*model.parameters(), *self.problem.variables)}
-        tensors.update((id(b), b) for b in model.buffers() if b.is_floating_point())
-        sums = [_bit_sum(tensor).to(self.device) for tensor in tensors.values()]
-        return torch.stack(sums).tolist()  # one wait for the GPU, not one a tensor
+        weights = {id(t): t for t in (*model.parameters(), *model.buffers(), *self.problem.variables)}
+        return {"weights": sums_of(weights.values()), "data": sums_of(tensors_in(self.problem.batches))}
 
     def plan(self, products: int) -> None:
         """Say how many products are to come, by which ``compile="auto"`` decides."""
@@ -193,22 +228,29 @@ class HessianOperator:
             The products as columns, ``(n, p)``, summed over batches in float64.
 
         Raises:
-            ValueError: If ``V`` has another shape, if weights have changed since the operator was made, or if a
-                product is not finite.
+            ValueError: If ``V`` has another shape, if weights, buffers or batches have changed since the operator was
+                made, or if a product is not finite. A model's plain attributes and what the loss function holds are
+                not looked at.
             UserError: If the model has no second derivative.
         """
         if V.ndim != 2 or V.shape[0] != self.size:
             raise ValueError(f"V must have shape ({self.size}, p), got {tuple(V.shape)}")
-        if self.fingerprint() != self._fingerprint:
+        content = self._sums()
+        if changed := [name for name in content if content[name] != self._content[name]]:
             self.release()
-            raise ValueError("weights have changed since this operator was made: make a new one (and a new Problem).")
+            what = " and ".join(changed)
+            raise ValueError(f"{what} have changed since this operator was made: make a new one (and a new Problem).")
         rows = V.T.to(self.device, self.dtype).contiguous()
         with self.problem.active(), torch.set_grad_enabled(True):
             if self._may_compile and self._compiling_pays():
                 self._compile_all()
             # The processor's time, as other programs' load says nothing about what compiling costs.
             start, had_graphs = time.process_time(), len(self._graphs) == len(self.problem.weights)
-            total = self._by_differences(rows) if self.mode == "finite-difference" else self._by_autograd(rows)
+            if self._differences:
+                total, errors = self._differences.products(rows)
+                self.errors = errors.T
+            else:
+                total = self._by_autograd(rows)
         if had_graphs and len(rows):
             self._seconds = (time.process_time() - start) / torch.get_num_threads() / len(rows)
         self.products += len(rows)
@@ -220,7 +262,8 @@ class HessianOperator:
         """Compare a product with differences of the gradient along a random direction.
 
         A custom operation whose second derivative is missing or wrong need not raise an error. In float64 the two
-        agree to about 1e-6 and in float32 to about 1e-2; far more is a reason to look for one.
+        agree to about 1e-6 and in float32 to about 1e-2; far more is a reason to look for one, unless the loss has
+        kinks that no step avoids (see ``mode``).
 
         Args:
             seed: Of the direction.
@@ -249,15 +292,17 @@ class HessianOperator:
                         self._compile(index, gradients)
                 if self._vectors is None and len(rows) > 1:
                     self._vectors = self._fitting_vectors(gradients)
-                self._add_products(total, rows, gradients, weight)
+                self._add_products(total, rows, gradients, weight, free=index not in self._graphs)
         return total
 
-    def _add_products(self, total: Tensor, rows: Tensor, gradients: list[Tensor], weight: float) -> None:
+    def _add_products(self, total: Tensor, rows: Tensor, gradients: list[Tensor], weight: float, *, free: bool) -> None:
         start = 0
         while start < len(rows):
             chosen = slice(start, start + (self._vectors or 1))
+            # A graph that nothing asks for again is freed on the way, unless a failure may need it for another try.
+            last = free and start + 1 == len(rows) and not self._bytes
             try:
-                products = self._vector_products(gradients, rows[chosen])
+                products = self._vector_products(gradients, rows[chosen], retain_graph=not last)
             except RuntimeError as error:
                 if len(rows[chosen]) > 1:  # too little memory for as many, or an operation that cannot be batched
                     self._vectors = len(rows[chosen]) // 2
@@ -267,7 +312,7 @@ class HessianOperator:
             total[chosen].add_(products, alpha=weight)
             start = chosen.stop
 
-    def _vector_products(self, gradients: list[Tensor], rows: Tensor) -> Tensor:
+    def _vector_products(self, gradients: list[Tensor], rows: Tensor, *, retain_graph: bool = True) -> Tensor:
         """Differentiate <gradients, row> for every row: (p, n) to (p, n) in float64."""
         variables = self.problem.variables
         single = len(rows) == 1
@@ -279,17 +324,17 @@ class HessianOperator:
             [g for g, _ in curved],
             variables,
             [piece for _, piece in curved],
-            retain_graph=True,
+            retain_graph=retain_graph,
             allow_unused=True,
             is_grads_batched=not single,
         )
         flat = [
-            rows.new_zeros(len(rows), variable.numel(), dtype=torch.float64)
+            rows.new_zeros(len(rows), variable.numel())
             if product is None
-            else product.detach().reshape(len(rows), -1).to(rows.device, torch.float64)
+            else product.detach().reshape(len(rows), -1).to(rows.device, rows.dtype)
             for product, variable in zip(found, variables, strict=True)
         ]
-        return torch.cat(flat, dim=1)
+        return torch.cat(flat, dim=1).double()
 
     def _build(self, index: int) -> list[Tensor]:
         """Compute one batch's gradient with its graph, and keep it if the budget allows."""
@@ -302,7 +347,7 @@ class HessianOperator:
         expected = self.kept_bytes + per_term * counts[index]
         keep = self._may_keep and expected <= room
         try:
-            with _measuring(self.problem) as size:
+            with _measuring(self.problem) if keep else nullcontext(lambda: 0) as size:
                 loss = self.problem.batch_loss(index, twice_differentiable=True)
                 gradients = differentiate(loss, self.problem.variables, create_graph=True)
         except torch.OutOfMemoryError as error:
@@ -380,38 +425,6 @@ class HessianOperator:
         room = (self._budget or 0) - self.kept_bytes - peaks[0]
         return int(min(max(1 + room // each, 1), _MAX_VECTORS))
 
-    def _by_differences(self, rows: Tensor) -> Tensor:
-        variables = self.problem.variables
-        saved = [variable.detach().clone() for variable in variables]
-        precision = max(torch.finfo(variable.dtype).eps for variable in variables)
-        # The step that balances rounding and curvature of the gradient, relative to the size of the weights.
-        scale = precision ** (1 / 3) * (1 + float(self.problem.flatten(saved, torch.float64).norm()))
-        total = torch.zeros_like(rows, dtype=torch.float64)
-        try:
-            for row, result in zip(rows, total, strict=True):
-                norm = float(row.double().norm())
-                if norm == 0:
-                    continue
-                step = scale / norm
-                for sign in (1, -1):
-                    for variable, start, piece in zip(variables, saved, self.problem.unflatten(row), strict=True):
-                        variable.data.copy_(start + sign * step * piece)
-                    result.add_(self.problem.loss_and_gradient()[1], alpha=sign / (2 * step))
-        finally:
-            for variable, start in zip(variables, saved, strict=True):
-                variable.data.copy_(start)
-        return total
-
-
-def _bit_sum(tensor: Tensor) -> Tensor:
-    """Add up a tensor's bits as 64-bit integers, with wrapping: fast, and no change is lost to rounding."""
-    tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-    words = 8 // tensor.element_size()
-    flat = tensor.reshape(-1)
-    if flat.numel() % words or flat.storage_offset() % words:
-        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % words)]).clone()
-    return flat.view(torch.int64).sum()
-
 
 @contextmanager
 def _measuring(problem: Problem) -> Iterator[Callable[[], int]]:
@@ -443,16 +456,8 @@ def _refuse_delayed_errors(gradients: list[Tensor]) -> None:
     Torch leaves an error in the graph for them, but one that is not on the way to any variable, so that it is passed
     over and the product comes out wrong without a word.
     """
-    pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("an operation is marked as once_differentiable")
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
+    if any(node.name() == "torch::autograd::Error" for node in graph_nodes(gradients)):
+        raise RuntimeError("an operation is marked as once_differentiable")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as tree
 
@@ -296,7 +297,7 @@ class Problem:
         variables = {id(variable) for variable in self.variables}
         for index in range(len(self.batches)):
             with self.active(), torch.set_grad_enabled(True):
-                nodes = _nodes(self.batch_loss(index))
+                nodes = graph_nodes([self.batch_loss(index)])
             if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
                 raise UserError(
                     "the model recomputes its activations by reentrant checkpoints, through which autograd.grad sees "
@@ -342,9 +343,9 @@ def differentiate(output: Tensor, variables: Sequence[Tensor], *, create_graph: 
     return [gradient.to_dense() if gradient.layout != torch.strided else gradient for gradient in found]
 
 
-def _nodes(output: Tensor) -> set[Any]:
-    """Return the nodes of the graph behind a tensor."""
-    pending = [] if output.grad_fn is None else [output.grad_fn]
+def graph_nodes(outputs: Sequence[Tensor]) -> set[Node]:
+    """Return autograd's nodes behind some tensors."""
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(pending)
     while pending:
         for following, _ in pending.pop().next_functions:
@@ -380,7 +381,8 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            model.eval()
+            if any(mode for _, mode in modes):  # else there is nothing to change, in hundreds of modules
+                model.eval()
             for embedding in embeddings:
                 embedding.sparse = embedding.scale_grad_by_freq = False
             torch.backends.mha.set_fastpath_enabled(False)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, orthonormal_columns, random_vectors, save_state
+from flatpatch.flatness.content import digest
 from flatpatch.flatness.eigenvalues import Eigenpairs
-from flatpatch.flatness.operator import LinearOperator, compile_seconds, plan
+from flatpatch.flatness.operator import LinearOperator, checkpoint_key, compile_seconds, form_errors, plan
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Trace:
         samples: The independent estimates whose mean ``value`` is.
         products: Matrix-vector products it took.
         compile_seconds: Time that went into compiling the operator's products meanwhile.
+        error: How far ``value`` may be off because the products are, beyond rounding and beside ``standard_error``:
+            the estimate of an operator by finite differences, zero for one by autograd.
     """
 
     value: float
@@ -33,6 +36,7 @@ class Trace:
     samples: Tensor  # (num_samples,), float64
     products: int
     compile_seconds: float = 0.0
+    error: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for a file."""
@@ -43,6 +47,7 @@ class Trace:
             "samples": self.samples.tolist(),
             "products": self.products,
             "compile_seconds": self.compile_seconds,
+            "error": self.error,
         }
 
 
@@ -68,8 +73,9 @@ def hutchinson(
         num_probes: The most vectors.
         known: Eigenpairs of this operator found before. Their values' sum is taken as it is, and the random vectors
             are made orthogonal to theirs. No further products are needed.
-        tol: Stop as soon as the standard error is at most this share of the estimate, after 8 vectors at least. It
-            is never the change of the running mean that stops, which is small by luck sooner or later.
+        tol: Stop as soon as the standard error, with the products' own, is at most this share of the estimate, after 8
+            vectors at least. It is never the change of the running mean that stops, which is small by luck sooner or
+            later.
         seed: Of the vectors; each depends on the seed and its number alone.
         probes_per_pass: Vectors multiplied at a time, by default one on a CPU and 16 on a GPU.
         checkpoint: A file from which an interrupted run is continued, and to which samples are saved.
@@ -86,23 +92,28 @@ def hutchinson(
     together = _together(operator, probes_per_pass)
     basis = _known_basis(operator, known)
     exact = math.fsum(known.values.tolist()) if known else 0.0
-    key = {"algorithm": "hutchinson", "settings": [seed, exact], "weights": operator.fingerprint()}
+    settings = [seed, tol, together, digest([known.values, known.vectors]) if known else None]
+    key = checkpoint_key(operator, "hutchinson", settings, checkpoint)
     state = load_state(checkpoint, key)
-    samples: list[float] = state["samples"] if state else []
+    samples: list[float] = state["samples"][:num_probes] if state else []
+    errors: list[float] = state["errors"][:num_probes] if state else []
+    known_error = math.fsum(known.errors.tolist()) if known else 0.0
     compiled = compile_seconds(operator)
     plan(operator, num_probes - len(samples))
-    while len(samples) < num_probes and not _is_enough(samples, tol):
+    while len(samples) < num_probes and not _is_enough(samples, errors, known_error, tol):
         indices = list(range(len(samples), min(len(samples) + together, num_probes)))
         V = random_vectors(operator.size, indices, seed=seed, device=operator.device, law="rademacher")
         if basis.count:
             basis.remove_from(V)
         samples += ((V * operator.matmat(V)).sum(dim=0) + exact).tolist()
+        errors += form_errors(operator, V)
         if checkpoint:
-            save_state(checkpoint, {"key": key, "samples": samples})
+            save_state(checkpoint, {"key": key, "samples": samples, "errors": errors})
         if progress:
             progress(len(samples), num_probes, f"trace {sum(samples) / len(samples):.4g}")
     took = compile_seconds(operator) - compiled
-    return _trace(torch.tensor(samples, dtype=torch.float64), 0.0, len(samples), took)
+    error = _mean(errors) + known_error
+    return _trace(torch.tensor(samples, dtype=torch.float64), 0.0, len(samples), took, error)
 
 
 def hutch_plus_plus(
@@ -140,17 +151,18 @@ def hutch_plus_plus(
     n, device = operator.size, operator.device
     together = _together(operator, probes_per_pass)
     sketches = min(num_products // 3, n)
-    key = {"algorithm": "hutch++", "settings": [num_products, seed, together], "weights": operator.fingerprint()}
+    key = checkpoint_key(operator, "hutch++", [num_products, seed, together], checkpoint)
     state = load_state(checkpoint, key)
     W = state["sketch"].to(device) if state else torch.empty(n, 0, dtype=torch.float64, device=device)
     forms: list[float] = state["forms"] if state else []  # <q, H q> over the basis, then <g, H g> of the rest
+    errors: list[float] = state["errors"] if state else []  # of these
     saved, compiled = time.monotonic(), compile_seconds(operator)
     plan(operator, num_products - W.shape[1] - len(forms))
 
     def step(last: bool) -> None:
         nonlocal saved
         if checkpoint and (last or time.monotonic() - saved >= save_every):
-            save_state(checkpoint, {"key": key, "sketch": W.cpu(), "forms": forms})
+            save_state(checkpoint, {"key": key, "sketch": W.cpu(), "forms": forms, "errors": errors})
             saved = time.monotonic()
         if progress:
             progress(W.shape[1] + len(forms), num_products, "Hutch++")
@@ -160,6 +172,7 @@ def hutch_plus_plus(
         while (start := len(forms) - before) < V.shape[1]:
             part = V[:, start : start + together]
             forms.extend((part * operator.matmat(part)).sum(dim=0).tolist())
+            errors.extend(form_errors(operator, part))
             step(len(forms) - before == V.shape[1])
 
     while (start := W.shape[1]) < sketches:
@@ -172,15 +185,16 @@ def hutch_plus_plus(
     Q = basis.append(orthonormal_columns(W.clone(), basis, threshold, seed + 1)[0])
     rank = Q.shape[1]
     add_forms(Q, 0)
-    exact = math.fsum(forms[:rank])
+    exact, error = math.fsum(forms[:rank]), math.fsum(errors[:rank])
     if rank == n:
         took = compile_seconds(operator) - compiled
-        return Trace(exact, 0.0, torch.tensor([exact], dtype=torch.float64), sketches + len(forms), took)
+        return Trace(exact, 0.0, torch.tensor([exact], dtype=torch.float64), sketches + len(forms), took, error)
     G = random_vectors(n, list(range(sketches, num_products - sketches)), seed=seed, device=device, law="rademacher")
     basis.remove_from(G)
     add_forms(G, rank)
     took = compile_seconds(operator) - compiled
-    return _trace(torch.tensor(forms[rank:], dtype=torch.float64), exact, sketches + len(forms), took)
+    samples = torch.tensor(forms[rank:], dtype=torch.float64)
+    return _trace(samples, exact, sketches + len(forms), took, error + _mean(errors[rank:]))
 
 
 def _known_basis(operator: LinearOperator, known: Eigenpairs | None) -> Basis:
@@ -198,17 +212,21 @@ def _known_basis(operator: LinearOperator, known: Eigenpairs | None) -> Basis:
     return basis
 
 
-def _trace(samples: Tensor, exact: float, products: int, took: float = 0.0) -> Trace:
+def _trace(samples: Tensor, exact: float, products: int, took: float = 0.0, error: float = 0.0) -> Trace:
     samples = samples + exact
-    error = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-    return Trace(float(samples.mean()), error, samples, products, took)
+    spread = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+    return Trace(float(samples.mean()), spread, samples, products, took, error)
 
 
-def _is_enough(samples: list[float], tol: float | None) -> bool:
+def _is_enough(samples: list[float], errors: list[float], known_error: float, tol: float | None) -> bool:
     if tol is None or len(samples) < 8:
         return False
     estimate = _trace(torch.tensor(samples, dtype=torch.float64), 0.0, 0)
-    return estimate.standard_error <= tol * abs(estimate.value)
+    return estimate.standard_error + _mean(errors) + known_error <= tol * abs(estimate.value)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
 
 
 def _together(operator: LinearOperator, probes_per_pass: int | None) -> int:
