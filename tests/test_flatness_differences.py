@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -194,3 +195,19 @@ def test_differences_of_a_tiny_network_match_its_dense_hessian_in_float32() -> N
     dense = dense_hessian(Problem(mlp(), rows(4, 4, 2), CROSS_ENTROPY))
     error = differences(problem).matvec(torch.ones(problem.size)) - dense.sum(dim=1)
     assert float(error.norm() / dense.sum(dim=1).norm()) < 1e-3
+
+
+def test_step_is_chosen_for_the_coarsest_format_that_the_loss_goes_through() -> None:
+    """w1^2 / 2 in float64 and exp(w2) in float32: H = diag(1, exp(w2)), of which small steps would miss the second."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 0.5], dtype=torch.float64))
+
+        def forward(self) -> torch.Tensor:
+            return self.w[0] ** 2 / 2 + self.w[1].float().exp().double()
+
+    problem = Problem(Mixed(), [None], lambda model, _: model(), terms=lambda _: 1)
+    product = HessianOperator(problem, mode="finite-difference").matmat(torch.ones(2, 1, dtype=torch.float64))
+    assert product[:, 0].tolist() == pytest.approx([1.0, math.exp(0.5)], rel=1e-3)
