@@ -27,12 +27,12 @@ from flatpatch.flatness.differences import kinks
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
 
 
-def trained(activation: Callable[[], nn.Module], seed: int = 0) -> Problem:
+def trained(activation: Callable[[], nn.Module], rate: float = 1e-2) -> Problem:
     """A float32 network 20-64-64-5 after 20 steps of Adam on its 64 samples."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 5))
     x, y = torch.randn(64, 20), torch.randint(5, (64,))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(20):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -57,11 +57,11 @@ def differences(problem: Problem) -> HessianOperator:
 @pytest.mark.filterwarnings("ignore:the loss has kinks")
 @pytest.mark.parametrize("search", [lanczos, power_iteration])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
 def test_top_eigenvalue_by_differences_is_autograds_and_its_residual_holds(
-    activation: Any, search: Any, seed: int
+    activation: Any, search: Any, rate: float
 ) -> None:
-    problem = trained(activation, seed)
+    problem = trained(activation, rate)
     truth = exact(problem)
     expected = float(lanczos(truth, 1, tol=1e-6).values)
     found = search(differences(problem), 1, max_products=60)
