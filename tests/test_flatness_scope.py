@@ -228,7 +228,7 @@ def t5_batches() -> list[dict[str, Tensor]]:
     return [{"input_ids": tokens[i], "labels": labels[i]} for i in (slice(0, 2), slice(2, 5))]
 
 
-@pytest.mark.filterwarnings("ignore:the loss has kinks")  # T5's feed-forward layers are ReLU's
+@pytest.mark.filterwarnings("ignore:the loss has kinks")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_t5_with_peft_agrees_with_differences_in_every_scope(scope: str) -> None:
     import peft

@@ -12,9 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from flatpatch.flatness.problem import Problem, graph_nodes
 
@@ -40,10 +42,10 @@ class Differences:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._precision = 0.0  # of the coarsest number format that the loss goes through
+        self._precision = max(torch.finfo(variable.dtype).eps for variable in problem.variables)
         self._norm = float(problem.flatten(problem.variables, torch.float64).norm()) or 1.0
         self._saved: list[Tensor] = []
-        self._level = 0  # where a product's search begins; 0 before the first
+        self._level: int | None = None  # where a product's search begins, once that is known
         self._scale = 0.0  # |H u| for a vector that H has made long
 
     def products(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +58,9 @@ class Differences:
         variables = self._problem.variables
         self._saved = [variable.detach().clone() for variable in variables]
         try:
-            if not self._level:
-                self._warn_of_kinks()
-                self._precision = precision(self._problem)
-                self._calibrate()
+            if self._level is None:
+                self._look_at_loss()
+                self._level = self._calibrate()
             for row, product, error in zip(rows.double(), products, errors, strict=True):
                 if norm := float(row.norm()):
                     found, off, _ = self._search(row / norm, self._level)
@@ -71,15 +72,17 @@ class Differences:
             self._saved = []
         return products, errors
 
-    def _calibrate(self) -> None:
-        """Find where to begin, along a random vector multiplied once: eigenvectors' curvature asks for small steps."""
+    def _calibrate(self) -> int:
+        """Find the level to begin at along a random vector multiplied once, as eigenvectors ask for small steps."""
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(self._problem.size, generator=generator, dtype=torch.float64).to(self._problem.device)
-        product, _, self._level = self._search(u / u.norm(), _BEGINNING)
+        self._scale = 0.0
+        product, _, level = self._search(u / u.norm(), _BEGINNING)
         self._scale = float(product.norm())
         if self._scale > 0:
-            product, _, self._level = self._search(product / self._scale, _BEGINNING)
+            product, _, level = self._search(product / self._scale, _BEGINNING)
             self._scale = float(product.norm())
+        return level
 
     def _search(self, u: Tensor, level: int) -> tuple[Tensor, Tensor, int]:
         """Return H u for a unit vector, its estimated error as a vector, and the step's level."""
@@ -136,8 +139,14 @@ class Differences:
             variable.data.copy_(start + piece)
         return problem.flatten(problem.variables, torch.float64), problem.loss_and_gradient()[1]
 
-    def _warn_of_kinks(self) -> None:
-        if names := kinks(self._problem):
+    def _look_at_loss(self) -> None:
+        """Find the coarsest number format that the loss is computed in, and warn of kinks."""
+        nodes = loss_nodes(self._problem)
+        formats = {meta.dtype for node in nodes for meta in getattr(node, "_input_metadata", ())}
+        # A model with float64 weights may compute parts in float32, as T5 does its norms.
+        coarsest = max((torch.finfo(dtype).eps for dtype in formats if dtype.is_floating_point), default=0.0)
+        self._precision = max(self._precision, coarsest)
+        if names := kinks(nodes):
             warnings.warn(
                 f"the loss has kinks ({', '.join(names)}), where no Hessian is defined. Autograd leaves them out; "
                 "differences count those that the step crosses. Small steps avoid most, at a price in rounding: see "
@@ -146,26 +155,13 @@ class Differences:
             )
 
 
-def kinks(problem: Problem) -> list[str]:
-    """Return autograd's names of the operations in the first batch's loss whose derivative jumps, as far as known.
-
-    Call it inside ``problem.active()``. An operation of one's own is not known.
-    """
+def loss_nodes(problem: Problem) -> set[Node]:
+    """Return autograd's nodes behind the first batch's loss. Call it inside ``problem.active()``."""
     with torch.set_grad_enabled(True):
-        loss = problem.batch_loss(0)
-    names = {node.name().rstrip("0123456789").removesuffix("Backward") for node in graph_nodes([loss])}
+        return graph_nodes([problem.batch_loss(0)])
+
+
+def kinks(nodes: Iterable[Node]) -> list[str]:
+    """Return autograd's names of the operations whose derivative jumps. An operation of one's own is not known."""
+    names = {node.name().rstrip("0123456789").removesuffix("Backward") for node in nodes}
     return sorted(names & {*_KINKS})
-
-
-def precision(problem: Problem) -> float:
-    """Return the relative precision of the coarsest number format that the first batch's loss goes through.
-
-    T5, for one, takes softmax and norms in float32 whatever its weights are: a step that float64 would notice leaves
-    these parts as they were, and small steps would agree on a product that lacks them. Call it inside
-    ``problem.active()``.
-    """
-    with torch.set_grad_enabled(True):
-        nodes = graph_nodes([problem.batch_loss(0)])
-    passed = {metadata.dtype for node in nodes for metadata in node._input_metadata}
-    formats = passed | {variable.dtype for variable in problem.variables}
-    return max(torch.finfo(dtype).eps for dtype in formats if dtype.is_floating_point)
