@@ -81,7 +81,8 @@ def _freeze(figure: Figure) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        axes.set_position([round(part, 6) for part in axes.get_position(original=True).bounds], which="original")
+        left, bottom, width, height = (round(part, 6) for part in axes.get_position(original=True).bounds)
+        axes.set_position((left, bottom, width, height), which="original")
 
 
 def small_print(figure: Figure) -> str:
