@@ -34,6 +34,7 @@ from flatpatch.flatness.terms import (
     count_shifted_terms,
     count_terms,
     criterion_terms,
+    with_first_labels_alone,
     with_other_first_labels,
 )
 
@@ -99,7 +100,8 @@ class Problem:
         loss: Mean loss of a batch; by default the model's own, ``model(**batch).loss``.
         terms: Number of loss terms of a batch: what its loss divides by, its weight in the mean. By default the loss's
             own if it knows them (:class:`WeightedLoss`), else its labels are counted: those that are not ignored,
-            without the first of each sequence where the loss does not look at it, as in causal language models.
+            without the first of each sequence where the loss does not look at it, as in causal language models; two
+            or three evaluations of one batch tell.
         scope: "adapter", "merged", "trainable" or "model"; see :func:`flatpatch.flatness.scope.find_scope`.
         check: Whether to make two passes, and refuse a loss that is not finite, does not repeat or has no gradient; and
             whether to compare the loss of a few examples with the weighted mean of their parts', and refuse one that
@@ -231,7 +233,13 @@ class Problem:
             if other is not None:
                 with self.active(), torch.no_grad():
                     seen, changed = (self._evaluate(each, f"batch {index}") for each in (batch, other))
-                return count_shifted_terms if torch.equal(seen, changed) else count_terms
+                    if not torch.equal(seen, changed):
+                        return count_terms
+                    if seen.dtype.itemsize >= 4:
+                        return count_shifted_terms
+                    # 16 bits need not show one label among many; without a single term a mean is not a number.
+                    alone = float(self._evaluate(with_first_labels_alone(batch), f"batch {index}"))
+                return count_terms if 0 < abs(alone) < math.inf else count_shifted_terms
         return count_terms
 
     def loss(self) -> float:
