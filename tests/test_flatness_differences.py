@@ -24,6 +24,7 @@ from flatpatch.flatness import (
     supervised_loss,
 )
 from flatpatch.flatness.differences import kinks, loss_nodes
+from flatpatch.flatness.problem import graph_nodes
 
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
 
@@ -167,11 +168,41 @@ def test_kinks_are_named_in_a_warning_and_smooth_losses_have_none() -> None:
     problem = trained(nn.ReLU)
     with problem.active():
         assert kinks(loss_nodes(problem)) == ["Relu"]
+    weights = torch.randn(3, 4, requires_grad=True)
+    for kinked in (torch.amin, torch.amax, torch.min, torch.median, lambda w: w.topk(1).values, lambda w: w.sort()[0]):
+        assert kinks(graph_nodes([kinked(weights)])), kinked
     with pytest.warns(UserWarning, match=r"the loss has kinks \(Relu\).*differences count those"):
         differences(problem).matvec(torch.ones(problem.size))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         differences(trained(nn.Tanh)).matvec(torch.ones(problem.size))
+
+
+@pytest.mark.parametrize(("activation", "dtype"), [(nn.Tanh, torch.float64), (nn.GELU, torch.float32)])
+def test_steps_that_the_activations_swallow_do_not_count_as_agreement(activation: Any, dtype: torch.dtype) -> None:
+    """With weights of 1e-3 the smallest steps are whole, and nothing beside numbers near one in the softmax."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 8, dtype=torch.float64), torch.randint(4, (32,))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), activation(), nn.Linear(16, 4)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-3)
+    V = torch.randn(212, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    operator = differences(Problem(model.to(dtype), [(x.to(dtype), y)], CROSS_ENTROPY))
+    found = operator.matmat(V)
+    truth = HessianOperator(Problem(model.double(), [(x, y)], CROSS_ENTROPY)).matmat(V)
+    error = (found - truth).norm(dim=0)
+    assert operator.errors is not None
+    assert bool((error <= operator.errors.norm(dim=0)).all())
+    assert bool((error <= 1e-3 * truth.norm(dim=0)).all())
+
+
+def test_a_gradient_that_does_not_change_has_products_of_zero_without_error() -> None:
+    problem = Problem(nn.Linear(5, 1), [(torch.randn(9, 5), torch.zeros(9))], lambda m, b: m(b[0]).mean())
+    operator = differences(problem)
+    assert not operator.matvec(torch.ones(6, dtype=torch.float64)).any()
+    assert operator.errors is not None and not operator.errors.any()
 
 
 @pytest.mark.filterwarnings("ignore:the loss has kinks")
