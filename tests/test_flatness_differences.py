@@ -16,6 +16,7 @@ from torch import nn
 from flatpatch.flatness import (
     HessianOperator,
     Problem,
+    batch_eigenvalues,
     hutch_plus_plus,
     hutchinson,
     lanczos,
@@ -155,6 +156,16 @@ def test_traces_and_densities_carry_the_error_of_the_products() -> None:
     nodes = quadrature(operator, num_probes=1, num_steps=6)
     assert 0 < abs(float(nodes.nodes.max() - quadrature(truth, num_probes=1, num_steps=6).nodes.max())) <= nodes.error
     assert nodes.as_dict()["error"] == nodes.error
+
+
+def test_eigenvalues_of_batches_by_differences_tell_their_errors() -> None:
+    (x, y), model = trained(nn.Tanh).batches[0], trained(nn.Tanh).model
+    problem = Problem(model, [(x[:40], y[:40]), (x[40:], y[40:])], CROSS_ENTROPY)
+    found = batch_eigenvalues(problem, mode="finite-difference", restarts=0, max_products=60)
+    right = batch_eigenvalues(problem, restarts=0, max_products=60, tol=1e-5)
+    assert bool(((found.values - right.values).abs() <= found.residuals + found.errors).all())
+    assert bool((found.errors > 0).all()) and not right.errors.any()
+    assert found.as_dict()["errors"] == found.errors.tolist()
 
 
 def test_a_trace_does_not_stop_on_a_standard_error_below_that_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,6 +277,16 @@ def test_sequences_in_the_second_dimension_need_no_more_than_terms(seed: int) ->
     assert Problem(model, batches, loss, terms=count_terms).num_terms == [72, 24]
 
 
+def test_only_a_weighted_loss_is_asked_for_its_terms() -> None:
+    class Sum:
+        terms = ("cross-entropy", "penalty")
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1]) + sum(p.pow(2).sum() for p in model.parameters())
+
+    assert Problem(mlp(), rows(6, 5), Sum()).num_terms == [6, 5]
+
+
 def test_a_criterion_of_ones_own_may_call_its_mean_as_it_likes() -> None:
     class Focal(nn.Module):
         reduction = "elementwise_mean"

@@ -141,7 +141,7 @@ class Problem:
         self._is_active = False
         if not self.batches:
             raise UserError("the sample is empty: curvature needs at least one batch.")
-        self._terms: Terms = terms or getattr(loss, "terms", None) or self._find_terms()
+        self._terms: Terms = terms or (loss.terms if isinstance(loss, WeightedLoss) else self._find_terms())
         self.num_terms = [_number(self._terms(batch)) for batch in self.batches]
         for index, count in enumerate(self.num_terms):
             if not 0 < count < math.inf:
