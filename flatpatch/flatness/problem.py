@@ -107,7 +107,8 @@ class Problem:
             whether to compare the loss of a few examples with the weighted mean of their parts', and refuse one that
             divides by something else than its terms. Beside the passes this takes three batches' time. It sees nothing
             where examples cannot be put together anew (no tensors with one row per example, or batches of one example,
-            each of its own shape), nor where all batches of one shape have terms that are wrong by the same factor.
+            each of its own shape), where their losses hardly differ, nor where all batches of one shape have terms that
+            are wrong by the same factor.
 
     Attributes:
         weights: Each batch's share in the mean loss; they sum to 1.

@@ -235,7 +235,7 @@ def check_terms(
     """Refuse terms that are not what the loss divides by, as far as a few examples tell.
 
     They tell nothing where no two of them can be put into one batch, where the loss cannot be computed of such a batch,
-    and of terms that are wrong by one factor for all examples of one shape.
+    where their losses hardly differ, and of terms that are wrong by one factor for all examples of one shape.
 
     Args:
         loss: Of a batch.
