@@ -27,7 +27,7 @@ _ROWS_AT_ONCE = {"cpu": 1, "cuda": 64}  # what a CPU's cache holds; on a GPU 32 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested mappings and sequences, such as a batch's."""
     if isinstance(value, Tensor):
-        yield value
+        yield from value.unbind() if value.is_nested else [value]
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
@@ -96,7 +96,7 @@ def _description(value: Any) -> Iterator[str]:
     """Yield all but the tensors' contents."""
     yield type(value).__qualname__
     if isinstance(value, Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}"
+        yield f"{value.dtype} {[tuple(part.shape) for part in tensors_in(value)]}"
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}"
     elif isinstance(value, Mapping):
@@ -124,10 +124,12 @@ def _as_tensors(value: Any) -> Any:
 
 def _words(tensor: Tensor) -> Tensor:
     """View a tensor's bits as 32-bit integers, filled up with zero bytes."""
-    flat = tensor.detach()
+    flat = tensor.detach().resolve_conj().resolve_neg()
+    if flat.is_quantized:
+        flat = flat.int_repr()
     if flat.layout != torch.strided:
         flat = flat.to_dense()
-    flat = (torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat).reshape(-1)
+    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
     size = flat.element_size()
     if size >= 4:
         return flat.view(torch.int32)

@@ -182,7 +182,7 @@ def uneven_parts(batches: Sequence[Any]) -> tuple[Any, list[Any]] | None:
     most: dict[Any, int] = {}
     for index, batch in enumerate(batches):
         leaves, form = tree.tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = [leaf for leaf in leaves if _has_rows(leaf)]
         if len({len(tensor) for tensor in tensors}) != 1:
             continue
         key = (str(form), *((leaf.shape[1:], leaf.dtype) if _has_rows(leaf) else repr(leaf) for leaf in leaves))
@@ -211,7 +211,7 @@ def uneven_parts(batches: Sequence[Any]) -> tuple[Any, list[Any]] | None:
 
 
 def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
+    return isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim > 0
 
 
 def _take(batches: Sequence[Any], picked: Sequence[tuple[float, int, int]]) -> Any:
