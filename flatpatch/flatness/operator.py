@@ -230,8 +230,8 @@ class HessianOperator:
 
         Raises:
             ValueError: If ``V`` has another shape, if weights, buffers or batches have changed since the operator was
-                made, or if a product is not finite. A model's plain attributes and what the loss function holds are
-                not looked at.
+                made, or if a product is not finite. A model's plain attributes, what the loss function holds and
+                batches that are objects of other types than mappings, sequences, tensors and arrays are not looked at.
             UserError: If the model has no second derivative.
         """
         if V.ndim != 2 or V.shape[0] != self.size:
