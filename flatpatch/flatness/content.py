@@ -121,6 +121,8 @@ def _words(tensor: Tensor) -> Tensor:
     if flat.layout != torch.strided:
         flat = flat.to_dense()
     flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
+    if len(flat) < 2:  # whose stride may be any number
+        flat = flat.as_strided((len(flat),), (1,))
     size = flat.element_size()
     if size >= 4:
         return flat.view(torch.int32)
