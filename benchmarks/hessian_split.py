@@ -41,6 +41,7 @@ SIZES = {
     "small": {"d_model": 192, "d_kv": 32, "d_ff": 512, "num_layers": 6, "num_heads": 6, "vocab_size": 512},
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128},
 }
+CHOICES: dict[str, Any] = {"device": ("cpu", "cuda"), "size": SIZES, "clock": ("wall", "cpu")}
 # Where each part's work is done: module, class (or none), function.
 PARTS = {
     "content sums": [("operator", "HessianOperator", "_sums")],
@@ -67,6 +68,9 @@ def read_settings(words: list[str]) -> SimpleNamespace:
         key, equals, value = word.partition("=")
         if key not in DEFAULTS or not equals:
             sys.exit(f"{word!r} is not one of the settings {', '.join(DEFAULTS)} as key=value.\n\n{__doc__}")
+        allowed = CHOICES.get(key)
+        if (allowed and value not in allowed) or (isinstance(DEFAULTS[key], int) and not value.isdigit()):
+            sys.exit(f"{word} is not {'one of ' + ', '.join(allowed) if allowed else 'a whole number'}")
         settings[key] = type(DEFAULTS[key])(value)
     return SimpleNamespace(**settings)
 

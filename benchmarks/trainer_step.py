@@ -85,6 +85,8 @@ def read_settings(words: list[str]) -> SimpleNamespace:
         raise SystemExit(f"size={settings['size']} is not one of {', '.join(SIZES)}")
     if settings["trainer"] not in ("auto", "upstream", "transformers"):
         raise SystemExit(f"trainer={settings['trainer']} is not one of auto, upstream, transformers")
+    if settings["clock"] not in ("wall", "cpu"):
+        raise SystemExit(f"clock={settings['clock']} is not one of wall, cpu")
     if settings["warmup"] < 2 or settings["steps"] < 4:
         raise SystemExit("warmup= is at least 2 and steps= at least 4, half of them without SAM")
     return SimpleNamespace(**settings)

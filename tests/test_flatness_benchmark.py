@@ -37,3 +37,10 @@ def test_a_mistyped_setting_of_the_benchmark_is_named() -> None:
     benchmark = import_file(BENCHMARK, "benchmark_hessian_split")
     with pytest.raises(SystemExit, match="'blcoks=1' is not one of the settings device, size"):
         benchmark.read_settings(["blcoks=1"])
+
+
+@pytest.mark.parametrize("word", ["size=huge", "device=tpu", "clock=sun", "rounds=some"])
+def test_a_value_that_the_benchmark_cannot_use_is_named(word: str) -> None:
+    benchmark = import_file(BENCHMARK, "benchmark_hessian_split")
+    with pytest.raises(SystemExit, match=f"{word} is not (one of|a whole number)"):
+        benchmark.read_settings([word])

@@ -268,3 +268,16 @@ def test_an_operator_notices_a_batch_that_was_changed_in_place() -> None:
     case.batches[1]["x"].data[[0, 1]] = case.batches[1]["x"][[1, 0]]
     with pytest.raises(ValueError, match="data have changed"):
         operator.matvec(torch.ones(operator.size))
+
+
+def test_an_operator_notices_an_array_of_numpys_that_was_changed_in_place() -> None:
+    batch = {"x": np.ones((3, 4)), "y": torch.tensor([0, 1, 2])}
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return F.cross_entropy(model(torch.from_numpy(batch["x"])), batch["y"])
+
+    operator = HessianOperator(Problem(nn.Linear(4, 3).double(), [batch], loss, terms=lambda batch: 3))
+    operator.matvec(torch.ones(operator.size))
+    batch["x"][1] += 3
+    with pytest.raises(ValueError, match="data have changed"):
+        operator.matvec(torch.ones(operator.size))

@@ -350,6 +350,14 @@ def test_a_vector_whose_running_statistics_are_not_known_is_refused():
     assert kept.moved_buffers == ()
 
 
+@pytest.mark.parametrize(("name", "size", "has"), [("1.running_maen", 6, "none"), ("1.running_mean", 7, r"\(6,\)")])
+def test_a_point_with_buffers_that_the_model_has_not_is_refused(name, size, has):
+    first = normed_problem(1)
+    point = Point(own(first), {name: torch.zeros(size, dtype=torch.float64)})
+    with pytest.raises(UserError, match=rf"second has a buffer {name} of shape \({size},\), and the model has {has}"):
+        linear_connectivity(first, own(first), point)
+
+
 def test_a_file_of_other_statistics_is_refused(tmp_path):
     first, second = normed_problem(1), normed_problem(2)
     point = model_point(first, second)

@@ -85,12 +85,25 @@ def test_digests_differ_by_values_names_types_and_shapes(other: Any) -> None:
         torch.eye(3).to_sparse(),
         torch.arange(12.0).reshape(3, 4).T,
         torch.arange(9, dtype=torch.bfloat16)[1:],
+        torch.arange(1, 6, dtype=torch.float64)[::2][:1],
+        torch.tensor([1 + 2j]).conj().imag,
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_any_tensor_has_a_digest_that_its_copy_shares(tensor: Tensor) -> None:
     assert digest(tensor) == digest(tensor.clone())
     if tensor.numel():
         assert digest(tensor) != digest(torch.zeros_like(tensor))
+
+
+def test_an_array_without_entries_has_a_digest() -> None:
+    assert digest(np.zeros((0, 3))) == digest(np.zeros((0, 3))) != digest(np.zeros((0, 4)))
+
+
+def test_quantised_tensors_are_told_apart_by_their_integers() -> None:
+    one, same, other = (torch.quantize_per_tensor(torch.arange(4.0) + k, 0.1, 0, torch.quint8) for k in (0, 0, 1))
+    assert digest(one) == digest(same) != digest(other)
 
 
 def test_a_digest_is_the_same_in_another_process() -> None:

@@ -292,6 +292,14 @@ def test_padding_nodes_do_not_count() -> None:
     assert (found.largest, found.trace) == (1, 5)
 
 
+def test_nodes_within_the_error_of_the_products_count_as_zero() -> None:
+    nodes = torch.tensor([[-0.3, -0.01, 2.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+    exact, rough = (spectrum_statistics(Quadrature(nodes, weights, 4, 3, error=error)) for error in (0.0, 0.05))
+    assert (exact.negative_mass, rough.negative_mass) == (0.75, 0.25)
+    assert rough.threshold == 0.05
+
+
 @pytest.mark.parametrize("options", [{"outlier_fraction": 1.0}, {"outlier_fraction": -0.1}, {"rounding": 2.0}])
 def test_shares_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be at least 0 and less than 1"):

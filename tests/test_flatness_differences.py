@@ -16,6 +16,7 @@ from torch import nn
 from flatpatch.flatness import (
     HessianOperator,
     Problem,
+    batch_eigenvalues,
     hutch_plus_plus,
     hutchinson,
     lanczos,
@@ -24,6 +25,7 @@ from flatpatch.flatness import (
     supervised_loss,
 )
 from flatpatch.flatness.differences import kinks, loss_nodes
+from flatpatch.flatness.problem import graph_nodes
 
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
 
@@ -156,6 +158,16 @@ def test_traces_and_densities_carry_the_error_of_the_products() -> None:
     assert nodes.as_dict()["error"] == nodes.error
 
 
+def test_eigenvalues_of_batches_by_differences_tell_their_errors() -> None:
+    (x, y), model = trained(nn.Tanh).batches[0], trained(nn.Tanh).model
+    problem = Problem(model, [(x[:40], y[:40]), (x[40:], y[40:])], CROSS_ENTROPY)
+    found = batch_eigenvalues(problem, mode="finite-difference", restarts=0, max_products=60)
+    right = batch_eigenvalues(problem, restarts=0, max_products=60, tol=1e-5)
+    assert bool(((found.values - right.values).abs() <= found.residuals + found.errors).all())
+    assert bool((found.errors > 0).all()) and not right.errors.any()
+    assert found.as_dict()["errors"] == found.errors.tolist()
+
+
 def test_a_trace_does_not_stop_on_a_standard_error_below_that_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flatpatch.flatness.trace.form_errors", lambda operator, V: [1.0] * V.shape[1])
     operator = HessianOperator(quadratic_problem([1.0] * 9))  # whose samples have no spread
@@ -167,11 +179,41 @@ def test_kinks_are_named_in_a_warning_and_smooth_losses_have_none() -> None:
     problem = trained(nn.ReLU)
     with problem.active():
         assert kinks(loss_nodes(problem)) == ["Relu"]
+    weights = torch.randn(3, 4, requires_grad=True)
+    for kinked in (torch.amin, torch.amax, torch.min, torch.median, lambda w: w.topk(1).values, lambda w: w.sort()[0]):
+        assert kinks(graph_nodes([kinked(weights)])), kinked
     with pytest.warns(UserWarning, match=r"the loss has kinks \(Relu\).*differences count those"):
         differences(problem).matvec(torch.ones(problem.size))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         differences(trained(nn.Tanh)).matvec(torch.ones(problem.size))
+
+
+@pytest.mark.parametrize(("activation", "dtype"), [(nn.Tanh, torch.float64), (nn.GELU, torch.float32)])
+def test_steps_that_the_activations_swallow_do_not_count_as_agreement(activation: Any, dtype: torch.dtype) -> None:
+    """With weights of 1e-3 the smallest steps are whole, and nothing beside numbers near one in the softmax."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 8, dtype=torch.float64), torch.randint(4, (32,))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), activation(), nn.Linear(16, 4)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-3)
+    V = torch.randn(212, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    operator = differences(Problem(model.to(dtype), [(x.to(dtype), y)], CROSS_ENTROPY))
+    found = operator.matmat(V)
+    truth = HessianOperator(Problem(model.double(), [(x, y)], CROSS_ENTROPY)).matmat(V)
+    error = (found - truth).norm(dim=0)
+    assert operator.errors is not None
+    assert bool((error <= operator.errors.norm(dim=0)).all())
+    assert bool((error <= 1e-3 * truth.norm(dim=0)).all())
+
+
+def test_a_gradient_that_does_not_change_has_products_of_zero_without_error() -> None:
+    problem = Problem(nn.Linear(5, 1), [(torch.randn(9, 5), torch.zeros(9))], lambda m, b: m(b[0]).mean())
+    operator = differences(problem)
+    assert not operator.matvec(torch.ones(6, dtype=torch.float64)).any()
+    assert operator.errors is not None and not operator.errors.any()
 
 
 @pytest.mark.filterwarnings("ignore:the loss has kinks")

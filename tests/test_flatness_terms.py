@@ -158,6 +158,33 @@ def test_a_loss_of_ones_own_that_shifts_its_targets_is_noticed_too() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sixteen_bits_do_not_hide_a_first_label_that_is_predicted(dtype: torch.dtype) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForTokenClassification
+
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 8))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 2}
+    bert = BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    torch.manual_seed(1)
+    for model in (
+        BartForConditionalGeneration(BartConfig(vocab_size=31, d_model=8, **sizes, **heads)),
+        BertForTokenClassification(bert),
+    ):
+        tokens = [torch.randint(3, 31, shape) for shape in ((6, 4), (1, 9))]
+        batches = [{"input_ids": t, "labels": t % model.config.num_labels} for t in tokens]
+        assert Problem(model.to(dtype), batches).num_terms == [24, 9]
+    assert Problem(gpt2().to(dtype), [{"input_ids": t % 17, "labels": t % 17} for t in tokens]).num_terms == [18, 8]
+
+
+def test_labels_of_ones_own_that_begin_at_one_are_counted() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten() - 1)
+
+    model, inputs = nn.Linear(4, 3).double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    labels = 1 + torch.arange(15).reshape(3, 5) % 3
+    assert Problem(model, [(inputs, labels)], loss).num_terms == [15]
+
+
 # --- what the guard notices
 
 
@@ -222,6 +249,53 @@ def test_a_contrastive_loss_needs_to_be_told_what_batches_weigh() -> None:
     with pytest.raises(UserError, match="is no mean over examples.*act on each other.*pass terms="):
         Problem(mlp(), rows(6, 5), contrastive)
     assert Problem(mlp(), rows(6, 5), contrastive, terms=count_terms).num_terms == [6, 5]
+
+
+class TimeFirst(nn.Module):
+    """A recurrent language model whose batches are (time, sequences), as torch's own are by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.cell, self.head = nn.Embedding(7, 6), nn.LSTM(6, 6), nn.Linear(6, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.cell(self.embedding(tokens))[0])
+        return logits.flatten(0, 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sequences_in_the_second_dimension_need_no_more_than_terms(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, tokens = TimeFirst().double(), [torch.randint(7, (12, n)) for n in (6, 2)]
+    batches = [(each, each.roll(-1, 0)) for each in tokens]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1].flatten())
+
+    with pytest.raises(UserError, match="the first dimension counts something else.*pass terms="):
+        Problem(model, batches, loss)
+    assert Problem(model, batches, loss, terms=count_terms).num_terms == [72, 24]
+
+
+def test_only_a_weighted_loss_is_asked_for_its_terms() -> None:
+    class Sum:
+        terms = ("cross-entropy", "penalty")
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1]) + sum(p.pow(2).sum() for p in model.parameters())
+
+    assert Problem(mlp(), rows(6, 5), Sum()).num_terms == [6, 5]
+
+
+def test_a_criterion_of_ones_own_may_call_its_mean_as_it_likes() -> None:
+    class Focal(nn.Module):
+        reduction = "elementwise_mean"
+
+        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+            each = F.cross_entropy(logits, targets, reduction="none")
+            return ((1 - torch.exp(-each)) ** 2 * each).mean()
+
+    assert Problem(mlp(), rows(6, 5), supervised_loss(Focal())).num_terms == [6, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -49,7 +49,7 @@ def test_parts_of_the_trainers_step_add_up_to_the_whole_without_sam_and_with_it(
     assert "two passes and the rest of a base step" in result.stdout
 
 
-@pytest.mark.parametrize("words", [["size=huge"], ["steps=1"], ["trainer=mine"]])
+@pytest.mark.parametrize("words", [["size=huge"], ["steps=1"], ["trainer=mine"], ["clock=sun"]])
 def test_settings_of_the_trainers_step_out_of_range_are_refused(words):
     result = run(*words, script="trainer_step.py")
     assert result.returncode != 0

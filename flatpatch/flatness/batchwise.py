@@ -25,8 +25,9 @@ class BatchEigenvalues:
 
     Attributes:
         values: Signed.
-        residuals: In eigenvalue units.
-        converged: Whether each residual met the tolerance.
+        residuals: In eigenvalue units, by the products as the operator gave them.
+        errors: How far the products may be off beyond rounding, in eigenvalue units: by autograd zero.
+        converged: Whether each residual, with the error, met the tolerance.
         num_terms: Loss terms of each batch; the values depend on it.
         quartiles: First quartile, median and third quartile of ``values``, converged or not.
         full: The same for the loss over all batches.
@@ -37,6 +38,7 @@ class BatchEigenvalues:
 
     values: Tensor  # (num_batches,), float64
     residuals: Tensor  # (num_batches,), float64
+    errors: Tensor  # (num_batches,), float64
     converged: Tensor  # (num_batches,), bool
     num_terms: list[float]
     quartiles: tuple[float, float, float]
@@ -56,7 +58,7 @@ class BatchEigenvalues:
 
     @property
     def num_unconverged(self) -> int:
-        """Batches whose residual missed the tolerance."""
+        """Batches whose residual and error missed the tolerance."""
         return int((~self.converged).sum())
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class BatchEigenvalues:
         return {
             "values": self.values.tolist(),
             "residuals": self.residuals.tolist(),
+            "errors": self.errors.tolist(),
             "converged": self.converged.tolist(),
             "num_terms": self.num_terms,
             "quartiles": list(self.quartiles),
@@ -124,7 +127,7 @@ def batch_eigenvalues(
             pair = larger
         products += operator.products
         vector = pair.vectors[:, 0]
-        found.append([float(pair.values), float(pair.residuals), float(pair.converged)])
+        found.append([float(each) for each in (pair.values, pair.residuals, pair.errors, pair.converged)])
         if checkpoint:
             state = {"key": key, "found": found, "vector": vector.cpu(), "change": change, "products": products}
             save_state(checkpoint, state)
@@ -138,7 +141,8 @@ def batch_eigenvalues(
     return BatchEigenvalues(
         values=columns[0],
         residuals=columns[1],
-        converged=columns[2].bool(),
+        errors=columns[2],
+        converged=columns[3].bool(),
         num_terms=list(problem.num_terms),
         quartiles=(float(quarters[0]), float(quarters[1]), float(quarters[2])),
         full=full,

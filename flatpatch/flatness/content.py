@@ -25,9 +25,11 @@ _ROWS_AT_ONCE = {"cpu": 1, "cuda": 64}  # what a CPU's cache holds; on a GPU 32 
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested mappings and sequences, such as a batch's."""
+    """Yield the tensors in nested mappings and sequences, such as a batch's, and numpy's arrays as their bytes."""
     if isinstance(value, Tensor):
-        yield value
+        yield from value.unbind() if value.is_nested else [value]
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
@@ -70,7 +72,7 @@ def digest(value: Any) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for word in _description(value):
         hashed.update(f"{len(word)}:{word}".encode())
-    hashed.update(repr(sums_of(tensors_in(_as_tensors(value)))).encode())
+    hashed.update(repr(sums_of(tensors_in(value))).encode())
     return hashed.hexdigest()
 
 
@@ -96,7 +98,7 @@ def _description(value: Any) -> Iterator[str]:
     """Yield all but the tensors' contents."""
     yield type(value).__qualname__
     if isinstance(value, Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}"
+        yield f"{value.dtype} {[tuple(part.shape) for part in tensors_in(value)]}"
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}"
     elif isinstance(value, Mapping):
@@ -111,23 +113,16 @@ def _description(value: Any) -> Iterator[str]:
         yield repr(value)
 
 
-def _as_tensors(value: Any) -> Any:
-    """Replace numpy's arrays by tensors of their bytes."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
-    if isinstance(value, Mapping):
-        return [_as_tensors(item) for item in value.values()]
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_as_tensors(item) for item in value]
-    return value
-
-
 def _words(tensor: Tensor) -> Tensor:
     """View a tensor's bits as 32-bit integers, filled up with zero bytes."""
-    flat = tensor.detach()
+    flat = tensor.detach().resolve_conj().resolve_neg()
+    if flat.is_quantized:
+        flat = flat.int_repr()
     if flat.layout != torch.strided:
         flat = flat.to_dense()
-    flat = (torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat).reshape(-1)
+    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
+    if len(flat) < 2:  # whose stride may be any number
+        flat = flat.as_strided((len(flat),), (1,))
     size = flat.element_size()
     if size >= 4:
         return flat.view(torch.int32)

@@ -28,8 +28,10 @@ _SWALLOWED = 0.5  # share of a step that rounding may make of it
 # What autograd calls the operations whose derivative jumps.
 _KINKS = (
     *("Relu", "Relu6", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Threshold", "Hardtanh", "Hardswish"),
-    *("Hardsigmoid", "Hardshrink", "Softshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Max"),
-    *("MaxPool1D", "MaxPool2D", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "Amax"),
+    *("Hardsigmoid", "Hardshrink", "Softshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum"),
+    *("Max", "Amax", "Min", "Amin", "Fmax", "Fmin", "Median", "Sort", "Topk", "MultiMarginLoss"),
+    *("MultilabelMarginLoss", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D"),
+    "AdaptiveMaxPool3D",
 )
 
 
@@ -91,7 +93,8 @@ class Differences:
 
         def at(level: int) -> Tensor:
             if level not in found:
-                found[level] = self._difference(u, level)
+                difference, is_seen = self._difference(u, level)
+                found[level] = difference if is_seen else torch.full_like(u, math.nan)
                 for other in [key for key in found if abs(key - level) > 2]:
                     del found[other]
             return found[level]
@@ -109,10 +112,12 @@ class Differences:
         downwards = itertools.takewhile(lambda below: change(below) < math.inf, range(level, level - _LOWER, -1))
         levels = itertools.chain(downwards, range(level + 1, _LEVELS + 1))
         best = next((tried for tried in levels if is_near(tried)), None)
-        if best is None:  # no two steps agree: the error may be as large as what they differ by
+        if best is None:  # no two steps agree: the error may be as large as what they differ by, or all there is
             finite = {key: value for key, value in changes.items() if value < math.inf}
-            best, length = min(finite, default=level), max(finite.values(), default=math.inf)
-            return at(best - 1), torch.full_like(u, length / math.sqrt(len(u))), best
+            best = min(finite, default=_LEVELS + 1)
+            product = at(best - 1) if finite else self._difference(u, _LEVELS)[0]
+            length = max(finite.values(), default=float(product.norm()))
+            return product, torch.full_like(u, length / math.sqrt(len(u))), min(best, _LEVELS)
         for way in (1, -1):
             start = best
             while change(best) > self._precision**0.5 * max(float(at(best).norm()), self._scale):
@@ -123,14 +128,16 @@ class Differences:
                 break
         return at(best), at(best) - at(best - 1), best
 
-    def _difference(self, u: Tensor, level: int) -> Tensor:
+    def _difference(self, u: Tensor, level: int) -> tuple[Tensor, bool]:
+        """Return D_h, and whether rounding left enough of the step, and of what it makes of the gradient, to see it."""
         step: float = self._norm * self._precision ** ((_LEVELS - level) / 12)
         there, ahead = self._gradient_at(step * u)
         back, behind = self._gradient_at(-step * u)
-        # A step may be so small that the weights' number format swallows it; then all differences agree on zero.
-        if not float(((there - back) / (2 * step) - u).norm()) <= _SWALLOWED:
-            return torch.full_like(u, math.nan)
-        return (ahead - behind) / (2 * step)
+        # A step may be so small that the number format of the weights or of the activations swallows it, or a part of
+        # it; then all differences agree on what is left, such as zero.
+        is_step_left = float(((there - back) / (2 * step) - u).norm()) <= _SWALLOWED
+        is_change_left = _FAR * float((ahead - behind).norm()) >= self._precision * float(ahead.norm())
+        return (ahead - behind) / (2 * step), is_step_left and is_change_left
 
     def _gradient_at(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights, rounded as they are, and the gradient there."""

@@ -144,9 +144,17 @@ def as_point(problem: Problem | Objective, where: Tensor | Point, name: str) -> 
 
     Raises:
         UserError: If the model has running statistics and the vector is of other weights, whose statistics are not
-            known then.
+            known then; or a point has buffers that the model has not.
     """
     if isinstance(where, Point):
+        if isinstance(problem, Problem):
+            own = {key: buffer.shape for key, buffer in problem.model.named_buffers()}
+            for key, value in where.buffers.items():
+                if own.get(key) != value.shape:
+                    raise UserError(
+                        f"{name} has a buffer {key} of shape {tuple(value.shape)}, and the model has "
+                        f"{tuple(own[key]) if key in own else 'none'}. It belongs to another model."
+                    )
         return where
     if isinstance(problem, Problem) and (statistics := norm_buffers(problem.model, "running_mean", "running_var")):
         here = problem.flatten(problem.variables, torch.float64)

@@ -34,6 +34,7 @@ from flatpatch.flatness.terms import (
     count_shifted_terms,
     count_terms,
     criterion_terms,
+    with_first_labels_alone,
     with_other_first_labels,
 )
 
@@ -99,13 +100,15 @@ class Problem:
         loss: Mean loss of a batch; by default the model's own, ``model(**batch).loss``.
         terms: Number of loss terms of a batch: what its loss divides by, its weight in the mean. By default the loss's
             own if it knows them (:class:`WeightedLoss`), else its labels are counted: those that are not ignored,
-            without the first of each sequence where the loss does not look at it, as in causal language models.
+            without the first of each sequence where the loss does not look at it, as in causal language models; two
+            or three evaluations of one batch tell.
         scope: "adapter", "merged", "trainable" or "model"; see :func:`flatpatch.flatness.scope.find_scope`.
         check: Whether to make two passes, and refuse a loss that is not finite, does not repeat or has no gradient; and
             whether to compare the loss of a few examples with the weighted mean of their parts', and refuse one that
             divides by something else than its terms. Beside the passes this takes three batches' time. It sees nothing
             where examples cannot be put together anew (no tensors with one row per example, or batches of one example,
-            each of its own shape), nor where all batches of one shape have terms that are wrong by the same factor.
+            each of its own shape), where their losses hardly differ, nor where all batches of one shape have terms that
+            are wrong by the same factor.
 
     Attributes:
         weights: Each batch's share in the mean loss; they sum to 1.
@@ -139,7 +142,7 @@ class Problem:
         self._is_active = False
         if not self.batches:
             raise UserError("the sample is empty: curvature needs at least one batch.")
-        self._terms: Terms = terms or getattr(loss, "terms", None) or self._find_terms()
+        self._terms: Terms = terms or (loss.terms if isinstance(loss, WeightedLoss) else self._find_terms())
         self.num_terms = [_number(self._terms(batch)) for batch in self.batches]
         for index, count in enumerate(self.num_terms):
             if not 0 < count < math.inf:
@@ -231,7 +234,13 @@ class Problem:
             if other is not None:
                 with self.active(), torch.no_grad():
                     seen, changed = (self._evaluate(each, f"batch {index}") for each in (batch, other))
-                return count_shifted_terms if torch.equal(seen, changed) else count_terms
+                    if not torch.equal(seen, changed):
+                        return count_terms
+                    if seen.dtype.itemsize >= 4:
+                        return count_shifted_terms
+                    # 16 bits need not show one label among many; without a single term a mean is not a number.
+                    alone = float(self._evaluate(with_first_labels_alone(batch), f"batch {index}"))
+                return count_terms if 0 < abs(alone) < math.inf else count_shifted_terms
         return count_terms
 
     def loss(self) -> float:

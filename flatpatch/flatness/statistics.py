@@ -51,7 +51,8 @@ def spectrum_statistics(
         spectrum: All eigenvalues ``(n,)``, or a quadrature, whose probes are averaged.
         outlier_fraction: Share of the largest magnitude above which an eigenvalue counts as an outlier. Being
             relative, it gives the same count for a rescaled loss.
-        rounding: Share of the largest magnitude below which an eigenvalue counts as zero.
+        rounding: Share of the largest magnitude below which an eigenvalue counts as zero; so does one below a
+            quadrature's ``error``.
 
     Returns:
         The numbers.
@@ -73,7 +74,7 @@ def spectrum_statistics(
         raise ValueError("the spectrum is empty")
     size = float(counts.sum())
     scale = float(values.abs().max())
-    threshold = rounding * scale
+    threshold = max(rounding * scale, spectrum.error if isinstance(spectrum, Quadrature) else 0.0)
     magnitudes = float((counts * values.abs()).sum())
     squares = float((counts * values**2).sum())
     negative = values < -threshold

@@ -22,7 +22,6 @@ Terms = Callable[[Any], float]
 """From a batch to what its loss divides by."""
 
 IGNORED = -100  # the label that torch's and Hugging Face's cross-entropies leave out
-MEANS = ("mean", "batchmean")
 _PARTS = 4
 
 _BY_CLASS: tuple[Any, ...] = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
@@ -97,7 +96,7 @@ def criterion_terms(criterion: Callable[..., Any]) -> Callable[[Tensor], float] 
     elif isinstance(criterion, nn.Module):
         options = {name: getattr(criterion, name, None) for name in ("reduction", "weight", "ignore_index")}
     reduction = options.get("reduction") or "mean"
-    if reduction not in MEANS:
+    if reduction in ("none", "sum"):
         raise UserError(
             f"the criterion has reduction={reduction!r}: the loss must be a mean over its terms, so that it does not "
             "depend on how the examples are split into batches. Give it reduction='mean'."
@@ -130,15 +129,37 @@ def with_other_first_labels(batch: Any) -> Any:
         batch: As for ``count_terms``.
 
     Returns:
-        The batch, with labels that a batch of its kind may have; None if its labels are no sequences of integers, or
-        the first ones are all ignored, so that it does not matter.
+        The batch, with labels that others of it have; None if its labels are no sequences of integers, or the first
+        ones are all ignored, so that it does not matter.
     """
     labels = find_labels(batch)
     if labels.is_floating_point() or labels.ndim < 2 or not bool((labels[..., 0] != IGNORED).any()):
         return None
     changed, first = labels.clone(), labels[..., 0]
-    other = torch.where(first == 0, labels.max().clamp(min=1), torch.zeros_like(first))
+    used = labels[labels != IGNORED].long()
+    low, high = used.min(), used.max()
+    if low == high:
+        low, high = torch.zeros_like(low), high.clamp(min=1)
+    other = torch.where(first == low, high, low).to(labels.dtype)
     changed[..., 0] = torch.where(first == IGNORED, first, other)
+    return _with_labels(batch, changed)
+
+
+def with_first_labels_alone(batch: Any) -> Any:
+    """Ignore all labels but the first of each sequence.
+
+    Args:
+        batch: As for ``count_terms``.
+
+    Returns:
+        The batch.
+    """
+    labels = find_labels(batch).clone()
+    labels[..., 1:] = IGNORED
+    return _with_labels(batch, labels)
+
+
+def _with_labels(batch: Any, changed: Tensor) -> Any:
     if isinstance(batch, Mapping):
         return {**batch, "labels": changed}
     entries = [*batch[:-1], changed]
@@ -161,7 +182,7 @@ def uneven_parts(batches: Sequence[Any]) -> tuple[Any, list[Any]] | None:
     most: dict[Any, int] = {}
     for index, batch in enumerate(batches):
         leaves, form = tree.tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = [leaf for leaf in leaves if _has_rows(leaf)]
         if len({len(tensor) for tensor in tensors}) != 1:
             continue
         key = (str(form), *((leaf.shape[1:], leaf.dtype) if _has_rows(leaf) else repr(leaf) for leaf in leaves))
@@ -190,7 +211,7 @@ def uneven_parts(batches: Sequence[Any]) -> tuple[Any, list[Any]] | None:
 
 
 def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
+    return isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim > 0
 
 
 def _take(batches: Sequence[Any], picked: Sequence[tuple[float, int, int]]) -> Any:
@@ -204,13 +225,17 @@ def _take(batches: Sequence[Any], picked: Sequence[tuple[float, int, int]]) -> A
     return tree.tree_unflatten(joined, form)
 
 
+def _twice(part: Any) -> Any:
+    return tree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if _has_rows(leaf) else leaf, part)
+
+
 def check_terms(
     loss: Callable[[Any], float], terms: Terms, batches: Sequence[Any], *, tolerance: float, given: bool
 ) -> None:
     """Refuse terms that are not what the loss divides by, as far as a few examples tell.
 
     They tell nothing where no two of them can be put into one batch, where the loss cannot be computed of such a batch,
-    and of terms that are wrong by one factor for all examples of one shape.
+    where their losses hardly differ, and of terms that are wrong by one factor for all examples of one shape.
 
     Args:
         loss: Of a batch.
@@ -239,13 +264,17 @@ def check_terms(
     seen = f"a few examples have loss {whole:.6g}, their parts {', '.join(f'{value:.6g}' for value in parts)}"
     if abs(whole - math.fsum(parts)) <= limit:
         raise UserError(f"the loss is a sum: {seen}. Return the mean over the loss terms (reduction='mean').")
-    if all(map(math.isfinite, parts)) and not min(parts) - limit <= whole <= max(parts) + limit:
+    outside = all(map(math.isfinite, parts)) and not min(parts) - limit <= whole <= max(parts) + limit
+    # Whatever the terms are, no mean over examples changes where each of them comes twice.
+    part, once = next((pair for pair in zip(chosen[1], parts, strict=True) if math.isfinite(pair[1])), (None, whole))
+    if outside or (part is not None and not abs(loss(_twice(part)) - once) <= limit):
         if given:
             return
         raise UserError(
             f"the loss is no mean over examples: {seen}. The examples of a batch seem to act on each other (a "
-            "contrastive loss, statistics of the batch), so that its value holds for one split into batches alone. To "
-            "measure that, pass terms=, a function from a batch to its weight."
+            "contrastive loss, statistics of the batch), so that its value holds for one split into batches alone; or "
+            "the first dimension counts something else (steps of time). To measure that, pass terms=, a function from "
+            "a batch to its weight."
         )
     raise UserError(
         f"the loss divides by something else than its loss terms as counted: {seen}, whose mean with the counts "
