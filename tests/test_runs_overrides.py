@@ -41,6 +41,7 @@ TEXT = [
     ("lamda_1=-0.5", "out of range (expected at least 0)"),
     ("num_train_epochs=99999999999", "out of range (expected over 0 and at most 1000000)"),
     ("learning_rate=1_0", "is not a number (expected at least 0)"),
+    (f"max_target_length={'9' * 400}", "out of range (expected at least 1 and at most 2147483647)"),
     ("max_train_samples=0", "out of range (expected at least 1 and at most 2147483647)"),
 ]
 

@@ -12,6 +12,7 @@ import enum
 import math
 import os
 import re
+import sys
 import tempfile
 import typing
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open == "low" else value >= self.low
         below = value < self.high if self.open == "high" else value <= self.high
-        return math.isfinite(value) and above and below
+        return abs(value) <= sys.float_info.max and above and below  # isfinite() fails on huge whole numbers
 
     def __str__(self) -> str:
         low = f"{'over' if self.open == 'low' else 'at least'} {_plain(self.low)}" if math.isfinite(self.low) else ""

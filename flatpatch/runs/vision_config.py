@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ def _value_problems(config: Mapping[str, Any], width: int, blocks: int) -> list[
     for key, value in config.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not math.isfinite(value) or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
+        finite = abs(value) <= sys.float_info.max  # isfinite() fails on huge whole numbers
+        if not finite or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
             kind = "a whole number" if key in WHOLE else "a finite number"
             bound = " of at least 0" if key in NOT_NEGATIVE else ""
             problems.append(f"{key}={json.dumps(value)} is out of range (expected {kind}{bound}).")

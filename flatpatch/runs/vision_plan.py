@@ -151,7 +151,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             + (
                 "Leave out engine=reference."
                 if settings.engine == "reference"
-                else f"{engine_reason}\nIt comes with: git submodule update --init third_party/{method.repository}"
+                else f"{patches.is_available(str(method.repository))[1]}\n"
+                f"It comes with: git submodule update --init third_party/{method.repository}"
             )
         )
     if quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
