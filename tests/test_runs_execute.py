@@ -322,18 +322,18 @@ def begun_elsewhere(undisturbed: Path, folder: Path, **machine: object) -> Path:
     return folder
 
 
-def test_run_taken_up_on_another_machine_says_and_records_it(
+def test_run_resumed_on_another_machine_says_and_records_it(
     undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = begun_elsewhere(undisturbed, tmp_path / "undisturbed", processor="another", threads=9)
     assert main(words(data, tmp_path, "undisturbed")) == 0
     said = capsys.readouterr().out
-    assert "WARNING: from task 2 on another machine or set-up: processor" in said
+    assert "WARNING: since task 2 the run is on another machine or set-up: processor" in said
     record = json.loads((folder / "record.json").read_text())
     validate_record(record)
-    (taken_up,) = record["taken_up"]
-    assert taken_up["tasks_kept"] == 1
-    assert taken_up["machine_changed"] == {
+    (resumed,) = record["resumed"]
+    assert resumed["tasks_kept"] == 1
+    assert resumed["machine_changed"] == {
         "processor": ["another", record["environment"]["processor"]],
         "threads": [9, 1],
     }

@@ -65,6 +65,7 @@ def test_value_that_the_reference_engine_cannot_use_is_refused(word: str, expect
         ("add_task_name=maybe", "is neither true nor false"),
         ("do_train=false", "would end without a result"),
         ("predict_with_generate=0", "would end without a result"),
+        ("instruction_file=", "upstream.instruction_file='' is empty"),
         ("run_name=--do_eval", "begins with '-'"),
         ("logging_steps=0", "out of range (expected at least 1 and at most 2147483647)"),
         ("_n_gpu=2", "upstream has no argument '_n_gpu'"),

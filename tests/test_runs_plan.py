@@ -291,7 +291,7 @@ def test_override_that_names_the_value_there_is_makes_no_other_run() -> None:
         plan = make_plan(parse([f"method={method}", *words, f"upstream.{override}"]))
         assert (plan.folder, plan.labels, plan.deviations) == (plain.folder, plain.labels, plain.deviations)
         assert plan.request.as_record() == plain.request.as_record()
-        assert plan.notes == (f"upstream.{override} changes nothing: it is so without it",)
+        assert plan.notes == (f"upstream.{override} changes nothing: the run has that value anyway",)
 
 
 def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "restarts": {"type": "integer", "minimum": 0},
         # One entry for each restart: when, how many tasks were kept, and what changed between the two calls' machines,
         # as {name: [before, now]}; only where tasks were kept.
-        "taken_up": {
+        "resumed": {
             "type": "array",
             "items": {
                 "type": "object",

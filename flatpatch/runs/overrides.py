@@ -191,6 +191,8 @@ def read(name: str, word: str, kind: Kind) -> Any:
             raise ValueError(f"{got}: a run trains and predicts, and would end without a result. Leave it out.")
         return word.lower() in _TRUE
     if kind.type is str:
+        if not word:  # upstream's parser would take the next argument for its value
+            raise ValueError(f"{got} is empty. Give it a value, or leave it out.")
         if word.startswith("-"):  # upstream's parser would take it for an argument of its own
             raise ValueError(f"{got} begins with '-', which upstream would read as another argument.")
         return word

@@ -433,7 +433,9 @@ def _check_overrides(
 
 def without_idle(request: Request, idle: Collection[str], notes: list[str]) -> Request:
     """Leave out overrides that name the value which runs without them: they make no other run."""
-    notes += [f"upstream.{name}={request.overrides[name]} changes nothing: it is so without it" for name in idle]
+    notes += [
+        f"upstream.{name}={request.overrides[name]} changes nothing: the run has that value anyway" for name in idle
+    ]
     return replace(request, overrides={name: word for name, word in request.overrides.items() if name not in idle})
 
 

@@ -102,9 +102,9 @@ class VisionPlan(Plan):
 
     def recipe(self) -> list[str]:
         """Return the values of the configuration that reach the run, and what upstream ships where it differs."""
-        of_reference = "what the reference engine is told, in InfLoRA's spelling; as its configs/cifar100_inflora.json"
+        of_reference = "configs/cifar100_inflora.json, of which the reference engine is told"
         quick = self.profile == "quick"
-        lines = [f"Configuration: {self.config_file or of_reference} but where another value is shown behind."]
+        lines = [f"Configuration ({self.config_file or of_reference}; its own value behind, where it differs):"]
         for key, value in self.config.items():
             if why_unread(self.config, key, quick=quick):
                 continue
@@ -116,7 +116,7 @@ class VisionPlan(Plan):
             lines.append(shown)
         unread = [key for key in self.config if why_unread(self.config, key, quick=quick)]
         if unread:
-            lines.append(f"  without effect, and so left out above: {', '.join(unread)}")
+            lines.append(f"  left out, as these have no effect: {', '.join(unread)}")
         return lines
 
     def executes(self, path: str) -> bool:
