@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +156,22 @@ def test_run_folder_occupied_by_other_files_is_refused(refused: Refused, tmp_pat
     assert f"the run folder {tmp_path / 'out' / 'mine'} is occupied" in text
     assert "run=NAME" in text
     assert (tmp_path / "out" / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_run_folder_that_may_not_be_listed_is_refused(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out" / "mine"
+    folder.mkdir(parents=True)
+    listed = Path.iterdir
+
+    def closed(path: Path) -> Iterator[Path]:
+        if path == folder:
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert f"the run folder {folder} cannot be read: Permission denied" in refused("run=mine")
 
 
 def test_run_folder_occupied_by_another_run_is_told_what_differs(refused: Refused, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def in_training(folder: Path, task: str) -> Callable[[], bool]:
     return safe
 
 
-def assert_nothing_runs_on(folder: Path, seconds: float = 8) -> None:
+def assert_nothing_runs_on(folder: Path, seconds: float = 30) -> None:
     """Each process of a run has the path of its settings in its environment."""
     deadline = time.monotonic() + seconds
     while True:
@@ -273,7 +273,7 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
 
 
 def test_training_ends_within_seconds_of_a_killed_runner(data: Path, tmp_path: Path) -> None:
-    process = start(words(data, tmp_path, "killed", "tasks=dbpedia", "upstream.num_train_epochs=500"))
+    process = start(words(data, tmp_path, "killed", "tasks=dbpedia", "upstream.num_train_epochs=5000"))
     wait_until(in_training(tmp_path / "killed", "dbpedia"), process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)

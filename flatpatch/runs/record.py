@@ -184,14 +184,14 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         UserError: If the folder holds something else.
     """
     try:
-        folder.stat()
+        names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER."
         ) from error
-    if all(path.name == LOCK for path in folder.iterdir()):
+    if all(name == LOCK for name in names):
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
