@@ -217,8 +217,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if settings.measuring is not None and world_size > 1:
         raise UserError(
             f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
-            "leave "
-            "measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
+            "leave measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
         )
     off_protocol = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
     if settings.adapters != "upstream" and launcher == "deepspeed":

@@ -216,12 +216,10 @@ def task_classes(
     if first > classes or rest % step:
         problems.append(
             f"{classes} classes do not divide into a first task of {first} and further ones of {step}: the log's "
-            "groups "
-            "of classes would not be the tasks. "
+            "groups of classes would not be the tasks. "
             + (
                 f"Choose upstream.increment= so that it divides {classes} - {first} = {rest}, the classes after the "
-                "first "
-                "task, or another upstream.init_cls=."
+                "first task, or another upstream.init_cls=."
                 if rest > 0
                 else f"Choose upstream.init_cls= of at most {classes}."
             )
@@ -234,8 +232,7 @@ def task_classes(
     elif "general_pos" in config and first < TOP_K:
         problems.append(
             f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task "
-            "already. "
-            f"Choose upstream.init_cls= of at least {TOP_K}."
+            f"already. Choose upstream.init_cls= of at least {TOP_K}."
         )
     count = 1 + rest // step
     if "total_sessions" in config and not problems:
