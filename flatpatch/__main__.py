@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flatpatch import telling
-from flatpatch.errors import FlatpatchError, UserError, did_you_mean, no_room, unprintable
+from flatpatch.errors import DiskFull, FlatpatchError, UserError, did_you_mean, no_room, unprintable
 from flatpatch.terminal import Lasting
 
 USAGE = """usage: python -m flatpatch <verb> key=value ...
@@ -78,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"flatpatch: the disk is full: {no_room(error)}", file=sys.stderr)
-        return UserError.exit_code
+        return DiskFull.exit_code
     except ImportError as error:
         print(f"flatpatch: {_no_environment(error)}", file=sys.stderr)
         return UserError.exit_code

@@ -71,9 +71,15 @@ def named_path(key: str, word: str) -> Path:
     """Return the path that a setting names, with ``~`` for a home folder.
 
     Raises:
-        UserError: If it names nobody's.
+        UserError: If there can be no such path, or it may not be looked at.
     """
     try:
-        return Path(word).expanduser()
+        path = Path(word).expanduser()
+        path.stat()
     except RuntimeError:
         raise UserError(f"{key}={word}: there is no home folder of that user here. Write the path in full.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever needs it there says so
+    except OSError as error:  # too long a name, links in a circle, a folder that is closed to us
+        raise UserError(f"{key}={word} cannot be used: {error.strerror}. Name another place.") from None
+    return path

@@ -179,7 +179,7 @@ def split_word(word: str) -> tuple[str, str]:
         UserError: If the word is not of that form.
     """
     if word.startswith("-"):
-        if hint := did_you_mean(word, ("--dry-run", "--help")):
+        if hint := did_you_mean(word, ("--dry-run", "--help", "--quiet")):
             raise UserError(f"'{word}' is no option.{hint}")
         bare = word.lstrip("-")
         example = bare if "=" in bare else f"{bare}=VALUE"
@@ -341,7 +341,12 @@ def check_folder(key: str, word: str) -> list[str]:
 
 def repeated(items: Sequence[str]) -> str:
     """Return the first item that a list has twice, or an empty string."""
-    return next((item for index, item in enumerate(items) if item and item in items[:index]), "")
+    seen: set[str] = set()
+    for item in items:
+        if item and item in seen:
+            return item
+        seen.add(item)
+    return ""
 
 
 def _check_kind(settings: Settings, method: Method) -> list[str]:

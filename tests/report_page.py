@@ -77,6 +77,7 @@ def make_four(folder: Path) -> list[Path]:
                     for k in range(4)
                     for when in ("before", "after")
                 ]
+            record["training"] = [row | {"steps": 12} for row in record["training"]]
             steps = make_steps(steps=12, sam=sam == "sam")
             folders.append(write_run(folder / f"nlora-{sam}-seed{seed}", record, steps))
     return folders

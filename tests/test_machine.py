@@ -14,7 +14,7 @@ from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.patches.gitcalls import run_git
-from flatpatch.runs.record import _commit
+from flatpatch.runs.own_code import own_code
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def test_reference_run_needs_no_git(capsys: pytest.CaptureFixture[str]) -> None:
         False,
         "there is no git on PATH, which reads the authors' repositories. Install git.",
     )
-    assert _commit() is None
+    assert own_code()["commit"] is None
     assert main(["run", "method=nlora", "profile=quick", "device=cpu", "--dry-run"]) == 0
     assert "engine reference: N-LoRA cannot be had: there is no git on PATH" in capsys.readouterr().out
 
@@ -84,7 +84,7 @@ def test_full_folder_of_temporary_files_is_named(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("flatpatch.__main__._dispatch", broken)
-    main(["run"])
+    assert main(["run"]) == 85
     assert f"the disk is full: nothing can be written into the folder of temporary files, {tmp_path}" in (
         capsys.readouterr().err
     )

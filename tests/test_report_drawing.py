@@ -11,7 +11,7 @@ from report_records import make_quick_record, make_record
 
 from flatpatch.report.drawing import BELOW, constant, finish, remove, save, small_print
 
-LONG_NOTE = "QUICK AND REFERENCE AND OFF-REFERENCE RUN, not comparable with the paper's numbers. " * 3
+LONG_NOTE = "QUICK AND REFERENCE AND OFF-PROTOCOL RUN, not comparable with the paper's numbers. " * 3
 
 
 def make_figure(width: float = 5.0) -> Figure:

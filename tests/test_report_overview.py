@@ -16,10 +16,10 @@ from flatpatch.runs.sweep import show
 def test_each_run_has_one_line_with_its_numbers_and_what_is_missing() -> None:
     text = overview([("one", make_record()), ("the-other-run", make_record(done=2))]).splitlines()
     assert text[0].split() == ["run", "average", "accuracy", "forgetting"]
-    assert text[1].split() == ["one", "78.37", "1.18"]
+    assert text[1].split() == ["one", "82.69", "8.03"]
     assert text[2].split(None, 3) == ["the-other-run", "-", "-", "INTERRUPTED: results of 2 of 4 tasks"]
     assert len(text) == 3
-    ends = [line.index(cell) + len(cell) for line, cell in ((text[0], "accuracy"), (text[1], "78.37"))]
+    ends = [line.index(cell) + len(cell) for line, cell in ((text[0], "accuracy"), (text[1], "82.69"))]
     assert ends[0] == ends[1]
 
 

@@ -262,7 +262,7 @@ def test_deviations_say_what_where_and_why(tmp_path):
     record["deviations"] += [{"what": "fp16", "upstream": None, "here": "on", "why": "a reason", "tasks": ["amazon"]}]
     plain = make_record(seeds=[1], deviations=record["deviations"][:1])
     _, reader = read([write_run(tmp_path / "a", record), write_run(tmp_path / "b", plain)])
-    caption = "Departures from upstream's own run"
+    caption = "Deviations from upstream's own run"
     assert reader.row(caption, "library torch") == ["library torch", "2.0.1", "2.8.0", "CUDA 12", "all"]
     assert reader.row(caption, "fp16 [amazon]") == ["fp16 [amazon]", "–", "on", "a reason", "A seed 42"]
 
@@ -535,7 +535,7 @@ def test_reason_for_the_engine_stands_once_and_in_one_line(tmp_path):
     _, reader = read([write_run(tmp_path / "run", record)])
     assert reader.words.count("cannot be had") == 1
     assert "Looked in" not in reader.words
-    assert reader.row("Departures", "engine")[3] == "see engine, at the top"
+    assert reader.row("Deviations", "engine")[3] == "see engine, at the top"
 
 
 def picture(path, size, mode="RGB"):

@@ -82,6 +82,8 @@ def test_each_required_key_is_required(key):
         ({"settings": {"rho": {"value": "x", "source": "default"}}}, "settings.rho.value is 'x', expected number"),
         ({"settings": {"seed": {"value": "x", "source": "default"}}}, "settings.seed.value is 'x', expected integer"),
         ({"seeds": ["42"]}, "seeds[0] is '42', expected integer"),
+        ({"seeds": [10**400]}, "seeds[0] is 1000"),
+        ({"timing": {"total_seconds": 10**400}}, "timing.total_seconds is 1000"),
         ({"seeds": [True]}, "seeds[0] is True, expected integer"),
         ({"tasks": []}, "tasks has 0 items, expected at least 1"),
         ({"metrics": {"forgetting": math.nan}}, "metrics.forgetting is nan, expected number or null"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +83,12 @@ def test_character_that_no_name_may_hold_is_refused(words: list[str], capsys: py
         (["measure", "run=a", "task=x,x"], "names x twice"),
         (["measure", "run=a,b", "output="], "output= is empty"),
         (["measure", "run=a", "measure=loss,loss"], "names loss twice"),
-        (["measure", f"run={'x' * 300}"], "there is no run"),
+        *(
+            (["run", "profile=quick", f"{key}={'x' * 300}"], "File name too long")
+            for key in ("model", "data", "output")
+        ),
+        (["compare", f"log={'x' * 300}"], "File name too long"),
+        (["measure", f"run={'x' * 300}"], "File name too long"),
         (["patches", "verify", "repo=N-LoRA", "repo=O-LoRA"], "repo= is given twice"),
         (["patches", "drift", "repo=N-LoRA", "commit=main"], "commit=main is no commit"),
         (["sweep", "yes=true"], "nothing to sweep over"),
@@ -151,6 +156,22 @@ def test_run_folder_occupied_by_other_files_is_refused(refused: Refused, tmp_pat
     assert f"the run folder {tmp_path / 'out' / 'mine'} is occupied" in text
     assert "run=NAME" in text
     assert (tmp_path / "out" / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_run_folder_that_may_not_be_listed_is_refused(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out" / "mine"
+    folder.mkdir(parents=True)
+    listed = Path.iterdir
+
+    def closed(path: Path) -> Iterator[Path]:
+        if path == folder:
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert f"the run folder {folder} cannot be read: Permission denied" in refused("run=mine")
 
 
 def test_run_folder_occupied_by_another_run_is_told_what_differs(refused: Refused, tmp_path: Path) -> None:

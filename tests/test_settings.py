@@ -53,6 +53,7 @@ def test_unknown_setting_is_told_the_nearest_one() -> None:
 def test_stray_flag_is_told_the_form_to_use() -> None:
     assert "key=value: rho=0.1" in message("--rho=0.1")
     assert "'--dryrun' is no option. Did you mean '--dry-run'?" in message("--dryrun")
+    assert "'--quite' is no option. Did you mean '--quiet'?" in message("--quite")
     assert "key=value, e.g. rho=0.05" in message("rho")
 
 

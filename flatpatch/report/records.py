@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "restarts": {"type": "integer", "minimum": 0},
         # One entry for each restart: when, how many tasks were kept, and what changed between the two calls' machines,
         # as {name: [before, now]}; only where tasks were kept.
-        "taken_up": {
+        "resumed": {
             "type": "array",
             "items": {
                 "type": "object",
@@ -374,7 +375,7 @@ def schema_violations(value: Any, schema: Mapping[str, Any], where: str) -> Iter
             yield f"{name} has {len(value)} items, expected at least {schema['minItems']}"
         for i, item in enumerate(value):
             yield from schema_violations(item, schema.get("items", {}), f"{where}[{i}]")
-    elif isinstance(value, int | float) and math.isfinite(value):
+    elif isinstance(value, int | float) and _is_finite(value):
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         if not low <= value <= high:
             yield f"{name} is {value!r}, expected {low:g} to {high:g}"
@@ -414,9 +415,13 @@ def _wrong_metrics(record: Mapping[str, Any]) -> Iterator[str]:
 def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return False
-    if isinstance(value, float) and not math.isfinite(value):
-        return kind == "not finite"  # JSON has no NaN; a missing number is null
+    if isinstance(value, int | float) and not _is_finite(value):
+        return kind == "not finite" and isinstance(value, float)  # JSON has no NaN; a missing number is null
     return isinstance(value, _TYPES[kind])
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # isfinite() fails on whole numbers beyond it
 
 
 def _short(value: Any) -> str:

@@ -94,8 +94,6 @@ class Editor:
         names = [dataset_of(inv) for inv in self.originals]
         asked = [name.strip() for name in wanted.split(",") if name.strip()]
         unknown = [name for name in asked if name not in names]
-        if twice := [name for name in asked if asked.count(name) > 1]:
-            raise UserError(f"tasks='{wanted}' names {twice[0]} twice. A run learns each task once.")
         if unknown or not asked:
             word = unknown[0] if unknown else wanted
             raise UserError(

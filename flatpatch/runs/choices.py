@@ -99,7 +99,7 @@ def choose_device(
     if not available or missing:
         lack = f"GPU {', '.join(missing)} is not here ({available} found)" if available else "torch sees no CUDA device"
         if dry_run:
-            lacks.append(f"{lack}: this is the plan for a machine that has one. device=cpu plans for the CPU.")
+            lacks.append(f"{lack}, which this run needs. device=cpu takes the CPU.")
             return "cuda", numbers or ("0",)
         advice = "Add device=cpu to run on the CPU, or use profile=quick."
         if profile == "quick":

@@ -57,8 +57,8 @@ LOG_LINES_SHOWN = 15
 LOG = "log.txt"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
 BYTES_OF_LAST_WORDS = 5000
-_STARTS_ANEW = "taken up again: an image run cannot go on from its middle, so it starts anew with its first task."
-_NONE_KEPT = "taken up again: no task was finished before, so it starts with the first."
+_STARTS_ANEW = "An image run cannot go on from its middle: it starts anew with its first task."
+_NONE_KEPT = "No task was finished before: the run starts anew with its first task."
 
 
 def execute(plan: Plan) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def execute(plan: Plan) -> dict[str, Any]:
             for note in note_restart(record, old, _tasks_of(plan, kept)):
                 print(f"WARNING: {note}", flush=True)
             if not kept:
-                print(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT, flush=True)
+                say(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT)
         write_record(plan.folder, record)
         problem: BaseException | None = None
         try:

@@ -12,6 +12,7 @@ import enum
 import math
 import os
 import re
+import sys
 import tempfile
 import typing
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open == "low" else value >= self.low
         below = value < self.high if self.open == "high" else value <= self.high
-        return math.isfinite(value) and above and below
+        return abs(value) <= sys.float_info.max and above and below  # isfinite() fails on huge whole numbers
 
     def __str__(self) -> str:
         low = f"{'over' if self.open == 'low' else 'at least'} {_plain(self.low)}" if math.isfinite(self.low) else ""
@@ -190,6 +191,8 @@ def read(name: str, word: str, kind: Kind) -> Any:
             raise ValueError(f"{got}: a run trains and predicts, and would end without a result. Leave it out.")
         return word.lower() in _TRUE
     if kind.type is str:
+        if not word:  # upstream's parser would take the next argument for its value
+            raise ValueError(f"{got} is empty. Give it a value, or leave it out.")
         if word.startswith("-"):  # upstream's parser would take it for an argument of its own
             raise ValueError(f"{got} begins with '-', which upstream would read as another argument.")
         return word

@@ -217,8 +217,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if settings.measuring is not None and world_size > 1:
         raise UserError(
             f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
-            "leave "
-            "measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
+            "leave measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
         )
     off_protocol = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
     if settings.adapters != "upstream" and launcher == "deepspeed":
@@ -433,7 +432,9 @@ def _check_overrides(
 
 def without_idle(request: Request, idle: Collection[str], notes: list[str]) -> Request:
     """Leave out overrides that name the value which runs without them: they make no other run."""
-    notes += [f"upstream.{name}={request.overrides[name]} changes nothing: it is so without it" for name in idle]
+    notes += [
+        f"upstream.{name}={request.overrides[name]} changes nothing: the run has that value anyway" for name in idle
+    ]
     return replace(request, overrides={name: word for name, word in request.overrides.items() if name not in idle})
 
 

@@ -184,14 +184,14 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         UserError: If the folder holds something else.
     """
     try:
-        folder.stat()
+        names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER."
         ) from error
-    if all(path.name == LOCK for path in folder.iterdir()):
+    if all(name == LOCK for name in names):
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
@@ -247,7 +247,7 @@ def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
 
 
 def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> list[str]:
-    """Write into a record that the run was taken up again, and return what its reader must know of it.
+    """Write into a record that the run was resumed, and return what its reader must know of it.
 
     Args:
         record: The record of this call.
@@ -257,18 +257,17 @@ def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> l
     record["restarts"] = old["restarts"] + 1
     record["timing"]["started"] = old["timing"]["started"]
     changes = machine_changes(old, record) if 0 < kept < len(record["tasks"]) else {}
-    taken_up = {"at": _now(), "tasks_kept": kept, "machine_changed": changes}
-    record["taken_up"] = [*old.get("taken_up", []), taken_up]
-    said = [_change_note(record["tasks"], row) for row in record["taken_up"] if row["machine_changed"]]
+    record["resumed"] = [*old.get("resumed", []), {"at": _now(), "tasks_kept": kept, "machine_changed": changes}]
+    said = [_change_note(row) for row in record["resumed"] if row["machine_changed"]]
     record["notes"] += said
     return said[-1:] if changes else []
 
 
-def _change_note(tasks: list[str], taken_up: Mapping[str, Any]) -> str:
-    changes = ", ".join(f"{name} {now} (before: {old})" for name, (old, now) in taken_up["machine_changed"].items())
+def _change_note(resumed: Mapping[str, Any]) -> str:
+    changes = ", ".join(f"{name} {now} (before: {old})" for name, (old, now) in resumed["machine_changed"].items())
     return (
-        f"from task {taken_up['tasks_kept'] + 1} on another machine or set-up: {changes}. The results are not those "
-        "of a run on one machine bit for bit"
+        f"since task {resumed['tasks_kept'] + 1} the run is on another machine or set-up: {changes}. Its results are "
+        "not bit for bit those of a run on one machine"
     )
 
 

@@ -77,7 +77,7 @@ class Supervised:
             self._open = False
             os.close(self._held)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(3 * PATIENCE)
+            self._process.wait(5 * PATIENCE)
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

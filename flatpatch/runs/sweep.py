@@ -103,7 +103,7 @@ def sweep(words: Sequence[str]) -> int:
         raise UserError("nothing to sweep over: name at least one setting, e.g. seed=0..2. See sweep --help.")
     requests = [parse(combination) for combination in combinations]
     if len(requests) > 1:
-        print(f"{len(requests)} combinations", flush=True)
+        say(f"{len(requests)} combinations")
     plans: list[Plan] = []
     known: list[tuple[Any, ...]] = []
     for plan in (make_plan(request, dry_run=dry_run) for request in requests):
@@ -117,7 +117,7 @@ def sweep(words: Sequence[str]) -> int:
             "run=NAME would put every run of the sweep into one folder. Leave run= out, or set output=FOLDER."
         )
     folders = [plan.folder for plan in plans]
-    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+    if twice := repeated([str(folder) for folder in folders]):
         raise UserError(
             f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each."
         )

@@ -351,8 +351,7 @@ def check_against_run(run: FinishedRun, index: int, samples: int, loss: float) -
         if same and there is not None and abs(loss - there) > 1e-3 * max(abs(loss), abs(there)):
             raise UserError(
                 f"{run.name}: rebuilt after task {index + 1}, the model has loss {loss:.6g} on the sample; in the "
-                "run it "
-                f"had {there:.6g}. The checkpoint or the data is not the run's."
+                f"run it had {there:.6g}. The checkpoint or the data is not the run's."
             )
 
 

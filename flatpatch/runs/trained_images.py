@@ -225,8 +225,7 @@ class ImageRun(FinishedRun):
         if built.tree != self.record["upstream"]["patched_tree"]:
             raise UserError(
                 f"{self.name} ran the patched tree {self.record['upstream']['patched_tree'][:12]} of {built.repo}, "
-                "this "
-                f"version has {built.tree[:12]}. Measure it with the version that made it, or make the run again."
+                f"this version has {built.tree[:12]}. Measure it with the version that made it, or make the run again."
             )
         return built.path
 

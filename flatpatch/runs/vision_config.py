@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ def _value_problems(config: Mapping[str, Any], width: int, blocks: int) -> list[
     for key, value in config.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not math.isfinite(value) or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
+        finite = abs(value) <= sys.float_info.max  # isfinite() fails on huge whole numbers
+        if not finite or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
             kind = "a whole number" if key in WHOLE else "a finite number"
             bound = " of at least 0" if key in NOT_NEGATIVE else ""
             problems.append(f"{key}={json.dumps(value)} is out of range (expected {kind}{bound}).")
@@ -215,12 +216,10 @@ def task_classes(
     if first > classes or rest % step:
         problems.append(
             f"{classes} classes do not divide into a first task of {first} and further ones of {step}: the log's "
-            "groups "
-            "of classes would not be the tasks. "
+            "groups of classes would not be the tasks. "
             + (
                 f"Choose upstream.increment= so that it divides {classes} - {first} = {rest}, the classes after the "
-                "first "
-                "task, or another upstream.init_cls=."
+                "first task, or another upstream.init_cls=."
                 if rest > 0
                 else f"Choose upstream.init_cls= of at most {classes}."
             )
@@ -233,8 +232,7 @@ def task_classes(
     elif "general_pos" in config and first < TOP_K:
         problems.append(
             f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task "
-            "already. "
-            f"Choose upstream.init_cls= of at least {TOP_K}."
+            f"already. Choose upstream.init_cls= of at least {TOP_K}."
         )
     count = 1 + rest // step
     if "total_sessions" in config and not problems:

@@ -159,8 +159,7 @@ def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[
         would = "remove test/ with all that is in it" if present == ["test"] else "stop"
         return (
             f", but {present[0]}: half a split, with which InfLoRA's code would {would}. Put the missing half back, "
-            "or begin "
-            f"anew with an empty {place}. {_fetch(dataset, root)}"
+            f"or begin anew with an empty {place}. {_fetch(dataset, root)}"
         )
     paths = sorted(path.relative_to(place) for path in place.glob("*/**/*") if path.suffix.lower() in IMAGES)
     filled = {path.parts[0] for path in paths}
@@ -175,8 +174,7 @@ def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[
         )
     return (
         ". InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. "
-        "Draw it "
-        "once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
+        "Draw it once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
         f"{_draw(place, checkout)}"
     )
 
@@ -235,8 +233,7 @@ def _check_listed(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[st
     if absent:
         raise UserError(
             f"the checkout {checkout} is partial and lacks {', '.join(absent)}, the lists of DomainNet's images. "
-            "Fetch the "
-            f"whole repository: git submodule update --init third_party/InfLoRA"
+            f"Fetch the whole repository: git submodule update --init third_party/InfLoRA"
         )
     hashes = {}
     for name in DOMAINNET_LISTS:

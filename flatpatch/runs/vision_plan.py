@@ -102,9 +102,9 @@ class VisionPlan(Plan):
 
     def recipe(self) -> list[str]:
         """Return the values of the configuration that reach the run, and what upstream ships where it differs."""
-        of_reference = "what the reference engine is told, in InfLoRA's spelling; as its configs/cifar100_inflora.json"
+        file = self.config_file or "InfLoRA's configs/cifar100_inflora.json (what the reference engine takes of it)"
         quick = self.profile == "quick"
-        lines = [f"Configuration: {self.config_file or of_reference} but where another value is shown behind."]
+        lines = [f"Configuration, from {file}; its own value stands in brackets where it differs:"]
         for key, value in self.config.items():
             if why_unread(self.config, key, quick=quick):
                 continue
@@ -116,7 +116,7 @@ class VisionPlan(Plan):
             lines.append(shown)
         unread = [key for key in self.config if why_unread(self.config, key, quick=quick)]
         if unread:
-            lines.append(f"  without effect, and so left out above: {', '.join(unread)}")
+            lines.append(f"  left out, as these have no effect: {', '.join(unread)}")
         return lines
 
     def executes(self, path: str) -> bool:
@@ -151,14 +151,14 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             + (
                 "Leave out engine=reference."
                 if settings.engine == "reference"
-                else f"{engine_reason}\nIt comes with: git submodule update --init third_party/{method.repository}"
+                else f"{patches.is_available(str(method.repository))[1]}\n"
+                f"It comes with: git submodule update --init third_party/{method.repository}"
             )
         )
     if quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has "
-            "images "
-            f"and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
+            f"images and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
         )
     if method.configs:
         variant = settings.variant or next(iter(method.configs))
@@ -169,8 +169,8 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         asked = settings.engine == "reference"
         raise UserError(
             f"variant={settings.variant} needs the authors' code: the reference engine has {method.title} alone. "
-            "Leave out "
-            f"variant=, or {'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
+            "Leave out variant=, or "
+            f"{'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
     notes: list[str] = []
@@ -215,8 +215,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
         if not quick:
             notes.append(
                 "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or "
-                "ImageNet-R "
-                "(InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
+                "ImageNet-R (InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
             )
     known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
     before = dict(editor.current)
@@ -374,9 +373,8 @@ def _note_split(editor: ConfigEditor, inputs: Mapping[str, str], root: Path, che
         editor.note(f"split of {splits.FOLDER}", splits.LOGGED, split, why)
         said = (
             f"WARNING: {said}; compare will not set this run beside the shipped logs, only beside the paper, whose "
-            "split is "
-            "not known. To keep this split, do nothing. To get the logs' split, put the images of both halves back "
-            "into one "
+            "split is not known. To keep this split, do nothing. To get the logs' split, put the images of both halves "
+            "back into one "
             f"folder a class and draw it, which changes the folder for all who use it: "
             f"{vision_data.draw_again(root, checkout)}"
         )
