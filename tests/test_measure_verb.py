@@ -228,7 +228,8 @@ def test_line_between_two_runs_ends_at_their_own_losses(
         assert page.row(f"Scope {scope}", "loss")[1:] == [f"{own[scope]:.4g}" for own in ends]
     assert sum(tag == "img" for tag, _ in page.tags) == 5
     # A second time it takes the place of the first.
-    assert main(["measure", *words, "measure=loss", "measure_scope=merged"]) == 0
+    words[1] = "measure=loss"
+    assert main(["measure", *words, "measure_scope=merged"]) == 0
     assert {path.stem for path in output.glob("*.png")} == {"connectivity"}
 
 
