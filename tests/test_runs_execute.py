@@ -24,7 +24,7 @@ from flatpatch.continual import quick
 from flatpatch.errors import FlatpatchError
 from flatpatch.report.records import validate_record
 from flatpatch.runs import execute
-from flatpatch.runs.plan import ROOT, make_plan
+from flatpatch.runs.plan import ROOT, Plan, make_plan
 from flatpatch.runs.record import check_continues, new_record, write_record
 from flatpatch.settings import parse
 
@@ -409,9 +409,9 @@ def test_run_made_with_other_libraries_is_not_continued(
 def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that_says_so(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = execute._hook_settings
+    code = "from pathlib import Path; Path('/dev/full').write_text('x')"
     with monkeypatch.context() as full:
-        full.setattr(execute, "_hook_settings", lambda *given: whole(*given) | {"metrics": "/dev/full"})
+        full.setattr(Plan, "command", lambda *_: [sys.executable, "-c", code])
         assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 85
     said = capsys.readouterr().err
     assert "flatpatch: the disk is full: task 1/1 dbpedia failed" in said
