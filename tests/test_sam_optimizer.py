@@ -822,3 +822,25 @@ def test_example_of_the_docstring_runs():
     results = doctest.testmod(flatpatch.sam.optimizer)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_call_with_parameters_and_a_class_says_how_to_write_it_here() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match=r"Write: SAM\(torch.optim.SGD\(parameters, lr=...\), rho=0.05\)"):
+        SAM([weight], torch.optim.SGD, lr=0.1, rho=0.05)
+
+
+@pytest.mark.parametrize(("knows", "passes"), [(True, 1), (False, 2)])
+def test_batch_norm_counts_the_unperturbed_pass_alone_where_the_model_is_known(knows: bool, passes: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model if knows else None)
+    inputs = torch.randn(5, 3)
+
+    def closure() -> torch.Tensor:
+        sam.zero_grad()
+        loss: torch.Tensor = model(inputs).square().sum()
+        loss.backward()
+        return loss
+
+    sam.step(closure)
+    assert int(model[1].num_batches_tracked) == passes

@@ -64,6 +64,9 @@ class SAM(Optimizer):
     A learning-rate scheduler takes the optimizer whose ``step`` is called: ``sam``, or ``sam.base_optimizer`` in
     these two recipes.
 
+    BatchNorm layers count both passes in their running statistics, unless SAM knows the model:
+    ``SAM(optimizer, model=model)``.
+
     A parameter group may have a ``rho`` of its own, as it may have an ``lr``. The perturbation of group k is
     then ``rho_k * g_k / norm(g)``, with one norm over all the perturbed weights (see ``group_radii``).
 
@@ -80,6 +83,13 @@ class SAM(Optimizer):
         >>> [round(entry, 4) for entry in weight.tolist()]  # w - lr * (w + rho * w / |w|)
         [2.67, 3.56]
     """
+
+    def __new__(cls, *arguments: Any, **_: Any) -> SAM:
+        """Refuse the call that other SAMs take: parameters, and the optimizer's class."""
+        if len(arguments) > 1 and isinstance(arguments[1], type):
+            made = f"torch.optim.{arguments[1].__name__}(parameters, lr=...)"
+            raise UserError(f"SAM wraps an optimizer that is there already. Write: SAM({made}, rho=0.05)")
+        return super().__new__(cls)
 
     def __init__(
         self,
