@@ -70,7 +70,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments, quiet = telling.without_word(arguments)
     try:
         with telling.quietly(quiet):
-            return _dispatch(arguments)
+            code = _dispatch(arguments)
+            sys.stdout.flush()  # what cannot be written is said here, not by Python when it ends
+            return code
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)
         return error.exit_code
@@ -205,5 +207,5 @@ def _doctor(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    sys.stdout, sys.stderr = Lasting(sys.stdout, "standard output"), Lasting(sys.stderr)
     sys.exit(main())

@@ -570,6 +570,8 @@ def unwritable(folder: Path) -> str:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".flatpatch-")
         os.close(handle)
         os.unlink(name)
+    except FileNotFoundError:  # as in /proc: the folder is there, and takes no file
+        return "the place is read-only, no file can be made in it"
     except OSError as error:
         return error.strerror or str(error)
     return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.figures import leave_figures, tell_figures
 from flatpatch.runs.pages import leave_page, place_of, write_page
-from flatpatch.runs.plan import Plan, make_plan, render
+from flatpatch.runs.plan import Plan, make_plan, render, unwritable
 from flatpatch.runs.record import check_continues, compared_settings
 from flatpatch.settings import PLACES, named_runs, once, parse, repeated, split_word, told
 from flatpatch.telling import say
@@ -256,6 +255,8 @@ def _page_file(name: str, folders: Sequence[Path]) -> Path:
         raise UserError(f"page={page}: expected a name that ends in .html, so that no other file is replaced.")
     if page.is_dir() or not page.parent.is_dir():
         raise UserError(f"page={page}: expected a file in a folder that exists, e.g. page=report.html.")
-    if not os.access(page.parent, os.W_OK):
-        raise UserError(f"the page cannot be written into {page.parent}. Choose another place with page=FILE.")
+    if problem := unwritable(page.parent):
+        raise UserError(
+            f"the page cannot be written into {page.parent.absolute()}: {problem}. Choose another place with page=FILE."
+        )
     return page
