@@ -274,6 +274,42 @@ def test_setting_without_effect_makes_no_other_run() -> None:
     assert len(set(names)) == 4, "the run has one process, and so nothing to sync"
 
 
+def notes_of(*words: str) -> tuple[str, ...]:
+    return make_plan(parse(["profile=quick", "engine=reference", *words])).notes
+
+
+def test_setting_without_effect_is_said_with_what_would_give_it_one() -> None:
+    assert notes_of() == notes_of("sam=sam", "rho=0.1") == ()
+    assert notes_of("rho=0.1", "sync=global") == (
+        "rho=0.1 has no effect: sam=off. Add sam=sam.",
+        "sync=global has no effect: sam=off. Add sam=sam.",
+    )
+    assert notes_of("sam=sam", "eta=0.2") == ("eta=0.2 has no effect: sam=sam. Add sam=asam.",)
+    assert notes_of("sam=sam", "sync=global") == ("sync=global has no effect: the run has one process",)
+    assert notes_of("port=29501") == ("port=29501 has no effect: the run has one process and no launcher",)
+    assert notes_of("measure_samples=8") == ("measure_samples=8 has no effect: nothing is measured. Add measure=all.",)
+    assert notes_of("method=inflora", "rho=0.1") == ("rho=0.1 has no effect: sam=off. Add sam=sam.",)
+
+
+def test_dry_run_says_which_setting_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "profile=quick", "engine=reference", "rho=0.1", "--dry-run"]) == 0
+    assert "note: rho=0.1 has no effect: sam=off. Add sam=sam." in capsys.readouterr().out.splitlines()
+
+
+def test_key_given_twice_is_said_unless_a_script_gave_it_first() -> None:
+    assert notes_of("sam=sam", "rho=0.05", "rho=0.1") == ("rho= is given more than once (0.05, 0.1): rho=0.1 holds",)
+    assert notes_of("seed=1", "seed=1") == ()
+    forwarded = make_plan(parse(["method=nlora", "sam=sam", "profile=quick", "engine=reference", "sam=off"]))
+    assert forwarded.notes == ()
+
+
+def test_selected_tasks_make_one_run_in_whatever_order_they_are_named() -> None:
+    assert name_of("tasks=agnews,amazon") == name_of("tasks=amazon,agnews") == name_of("tasks=amazon, agnews")
+    assert notes_of("tasks=amazon, agnews") == ()
+    said = "tasks=agnews,amazon are trained in the order's own sequence: amazon > agnews"
+    assert notes_of("tasks=agnews,amazon") == (said,)
+
+
 def test_how_to_measure_makes_no_other_run_where_nothing_is_measured() -> None:
     how = {"rho": 0.1, "samples": 8, "batch": 2, "effort": "full", "scope": "model", "when": "after"}
     plain = ["profile=quick", "engine=reference"]

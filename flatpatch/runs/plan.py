@@ -184,7 +184,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         return make_vision_plan(request, available, dry_run=dry_run)
     profile, profile_reason = choose_profile(settings.profile, method, available)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
-    notes: list[str] = []
+    notes = list(request.notes)
     lacks: list[str] = []
     request = own_threads(request, profile, notes)
     device, devices = choose_device(request, profile, available, dry_run, lacks)
@@ -196,6 +196,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
     if settings.tasks:
         evaluates = editor.select(settings.tasks, evaluates, task_configs)
+        request = _in_order(request, [dataset_of(inv) for inv in editor.originals], notes)
     if engine == "reference" and method.repository:
         editor.note("engine", f"the authors' {method.repository}", "our reference implementation", engine_reason)
     if engine == "reference" and not settings.tasks:
@@ -265,6 +266,14 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
         raise UserError.collect(problems)
     return plan
+
+
+def _in_order(request: Request, kept: Sequence[str], notes: list[str]) -> Request:
+    """Write ``tasks=`` in the order of training, so that each choice of tasks is one run; note where it was another."""
+    asked = [name.strip() for name in request.settings.tasks.split(",")]
+    if asked != list(kept):
+        notes.append(f"tasks={','.join(asked)} are trained in the order's own sequence: {' > '.join(kept)}")
+    return replace(request, settings=replace(request.settings, tasks=",".join(kept)))
 
 
 def own_threads(request: Request, profile: str, notes: list[str]) -> Request:

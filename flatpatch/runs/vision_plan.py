@@ -173,7 +173,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"{'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
-    notes: list[str] = []
+    notes = list(request.notes)
     lacks: list[str] = []
     request = own_threads(request, profile, notes)
     settings = request.settings
