@@ -403,3 +403,17 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, mo
         write_atomically(target, "new")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("verb", ["run", "sweep", "compare", "report", "measure", "patches"])
+def test_verb_without_words_says_what_it_needs_and_shows_its_usage(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    first, _, *rest = shown.out.splitlines()
+    assert first.startswith(f"{verb} needs ")
+    assert rest[0].startswith("usage: python -m flatpatch ")
+    assert main([verb, "--help"]) == 0
+    assert capsys.readouterr().out.splitlines() == rest

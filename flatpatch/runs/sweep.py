@@ -101,8 +101,8 @@ def sweep(words: Sequence[str]) -> int:
     if combinations == [[]] and not dry_run:
         raise UserError("nothing to sweep over: name at least one setting, e.g. seed=0..2. See sweep --help.")
     requests = [parse(combination) for combination in combinations]
-    if twice := given_twice([word for word in words if word != "--dry-run"]):
-        say("\n".join(f"note: {note}" for note in twice))
+    if said := given_twice([word for word in words if word != "--dry-run"]):
+        say("\n".join(f"note: {note}" for note in said))
     if len(requests) > 1:
         say("\n".join([f"{len(requests)} combinations", *_without_effect(requests)]))
     plans: list[Plan] = []
