@@ -253,6 +253,8 @@ def parse(words: Sequence[str]) -> Request:
             problems.append(f"unknown setting '{key}'.{did_you_mean(key, known)} Known settings: {', '.join(known)}.")
             continue
         if isinstance(known[key].default, str):
+            if key == "run" and not value.strip():
+                problems.append("run= is empty. Give the folder a name, or leave run= out.")
             texts[key] = value.strip()  # as it is: OmegaConf would expand ${...} in it
             sources[key] = "command line"
             continue

@@ -260,7 +260,8 @@ def test_setting_given_its_default_makes_no_other_run(method: str, sam: str) -> 
     seed = plain.request.settings.seed
     known = {item.name: item.default for item in dataclasses.fields(Settings)} | {"seed": seed}
     given = known | {"method": method, "profile": "quick", "engine": "reference", "sam": sam}
-    plan = make_plan(parse([f"{key}={value}" for key, value in given.items()]))
+    words = [f"{key}={value}" for key, value in given.items() if key != "run"]  # its default is no name at all
+    plan = make_plan(parse(words))
     assert plan.folder == plain.folder
     assert plan.request.settings == plain.request.settings
     assert plan.labels == plain.labels
@@ -407,7 +408,8 @@ def test_dry_run_says_which_data_are_missing(
     words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
     assert main(["run", *words]) == 0
     said = capsys.readouterr().out
-    lines = [line for line in said.splitlines() if line.startswith("missing: ")]
-    assert any("torch sees no CUDA device" in line for line in lines)
-    assert any("the pretrained model is missing" in line for line in lines)
+    lines = said.partition("\nThis run cannot start here:\n")[2].splitlines()
+    assert any(line.startswith("  - torch sees no CUDA device, which this run needs.") for line in lines)
+    assert any(line.startswith("  - the pretrained model is missing: ") for line in lines)
+    assert "huggingface-cli download" in said
     assert str(tmp_path / "SC" / "amazon") in said

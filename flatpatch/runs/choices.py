@@ -54,7 +54,7 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
     if asked == "upstream" or profile != "quick":
         return (
             "upstream",
-            "as asked" if asked == "upstream" else f"profile {profile} runs the authors' code alone",
+            "as asked" if asked == "upstream" else f"profile {profile} runs only the authors' code",
         )
     here, why = patches.is_available(method.repository)
     return (

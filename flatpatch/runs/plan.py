@@ -365,12 +365,14 @@ def _find_places(
         model = next((place for place in places if (place / "config.json").is_file()), places[0])
     if lacking := _lacking(model):
         hub = "huggyllama/llama-7b" if settings.order.startswith("llama") else "google-t5/t5-large"
-        lack = (
-            f"the pretrained model is missing: {model} has no {lacking}. "
-            f"Put the weights there or name their folder with model=FOLDER, "
+        advice = (
+            "Leave model= out: profile quick has a small model of its own."
+            if profile == "quick"
+            else f"Put the weights there or name their folder with model=FOLDER, "
             f"e.g. `huggingface-cli download {hub} --local-dir models/{Path(asked).name or model.name}`. "
             f"profile=quick needs none."
         )
+        lack = f"the pretrained model is missing: {model} has no {lacking}. {advice}"
         if not dry_run:
             raise UserError(lack)
         lacks.append(lack)
@@ -605,7 +607,7 @@ def render(plan: Plan, python: str = "python") -> str:
             )
         if not plan.deviations:
             lines.append("  none")
-    lines += [f"missing: {lack}" for lack in plan.lacks]
+    lines += ["This run cannot start here:", *(f"  - {lack}" for lack in plan.lacks)] if plan.lacks else []
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -90,7 +90,8 @@ class VisionPlan(Plan):
     @property
     def sequence(self) -> str:
         """What is learned, in a few words."""
-        return f"{self.benchmark}: {len(self.classes)} tasks, classes {' '.join(self.task_names[:2])} ..."
+        order = " in shuffled order" if self.config.get("shuffle") else ""
+        return f"{self.benchmark}: {len(self.classes)} tasks, classes {' '.join(self.task_names[:2])} ...{order}"
 
     def command(self, stage: Stage, python: str, port: int) -> list[str]:
         """Return the words of the command that runs all tasks."""
