@@ -64,13 +64,26 @@ settings:
 """
 
 
+# What a verb cannot do without; doctor can do without any word.
+NEEDS = {
+    "run": "at least one setting, e.g. run method=nlora",
+    "sweep": "at least one setting, e.g. sweep method=nlora seed=0..2",
+    "compare": "run=FOLDER or log=FILE",
+    "report": "run=FOLDER, e.g. report run=runs/NAME",
+    "measure": "run=FOLDER, e.g. measure run=runs/NAME",
+    "patches": "one of its own verbs, e.g. patches verify",
+}
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a FlatpatchError becomes one message."""
     arguments = list(sys.argv[1:] if words is None else words)
     arguments, quiet = telling.without_word(arguments)
     try:
         with telling.quietly(quiet):
-            return _dispatch(arguments)
+            code = _dispatch(arguments)
+            sys.stdout.flush()  # what cannot be written is said here, not by Python when it ends
+            return code
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)
         return error.exit_code
@@ -106,6 +119,10 @@ def _dispatch(arguments: list[str]) -> int:
     }
     if verb not in verbs:
         raise UserError(f"unknown verb '{verb}'.{did_you_mean(verb, verbs)} Verbs: {', '.join(verbs)}. See --help.")
+    if not rest and verb in NEEDS:  # nothing said must not start hours of training
+        print(f"{verb} needs {NEEDS[verb]}\n")
+        verbs[verb](["--help"])
+        return UserError.exit_code
     return verbs[verb](rest)
 
 
@@ -129,17 +146,12 @@ def _asks_for_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
-def _of_usage(words: list[str]) -> int:
-    """Return the exit code after the usage was shown: nothing said must not start hours of training."""
-    return 0 if words else UserError.exit_code
-
-
 def _run(words: list[str]) -> int:
     from flatpatch import settings
 
-    if not words or _asks_for_help(words):
+    if _asks_for_help(words):
         print(RUN_USAGE.format(settings=settings.describe()))
-        return _of_usage(words)
+        return 0
     dry_run = "--dry-run" in words
     request = settings.parse([word for word in words if word != "--dry-run"])
     from flatpatch.runs.plan import make_plan, render
@@ -157,11 +169,11 @@ def _run(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    if not words or _asks_for_help(words):
+    if _asks_for_help(words):
         from flatpatch import settings
 
         print(SWEEP_USAGE.format(settings=settings.describe()))
-        return _of_usage(words)
+        return 0
     from flatpatch.runs import sweep
 
     return sweep.sweep(words)
@@ -182,7 +194,7 @@ def _report(words: list[str]) -> int:
 def _measure(words: list[str]) -> int:
     from flatpatch.runs import measure_words
 
-    if not words or _asks_for_help(words):
+    if _asks_for_help(words):
         print(measure_words.usage())
         return 0
     asked = measure_words.parse_words(words)
@@ -205,5 +217,5 @@ def _doctor(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    sys.stdout, sys.stderr = Lasting(sys.stdout, "standard output"), Lasting(sys.stderr)
     sys.exit(main())

@@ -16,7 +16,7 @@ from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.measurement.request import KINDS, SCOPES, WHENS, check_request
 from flatpatch.measurement.request import Request as MeasureRequest
 from flatpatch.methods import METHODS, Method
-from flatpatch.report.effects import HOW_MEASURED, idle_settings, without_effect
+from flatpatch.report.effects import HOW_MEASURED, idle_settings, why_without_effect, without_effect
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -105,11 +105,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """Parsed words: the settings, who set them, and the upstream arguments to override."""
+    """Parsed words: the settings, who set them, the upstream arguments to override, and what is to be said of them."""
 
     settings: Settings
     sources: Mapping[str, str]
     overrides: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def idle(self) -> dict[str, str]:
+        """Return the settings that were given and change nothing, each with the reason."""
+        settings = self.settings
+        foreign = OF_TEXT if METHODS[settings.method].vision else OF_VISION
+        return {
+            key: why_without_effect(key, settings.sam)
+            for key in sorted(without_effect(settings.sam, settings.measure))
+            if self.sources[key] == "command line" and key not in foreign
+        }
 
     def as_record(self) -> dict[str, dict[str, Any]]:
         """Return ``{key: {value, source}}`` for the run's record."""
@@ -242,6 +253,8 @@ def parse(words: Sequence[str]) -> Request:
             problems.append(f"unknown setting '{key}'.{did_you_mean(key, known)} Known settings: {', '.join(known)}.")
             continue
         if isinstance(known[key].default, str):
+            if key == "run" and not value.strip():
+                problems.append("run= is empty. Give the folder a name, or leave run= out.")
             texts[key] = value.strip()  # as it is: OmegaConf would expand ${...} in it
             sources[key] = "command line"
             continue
@@ -259,7 +272,28 @@ def parse(words: Sequence[str]) -> Request:
     problems += _check(settings)
     if problems:
         raise UserError.collect(problems)
-    return Request(settings, sources, overrides)
+    request = Request(settings, sources, overrides)
+    idle = [f"{key}={shown(getattr(settings, key))} has no effect: {why}" for key, why in request.idle().items()]
+    return dataclasses.replace(request, notes=(*given_twice(words), *idle))
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value as one writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def given_twice(words: Sequence[str]) -> list[str]:
+    """Say of each key with several values which one holds; those that a script puts first are there to be replaced."""
+    pairs = [split_word(word) for word in words]
+    by_script = 2 if [key for key, _ in pairs[:2]] == ["method", "sam"] else 0
+    values: dict[str, list[str]] = {}
+    for key, value in pairs[by_script:]:
+        values.setdefault(key, []).append(value)
+    return [
+        f"{key}= is given more than once ({', '.join(given)}): {key}={given[-1]} holds"
+        for key, given in values.items()
+        if len(set(given)) > 1
+    ]
 
 
 def _wrong_type(key: str, value: str, default: Any) -> str:

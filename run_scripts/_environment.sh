@@ -8,18 +8,36 @@
 # folder's name, since an environment does not survive being moved. Anything else called .venv is made again;
 # if it is a link, what it points to is refilled, so that it may lie on another disk.
 
+# What cannot be checked is no reason to make .venv again: say what is missing, and change nothing.
+flatpatch_need() {
+  local tool
+  for tool; do
+    if ! type -P -- "$tool" >/dev/null; then
+      echo "flatpatch: the program '$tool' is not on PATH, and run_scripts/ needs it. Nothing was changed. Put its folder" \
+        "on PATH (often /usr/bin), or install it." >&2
+      exit 2
+    fi
+  done
+}
+
+flatpatch_need dirname readlink
 flatpatch_root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 flatpatch_venv=$(readlink -m -- "$flatpatch_root/.venv") # python -m venv takes no link
 flatpatch_lock=$flatpatch_root/requirements.lock
+if ! [ -r "$flatpatch_lock" ]; then
+  echo "flatpatch: $flatpatch_lock cannot be read. Nothing was changed. To get it back:" \
+    "git -C $flatpatch_root checkout -- requirements.lock" >&2
+  exit 2
+fi
 
 flatpatch_stamp() {
-  printf '# %s\n' "$flatpatch_root"
-  cat "$flatpatch_lock"
+  printf '# %s\n%s\n' "$flatpatch_root" "$(<"$flatpatch_lock")"
 }
 
 # The stamp is right, Python starts, and every package that the lock gives to all machines is there.
 flatpatch_is_healthy() {
-  flatpatch_stamp | cmp -s - "$flatpatch_venv/flatpatch-stamp" || return 1
+  local stamp=$flatpatch_venv/flatpatch-stamp
+  [ -f "$stamp" ] && [ "$(<"$stamp")" = "$(flatpatch_stamp)" ] || return 1
   "$flatpatch_venv/bin/python" -I - "$flatpatch_lock" 2>/dev/null <<'PYTHON'
 import importlib.metadata, re, sys
 for line in open(sys.argv[1]):
@@ -182,10 +200,12 @@ unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH # another environment's packages woul
 if ! flatpatch_is_healthy; then
   case " $* " in
     *" --help "* | *" -h "*) # the script's own comment; no reason to wait for an installation
+      flatpatch_need cat sed
       flatpatch_early_help
       exit 0
       ;;
   esac
+  flatpatch_need cat find grep mkdir rm tail
   flatpatch_make_environment >&2 || exit
 fi
 export PATH=$flatpatch_venv/bin:$PATH VIRTUAL_ENV=$flatpatch_venv

@@ -257,6 +257,8 @@ def test_one_labelled_run_among_others_stops_the_comparison():
         ),
         (olora_record(), "inflora_cifar100", "that is inflora, cifar100 in 10 tasks"),
         (olora_record(), "paper_cllora", "this is olora, order 1, of which paper_cllora says nothing"),
+        (olora_record(labels=["quick"]), "paper_cllora", "(baseline of another method: cllora)"),
+        (inflora_record(0), "paper_nlora", "paper_nlora says nothing (baseline of another method: "),
         (inflora_record(0), "inflora_cifar100_shuffled_seed1993", "classes shuffled"),
         (with_setting(inflora_record(0), variant="inflorab5"), None, "no published number of inflorab5, cifar100"),
         (

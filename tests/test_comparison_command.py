@@ -251,3 +251,17 @@ def test_file_that_is_no_log_is_a_users_error(tmp_path, capsys):
     path.write_text("nothing of the kind\n", encoding="utf-8")
     assert main(["compare", f"log={path}"]) == 2
     assert "holds no run of InfLoRA's or CL-LoRA's trainer" in capsys.readouterr().err
+
+
+@pytest.mark.third_party
+def test_log_of_a_checkout_that_lies_elsewhere_is_hinted_at(
+    upstream: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout = upstream("InfLoRA").resolve()
+    log = Path("third_party/InfLoRA") / SHIPPED
+    if log.exists():
+        pytest.skip("third_party/InfLoRA is filled")
+    assert main(["compare", f"log={log}"]) == 2
+    assert f"there is no log {log}. The checkouts are elsewhere here: log={checkout / SHIPPED}" in (
+        capsys.readouterr().err
+    )

@@ -24,7 +24,6 @@ SCRIPTS = sorted(path.name for path in (ROOT / "run_scripts").glob("[!_]*.sh"))
 TOOLS = [
     "bash",
     "cat",
-    "cmp",
     "dirname",
     "env",
     "find",
@@ -210,6 +209,45 @@ def test_healthy_environment_is_reused_without_a_word(project: Project) -> None:
     assert (code, err) == (0, "")
     assert "rho=0.2" in out
     assert project.calls == calls
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+def test_healthy_environment_is_reused_when_the_tools_that_make_one_are_not_on_path(project: Project) -> None:
+    project.run()
+    before, calls = contents(project.root), project.calls
+    for tool in {*TOOLS} - {"bash", "dirname", "env", "readlink"}:
+        (project.programs / tool).unlink(missing_ok=True)
+    code, out, err = project.run("doctor", script="run.sh")
+    assert (code, err) == (0, "")
+    assert "doctor" in out
+    assert (contents(project.root), project.calls) == (before, calls)
+
+
+def test_missing_tool_is_named_and_nothing_changes(project: Project) -> None:
+    project.run()
+    for tool in ("readlink", "cat", "find", "grep", "mkdir", "rm", "tail"):
+        if tool == "cat":  # from here on the environment has to be made again
+            remove_package(project)
+        before, calls = contents(project.root), project.calls
+        (project.programs / tool).rename(project.programs / f"no-{tool}")
+        code, out, err = project.run("doctor", script="run.sh")
+        (project.programs / f"no-{tool}").rename(project.programs / tool)
+        assert (code, out) == (2, ""), tool
+        assert f"the program '{tool}' is not on PATH" in err and len(err.splitlines()) == 1
+        assert (contents(project.root), project.calls) == (before, calls)
+
+
+def test_missing_lock_is_named_and_the_environment_stays(project: Project) -> None:
+    project.run()
+    (project.root / "requirements.lock").unlink()
+    before, calls = contents(project.root), project.calls
+    code, out, err = project.run("doctor", script="run.sh")
+    assert (code, out) == (2, "")
+    assert "requirements.lock cannot be read" in err and len(err.splitlines()) == 1
+    assert (contents(project.root), project.calls) == (before, calls)
 
 
 def remove_stamp(project: Project) -> None:

@@ -338,6 +338,17 @@ def test_drift_that_fails_ends_with_exit_code_1(project: Project, tmp_path: Path
     assert caught.value.exit_code == 1
 
 
+def test_drift_to_a_short_hash_that_is_not_here_asks_no_network(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.patches.upkeep._fetch", lambda *_: pytest.fail("it fetches"))
+    with pytest.raises(UserError, match="commit=abcd12: the checkout .* has no such commit"):
+        run(project, "drift", f"repo={REPO}", "commit=abcd12")
+    with pytest.raises(UserError, match="commit=abc is no commit"):
+        run(project, "drift", f"repo={REPO}", "commit=abc")
+    assert run(project, "drift", f"repo={REPO}", f"commit={project.pin[:7]}") == 0
+
+
 @pytest.mark.parametrize("words", [(), ("--help",), ("verify", "--help")])
 def test_help_shows_examples(project: Project, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
     assert run(project, *words) == 0
@@ -354,7 +365,7 @@ def test_help_shows_examples(project: Project, capsys: pytest.CaptureFixture[str
         (("verify", "patched=true"), "unknown setting 'patched' of patches verify."),
         (("apply", "patched=maybe"), "patched=maybe is neither true nor false."),
         (("refresh",), "patches refresh needs repo=NAME, one of Toy."),
-        (("drift", "commit=abc"), "commit= is a commit of one repository; give repo=NAME too."),
+        (("drift", "commit=abcd"), "commit= is a commit of one repository; give repo=NAME too."),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(project: Project, words: tuple[str, ...], expected: str) -> None:

@@ -454,6 +454,19 @@ def test_all_problems_of_the_data_are_told_at_once(tmp_path: Path) -> None:
         check_benchmark(tmp_path, [(*task, split) for task in TASKS for split in ("train", "test")])
 
 
+def test_many_missing_files_are_one_line_that_counts_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        check_benchmark(tmp_path, [(*task, split) for task in TASKS for split in ("train", "test")])
+    first = tmp_path / "TC/topics/train.json"
+    assert f"{tmp_path} lacks 6 of the 6 files that the run reads (first: {first})." in str(caught.value)
+    assert "\n" not in str(caught.value)
+    (make_data(tmp_path) / "SC/moods/test.json").unlink()
+    (tmp_path / "SC/moods/train.json").unlink()
+    (tmp_path / "TC/topics/train.json").write_text("")
+    with pytest.raises(UserError, match=r"2 problems(.|\n)*lacks 2 of the 6 files(.|\n)*train.json is empty"):
+        check_benchmark(tmp_path, [(*task, split) for task in TASKS for split in ("train", "test")])
+
+
 def test_a_missing_benchmark_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no benchmark folder at .*nowhere"):
         check_benchmark(tmp_path / "nowhere", [])

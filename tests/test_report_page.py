@@ -689,6 +689,16 @@ def test_page_in_a_wrong_place_is_refused_before_anything_is_written(tmp_path, p
     assert list((folder / "figures").iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this machine has no /proc")
+def test_page_in_a_read_only_place_is_refused_before_anything_is_written(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", make_record())
+    assert main(["report", f"run={folder}", "page=/proc/x.html"]) == 2
+    said = capsys.readouterr()
+    assert "the page cannot be written into /proc: the place is read-only" in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert list((folder / "figures").iterdir()) == []
+
+
 def test_report_without_a_run_says_what_it_takes(tmp_path):
     for words in (["page=x"], ["run="], ["run=x", "seed=1"]):
         with pytest.raises(UserError, match="report takes run=FOLDER"):

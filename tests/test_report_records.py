@@ -195,3 +195,12 @@ def test_step_metrics_of_a_run_that_logged_nothing_are_empty(tmp_path):
 def test_setting_returns_its_value_or_the_default():
     assert setting(make_record(), "rho") == 0.05
     assert setting(make_record(), "eta", 1) == 1
+
+
+def test_record_that_is_a_folder_or_no_text_is_told_in_plain_words_with_the_next_step(tmp_path):
+    (tmp_path / "folder" / "record.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="record.json is a folder, not a file. Restore the file, or remove"):
+        read_record(tmp_path / "folder")
+    (tmp_path / "record.json").write_bytes(b"\x00\xff")
+    with pytest.raises(UserError, match="record.json is not text in UTF-8. Restore the file, or remove"):
+        read_record(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.continual import quick
+from flatpatch.errors import UserError
 from flatpatch.methods import METHODS
 from flatpatch.runs.plan import ROOT
 
@@ -162,6 +163,18 @@ def test_missing_code_is_not_fetched_and_said_to_be_needed_by_those_who_need_it(
     code, text = said("method=nlora", "engine=upstream")
     assert code == 1
     assert "empty; a run tries to fill it" in text
+
+
+def test_missing_git_is_told_in_the_runners_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said
+) -> None:
+    assert "[ok] git\n" in said()[1]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError) as refused:
+        patches.verify("N-LoRA")
+    code, text = said()
+    assert code == 1
+    assert f"[NO] {refused.value}\n" in text
 
 
 def test_data_that_no_quick_run_needs_are_not_mentioned(said: Said) -> None:

@@ -242,7 +242,8 @@ def test_run_folder_that_upstream_would_misread_is_refused(word: str, refused: R
 def test_missing_model_is_told_what_to_fetch(refused: Refused, tmp_path: Path) -> None:
     text = refused(f"model={tmp_path / 't5-nowhere'}")
     assert f"the pretrained model is missing: {tmp_path / 't5-nowhere'} has no config.json" in text
-    assert "huggingface-cli download" in text
+    assert "Leave model= out: profile quick has a small model of its own." in text
+    assert "huggingface-cli" not in text
 
 
 @pytest.mark.parametrize(("name", "what"), [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")])
@@ -334,6 +335,26 @@ NEED_THE_CODE = [
 ]
 
 
+@pytest.mark.parametrize(("words", "repo"), NEED_THE_CODE[:1])
+def test_file_that_is_named_for_the_folder_of_checkouts_is_said_to_be_one(
+    words: list[str], repo: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (patches.PROJECT.root / "third_party" / repo / ".git").exists():
+        pytest.skip(f"third_party/{repo} is filled, so {repo} is always found")
+    file = tmp_path / "README.md"
+    file.write_text("")
+    monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(file))
+    configure(monkeypatch, tmp_path / "shared")
+    monkeypatch.setattr("flatpatch.patches.workspace._fill_submodule", lambda *_: "no network")
+    text = refused(*words)
+    assert f"FLATPATCH_THIRD_PARTY={file}: {file} is a file; name the folder that holds the checkouts" in text
+    assert f"{repo}.git {file}" not in text, "nothing can be cloned into a file"
+
+
+def test_empty_name_of_a_run_is_refused(refused: Refused) -> None:
+    assert "run= is empty. Give the folder a name, or leave run= out." in refused("run=")
+
+
 @pytest.mark.parametrize(("words", "repo"), NEED_THE_CODE)
 def test_code_that_must_run_and_is_nowhere_is_refused_with_every_place(
     words: list[str], repo: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -403,3 +424,17 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, mo
         write_atomically(target, "new")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("verb", ["run", "sweep", "compare", "report", "measure", "patches"])
+def test_verb_without_words_says_what_it_needs_and_shows_its_usage(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    first, _, *rest = shown.out.splitlines()
+    assert first.startswith(f"{verb} needs ")
+    assert rest[0].startswith("usage: python -m flatpatch ")
+    assert main([verb, "--help"]) == 0
+    assert capsys.readouterr().out.splitlines() == rest

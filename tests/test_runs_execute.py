@@ -549,7 +549,16 @@ def test_sweep_runs_once_without_sam_whatever_the_radius(capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("N-LoRA, order 1") == 3
     assert main(["sweep", *words, "rho=0.05", "scope=lora,A", "sync=local,global", "eta=0.01,1"]) == 0
     shown = capsys.readouterr().out
+    assert "note: rho= is given more than once (0.01,0.05, 0.05): rho=0.05 holds\n" in shown
+    assert "note: rho=0.05 has no effect where sam=off. Add sam=sam.\n" in shown
     assert shown.count("N-LoRA, order 1") == 3, "one without SAM, two with it: eta is ASAM's, one process has no sync"
+
+
+def test_sweep_of_settings_without_effect_says_which(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["profile=quick", "engine=reference", f"output={tmp_path}", "rho=0.01,0.05", "--dry-run"]
+    assert main(["sweep", *words]) == 0
+    expected = "2 combinations\nnote: rho=0.01,0.05 has no effect where sam=off. Add sam=sam.\n1 run\n\n"
+    assert capsys.readouterr().out.startswith(expected)
 
 
 def test_sweep_runs_once_what_comes_to_the_same(

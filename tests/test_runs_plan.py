@@ -260,7 +260,8 @@ def test_setting_given_its_default_makes_no_other_run(method: str, sam: str) -> 
     seed = plain.request.settings.seed
     known = {item.name: item.default for item in dataclasses.fields(Settings)} | {"seed": seed}
     given = known | {"method": method, "profile": "quick", "engine": "reference", "sam": sam}
-    plan = make_plan(parse([f"{key}={value}" for key, value in given.items()]))
+    words = [f"{key}={value}" for key, value in given.items() if key != "run"]  # its default is no name at all
+    plan = make_plan(parse(words))
     assert plan.folder == plain.folder
     assert plan.request.settings == plain.request.settings
     assert plan.labels == plain.labels
@@ -272,6 +273,42 @@ def test_setting_without_effect_makes_no_other_run() -> None:
     assert name_of("sam=sam", "eta=1") == name_of("sam=sam")
     names = [name_of("sam=asam"), *(name_of("sam=asam", word) for word in idle)]
     assert len(set(names)) == 4, "the run has one process, and so nothing to sync"
+
+
+def notes_of(*words: str) -> tuple[str, ...]:
+    return make_plan(parse(["profile=quick", "engine=reference", *words])).notes
+
+
+def test_setting_without_effect_is_said_with_what_would_give_it_one() -> None:
+    assert notes_of() == notes_of("sam=sam", "rho=0.1") == ()
+    assert notes_of("rho=0.1", "sync=global") == (
+        "rho=0.1 has no effect: sam=off. Add sam=sam.",
+        "sync=global has no effect: sam=off. Add sam=sam.",
+    )
+    assert notes_of("sam=sam", "eta=0.2") == ("eta=0.2 has no effect: sam=sam. Add sam=asam.",)
+    assert notes_of("sam=sam", "sync=global") == ("sync=global has no effect: the run has one process",)
+    assert notes_of("port=29501") == ("port=29501 has no effect: the run has one process and no launcher",)
+    assert notes_of("measure_samples=8") == ("measure_samples=8 has no effect: nothing is measured. Add measure=all.",)
+    assert notes_of("method=inflora", "rho=0.1") == ("rho=0.1 has no effect: sam=off. Add sam=sam.",)
+
+
+def test_dry_run_says_which_setting_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "profile=quick", "engine=reference", "rho=0.1", "--dry-run"]) == 0
+    assert "note: rho=0.1 has no effect: sam=off. Add sam=sam." in capsys.readouterr().out.splitlines()
+
+
+def test_key_given_twice_is_said_unless_a_script_gave_it_first() -> None:
+    assert notes_of("sam=sam", "rho=0.05", "rho=0.1") == ("rho= is given more than once (0.05, 0.1): rho=0.1 holds",)
+    assert notes_of("seed=1", "seed=1") == ()
+    forwarded = make_plan(parse(["method=nlora", "sam=sam", "profile=quick", "engine=reference", "sam=off"]))
+    assert forwarded.notes == ()
+
+
+def test_selected_tasks_make_one_run_in_whatever_order_they_are_named() -> None:
+    assert name_of("tasks=agnews,amazon") == name_of("tasks=amazon,agnews") == name_of("tasks=amazon, agnews")
+    assert notes_of("tasks=amazon, agnews") == ()
+    said = "tasks=agnews,amazon are trained in the order's own sequence: amazon > agnews"
+    assert notes_of("tasks=agnews,amazon") == (said,)
 
 
 def test_how_to_measure_makes_no_other_run_where_nothing_is_measured() -> None:
@@ -371,7 +408,8 @@ def test_dry_run_says_which_data_are_missing(
     words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
     assert main(["run", *words]) == 0
     said = capsys.readouterr().out
-    lines = [line for line in said.splitlines() if line.startswith("missing: ")]
-    assert any("torch sees no CUDA device" in line for line in lines)
-    assert any("the pretrained model is missing" in line for line in lines)
+    lines = said.partition("\nThis run cannot start here:\n")[2].splitlines()
+    assert any(line.startswith("  - torch sees no CUDA device, which this run needs.") for line in lines)
+    assert any(line.startswith("  - the pretrained model is missing: ") for line in lines)
+    assert "huggingface-cli download" in said
     assert str(tmp_path / "SC" / "amazon") in said

@@ -280,3 +280,9 @@ def test_totals_must_come_from_their_tasks(totals: tuple[float, ...], equal_test
     run = dataclasses.replace(run, accuracy=((90.0,), (70.0, 90.0)), top1_curve=totals)
     with contextlib.nullcontext() if is_sound else pytest.raises(FlatpatchError, match="the total"):
         _check_curve(Path("log"), run, equal_tests)
+
+
+def test_shuffled_classes_are_said_beside_the_tasks() -> None:
+    words = ["method=inflora", "profile=quick", "engine=reference"]
+    assert make_plan(parse(words), dry_run=True).sequence.endswith(" ...")
+    assert make_plan(parse([*words, "upstream.shuffle=true"]), dry_run=True).sequence.endswith("... in shuffled order")

@@ -332,11 +332,15 @@ def test_weights_are_found_by_timms_name_in_a_folder(tmp_path: Path) -> None:
         ({"init_cls": 10, "increment": 7}, 100, "100 classes do not divide into a first task of 10"),
         ({"init_cls": 5, "increment": 4}, 20, r"so that it divides 20 - 5 = 15, the classes after the first task"),
         ({"init_cls": 120, "increment": 10}, 100, "do not divide.*at most 100"),
-        ({"init_cls": 0, "increment": 10}, 100, "init_cls=0 is out of range"),
+        ({"init_cls": 0, "increment": 10}, 100, "upstream.init_cls=0 is out of range"),
         ({"init_cls": 10, "increment": True}, 100, "increment=true is out of range"),
         ({"init_cls": 9, "increment": 1}, 10, "a task of one class"),
         ({"init_cls": 4, "increment": 4, "general_pos": [0]}, 20, "the 5 likeliest classes after the first task"),
-        ({"init_cls": 20, "increment": 10, "total_sessions": 9}, 100, "init_cls=20 and increment=10 differ"),
+        (
+            {"init_cls": 20, "increment": 10, "total_sessions": 9},
+            100,
+            "upstream.init_cls=20 and upstream.increment=10 differ",
+        ),
         ({"init_cls": 10, "increment": 10, "total_sessions": 9}, 100, "Add upstream.total_sessions=10"),
         (
             {"init_cls": 10, "increment": 10, "total_sessions": 10, "optim": "adam", "epochs": 1},

@@ -45,3 +45,21 @@ def test_command_whose_reader_has_gone_ends_without_a_traceback(words: list[str]
         ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, cwd=ROOT, check=False)
     assert ended.returncode == (2 if words == ["nonsense"] else 0)
     assert b"Broken" not in ended.stderr and b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["compare", "--help"], ["patches", "--help"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this machine has no /dev/full")
+def test_full_standard_output_is_named_without_a_traceback(words: list[str]) -> None:
+    command = [sys.executable, "-m", "flatpatch", *words]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False)
+    assert ended.returncode == 85  # as of any full disk
+    assert ended.stderr == "flatpatch: cannot write to standard output: no space left on device.\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this machine has no /dev/full")
+def test_full_standard_error_changes_no_exit_code() -> None:
+    command = [sys.executable, "-m", "flatpatch", "nonsense"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stderr=full, stdout=subprocess.PIPE, cwd=ROOT, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flatpatch import patches
 from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
 from flatpatch.continual.vision_logs import read_vision_log
@@ -179,6 +180,8 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
     for folder in path.absolute().parents:
         if (folder / RECORD_FILE).is_file():
             raise UserError(f"{path} is the log of the run {folder}. Compare the run itself: run={folder}.")
+    if not path.exists() and (place := _in_named_checkout(path)):
+        raise UserError(f"there is no log {path}. The checkouts are elsewhere here: log={place}")
     runs = read_vision_log(path)
     if not runs:
         raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")
@@ -190,6 +193,18 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
         for entry in result["metrics"]:
             entry |= {"verdict": SAME_FILE, "why": why}
     return result
+
+
+def _in_named_checkout(path: Path) -> Path | None:
+    """Return where a file of ``third_party/`` lies if another folder is named for the checkouts; None if nowhere."""
+    _, found, inside = path.absolute().as_posix().partition("/third_party/")
+    repo, _, rest = inside.partition("/")
+    if not found or not rest:
+        return None
+    with patches.nothing_fetched():
+        here, where = patches.is_available(repo)
+    place = Path(where) / rest
+    return place if here and place.exists() else None
 
 
 def _side(side: Mapping[str, Any]) -> str:

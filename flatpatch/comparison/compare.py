@@ -189,8 +189,12 @@ def _compare(
     paper = baseline["kind"] == "paper"
     rows = list(paper_rows(baseline, subject)) if paper else []
     result["baseline"] = _describe(name, baseline, rows)
-    if not obstacle and not (rows if paper else baseline["applies_to"] == subject):
+    methods = _methods_of(baseline)
+    other_method = subject["method"] not in methods
+    # That it speaks of another method is said before why the runs count for less.
+    if other_method or (not obstacle and not (rows if paper else baseline["applies_to"] == subject)):
         of = "" if paper else f": that is {_words(baseline['applies_to'])}"
+        of += f" (baseline of another method: {', '.join(methods)})" if other_method else ""
         obstacle = f"this is {_words(subject)}, of which {name} says nothing{of}"
     theirs = [] if paper else runs_of_baseline(name, baseline)
     if not obstacle:
@@ -213,6 +217,16 @@ def _compare(
     if with_sam:
         compared = [_as_another_method(entry) for entry in compared]
     return result | {"metrics": compared} | _overall(compared)
+
+
+def _methods_of(baseline: Mapping[str, Any]) -> list[str]:
+    """Return the methods of the runs that a baseline speaks of."""
+    applies = (
+        [row.get("applies_to") for table in baseline["tables"] for row in table["rows"]]
+        if baseline["kind"] == "paper"
+        else [baseline["applies_to"]]
+    )
+    return sorted({one["method"] for one in applies if one})
 
 
 def _against_runs(runs: Sequence[Run], theirs: Sequence[Run], metric: str, margin: float) -> dict[str, Any]:

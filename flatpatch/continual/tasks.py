@@ -98,7 +98,22 @@ def check_benchmark(data_dir: Path, splits: Iterable[tuple[str, str, str]]) -> N
     if not data_dir.is_dir():
         raise UserError(f"no benchmark folder at {data_dir}. Expected <TYPE>/<dataset>/train.json below it.")
     problems: list[str] = []
-    for task_type, dataset, split in dict.fromkeys(splits):
+    wanted = list(dict.fromkeys(splits))
+    files = dict.fromkeys(
+        data_dir / task_type / dataset / f"{name}.json"
+        for task_type, dataset, split in wanted
+        for name in (split, "labels")
+    )
+    missing = [path for path in files if not path.exists()]
+    if len(missing) > 1:  # one line for all: a folder of something else lacks every one
+        problems.append(
+            f"{data_dir} lacks {len(missing)} of the {len(files)} files that the run reads (first: {missing[0]}). "
+            f"{NEXT_STEP}"
+        )
+    for task_type, dataset, split in wanted:
+        folder = data_dir / task_type / dataset
+        if len(missing) > 1 and {folder / f"{split}.json", folder / "labels.json"} & {*missing}:
+            continue
         try:
             read_split(data_dir, task_type, dataset, split)
         except UserError as error:

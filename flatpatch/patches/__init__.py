@@ -3,6 +3,7 @@
 from flatpatch.patches.checks import Verified, fetch_command, inserted_lines, verify, verify_patches
 from flatpatch.patches.cli import cli
 from flatpatch.patches.copies import Built, build, copy_path
+from flatpatch.patches.gitcalls import check_git
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
 from flatpatch.patches.workspace import (
     PROJECT,
@@ -20,6 +21,7 @@ __all__ = [
     "Verified",
     "Workspace",
     "build",
+    "check_git",
     "cli",
     "copy_path",
     "drift",

@@ -79,8 +79,10 @@ def _settings(verb: str, words: Sequence[str], keys: Sequence[str]) -> dict[str,
         settings[key] = value
     if settings.get("patched", "true") not in ("true", "false"):
         problems.append(f"patched={settings['patched']} is neither true nor false.")
-    if not re.fullmatch(r"[0-9a-f]{1,40}", settings.get("commit", "0")):
-        problems.append(f"commit={settings['commit']} is no commit (expected its hash, e.g. 40 hex digits).")
+    if not re.fullmatch(r"[0-9a-f]{4,40}", settings.get("commit", "0000")):
+        problems.append(
+            f"commit={settings['commit']} is no commit (expected its hash, 40 hex digits, or at least 4 of them)."
+        )
     if problems:
         raise UserError.collect(problems)
     return settings

@@ -33,6 +33,16 @@ class GitFailed(FlatpatchError):
     """A git command failed; the message is git's own."""
 
 
+def check_git() -> None:
+    """Let a machine without git stop the work.
+
+    Raises:
+        UserError: If there is no git.
+    """
+    if shutil.which("git") is None:
+        raise UserError("there is no git on PATH, which reads the authors' repositories. Install git.")
+
+
 def run_git(
     *arguments: str,
     folder: Path,
@@ -58,8 +68,7 @@ def run_git(
         GitFailed: If it ended with another status or took too long.
         UserError: If there is no git, or no room for what it reads.
     """
-    if shutil.which("git") is None:
-        raise UserError("there is no git on PATH, which reads the authors' repositories. Install git.")
+    check_git()
     with _temporary(stdin) as given:
         status, printed, complaint = Git(str(folder)).execute(
             ["git", *arguments],

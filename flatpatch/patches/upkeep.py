@@ -129,7 +129,8 @@ def drift(repo: str, *, commit: str | None = None, workspace: Workspace = PROJEC
 
     Args:
         repo: Name of the repository.
-        commit: Full hash of the commit; by default the head of upstream's repository, fetched now.
+        commit: Hash of the commit, whole where the checkout lacks it; by default the head of upstream's repository,
+            fetched now.
         workspace: The project.
 
     Returns:
@@ -137,7 +138,7 @@ def drift(repo: str, *, commit: str | None = None, workspace: Workspace = PROJEC
 
     Raises:
         FlatpatchError: If the commit cannot be fetched.
-        UserError: If the repository does not verify.
+        UserError: If the repository does not verify, or a short hash is of no commit here.
     """
     verified = verify(repo, workspace=workspace)
     patches, _ = load_patches(repo, workspace)
@@ -145,6 +146,11 @@ def drift(repo: str, *, commit: str | None = None, workspace: Workspace = PROJEC
     applies = True
     with scratch(user_config=True) as git:
         if commit is None or not has_commit(verified.checkout, commit):
+            if commit and len(commit) < 40:
+                raise UserError(
+                    f"commit={commit}: the checkout {verified.checkout} has no such commit, and one that it lacks can "
+                    "be fetched by its whole hash alone. Give all 40 hex digits."
+                )
             commit = _fetch(git, repo, verified.url, commit or "HEAD")
         git.borrow(verified.checkout)
         git.read_tree(commit)

@@ -140,6 +140,8 @@ def _advice(repo: str, workspace: Workspace, lacking: Mapping[str, Path]) -> str
     root = shlex.quote(str(workspace.root))
     lines = [f"With network, run: git -C {root} submodule update --init --depth 1 third_party/{repo}"]
     for source, checkout in list(lacking.items())[:1]:
+        if checkout.parent.is_file():
+            continue
         if _is_repository(checkout.parent):  # a clone into it would lie inside another repository
             name = f"export {VARIABLE}=" if source == VARIABLE else f"{config} {CONFIG} "
             lines.append(
@@ -193,6 +195,8 @@ def _lack(checkout: Path) -> str:
         return f"{checkout.parent} is itself a git checkout; name the folder that holds it, {checkout.parent.parent}"
     if os.path.exists(checkout):
         return f"{checkout} is not a git checkout"
+    if os.path.isfile(checkout.parent):
+        return f"{checkout.parent} is a file; name the folder that holds the checkouts"
     return f"{checkout} does not exist" + ("" if os.path.isdir(checkout.parent) else f", nor does {checkout.parent}")
 
 

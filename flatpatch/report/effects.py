@@ -18,6 +18,13 @@ def without_effect(sam: str, measure: str) -> frozenset[str]:
     return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
 
 
+def why_without_effect(key: str, sam: str) -> str:
+    """Say why one of these settings changes nothing, and what would give it an effect."""
+    if key in HOW_MEASURED:
+        return "nothing is measured. Add measure=all."
+    return f"sam={sam}. Add sam={'asam' if key == 'eta' else 'sam'}."
+
+
 def idle_settings(record: Mapping[str, Any]) -> frozenset[str]:
     """Return the settings that changed nothing of a recorded run."""
     return without_effect(str(setting(record, "sam", "off")), str(setting(record, "measure", "")))

@@ -266,8 +266,12 @@ def read_record(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no record {path}. Expected a run's folder or its {RECORD_FILE}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the record {path}: {error}.") from None
+    except IsADirectoryError:
+        raise UserError(f"the record {path} is a folder, not a file. {_REMEDY}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the record {path} is not text in UTF-8. {_REMEDY}") from None
+    except OSError as error:
+        raise UserError(f"the record {path} cannot be read: {error.strerror}. {_REMEDY}") from None
     if not text.strip():
         raise UserError(f"the record {path} is empty. {_REMEDY}")
     try:

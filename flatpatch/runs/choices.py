@@ -54,7 +54,7 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
     if asked == "upstream" or profile != "quick":
         return (
             "upstream",
-            "as asked" if asked == "upstream" else f"profile {profile} runs the authors' code alone",
+            "as asked" if asked == "upstream" else f"profile {profile} runs only the authors' code",
         )
     here, why = patches.is_available(method.repository)
     return (
@@ -160,10 +160,13 @@ def settle(request: Request, engine: str, reason: str, launcher: str, world_size
     idle: dict[str, str] = {}
     if launcher == "python" and settings.adapters != "upstream":
         idle["adapters"] = "upstream"
-        notes.append(f"adapters={settings.adapters} changes nothing: without DeepSpeed LoRA weights are fp32 anyway")
+        notes.append(f"adapters={settings.adapters} has no effect: without DeepSpeed LoRA weights are fp32 anyway")
     if world_size == 1 and settings.sync != "local":
         idle["sync"] = "local"
-        notes.append(f"sync={settings.sync} changes nothing: the run has one process")
+        if settings.sam != "off":  # else it is said already that sync= has no effect
+            notes.append(f"sync={settings.sync} has no effect: the run has one process")
+    if launcher == "python" and world_size == 1 and settings.port:
+        notes.append(f"port={settings.port} has no effect: the run has one process and no launcher")
     if not idle:
         return request
     return dataclasses.replace(

@@ -66,6 +66,12 @@ def _environment() -> Iterator[Finding]:
         yield WRONG, problem
     if not problems:
         yield OK, "libraries as locked"
+    try:
+        patches.check_git()
+    except UserError as error:
+        yield WRONG, str(error)
+    else:
+        yield OK, "git"
 
 
 def _of_quick_runs() -> Iterator[Finding]:

@@ -204,6 +204,9 @@ def read(name: str, word: str, kind: Kind) -> Any:
         value = kind.type(word)
     except ValueError:
         raise ValueError(f"{got} is not {what} (expected {limits}).") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        bounds = "" if limits == Range() else f", {limits}"
+        raise ValueError(f"{got} is out of range (expected a finite number{bounds}).")
     if value not in limits:
         raise ValueError(f"{got} is out of range (expected {limits}).")
     return value

@@ -184,7 +184,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
         return make_vision_plan(request, available, dry_run=dry_run)
     profile, profile_reason = choose_profile(settings.profile, method, available)
     engine, engine_reason = choose_engine(settings.engine, method, profile)
-    notes: list[str] = []
+    notes = list(request.notes)
     lacks: list[str] = []
     request = own_threads(request, profile, notes)
     device, devices = choose_device(request, profile, available, dry_run, lacks)
@@ -196,6 +196,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
     if settings.tasks:
         evaluates = editor.select(settings.tasks, evaluates, task_configs)
+        request = _in_order(request, [dataset_of(inv) for inv in editor.originals], notes)
     if engine == "reference" and method.repository:
         editor.note("engine", f"the authors' {method.repository}", "our reference implementation", engine_reason)
     if engine == "reference" and not settings.tasks:
@@ -265,6 +266,14 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
         raise UserError.collect(problems)
     return plan
+
+
+def _in_order(request: Request, kept: Sequence[str], notes: list[str]) -> Request:
+    """Write ``tasks=`` in the order of training, so that each choice of tasks is one run; note where it was another."""
+    asked = [name.strip() for name in request.settings.tasks.split(",")]
+    if asked != list(kept):
+        notes.append(f"tasks={','.join(asked)} are trained in the order's own sequence: {' > '.join(kept)}")
+    return replace(request, settings=replace(request.settings, tasks=",".join(kept)))
 
 
 def own_threads(request: Request, profile: str, notes: list[str]) -> Request:
@@ -356,12 +365,14 @@ def _find_places(
         model = next((place for place in places if (place / "config.json").is_file()), places[0])
     if lacking := _lacking(model):
         hub = "huggyllama/llama-7b" if settings.order.startswith("llama") else "google-t5/t5-large"
-        lack = (
-            f"the pretrained model is missing: {model} has no {lacking}. "
-            f"Put the weights there or name their folder with model=FOLDER, "
+        advice = (
+            "Leave model= out: profile quick has a small model of its own."
+            if profile == "quick"
+            else f"Put the weights there or name their folder with model=FOLDER, "
             f"e.g. `huggingface-cli download {hub} --local-dir models/{Path(asked).name or model.name}`. "
             f"profile=quick needs none."
         )
+        lack = f"the pretrained model is missing: {model} has no {lacking}. {advice}"
         if not dry_run:
             raise UserError(lack)
         lacks.append(lack)
@@ -570,6 +581,8 @@ def unwritable(folder: Path) -> str:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".flatpatch-")
         os.close(handle)
         os.unlink(name)
+    except FileNotFoundError:  # as in /proc: the folder is there, and takes no file
+        return "the place is read-only, no file can be made in it"
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -594,7 +607,7 @@ def render(plan: Plan, python: str = "python") -> str:
             )
         if not plan.deviations:
             lines.append("  none")
-    lines += [f"missing: {lack}" for lack in plan.lacks]
+    lines += ["This run cannot start here:", *(f"  - {lack}" for lack in plan.lacks)] if plan.lacks else []
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,9 @@ from flatpatch.report.table import summary_table
 from flatpatch.runs.execute import execute
 from flatpatch.runs.figures import leave_figures, tell_figures
 from flatpatch.runs.pages import leave_page, place_of, write_page
-from flatpatch.runs.plan import Plan, make_plan, render
+from flatpatch.runs.plan import Plan, make_plan, render, unwritable
 from flatpatch.runs.record import check_continues, compared_settings
-from flatpatch.settings import PLACES, named_runs, once, parse, repeated, split_word, told
+from flatpatch.settings import PLACES, Request, given_twice, named_runs, once, parse, repeated, shown, split_word, told
 from flatpatch.telling import say
 
 MANY = 1_000  # runs that need a word more
@@ -102,8 +101,10 @@ def sweep(words: Sequence[str]) -> int:
     if combinations == [[]] and not dry_run:
         raise UserError("nothing to sweep over: name at least one setting, e.g. seed=0..2. See sweep --help.")
     requests = [parse(combination) for combination in combinations]
+    if said := given_twice([word for word in words if word != "--dry-run"]):
+        say("\n".join(f"note: {note}" for note in said))
     if len(requests) > 1:
-        say(f"{len(requests)} combinations")
+        say("\n".join([f"{len(requests)} combinations", *_without_effect(requests)]))
     plans: list[Plan] = []
     known: list[tuple[Any, ...]] = []
     for plan in (make_plan(request, dry_run=dry_run) for request in requests):
@@ -122,7 +123,7 @@ def sweep(words: Sequence[str]) -> int:
             f"two runs of this sweep would use {twice}. Give them different output= folders, one sweep each."
         )
     if dry_run:
-        print(f"{len(plans)} run{'s' if len(plans) > 1 else ''} that differ\n")
+        print("1 run\n" if len(plans) == 1 else f"{len(plans)} runs that differ\n")
         if len(plans) <= SHOWN:
             print("\n\n".join(render(plan) for plan in plans))
             return 0
@@ -147,6 +148,15 @@ def sweep(words: Sequence[str]) -> int:
         print(f"failed: {', '.join(failures)}")
     leave_page(folders)
     return 1 if failures else 0
+
+
+def _without_effect(requests: Sequence[Request]) -> list[str]:
+    """Say which settings change nothing, and where: runs that differ by them alone are one."""
+    values: dict[tuple[str, str], dict[str, None]] = {}
+    for request in requests:
+        for key, why in request.idle().items():
+            values.setdefault((key, why), {})[shown(getattr(request.settings, key))] = None
+    return [f"note: {key}={','.join(given)} has no effect where {why}" for (key, why), given in values.items()]
 
 
 def seeds_table(records: Sequence[dict[str, Any]]) -> str:
@@ -256,6 +266,8 @@ def _page_file(name: str, folders: Sequence[Path]) -> Path:
         raise UserError(f"page={page}: expected a name that ends in .html, so that no other file is replaced.")
     if page.is_dir() or not page.parent.is_dir():
         raise UserError(f"page={page}: expected a file in a folder that exists, e.g. page=report.html.")
-    if not os.access(page.parent, os.W_OK):
-        raise UserError(f"the page cannot be written into {page.parent}. Choose another place with page=FILE.")
+    if problem := unwritable(page.parent):
+        raise UserError(
+            f"the page cannot be written into {page.parent.absolute()}: {problem}. Choose another place with page=FILE."
+        )
     return page

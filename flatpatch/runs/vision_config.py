@@ -167,20 +167,22 @@ def _value_problems(config: Mapping[str, Any], width: int, blocks: int) -> list[
         if not finite or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
             kind = "a whole number" if key in WHOLE else "a finite number"
             bound = " of at least 0" if key in NOT_NEGATIVE else ""
-            problems.append(f"{key}={json.dumps(value)} is out of range (expected {kind}{bound}).")
+            problems.append(f"upstream.{key}={json.dumps(value)} is out of range (expected {kind}{bound}).")
     rank = config.get("rank", 1)
     if isinstance(rank, int) and rank > width:
-        problems.append(f"rank={rank} is more than the model's width (expected at most {width}).")
+        problems.append(f"upstream.rank={rank} is more than the model's width (expected at most {width}).")
     for key in ("lamb", "lame"):
         if not 0 < config.get(key, 1) <= 1:
-            problems.append(f"{key}={json.dumps(config[key])}: expected a share over 0 and at most 1.")
+            problems.append(f"upstream.{key}={json.dumps(config[key])}: expected a share over 0 and at most 1.")
     if "msa" in config and not (len(config["msa"]) == 3 and set(config["msa"]) in ({0, 1}, {1})):
-        problems.append(f"msa={json.dumps(config['msa'])}: expected three of 0 and 1, one of them 1, e.g. [1,0,1].")
+        problems.append(
+            f"upstream.msa={json.dumps(config['msa'])}: expected three of 0 and 1, one of them 1, e.g. [1,0,1]."
+        )
     for key in ("general_pos", "specfic_pos"):
         own = config.get(key, [0])
         if not own or any(isinstance(place, bool) or place not in range(blocks) for place in own):
             problems.append(
-                f"{key}={json.dumps(own)}: expected numbers of blocks from 0 to {blocks - 1}, at least one."
+                f"upstream.{key}={json.dumps(own)}: expected numbers of blocks from 0 to {blocks - 1}, at least one."
             )
     return problems
 
@@ -204,10 +206,12 @@ def task_classes(
     for key in COUNTS:
         value = config.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            problems.append(f"{key}={json.dumps(value)} is out of range (expected a whole number of at least 1).")
+            problems.append(
+                f"upstream.{key}={json.dumps(value)} is out of range (expected a whole number of at least 1)."
+            )
     for key, words in WORDS.items():
         if key in config and config[key] not in words:
-            problems.append(f"{key}={json.dumps(config[key])} is unknown here. Expected: {', '.join(words)}.")
+            problems.append(f"upstream.{key}={json.dumps(config[key])} is unknown here. Expected: {', '.join(words)}.")
     problems += _value_problems(config, width, blocks)
     if problems:
         raise UserError.collect(problems)
@@ -231,20 +235,20 @@ def task_classes(
         )
     elif "general_pos" in config and first < TOP_K:
         problems.append(
-            f"init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first task "
-            f"already. Choose upstream.init_cls= of at least {TOP_K}."
+            f"upstream.init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first "
+            f"task already. Choose upstream.init_cls= of at least {TOP_K}."
         )
     count = 1 + rest // step
     if "total_sessions" in config and not problems:
         if first != step:
             problems.append(
-                f"init_cls={first} and increment={step} differ, and InfLoRA's classifiers all have init_cls classes. "
-                f"Set both to one number."
+                f"upstream.init_cls={first} and upstream.increment={step} differ, and InfLoRA's classifiers all have "
+                f"init_cls classes. Set both to one number."
             )
         elif config["total_sessions"] != count:
             problems.append(
-                f"total_sessions={config['total_sessions']}, but {classes} classes make {count} tasks of {step}. "
-                f"Add upstream.total_sessions={count}."
+                f"upstream.total_sessions={config['total_sessions']}, but {classes} classes make {count} tasks "
+                f"of {step}. Add upstream.total_sessions={count}."
             )
     if config.get("optim") == "adam" and 1 in (config.get("epochs"), config.get("init_epoch")):
         problems.append("one epoch with optim=adam: InfLoRA's schedule divides by the epochs less one. Use 2 or more.")

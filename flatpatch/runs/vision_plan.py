@@ -90,7 +90,8 @@ class VisionPlan(Plan):
     @property
     def sequence(self) -> str:
         """What is learned, in a few words."""
-        return f"{self.benchmark}: {len(self.classes)} tasks, classes {' '.join(self.task_names[:2])} ..."
+        order = " in shuffled order" if self.config.get("shuffle") else ""
+        return f"{self.benchmark}: {len(self.classes)} tasks, classes {' '.join(self.task_names[:2])} ...{order}"
 
     def command(self, stage: Stage, python: str, port: int) -> list[str]:
         """Return the words of the command that runs all tasks."""
@@ -173,7 +174,7 @@ def make_vision_plan(request: Request, available: int, *, dry_run: bool = False)
             f"{'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
             f"The code comes with: git submodule update --init third_party/{method.repository}"
         )
-    notes: list[str] = []
+    notes = list(request.notes)
     lacks: list[str] = []
     request = own_threads(request, profile, notes)
     settings = request.settings
