@@ -327,12 +327,54 @@ def test_counts_beyond_a_value_are_the_quadratures_own():
         assert y[np.argmin(np.abs(x - value))] == pytest.approx(count)
 
 
-def test_eigenvalues_that_did_not_converge_are_hollow():
+def test_eigenvalues_that_did_not_converge_are_crossed_out():
     figure = make_eigenvalues_figure({"after": EIGENVALUES, "none": {**EIGENVALUES, "converged": [False] * 3}})
-    shown = [(len(each.get_xdata()), each.get_markerfacecolor()) for each in figure.axes[0].get_lines()]
-    assert [count for count, fill in shown if fill == "white"] == [1, 3]
+    crosses = [each for each in figure.axes[0].get_lines() if each.get_marker() == "x"]
+    assert [len(each.get_xdata()) for each in crosses] == [1, 3]
     assert legend(figure) == ["after", "none"]
-    assert "hollow: not converged" in small_print(figure)
+    assert "crossed out: not converged" in small_print(figure)
+
+
+def around_tasks(count):
+    """Return a place for each measurement before and after some tasks."""
+    return {f"{k + 1} task, {when}": (k, when) for k in range(count) for when in ("before", "after")}
+
+
+def series(make, count):
+    """Return a figure of measurements around some tasks, and its line for each by name."""
+    places = around_tasks(count)
+    content = EIGENVALUES if make is make_eigenvalues_figure else line()
+    figure = make(dict.fromkeys(places, content), places=places)
+    return figure, {each.get_label(): each for each in figure.axes[0].get_lines() if each.get_label() in places}
+
+
+@pytest.mark.parametrize("make", [make_eigenvalues_figure, make_slices_figure])
+def test_a_task_keeps_its_colour_and_marker_and_shares_them_with_no_other(make):
+    _, lines = series(make, 20)
+    looks = [[(lines[f"{k + 1} task, {when}"]) for when in ("before", "after")] for k in range(20)]
+    pairs = [{(each.get_color(), each.get_marker()) for each in own} for own in looks]
+    assert all(len(own) == 1 for own in pairs)
+    assert len(set.union(*pairs)) == 20
+    for before, after in looks:
+        assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
+
+
+def test_the_legend_of_slices_shows_which_line_is_dashed():
+    figure, lines = series(make_slices_figure, 5)
+    (drawn,) = figure.legends
+    handles = dict(zip(legend(figure), drawn.get_lines(), strict=True))
+    for name, each in lines.items():
+        assert handles[name].get_linestyle() == each.get_linestyle() == ("--" if "before" in name else "-")
+        pattern = sum(each._dash_pattern[1] or [0])
+        assert drawn.handlelength * 8 >= 1.5 * pattern  # two dashes and the gap between them
+
+
+@pytest.mark.parametrize("make", [make_eigenvalues_figure, make_slices_figure])
+def test_the_name_of_an_axis_stands_clear_of_the_legend(make):
+    figure, _ = series(make, 5)
+    figure.draw_without_rendering()
+    (box,) = [each.get_window_extent() for each in figure.legends]
+    assert figure.axes[0].xaxis.label.get_window_extent().y0 - box.y1 >= 4 * figure.dpi / 72
 
 
 def test_negative_eigenvalues_are_shown():

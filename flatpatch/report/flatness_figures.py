@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import RectBivariateSpline
 
 from flatpatch.errors import UserError
-from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, finish
+from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, finish, look
 
 _COLOURS, _MARKERS = COLOURS, MARKERS
 _STYLES = ("-", "--", "-.", ":")
@@ -262,6 +262,7 @@ def make_slices_figure(
     grids: Mapping[str, Grid],
     *,
     title: str = "Loss along one direction",
+    places: Mapping[str, tuple[int, str]] | None = None,
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
@@ -270,6 +271,7 @@ def make_slices_figure(
     Args:
         grids: By the name of each.
         title: What the figure shows.
+        places: By the same names, of which task and when: a task keeps its colour and marker.
         record: Of the run they were measured on.
         note: What else to say below.
 
@@ -289,7 +291,7 @@ def make_slices_figure(
     for k, (name, grid) in enumerate(grids.items()):
         # Where several things were varied, each line says its own, and else the title does.
         label = name if alike else textwrap.fill(f"{name}: {variations[name]}", 95, subsequent_indent="    ")
-        _draw_line(axes, grid.axes[0], grid.losses, label, k)
+        _draw_line(axes, grid.axes[0], grid.losses, label, *(places or {}).get(name, (k, "")))
     _log_if_wide(axes, np.concatenate([grid.losses for grid in grids.values()]))
     axes.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
     labels = {grid.about["axes"][0]["label"] for grid in grids.values()}
@@ -412,14 +414,16 @@ def make_eigenvalues_figure(
     spectra: Mapping[str, Mapping[str, Any]],
     *,
     scope: str | None = None,
+    places: Mapping[str, tuple[int, str]] | None = None,
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
-    """Return eigenvalues in order, with residuals as error bars; those that did not converge are hollow.
+    """Return eigenvalues in order, with residuals as error bars; those that did not converge are crossed out.
 
     Args:
         spectra: By name, mappings with ``values``, ``residuals`` and ``converged``, (k,) each.
         scope: What was varied: one of the scopes' names, or other words.
+        places: By the spectra's names, of which task and when: a task keeps its colour and marker.
         record: Of the run they were measured on.
         note: What else to say below.
 
@@ -433,22 +437,19 @@ def make_eigenvalues_figure(
         raise ValueError("a figure of eigenvalues needs at least one spectrum")
     figure = Figure(figsize=(6.4, 3.6 + 0.18 * math.ceil(len(spectra) / 3)), layout="constrained")
     axes = figure.subplots()
-    hollow = False
+    crossed = False
     everything = np.concatenate([np.asarray(spectrum["values"], dtype=np.float64) for spectrum in spectra.values()])
     longest = max(len(spectrum["values"]) for spectrum in spectra.values())
     for k, (name, spectrum) in enumerate(spectra.items()):
         values, residuals = (np.asarray(spectrum[key], dtype=np.float64) for key in ("values", "residuals"))
         converged = np.asarray(spectrum["converged"], dtype=bool)
         # Side by side, so that equal values do not hide one another.
-        places = np.arange(1, len(values) + 1) + 0.5 * ((k + 0.5) / len(spectra) - 0.5)
-        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
-        axes.errorbar(places, values, yerr=residuals, color=colour, linestyle="none", capsize=3, linewidth=1)
-        for chosen, fill in ((converged, colour), (~converged, "white")):
-            # One entry in the legend, of whichever kind comes first.
-            label = name if fill == colour or not converged.any() else "_"
-            if chosen.any():
-                axes.plot(places[chosen], values[chosen], marker, color=colour, markerfacecolor=fill, label=label)
-        hollow = hollow or not converged.all()
+        beside = np.arange(1, len(values) + 1) + 0.5 * ((k + 0.5) / len(spectra) - 0.5)
+        own = look(*(places or {}).get(name, (k, "")))
+        axes.errorbar(beside, values, yerr=residuals, color=own["color"], linestyle="none", capsize=3, linewidth=1)
+        axes.plot(beside, values, **{**own, "linestyle": "none"}, label=name)
+        axes.plot(beside[~converged], values[~converged], "x", color="black", markersize=10)
+        crossed = crossed or not converged.all()
     _log_if_wide(axes, everything)
     if axes.get_yscale() == "linear":
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
@@ -457,7 +458,7 @@ def make_eigenvalues_figure(
     axes.set_xlabel("eigenvalue, in the order of the search")
     axes.set_ylabel("eigenvalue of the Hessian")
     figure.legend(**BELOW, ncols=3)
-    how = "bars: residuals" + ("; hollow: not converged" if hollow else "")
+    how = "bars: residuals" + ("; crossed out: not converged" if crossed else "")
     return finish(
         figure, "Hessian eigenvalues", [describe_variation({"scope": scope, "note": how}), note], record=record
     )
@@ -570,19 +571,12 @@ def _draw_marks(axes: Axes, grid: Grid) -> None:
         axes.annotate(f"{name}: {loss:.4g}", (x, y), (-8 if inwards else 8, 8), **_LABEL, **inwards)
 
 
-def _draw_line(axes: Axes, x: FloatArray, y: FloatArray, label: str, k: int) -> None:
-    colour = _COLOURS[k % len(_COLOURS)]
+def _draw_line(axes: Axes, x: FloatArray, y: FloatArray, label: str, k: int, when: str = "") -> None:
+    own = look(k, when)
+    colour = own["color"]
     finite = np.where(np.isfinite(y), y, np.nan)
-    axes.plot(
-        x,
-        finite,
-        color=colour,
-        linestyle=_STYLES[k // len(_COLOURS) % len(_STYLES)],
-        marker=_MARKERS[k % len(_MARKERS)],
-        markersize=3.5 if len(x) <= 60 else 0,
-        linewidth=1.6,
-        label=label,
-    )
+    every = max(1, len(x) // 8)  # closer markers would hide the dashes
+    axes.plot(x, finite, **own, markersize=4.5, markevery=(k % every, every), linewidth=1.4, label=label)
     for missing, symbol, height in ((np.isposinf(y), "^", 0.98), (np.isnan(y) | np.isneginf(y), "x", 0.02)):
         if missing.any():
             what = "infinite" if symbol == "^" else "NaN"
