@@ -174,6 +174,27 @@ def test_landscapes_side_by_side_have_the_same_levels_and_colours():
     assert bar.get_label() == "<colorbar>"
 
 
+def test_a_panel_that_few_common_levels_cross_has_labelled_contours_of_its_own():
+    x, y = np.linspace(-1, 1, 9), np.linspace(-0.5, 0.5, 7)
+    flat = surface(1.2 + 0.34 * (x[:, None] ** 2 + 4 * y**2) / 2)
+    steep = surface(0.5 + 20 * (x[:, None] ** 2 + 4 * y**2))
+    figure = make_landscapes_figure({"before": flat, "after": steep})
+    before, after, _ = figure.axes
+    np.testing.assert_array_equal(filled(before).levels, filled(after).levels)
+    (own,) = [each for each in before.collections if each.get_linestyle() and len(each.levels) < 10]
+    np.testing.assert_allclose(own.levels, [1.25, 1.3, 1.35, 1.4, 1.45, 1.5])
+    numbers = {float(text.get_text()) for text in before.texts}
+    assert len(numbers) >= 3 and numbers <= set(own.levels.round(10))
+    assert "dashed: levels of that panel alone" in small_print(figure)
+    assert all(len(each.levels) == len(filled(after).levels) for each in after.collections)
+
+
+@pytest.mark.parametrize("flat", [surface(np.full((9, 7), 1.2)), surface()])
+def test_a_panel_without_slope_or_with_levels_enough_has_none_of_its_own(flat):
+    figure = make_landscapes_figure({"before": flat, "after": surface(2 * surface().losses)})
+    assert "dashed" not in small_print(figure)
+
+
 def test_headings_of_three_landscapes_side_by_side_do_not_meet():
     whens = ("before", "after", "measured afterwards")
     figure = make_landscapes_figure({when: surface(1.2345 * surface().losses) for when in whens})

@@ -35,6 +35,10 @@ _LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8, "framealpha": 0.9, "
 # Without its darkest third, on which neither lines nor numbers could be read.
 _MAP = ListedColormap([colormaps["cividis"](0.35 + 0.65 * k / 255) for k in range(256)])
 _LEVELS = 14
+# A panel that fewer of the common levels cross has contours of its own: on the common colours it would be one patch.
+_FEWEST = 3
+# What varies by less than this share is rounding, which has no contours.
+_ROUNDING = 1e-6
 # Of landscapes side by side the lower one needs levels of its own sooner.
 _LEVEL_RATIO = 8.0
 # Landscapes of fewer points a side are drawn by interpolation.
@@ -123,6 +127,9 @@ def make_landscapes_figure(
 ) -> Figure:
     """Return two-dimensional landscapes side by side, all with the same colours and contour levels.
 
+    A panel that fewer than three of those levels cross has a second set of contours of its own, dashed, which the
+    figure says.
+
     A grid of fewer than 25 x 25 points, all finite, is drawn by cubic interpolation between them, which the figure
     says; the points themselves are dots.
 
@@ -149,7 +156,7 @@ def make_landscapes_figure(
     panels = figure.subplots(1, count, squeeze=False)[0]
     levels = _levels(grids.values())
     filled = None
-    interpolated = False
+    interpolated = own_levels = False
     for axes, (name, grid) in zip(panels, grids.items(), strict=True):
         missing = ~np.isfinite(grid.losses)
         x, y, fine = _refined(grid, logarithmic=_is_geometric(levels))
@@ -158,7 +165,11 @@ def make_landscapes_figure(
             norm = LogNorm(*levels[[0, -1]]) if _is_geometric(levels) else Normalize(*levels[[0, -1]])
             filled = axes.contourf(x, y, fine.T, levels=levels, norm=norm, cmap=_MAP)
             lines = axes.contour(x, y, fine.T, levels=levels, colors="black", linewidths=0.4, alpha=0.7)
-            if np.ptp(fine[np.isfinite(fine)]) > 0:
+            if (own := _own_levels(fine, levels)).size:
+                own_levels = True
+                thin = axes.contour(x, y, fine.T, levels=own, colors="black", linewidths=0.5, linestyles="--")
+                axes.clabel(thin, fmt="{:.10g}".format, fontsize=6.5, colors="black")
+            elif np.ptp(fine[np.isfinite(fine)]) > 0:
                 axes.clabel(lines, levels[1:-1:2], fmt="%.3g", fontsize=6.5, colors="black")
         if len(x) > len(grid.axes[0]):
             interpolated = True
@@ -182,7 +193,17 @@ def make_landscapes_figure(
         bar.ax.spines["outline"].set_visible(False)
     size = " x ".join(map(str, first.losses.shape))
     drawn = f"{size} points measured" + (" (dots), cubic interpolation between them" if interpolated else "")
-    return finish(figure, title, [describe_variation(first.about), drawn, note], record=record)
+    dashed = "dashed: levels of that panel alone, which few of the common ones cross" if own_levels else ""
+    return finish(figure, title, [describe_variation(first.about), drawn, dashed, note], record=record)
+
+
+def _own_levels(heights: FloatArray, common: FloatArray) -> FloatArray:
+    """Return round levels for a panel that too few of the common ones cross; none for any other, or a constant one."""
+    low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
+    if ((common > low) & (common < high)).sum() >= _FEWEST or high - low <= _ROUNDING * max(abs(low), abs(high)):
+        return np.empty(0)
+    levels = np.asarray(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), dtype=np.float64)
+    return levels[(levels > low) & (levels < high)]
 
 
 def _range(name: str, grid: Grid) -> str:
