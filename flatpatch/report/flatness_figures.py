@@ -202,8 +202,9 @@ def _own_levels(heights: FloatArray, common: FloatArray) -> FloatArray:
     low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
     if ((common > low) & (common < high)).sum() >= _FEWEST or high - low <= _ROUNDING * max(abs(low), abs(high)):
         return np.empty(0)
-    levels = np.asarray(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), dtype=np.float64)
-    return levels[(levels > low) & (levels < high)]
+    levels = np.asarray(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), dtype=np.float64)
+    margin = 1e-3 * (high - low)
+    return levels[(levels > low + margin) & (levels < high - margin)]
 
 
 def _range(name: str, grid: Grid) -> str:
