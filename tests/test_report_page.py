@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from report_page import Reader, flatness_entry, make_four, seeded, with_average, write_run
 from report_records import LONG, ORDER_1, make_quick_record, make_record, make_steps
@@ -22,6 +23,7 @@ from flatpatch.errors import UserError
 from flatpatch.report import page as page_module
 from flatpatch.report import page_figures
 from flatpatch.report.drawing import small_print
+from flatpatch.report.figures import make_matrix_figure
 from flatpatch.report.groups import forgetting_per_task, gaps, group_runs, mean_accuracies, read_run, spread
 from flatpatch.report.page import make_page, work
 from flatpatch.runs.pages import leave_page
@@ -486,6 +488,19 @@ def test_hostile_text_stays_text(tmp_path):
     ].count("img")
     assert reader.words.count("alert(2)") >= 20
     assert name in [row[0] for row in reader.table("Where each number comes from")]
+
+
+def test_words_break_behind_signs_and_long_ones_in_pieces():
+    assert page_module.breaks("model_name_or_path") == "model_<wbr>name_<wbr>or_<wbr>path"
+    assert page_module.breaks("eigenvalues < 1") == "eigenvalues &lt; 1"
+    assert page_module.breaks("a" * 50) == "<wbr>".join(("a" * 24, "a" * 24, "aa"))
+    assert page_module.breaks("") == ""
+
+
+def test_the_matrix_has_the_colours_of_the_run_s_own_figure():
+    (image,) = make_matrix_figure(seeded(0)).axes[0].get_images()
+    colours = [to_hex(image.to_rgba(float(value))) for value in range(0, 101, 5)]
+    assert page_module.heat() == colours
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path):

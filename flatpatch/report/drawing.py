@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from flatpatch.report.titles import describe, short_warning
 FloatArray = NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
+# Of accuracies, from 0 to 100: light enough for dark letters at every level.
+HEAT = LinearSegmentedColormap.from_list("heat", ["#fffaf0", "#6eaee0"])
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TITLE_SIZE = 9.0
 NOTE_SIZE = 7.0

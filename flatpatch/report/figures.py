@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, constant, finish, remove, save
+from flatpatch.report.drawing import BELOW, COLOURS, HEAT, MARKERS, FloatArray, constant, finish, remove, save
 
 _STYLES = ("-", "--", ":")
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "0.45"
@@ -65,13 +65,12 @@ def make_matrix_figure(record: Mapping[str, Any]) -> Figure | None:
     cell = 0.8 if size <= 6 else 0.58
     figure = _figure(max(6.0, size * cell + 2.6), max(4.2, size * cell * 0.8 + 2.2))
     axes = figure.subplots()
-    image = axes.imshow(accuracy, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(accuracy, cmap=HEAT, vmin=0, vmax=100, aspect="auto")
     axes.set_facecolor("0.95")
     decimals = 2 if size <= 6 else 1
     for i, j in zip(*np.nonzero(~np.isnan(accuracy)), strict=True):
-        ink = "black" if accuracy[i, j] > 50 else "white"
         text = f"{accuracy[i, j]:.{decimals}f}"
-        axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=10 if size <= 6 else 8)
+        axes.text(j, i, text, ha="center", va="center", color="black", fontsize=10 if size <= 6 else 8)
     axes.set_xticks(range(size), tasks, rotation=0 if size <= 6 else 45, ha="center" if size <= 6 else "right")
     axes.set_yticks(range(size), [f"{i + 1} {task}" for i, task in enumerate(tasks)])
     axes.set_xlabel("tested on")

@@ -9,17 +9,21 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from flatpatch.report import page_figures as drawing
+from flatpatch.report.drawing import HEAT
 from flatpatch.report.groups import (
     Group,
     Run,
@@ -88,6 +92,7 @@ LARGEST_SIDE = 1400
 LARGEST_TOTAL = 12 * 2**20
 _TASKS_NAMED = 8
 _PNG_DPI = 200
+_LONGEST_WORD = 24  # letters; what is longer is a hash or a path
 _MISSING = "–"
 # Variables of the caller, which a rerun must set again; flatpatch sets the others itself.
 _CALLERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
@@ -157,8 +162,24 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "seconds": _seconds}
+    environment.filters |= {
+        "percent": _percent,
+        "signed": _signed,
+        "number": _number,
+        "seconds": _seconds,
+        "breaks": breaks,
+    }
     return environment
+
+
+def breaks(text: object) -> Markup:
+    """Return text as HTML that may break behind signs, never within a word; one longer than that in equal pieces."""
+    pieces = [
+        piece[k : k + _LONGEST_WORD]
+        for piece in re.findall(r"[^_./,:=-]*[_./,:=-]?", str(text))
+        for k in range(0, len(piece), _LONGEST_WORD)
+    ]
+    return Markup("<wbr>").join(pieces)
 
 
 def work(groups: Sequence[Group]) -> int:
@@ -535,10 +556,8 @@ def heat() -> list[str]:
 
 
 def _heat(level: int) -> str:
-    """Return a cell's background: white to blue, light enough for dark ink at every level."""
-    share = level / 20
-    low, high = (255, 250, 240), (110, 174, 224)
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
+    """Return a cell's background, as in the run's own figure."""
+    return to_hex(HEAT(level / 20))
 
 
 def _percent(value: float | None) -> str:
