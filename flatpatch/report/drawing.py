@@ -140,6 +140,12 @@ def remove(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+def not_drawn(values: Mapping[str, float]) -> str:
+    """Return a sentence on measurements without a panel of their own, by their names in words; empty for none."""
+    said = "; ".join(f"{name} = {value:.4g}" for name, value in values.items())
+    return f"Without a panel, as the same everywhere to a thousandth: {said}." if said else ""
+
+
 def constant(values: Sequence[float] | FloatArray) -> float | None:
     """Return the one value that all finite numbers are, but for a thousandth; None where they vary or are none."""
     finite = np.asarray(values, dtype=np.float64)

@@ -16,7 +16,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatpatch.report.drawing import BELOW, COLOURS, HEAT, MARKERS, FloatArray, constant, finish, remove, save
+from flatpatch.report.drawing import (
+    BELOW,
+    COLOURS,
+    HEAT,
+    MARKERS,
+    FloatArray,
+    constant,
+    finish,
+    not_drawn,
+    remove,
+    save,
+)
 
 _STYLES = ("-", "--", ":")
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "0.45"
@@ -160,10 +171,10 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     panels = {title: keys for title, keys in panels.items() if keys}
     flat = [title for title, keys in panels.items() if _one_value(curves, keys) is not None]
     drawn = [title for title in panels if title not in flat]
-    said = [f"{' '.join(title.split())} {_one_value(curves, panels[title]):.4g}" for title in flat]
-    note = f"Not drawn, as it is the same at every step to a thousandth: {'; '.join(said)}." if said else ""
+    note = not_drawn({" ".join(title.split()): _one_value(curves, panels[title]) or 0.0 for title in flat})
     if not drawn:
         return None
+    heading = "Gradient norm under SAM" if drawn == ["gradient norm"] else "SAM's perturbation"
     figure = _figure(7.0, 1.6 + 1.6 * len(drawn))
     all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     names = {"perturbation_norm": "intended", "effective_perturbation_norm": "effective (after rounding)"}
@@ -181,7 +192,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
         else:
             _set_limits(axes, np.append(values, 1.0), least=0.01)
         _mark_tasks(axes, curves, names=title == drawn[0])
-    return _finish_steps(figure, all_axes[-1], curves, "SAM's perturbation", record, note)
+    return _finish_steps(figure, all_axes[-1], curves, heading, record, note)
 
 
 def _one_value(curves: StepCurves, keys: Sequence[str]) -> float | None:

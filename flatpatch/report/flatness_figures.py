@@ -11,7 +11,7 @@ import json
 import math
 import textwrap
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,17 @@ _SCOPES = {
     "merged": "merged matrices W + s B A",
     "trainable": "all trainable weights",
     "model": "all weights of the model",
+}
+_PICTURES = {
+    "over_tasks": "Flatness over the tasks",
+    "eigenvalues": "Hessian eigenvalues",
+    "density": "Density of the Hessian's eigenvalues",
+    "slices": "Loss along one direction",
+    "landscape": "Loss landscape",
+    "landscapes": "Loss landscapes side by side",
+    "surface": "Loss landscape as a surface",
+    "plane": "Plane through three models",
+    "connectivity": "Loss on the straight line between the models",
 }
 _NORMALISATIONS = {
     "filter": "filter-normalised",
@@ -489,6 +500,22 @@ def make_eigenvalues_figure(
 def describe_scope(scope: str) -> str:
     """Return in words which weights a scope chooses; other words stay as they are."""
     return _SCOPES.get(scope, scope)
+
+
+def picture_words(name: str, tasks: Sequence[str] = ()) -> str:
+    """Return in words what a figure shows, from its file's name without suffix.
+
+    >>> picture_words("flatness_adapter_landscape_2", ["dbpedia", "amazon"])
+    'Loss landscape, task 2 amazon: LoRA factors A and B'
+    """
+    parts = name.removeprefix("flatness_").replace("-", "_").split("_")
+    scope = next((part for part in parts if part in _SCOPES), "")
+    number = next((int(part) for part in parts if part.isdecimal()), 0)
+    kind = "_".join(part for part in parts if part != scope and not part.isdecimal())
+    if kind not in _PICTURES:
+        return name.replace("_", " ").replace("-", " ")
+    task = f", task {number} {tasks[number - 1]}" if 0 < number <= len(tasks) else ""
+    return f"{_PICTURES[kind]}{task}" + (f": {describe_scope(scope)}" if scope else "")
 
 
 def describe_variation(about: Mapping[str, Any]) -> str:
