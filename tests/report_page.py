@@ -11,7 +11,7 @@ from report_records import ORDER_1, make_record, make_steps
 
 from flatpatch.continual.metrics import from_lists, summarise
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
 
 def write_run(folder: Path, record: dict[str, Any], steps: list[dict[str, Any]] | None = None) -> Path:
@@ -96,11 +96,13 @@ class Reader(HTMLParser):
         self._open: list[str] = []
         self._rows: list[list[str]] = []
         self._caption = ""
+        self._in_a_word = False
         self.feed(text)
         self.close()
         self.problems += [f"{tag} is never closed" for tag in self._open]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_a_word = tag == "wbr"
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
         if tag not in VOID:
             self._open.append(tag)
@@ -126,7 +128,11 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" in self._open or "title" in self._open:
             return
-        self.text.append(data)
+        if self._in_a_word and self.text:
+            self.text[-1] += data
+        else:
+            self.text.append(data)
+        self._in_a_word = False
         if "caption" in self._open:
             self._caption += data
         elif "td" in self._open or "th" in self._open:

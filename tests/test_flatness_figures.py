@@ -174,6 +174,27 @@ def test_landscapes_side_by_side_have_the_same_levels_and_colours():
     assert bar.get_label() == "<colorbar>"
 
 
+def test_a_panel_that_few_common_levels_cross_has_labelled_contours_of_its_own():
+    x, y = np.linspace(-1, 1, 9), np.linspace(-0.5, 0.5, 7)
+    flat = surface(1.2 + 0.34 * (x[:, None] ** 2 + 4 * y**2) / 2)
+    steep = surface(0.5 + 20 * (x[:, None] ** 2 + 4 * y**2))
+    figure = make_landscapes_figure({"before": flat, "after": steep})
+    before, after, _ = figure.axes
+    np.testing.assert_array_equal(filled(before).levels, filled(after).levels)
+    (own,) = [each for each in before.collections if each.get_linestyle() and len(each.levels) < 10]
+    np.testing.assert_allclose(own.levels, [1.25, 1.3, 1.35, 1.4, 1.45, 1.5])
+    numbers = {float(text.get_text()) for text in before.texts}
+    assert len(numbers) >= 3 and numbers <= set(own.levels.round(10))
+    assert "dashed: levels of that panel alone" in small_print(figure)
+    assert all(len(each.levels) == len(filled(after).levels) for each in after.collections)
+
+
+@pytest.mark.parametrize("flat", [surface(np.full((9, 7), 1.2)), surface()])
+def test_a_panel_without_slope_or_with_levels_enough_has_none_of_its_own(flat):
+    figure = make_landscapes_figure({"before": flat, "after": surface(2 * surface().losses)})
+    assert "dashed" not in small_print(figure)
+
+
 def test_headings_of_three_landscapes_side_by_side_do_not_meet():
     whens = ("before", "after", "measured afterwards")
     figure = make_landscapes_figure({when: surface(1.2345 * surface().losses) for when in whens})
@@ -327,12 +348,54 @@ def test_counts_beyond_a_value_are_the_quadratures_own():
         assert y[np.argmin(np.abs(x - value))] == pytest.approx(count)
 
 
-def test_eigenvalues_that_did_not_converge_are_hollow():
+def test_eigenvalues_that_did_not_converge_are_crossed_out():
     figure = make_eigenvalues_figure({"after": EIGENVALUES, "none": {**EIGENVALUES, "converged": [False] * 3}})
-    shown = [(len(each.get_xdata()), each.get_markerfacecolor()) for each in figure.axes[0].get_lines()]
-    assert [count for count, fill in shown if fill == "white"] == [1, 3]
+    crosses = [each for each in figure.axes[0].get_lines() if each.get_marker() == "x"]
+    assert [len(each.get_xdata()) for each in crosses] == [1, 3]
     assert legend(figure) == ["after", "none"]
-    assert "hollow: not converged" in small_print(figure)
+    assert "crossed out: not converged" in small_print(figure)
+
+
+def around_tasks(count):
+    """Return a place for each measurement before and after some tasks."""
+    return {f"{k + 1} task, {when}": (k, when) for k in range(count) for when in ("before", "after")}
+
+
+def series(make, count):
+    """Return a figure of measurements around some tasks, and its line for each by name."""
+    places = around_tasks(count)
+    content = EIGENVALUES if make is make_eigenvalues_figure else line()
+    figure = make(dict.fromkeys(places, content), places=places)
+    return figure, {each.get_label(): each for each in figure.axes[0].get_lines() if each.get_label() in places}
+
+
+@pytest.mark.parametrize("make", [make_eigenvalues_figure, make_slices_figure])
+def test_a_task_keeps_its_colour_and_marker_and_shares_them_with_no_other(make):
+    _, lines = series(make, 20)
+    looks = [[(lines[f"{k + 1} task, {when}"]) for when in ("before", "after")] for k in range(20)]
+    pairs = [{(each.get_color(), each.get_marker()) for each in own} for own in looks]
+    assert all(len(own) == 1 for own in pairs)
+    assert len(set.union(*pairs)) == 20
+    for before, after in looks:
+        assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
+
+
+def test_the_legend_of_slices_shows_which_line_is_dashed():
+    figure, lines = series(make_slices_figure, 5)
+    (drawn,) = figure.legends
+    handles = dict(zip(legend(figure), drawn.get_lines(), strict=True))
+    for name, each in lines.items():
+        assert handles[name].get_linestyle() == each.get_linestyle() == ("--" if "before" in name else "-")
+        pattern = sum(each._dash_pattern[1] or [0])
+        assert drawn.handlelength * 8 >= 1.5 * pattern  # two dashes and the gap between them
+
+
+@pytest.mark.parametrize("make", [make_eigenvalues_figure, make_slices_figure])
+def test_the_name_of_an_axis_stands_clear_of_the_legend(make):
+    figure, _ = series(make, 5)
+    figure.draw_without_rendering()
+    (box,) = [each.get_window_extent() for each in figure.legends]
+    assert figure.axes[0].xaxis.label.get_window_extent().y0 - box.y1 >= 4 * figure.dpi / 72
 
 
 def test_negative_eigenvalues_are_shown():

@@ -258,16 +258,18 @@ def test_perturbation_leaves_out_panels_without_data():
     steps = [{**row, "perturbation_cosine": None, "effective_perturbation_norm": None} for row in make_steps()]
     figure = make_perturbation_figure(make_record(), steps)
     assert [axes.get_ylabel() for axes in figure.axes] == ["gradient norm"]
-    assert "perturbation norm 0.05" in small_print(figure)
+    assert "perturbation norm = 0.05" in small_print(figure)
 
 
 def test_panels_without_change_are_not_drawn_and_their_value_is_said():
     exact = {"perturbation_norm": 0.05, "effective_perturbation_norm": 0.05 + 1e-9, "perturbation_cosine": 1 - 1e-12}
     figure = make_perturbation_figure(make_record(), [{**row, **exact} for row in make_steps()])
     assert [axes.get_ylabel() for axes in figure.axes] == ["gradient norm"]
-    assert "the same at every step to a thousandth: perturbation norm 0.05; cosine, effective to intended 1." in (
+    assert "the same everywhere to a thousandth: perturbation norm = 0.05; cosine, effective to intended = 1." in (
         small_print(figure)
     )
+
+    assert figure.get_suptitle() == "Gradient norm under SAM"
 
 
 def test_an_effective_perturbation_beside_the_intended_one_is_drawn_even_where_neither_changes():

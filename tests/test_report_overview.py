@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_page import make_four
+from report_page import make_four, seeded
 from report_records import make_quick_record, make_record
 
 from flatpatch.report.overview import overview
 from flatpatch.runs import pages, sweep
-from flatpatch.runs.sweep import show
+from flatpatch.runs.sweep import seeds_table, show
 
 
 def test_each_run_has_one_line_with_its_numbers_and_what_is_missing() -> None:
@@ -43,6 +43,21 @@ def test_report_of_several_runs_tells_the_means_first_and_stays_short(
     for folder in finished:
         assert lines.count(f"figures  {folder}/figures/ (12 files)") == 1
     assert lines[-1] == f"page     {tmp_path / 'report.html'}"
+
+
+def test_means_join_measured_runs_and_keep_their_columns_beside_long_names() -> None:
+    records = [seeded(seed) for seed in (0, 1, 1)]
+    for record in records[1:]:
+        record["settings"] |= {
+            "measure": {"value": "loss", "source": "command line"},
+            "measure_samples": {"value": 16, "source": "command line"},
+        }
+    longer = seeded(0)
+    longer["settings"]["data"] = {"value": "a-folder/with/a-long-name/" * 4, "source": "command line"}
+    heading, short, *long = seeds_table([*records, longer]).splitlines()
+    assert short.split()[-1] == "2" and "measure" not in short  # a seed that was run twice counts once
+    assert long[0].split()[-1] == "1" and len(long) > 1
+    assert len(heading) == len(short) == len(long[0]) >= max(map(len, long))
 
 
 def test_report_of_one_run_prints_its_table(

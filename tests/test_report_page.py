@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from report_page import Reader, flatness_entry, make_four, seeded, with_average, write_run
 from report_records import LONG, ORDER_1, make_quick_record, make_record, make_steps
@@ -22,6 +23,7 @@ from flatpatch.errors import UserError
 from flatpatch.report import page as page_module
 from flatpatch.report import page_figures
 from flatpatch.report.drawing import small_print
+from flatpatch.report.figures import make_matrix_figure
 from flatpatch.report.groups import forgetting_per_task, gaps, group_runs, mean_accuracies, read_run, spread
 from flatpatch.report.page import make_page, work
 from flatpatch.runs.pages import leave_page
@@ -305,7 +307,7 @@ def test_flatness_figure_has_one_panel_per_scalar(four):
     assert [one.get_title() for one in axes] == ["top eigenvalue"]
     lines = {line.get_label(): line.get_ydata() for line in axes[0].get_lines()}
     np.testing.assert_allclose(lines["A: SAM off (n = 3), after training the task"], [11, 12, 13, 14])
-    assert "the same everywhere to a thousandth: loss 0.5." in small_print(figure)
+    assert "the same everywhere to a thousandth: loss = 0.5." in small_print(figure)
 
 
 @pytest.mark.parametrize("when", [["after"], ["before", "after"]])
@@ -486,6 +488,85 @@ def test_hostile_text_stays_text(tmp_path):
     ].count("img")
     assert reader.words.count("alert(2)") >= 20
     assert name in [row[0] for row in reader.table("Where each number comes from")]
+
+
+def test_words_break_behind_signs_and_long_ones_in_pieces():
+    assert page_module.pieces("model_name_or_path") == ["model_", "name_", "or_", "path"]
+    assert page_module.pieces("eigenvalues of 0.05 and 1e-5") == ["eigenvalues of 0.05 and 1e-5"]
+    assert "".join(page_module.pieces("a" * 60)) == "a" * 60
+    assert list(map(len, page_module.pieces("a" * 60))) == [24, 24, 12]
+    assert page_module.pieces("") == []
+
+
+def flat_steps():
+    """Return steps whose perturbation is the same everywhere."""
+    exact = {"perturbation_norm": 0.05, "effective_perturbation_norm": 0.05, "perturbation_cosine": 1.0}
+    return [row | exact for row in make_steps()]
+
+
+def test_captions_promise_nothing_that_is_not_drawn(tmp_path, page):
+    record = seeded(0)
+    record["flatness"] = [flatness_entry(k, "after", "adapter", {"top_eigenvalue": 10.0 + k}) for k in range(4)]
+    _, reader = read([write_run(tmp_path / "run", record, flat_steps())])
+    assert "bands" not in reader.words
+    assert reader.words.count("standard deviation") == 1  # what ± would mean, above the summary
+    assert "Gradient norm under SAM" in reader.words and "SAM's perturbation" not in reader.words
+    assert page[1].words.count("bands: one standard deviation over seeds") >= 3
+
+
+def test_values_without_a_panel_are_told_in_words(tmp_path):
+    groups = group_runs([read_run(write_run(tmp_path / "run", seeded(0), flat_steps()))])
+    words = small_print(page_figures.make_ascent_figure(groups, ["A"]))
+    assert "norm of the perturbation, effective and intended = 0.05; cosine, effective to intended = 1." in words
+    assert "thin" not in words
+
+
+def test_pictures_are_captioned_in_words(tmp_path):
+    folder = write_run(tmp_path / "run", seeded(0))
+    picture(folder / "figures" / "flatness_adapter_landscape_2.png", (40, 40))
+    _, reader = read([folder])
+    assert "Loss landscape, task 2 amazon: LoRA factors A and B" in reader.words
+
+
+def told_settings(tmp_path, words, environment, **changes):
+    record = make_record(settings=parse(words).as_record(), **changes)
+    record["environment"] |= environment
+    return read([write_run(tmp_path / "run", record)])
+
+
+def test_settings_that_changed_nothing_are_not_listed(tmp_path):
+    _, reader = told_settings(tmp_path, ["method=nlora", "sam=off"], {"launcher": "python"})
+    names = [row[0] for row in reader.table("Every setting that had an effect")]
+    assert "sam" in names and "order" in names
+    assert not {"rho", "eta", "scope", "port", "measure_scope", "measure_samples", "output"} & {*names}
+
+
+def test_threads_are_those_that_ran(tmp_path):
+    training = [{"steps": 1, "threads": 3}] * 4
+    _, reader = told_settings(tmp_path, ["method=nlora"], {"threads": 8}, training=training)
+    assert reader.row("Every setting", "threads")[1] == "3, left to the machine (default)"
+    assert "3 threads: another number can change results." in reader.words
+
+
+@pytest.mark.parametrize("given", [[], ["device=auto"]])
+def test_command_to_run_again_names_what_auto_came_to(given, tmp_path):
+    text, _ = told_settings(tmp_path, ["method=nlora", *given], {"device": "cpu", "launcher": "python"})
+    (command,) = re.findall(r"run\.sh run (.*)", text)
+    assert {"device=cpu", "launcher=python"} <= {*command.split()}
+    assert command.count("device=") == 1
+
+
+def test_title_calls_the_method_as_the_terminal_does(tmp_path):
+    folder = write_run(tmp_path / "run", seeded(0))
+    leave_page([folder])
+    reader = Reader((folder / "report.html").read_text(encoding="utf-8"))
+    assert reader.headings[0][1].startswith("flatpatch reportN-LoRA on standard CL benchmark")
+
+
+def test_the_matrix_has_the_colours_of_the_run_s_own_figure():
+    (image,) = make_matrix_figure(seeded(0)).axes[0].get_images()
+    colours = [to_hex(image.to_rgba(float(value))) for value in range(0, 101, 5)]
+    assert page_module.heat() == colours
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -22,15 +23,22 @@ from flatpatch.report.titles import describe, short_warning
 FloatArray = NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A5C00")
+# Of accuracies, from 0 to 100: light enough for dark letters at every level.
+HEAT = LinearSegmentedColormap.from_list("heat", ["#fffaf0", "#6eaee0"])
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TITLE_SIZE = 9.0
 NOTE_SIZE = 7.0
 # A figure's legend, below the axes, where no line runs; ``finish`` makes room for it.
-BELOW: Mapping[str, Any] = {"loc": "lower center", "fontsize": 8, "frameon": False}
+# Its lines are long enough to show two dashes.
+BELOW: Mapping[str, Any] = {"loc": "lower center", "fontsize": 8, "frameon": False, "handlelength": 3.4}
+# Around what was drawn: before a task its marks are hollow and its lines dashed.
+_LINES = {"before": "--", "finished": ":"}
 # Beside each PNG a file whose lines stay lines.
 SUFFIXES = (".png", ".pdf")
 # What varies by less than this share of its largest value would be drawn as a straight line.
 CONSTANT = 1e-3
+# Between a legend and what stands above it, in points.
+_GAP = 8
 
 
 def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Mapping[str, Any] | None = None) -> Figure:
@@ -65,7 +73,7 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
             legend.set_bbox_to_anchor((0, share, 1, 1 - share), figure.transFigure)
         renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
         heights = [legend.get_window_extent(renderer).height for legend in figure.legends]
-        share += max(heights) / figure.bbox.height + 4 / (72 * height)
+        share += max(heights) / figure.bbox.height + _GAP / (72 * height)
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
         engine.set(rect=(0, share, 1, 1 - share))
@@ -74,6 +82,23 @@ def finish(figure: Figure, title: str, notes: Iterable[str] = (), *, record: Map
             axes.spines[["top", "right"]].set_visible(False)
     _freeze(figure)
     return figure
+
+
+def look(number: int, when: str = "") -> dict[str, Any]:
+    """Return how to draw one of many series, so that no two of 49 have both colour and marker in common.
+
+    Args:
+        number: Which series, or which task.
+        when: When it was measured: ``before`` is hollow and dashed, ``finished`` half filled and dotted.
+    """
+    colour, turn = COLOURS[number % len(COLOURS)], number // len(COLOURS)
+    fill = {"before": {"markerfacecolor": "white"}, "finished": {"markerfacecoloralt": "white", "fillstyle": "left"}}
+    return {
+        "color": colour,
+        "marker": MARKERS[(number + turn) % len(MARKERS)],
+        "linestyle": _LINES.get(when, "-"),
+        **fill.get(when, {}),
+    }
 
 
 def _freeze(figure: Figure) -> None:
@@ -113,6 +138,12 @@ def remove(path: Path) -> None:
     """Remove a figure that ``save`` wrote, where it is there."""
     for suffix in SUFFIXES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def not_drawn(values: Mapping[str, float]) -> str:
+    """Return a sentence on measurements without a panel of their own, by their names in words; empty for none."""
+    said = "; ".join(f"{name} = {value:.4g}" for name, value in values.items())
+    return f"Without a panel, as the same everywhere to a thousandth: {said}." if said else ""
 
 
 def constant(values: Sequence[float] | FloatArray) -> float | None:

@@ -16,7 +16,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, constant, finish, remove, save
+from flatpatch.report.drawing import (
+    BELOW,
+    COLOURS,
+    HEAT,
+    MARKERS,
+    FloatArray,
+    constant,
+    finish,
+    not_drawn,
+    remove,
+    save,
+)
 
 _STYLES = ("-", "--", ":")
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "0.45"
@@ -65,13 +76,12 @@ def make_matrix_figure(record: Mapping[str, Any]) -> Figure | None:
     cell = 0.8 if size <= 6 else 0.58
     figure = _figure(max(6.0, size * cell + 2.6), max(4.2, size * cell * 0.8 + 2.2))
     axes = figure.subplots()
-    image = axes.imshow(accuracy, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(accuracy, cmap=HEAT, vmin=0, vmax=100, aspect="auto")
     axes.set_facecolor("0.95")
     decimals = 2 if size <= 6 else 1
     for i, j in zip(*np.nonzero(~np.isnan(accuracy)), strict=True):
-        ink = "black" if accuracy[i, j] > 50 else "white"
         text = f"{accuracy[i, j]:.{decimals}f}"
-        axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=10 if size <= 6 else 8)
+        axes.text(j, i, text, ha="center", va="center", color="black", fontsize=10 if size <= 6 else 8)
     axes.set_xticks(range(size), tasks, rotation=0 if size <= 6 else 45, ha="center" if size <= 6 else "right")
     axes.set_yticks(range(size), [f"{i + 1} {task}" for i, task in enumerate(tasks)])
     axes.set_xlabel("tested on")
@@ -161,10 +171,10 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     panels = {title: keys for title, keys in panels.items() if keys}
     flat = [title for title, keys in panels.items() if _one_value(curves, keys) is not None]
     drawn = [title for title in panels if title not in flat]
-    said = [f"{' '.join(title.split())} {_one_value(curves, panels[title]):.4g}" for title in flat]
-    note = f"Not drawn, as it is the same at every step to a thousandth: {'; '.join(said)}." if said else ""
+    note = not_drawn({" ".join(title.split()): _one_value(curves, panels[title]) or 0.0 for title in flat})
     if not drawn:
         return None
+    heading = "Gradient norm under SAM" if drawn == ["gradient norm"] else "SAM's perturbation"
     figure = _figure(7.0, 1.6 + 1.6 * len(drawn))
     all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     names = {"perturbation_norm": "intended", "effective_perturbation_norm": "effective (after rounding)"}
@@ -182,7 +192,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
         else:
             _set_limits(axes, np.append(values, 1.0), least=0.01)
         _mark_tasks(axes, curves, names=title == drawn[0])
-    return _finish_steps(figure, all_axes[-1], curves, "SAM's perturbation", record, note)
+    return _finish_steps(figure, all_axes[-1], curves, heading, record, note)
 
 
 def _one_value(curves: StepCurves, keys: Sequence[str]) -> float | None:

@@ -11,7 +11,7 @@ import json
 import math
 import textwrap
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import RectBivariateSpline
 
 from flatpatch.errors import UserError
-from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, finish
+from flatpatch.report.drawing import BELOW, COLOURS, MARKERS, FloatArray, finish, look
 
 _COLOURS, _MARKERS = COLOURS, MARKERS
 _STYLES = ("-", "--", "-.", ":")
@@ -35,6 +35,10 @@ _LEGEND: Mapping[str, Any] = {"loc": "best", "fontsize": 8, "framealpha": 0.9, "
 # Without its darkest third, on which neither lines nor numbers could be read.
 _MAP = ListedColormap([colormaps["cividis"](0.35 + 0.65 * k / 255) for k in range(256)])
 _LEVELS = 14
+# A panel that fewer of the common levels cross has contours of its own: on the common colours it would be one patch.
+_FEWEST = 3
+# What varies by less than this share is rounding, which has no contours.
+_ROUNDING = 1e-6
 # Of landscapes side by side the lower one needs levels of its own sooner.
 _LEVEL_RATIO = 8.0
 # Landscapes of fewer points a side are drawn by interpolation.
@@ -50,6 +54,17 @@ _SCOPES = {
     "merged": "merged matrices W + s B A",
     "trainable": "all trainable weights",
     "model": "all weights of the model",
+}
+_PICTURES = {
+    "over_tasks": "Flatness over the tasks",
+    "eigenvalues": "Hessian eigenvalues",
+    "density": "Density of the Hessian's eigenvalues",
+    "slices": "Loss along one direction",
+    "landscape": "Loss landscape",
+    "landscapes": "Loss landscapes side by side",
+    "surface": "Loss landscape as a surface",
+    "plane": "Plane through three models",
+    "connectivity": "Loss on the straight line between the models",
 }
 _NORMALISATIONS = {
     "filter": "filter-normalised",
@@ -123,6 +138,9 @@ def make_landscapes_figure(
 ) -> Figure:
     """Return two-dimensional landscapes side by side, all with the same colours and contour levels.
 
+    A panel that fewer than three of those levels cross has a second set of contours of its own, dashed, which the
+    figure says.
+
     A grid of fewer than 25 x 25 points, all finite, is drawn by cubic interpolation between them, which the figure
     says; the points themselves are dots.
 
@@ -149,7 +167,7 @@ def make_landscapes_figure(
     panels = figure.subplots(1, count, squeeze=False)[0]
     levels = _levels(grids.values())
     filled = None
-    interpolated = False
+    interpolated = own_levels = False
     for axes, (name, grid) in zip(panels, grids.items(), strict=True):
         missing = ~np.isfinite(grid.losses)
         x, y, fine = _refined(grid, logarithmic=_is_geometric(levels))
@@ -158,7 +176,11 @@ def make_landscapes_figure(
             norm = LogNorm(*levels[[0, -1]]) if _is_geometric(levels) else Normalize(*levels[[0, -1]])
             filled = axes.contourf(x, y, fine.T, levels=levels, norm=norm, cmap=_MAP)
             lines = axes.contour(x, y, fine.T, levels=levels, colors="black", linewidths=0.4, alpha=0.7)
-            if np.ptp(fine[np.isfinite(fine)]) > 0:
+            if (own := _own_levels(fine, levels)).size:
+                own_levels = True
+                thin = axes.contour(x, y, fine.T, levels=own, colors="black", linewidths=0.5, linestyles="--")
+                axes.clabel(thin, fmt="{:.10g}".format, fontsize=6.5, colors="black")
+            elif np.ptp(fine[np.isfinite(fine)]) > 0:
                 axes.clabel(lines, levels[1:-1:2], fmt="%.3g", fontsize=6.5, colors="black")
         if len(x) > len(grid.axes[0]):
             interpolated = True
@@ -182,7 +204,18 @@ def make_landscapes_figure(
         bar.ax.spines["outline"].set_visible(False)
     size = " x ".join(map(str, first.losses.shape))
     drawn = f"{size} points measured" + (" (dots), cubic interpolation between them" if interpolated else "")
-    return finish(figure, title, [describe_variation(first.about), drawn, note], record=record)
+    dashed = "dashed: levels of that panel alone, which few of the common ones cross" if own_levels else ""
+    return finish(figure, title, [describe_variation(first.about), drawn, dashed, note], record=record)
+
+
+def _own_levels(heights: FloatArray, common: FloatArray) -> FloatArray:
+    """Return round levels for a panel that too few of the common ones cross; none for any other, or a constant one."""
+    low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
+    if ((common > low) & (common < high)).sum() >= _FEWEST or high - low <= _ROUNDING * max(abs(low), abs(high)):
+        return np.empty(0)
+    levels = np.asarray(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), dtype=np.float64)
+    margin = 1e-3 * (high - low)
+    return levels[(levels > low + margin) & (levels < high - margin)]
 
 
 def _range(name: str, grid: Grid) -> str:
@@ -262,6 +295,7 @@ def make_slices_figure(
     grids: Mapping[str, Grid],
     *,
     title: str = "Loss along one direction",
+    places: Mapping[str, tuple[int, str]] | None = None,
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
@@ -270,6 +304,7 @@ def make_slices_figure(
     Args:
         grids: By the name of each.
         title: What the figure shows.
+        places: By the same names, of which task and when: a task keeps its colour and marker.
         record: Of the run they were measured on.
         note: What else to say below.
 
@@ -289,7 +324,7 @@ def make_slices_figure(
     for k, (name, grid) in enumerate(grids.items()):
         # Where several things were varied, each line says its own, and else the title does.
         label = name if alike else textwrap.fill(f"{name}: {variations[name]}", 95, subsequent_indent="    ")
-        _draw_line(axes, grid.axes[0], grid.losses, label, k)
+        _draw_line(axes, grid.axes[0], grid.losses, label, *(places or {}).get(name, (k, "")))
     _log_if_wide(axes, np.concatenate([grid.losses for grid in grids.values()]))
     axes.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
     labels = {grid.about["axes"][0]["label"] for grid in grids.values()}
@@ -412,14 +447,16 @@ def make_eigenvalues_figure(
     spectra: Mapping[str, Mapping[str, Any]],
     *,
     scope: str | None = None,
+    places: Mapping[str, tuple[int, str]] | None = None,
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
-    """Return eigenvalues in order, with residuals as error bars; those that did not converge are hollow.
+    """Return eigenvalues in order, with residuals as error bars; those that did not converge are crossed out.
 
     Args:
         spectra: By name, mappings with ``values``, ``residuals`` and ``converged``, (k,) each.
         scope: What was varied: one of the scopes' names, or other words.
+        places: By the spectra's names, of which task and when: a task keeps its colour and marker.
         record: Of the run they were measured on.
         note: What else to say below.
 
@@ -433,22 +470,19 @@ def make_eigenvalues_figure(
         raise ValueError("a figure of eigenvalues needs at least one spectrum")
     figure = Figure(figsize=(6.4, 3.6 + 0.18 * math.ceil(len(spectra) / 3)), layout="constrained")
     axes = figure.subplots()
-    hollow = False
+    crossed = False
     everything = np.concatenate([np.asarray(spectrum["values"], dtype=np.float64) for spectrum in spectra.values()])
     longest = max(len(spectrum["values"]) for spectrum in spectra.values())
     for k, (name, spectrum) in enumerate(spectra.items()):
         values, residuals = (np.asarray(spectrum[key], dtype=np.float64) for key in ("values", "residuals"))
         converged = np.asarray(spectrum["converged"], dtype=bool)
         # Side by side, so that equal values do not hide one another.
-        places = np.arange(1, len(values) + 1) + 0.5 * ((k + 0.5) / len(spectra) - 0.5)
-        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
-        axes.errorbar(places, values, yerr=residuals, color=colour, linestyle="none", capsize=3, linewidth=1)
-        for chosen, fill in ((converged, colour), (~converged, "white")):
-            # One entry in the legend, of whichever kind comes first.
-            label = name if fill == colour or not converged.any() else "_"
-            if chosen.any():
-                axes.plot(places[chosen], values[chosen], marker, color=colour, markerfacecolor=fill, label=label)
-        hollow = hollow or not converged.all()
+        beside = np.arange(1, len(values) + 1) + 0.5 * ((k + 0.5) / len(spectra) - 0.5)
+        own = look(*(places or {}).get(name, (k, "")))
+        axes.errorbar(beside, values, yerr=residuals, color=own["color"], linestyle="none", capsize=3, linewidth=1)
+        axes.plot(beside, values, **{**own, "linestyle": "none"}, label=name)
+        axes.plot(beside[~converged], values[~converged], "x", color="black", markersize=10)
+        crossed = crossed or not converged.all()
     _log_if_wide(axes, everything)
     if axes.get_yscale() == "linear":
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
@@ -457,7 +491,7 @@ def make_eigenvalues_figure(
     axes.set_xlabel("eigenvalue, in the order of the search")
     axes.set_ylabel("eigenvalue of the Hessian")
     figure.legend(**BELOW, ncols=3)
-    how = "bars: residuals" + ("; hollow: not converged" if hollow else "")
+    how = "bars: residuals" + ("; crossed out: not converged" if crossed else "")
     return finish(
         figure, "Hessian eigenvalues", [describe_variation({"scope": scope, "note": how}), note], record=record
     )
@@ -466,6 +500,22 @@ def make_eigenvalues_figure(
 def describe_scope(scope: str) -> str:
     """Return in words which weights a scope chooses; other words stay as they are."""
     return _SCOPES.get(scope, scope)
+
+
+def picture_words(name: str, tasks: Sequence[str] = ()) -> str:
+    """Return in words what a figure shows, from its file's name without suffix.
+
+    >>> picture_words("flatness_adapter_landscape_2", ["dbpedia", "amazon"])
+    'Loss landscape, task 2 amazon: LoRA factors A and B'
+    """
+    parts = name.removeprefix("flatness_").replace("-", "_").split("_")
+    scope = next((part for part in parts if part in _SCOPES), "")
+    number = next((int(part) for part in parts if part.isdecimal()), 0)
+    kind = "_".join(part for part in parts if part != scope and not part.isdecimal())
+    if kind not in _PICTURES:
+        return name.replace("_", " ").replace("-", " ")
+    task = f", task {number} {tasks[number - 1]}" if 0 < number <= len(tasks) else ""
+    return f"{_PICTURES[kind]}{task}" + (f": {describe_scope(scope)}" if scope else "")
 
 
 def describe_variation(about: Mapping[str, Any]) -> str:
@@ -570,19 +620,12 @@ def _draw_marks(axes: Axes, grid: Grid) -> None:
         axes.annotate(f"{name}: {loss:.4g}", (x, y), (-8 if inwards else 8, 8), **_LABEL, **inwards)
 
 
-def _draw_line(axes: Axes, x: FloatArray, y: FloatArray, label: str, k: int) -> None:
-    colour = _COLOURS[k % len(_COLOURS)]
+def _draw_line(axes: Axes, x: FloatArray, y: FloatArray, label: str, k: int, when: str = "") -> None:
+    own = look(k, when)
+    colour = own["color"]
     finite = np.where(np.isfinite(y), y, np.nan)
-    axes.plot(
-        x,
-        finite,
-        color=colour,
-        linestyle=_STYLES[k // len(_COLOURS) % len(_STYLES)],
-        marker=_MARKERS[k % len(_MARKERS)],
-        markersize=3.5 if len(x) <= 60 else 0,
-        linewidth=1.6,
-        label=label,
-    )
+    every = max(1, len(x) // 8)  # closer markers would hide the dashes
+    axes.plot(x, finite, **own, markersize=4.5, markevery=(k % every, every), linewidth=1.4, label=label)
     for missing, symbol, height in ((np.isposinf(y), "^", 0.98), (np.isnan(y) | np.isneginf(y), "x", 0.02)):
         if missing.any():
             what = "infinite" if symbol == "^" else "NaN"

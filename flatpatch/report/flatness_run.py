@@ -79,14 +79,16 @@ def _figures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Fig
         if (figure := make_over_tasks_figure(chosen, record)) is not None:
             yield f"{scope}_over_tasks", figure
         results = {_name(entry): _results(folder, entry) for entry in chosen}
+        places = {_name(entry): (entry["task_index"], entry["when"]) for entry in chosen}
         if spectra := {name: found["eigenvalues"] for name, found in results.items() if "eigenvalues" in found}:
-            yield f"{scope}_eigenvalues", make_eigenvalues_figure(spectra, scope=scope, record=record)
+            figure = make_eigenvalues_figure(spectra, scope=scope, places=places, record=record)
+            yield f"{scope}_eigenvalues", figure
         latest = [entry for entry in chosen if entry["when"] != "before"] or chosen
         densities = {_name(entry): results[_name(entry)].get("density") for entry in latest}
         if shown := {name: density for name, density in densities.items() if density}:
             yield f"{scope}_density", make_density_figure(shown, scope=scope, record=record)
         if slices := {name: grid for name, found in results.items() if (grid := _slice(found)) is not None}:
-            yield f"{scope}_slices", make_slices_figure(slices, record=record)
+            yield f"{scope}_slices", make_slices_figure(slices, places=places, record=record)
         grids = [(entry, grid) for entry in chosen if (grid := _landscape(folder, entry)) is not None]
         if not grids:
             continue

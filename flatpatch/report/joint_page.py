@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flatpatch.report import page_figures
+from flatpatch.report.flatness_figures import picture_words
 from flatpatch.report.page import embedded, heat, page_environment
 from flatpatch.report.titles import describe, warning
 
@@ -37,7 +38,7 @@ def make_joint_page(
     pictures = [
         {
             "between": name.split("-")[0] in _BETWEEN,
-            "caption": name.replace("-", ", "),
+            "caption": picture_words(name),
             "file": f"{name}.png",
             "source": embedded(figure),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from flatpatch.report import page_figures as drawing
+from flatpatch.report.drawing import HEAT
+from flatpatch.report.effects import idle_settings
+from flatpatch.report.flatness_figures import picture_words
 from flatpatch.report.groups import (
     Group,
     Run,
@@ -88,6 +93,7 @@ LARGEST_SIDE = 1400
 LARGEST_TOTAL = 12 * 2**20
 _TASKS_NAMED = 8
 _PNG_DPI = 200
+_LONG_WORD = re.compile(r"(\S{24})(?=\S)")  # of a hash or a path
 _MISSING = "–"
 # Variables of the caller, which a rerun must set again; flatpatch sets the others itself.
 _CALLERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
@@ -99,6 +105,7 @@ def make_page(
     *,
     comparisons: Mapping[str, Mapping[str, Any]] | None = None,
     unreadable: Sequence[str] = (),
+    methods: Mapping[str, str] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> str:
     """Return the page as HTML.
@@ -108,6 +115,7 @@ def make_page(
         comparisons: By a group's letter: how it stands to published numbers, as ``baseline``, ``verdict``, ``why`` and
             ``metrics``; or ``refused``, the reason why it must not be compared.
         unreadable: One sentence for each run that was asked for and could not be read.
+        methods: What each method is called, by its name in the records.
         advance: Called once for each of ``work(groups)`` pieces of drawing, for a progress bar.
 
     Returns:
@@ -118,10 +126,11 @@ def make_page(
         figures = _figures(groups, advance)
     runs = [run for group in groups for run in group.runs]
     context = {
-        "title": _title(groups),
+        "title": _title(groups, methods or {}),
         "groups": groups,
         "runs": runs,
         "common": _common(groups),
+        "bands": {group.letter: _bands(members) for members in _by_tasks(groups) for group in members},
         "warnings": _warnings(groups),
         "gaps": gaps(groups),
         "unreadable": unreadable,
@@ -157,8 +166,24 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "seconds": _seconds}
+    environment.filters |= {
+        "percent": _percent,
+        "signed": _signed,
+        "number": _number,
+        "seconds": _seconds,
+        "pieces": pieces,
+    }
     return environment
+
+
+def pieces(text: object) -> list[str]:
+    """Return text cut where a line may break: behind a sign, never within a word or number, unless it is very long.
+
+    >>> pieces("model_name, rho=0.05")
+    ['model_', 'name, rho=', '0.05']
+    """
+    parts = re.split(r"(?<=[_/=])|(?<=[.,:-])(?=[^\W\d])", str(text))
+    return [cut for part in parts for cut in _LONG_WORD.split(part) if cut]
 
 
 def work(groups: Sequence[Group]) -> int:
@@ -166,10 +191,15 @@ def work(groups: Sequence[Group]) -> int:
     return sum(1 for _ in _drawings(groups))
 
 
-def _title(groups: Sequence[Group]) -> str:
-    methods = list(dict.fromkeys(group.record["method"] for group in groups))
+def _title(groups: Sequence[Group], called: Mapping[str, str]) -> str:
+    methods = list(dict.fromkeys(called.get(own := group.record["method"], own) for group in groups))
     benchmarks = list(dict.fromkeys(group.record["benchmark"] for group in groups))
     return f"{', '.join(methods)} on {'; '.join(benchmarks)}"
+
+
+def _bands(groups: Sequence[Group]) -> str:
+    """Return what a caption says of bands: nothing where every group has a single seed."""
+    return "; bands: one standard deviation over seeds" if any(len(group.counted) > 1 for group in groups) else ""
 
 
 def _common(groups: Sequence[Group]) -> list[tuple[str, str]]:
@@ -295,6 +325,7 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
             tables.append(
                 {
                     "scope": scope,
+                    "bands": _bands(members),
                     "tasks": members[0].tasks,
                     "letters": "" if len(members) == len(groups) else ", ".join(group.letter for group in members),
                     "rows": rows,
@@ -360,12 +391,16 @@ def _drawings(groups: Sequence[Group]) -> Iterator[tuple[str, str, Callable[[], 
         )
 
 
-def _figures(groups: Sequence[Group], advance: Callable[[], object]) -> dict[str, dict[str, str]]:
-    figures = {}
+def _figures(groups: Sequence[Group], advance: Callable[[], object]) -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = {}
     for name, description, make in _drawings(groups):
         figure = make()
         if figure is not None:
-            figures[name] = {"source": embedded(figure), "alt": description}
+            figures[name] = {
+                "source": embedded(figure),
+                "alt": description,
+                "panels": [axes.get_ylabel() for axes in figure.axes],
+            }
         advance()
     return figures
 
@@ -419,7 +454,7 @@ def _pictures(groups: Sequence[Group]) -> dict[str, Any]:
                 left_out.append(f"{name} of {run.name if run else ''}: the page would grow too large")
                 continue
             total += len(content)
-            title = path.stem.replace("_", " ").replace("-", " ")
+            title = picture_words(path.stem, group.tasks)
             shown.append(
                 {"group": group, "run": run, "title": title, "file": name, "source": _address("image/png", content)}
             )
@@ -444,12 +479,24 @@ def _by_group(groups: Sequence[Group], read: Callable[[Run], Mapping[str, str]])
 
 
 def _settings(run: Run) -> dict[str, str]:
-    """Return the settings with where each came from."""
-    return {
-        key: f"{'(empty)' if entry['value'] == '' else entry['value']} ({entry['source']})"
-        for key, entry in run.record["settings"].items()
-        if key not in ("run", "output")
-    }
+    """Return the settings that had an effect, with where each came from."""
+    left_out = idle_settings(run.record) | {"run", "output"}
+    if run.record["environment"].get("launcher") != "deepspeed":
+        left_out |= {"port"}
+    shown = {}
+    for key, entry in run.record["settings"].items():
+        value = "(empty)" if entry["value"] == "" else entry["value"]
+        if key == "threads" and not entry["value"]:
+            value = f"{_threads(run.record)}, left to the machine"
+        if key not in left_out:
+            shown[key] = f"{value} ({entry['source']})"
+    return shown
+
+
+def _threads(record: Mapping[str, Any]) -> str:
+    """Return how many threads the training had, as it told itself; else as was expected before it."""
+    told = dict.fromkeys(str(row["threads"]) for row in record["training"] if row.get("threads"))
+    return ", ".join(told) or str(record["environment"].get("threads") or "not recorded")
 
 
 def _pins(run: Run) -> dict[str, str]:
@@ -498,7 +545,13 @@ def _rerun(group: Group) -> dict[str, Any]:
     words += [
         f"{key}={_word(entry['value'])}"
         for key, entry in record["settings"].items()
-        if entry["source"] != "default" and key not in _NOT_REPEATED and key != "method"
+        if entry["source"] != "default" and key not in _NOT_REPEATED and key != "method" and entry["value"] != "auto"
+    ]
+    # What "auto" came to here might be something else on another machine.
+    words += [
+        f"{key}={environment[key]}"
+        for key in ("device", "launcher")
+        if environment.get(key) and record["settings"].get(key, {}).get("value") == "auto"
     ]
     seeds = list(dict.fromkeys(str(seed) for run in group.runs for seed in run.record["seeds"]))
     verb = "sweep" if len(seeds) > 1 else "run"
@@ -519,7 +572,7 @@ def _rerun(group: Group) -> dict[str, Any]:
     return {
         "commands": [*steps, command],
         "edited": commit.endswith("-dirty"),
-        "threads": environment.get("threads"),
+        "threads": _threads(record),
         "pin": upstream["pin"] if upstream else "",
         "patched_tree": upstream["patched_tree"] if upstream else "",
     }
@@ -535,10 +588,8 @@ def heat() -> list[str]:
 
 
 def _heat(level: int) -> str:
-    """Return a cell's background: white to blue, light enough for dark ink at every level."""
-    share = level / 20
-    low, high = (255, 250, 240), (110, 174, 224)
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
+    """Return a cell's background, as in the run's own figure."""
+    return to_hex(HEAT(level / 20))
 
 
 def _percent(value: float | None) -> str:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from flatpatch.report.drawing import BELOW, constant, finish
+from flatpatch.report.drawing import BELOW, constant, finish, not_drawn
 from flatpatch.report.figures import StepCurves, of_one_loss, step_curves
 from flatpatch.report.groups import Group, Run, Spread, mean_accuracies, spread
 
@@ -35,6 +35,11 @@ _TASK_MAP = "viridis"
 _BAND = 0.18
 # Drawn even where they do not vary.
 _ALWAYS = frozenset({"loss", "perturbed_loss"})
+_IN_WORDS = {
+    "grad_norm": "gradient norm",
+    "effective_perturbation_norm": "norm of the perturbation, effective and intended",
+    "perturbation_cosine": "cosine, effective to intended",
+}
 # Scalars that tell how far another one can be trusted: in the table only.
 _AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged")
 # Points drawn per line over all tasks: more than a screen can show tells nothing, and makes the page large.
@@ -189,7 +194,7 @@ def make_flatness_figure(
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     _legend_below(figure, handles, columns=1 if len(handles) > 2 else 2)
     at = "" if single is None else f"Measured on one task alone: {single + 1} {tasks[single]}."
-    return finish(figure, "", [at, _not_drawn({name.replace("_", " "): value for name, value in flat.items()})])
+    return finish(figure, "", [at, not_drawn({name.replace("_", " "): value for name, value in flat.items()})])
 
 
 _TIMES = {"before": ":", "after": "-", "finished": "--"}
@@ -273,20 +278,13 @@ def _steps_figure(groups: Sequence[Group], letters: Sequence[str], panels: Mappi
     for axes in all_axes:
         handles |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     _legend_below(figure, handles, columns=2)
-    return finish(figure, "", [_not_drawn({" ".join(panels[key].split()): value for key, value in flat.items()})])
+    return finish(figure, "", [not_drawn({_IN_WORDS.get(key, key): value for key, value in flat.items()})])
 
 
 def _one_value(curves: Mapping[str, Sequence[StepCurves]], key: str) -> float | None:
     """Return the value that a measurement has at every step of all runs; with its intended one, where it has one."""
     keys = [key, "perturbation_norm"] if key == "effective_perturbation_norm" else [key]
     return constant(np.concatenate([curve.values[name] for own in curves.values() for curve in own for name in keys]))
-
-
-def _not_drawn(flat: Mapping[str, float]) -> str:
-    if not flat:
-        return ""
-    said = "; ".join(f"{name} {value:.4g}" for name, value in flat.items())
-    return f"Not drawn, as it is the same everywhere to a thousandth: {said}."
 
 
 def _draw_steps(axes: Axes, curves: Sequence[StepCurves], key: str, look: dict[str, Any], label: str) -> None:

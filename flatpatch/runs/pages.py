@@ -8,6 +8,7 @@ from typing import Any
 
 from flatpatch.comparison import compare_runs
 from flatpatch.errors import UserError
+from flatpatch.methods import METHODS
 from flatpatch.report.groups import Group, Run, group_runs, read_run
 from flatpatch.report.page import make_page, work
 from flatpatch.runs.progress import Progress
@@ -15,6 +16,7 @@ from flatpatch.runs.record import write_atomically
 from flatpatch.telling import say
 
 PAGE = "report.html"
+_TITLES = {name: method.title for name, method in METHODS.items()}
 
 
 def place_of(folders: Sequence[Path]) -> Path:
@@ -52,7 +54,9 @@ def write_page(folders: Sequence[Path], page: Path, unreadable: Sequence[str] = 
             done += 1
             shown.update("", done, total)
 
-        text = make_page(groups, comparisons=_comparisons(groups), unreadable=problems, advance=advance)
+        text = make_page(
+            groups, comparisons=_comparisons(groups), unreadable=problems, methods=_TITLES, advance=advance
+        )
     replaces = page.exists()
     write_atomically(page, text)
     say(f"page     {page}" + (" (in place of the one that was there)" if replaces else ""))

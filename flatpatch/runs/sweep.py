@@ -6,12 +6,14 @@ import itertools
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.report.copies import copied_records
+from flatpatch.report.effects import HOW_MEASURED
 from flatpatch.report.overview import overview
 from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
 from flatpatch.report.table import summary_table
@@ -160,8 +162,11 @@ def _without_effect(requests: Sequence[Request]) -> list[str]:
 
 
 def seeds_table(records: Sequence[dict[str, Any]]) -> str:
-    """Return mean, standard deviation (n - 1) and n over runs that differ by their seed alone."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Return mean, standard deviation (n - 1) and n over runs that differ by their seed, or by what was measured.
+
+    Measuring changes no training. A seed that was run twice counts once, as on the page.
+    """
+    groups: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
     for record in records:
         settings = {key: entry["value"] for key, entry in record["settings"].items()}
         shown = [
@@ -176,13 +181,16 @@ def seeds_table(records: Sequence[dict[str, Any]]) -> str:
             f"{key}={value}"
             for key, value in told(record).items()
             if key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
+            and key not in ("measure", *HOW_MEASURED)
         ]
-        groups.setdefault(" ".join(shown), []).append(record)
+        groups.setdefault(" ".join(shown), {}).setdefault(tuple(record["seeds"]), record)
     lines = [f"{'mean and standard deviation over seeds':<60} {'average accuracy':>20} {'forgetting':>18}   n"]
-    for name, members in groups.items():
+    for name, own in groups.items():
+        members = own.values()
         accuracy = _spread([member["metrics"]["average_accuracy"] for member in members])
         forgetting = _spread([member["metrics"]["forgetting"] for member in members])
-        lines.append(f"{name:<60} {accuracy:>20} {forgetting:>18} {len(members):>3}")
+        first, *more = textwrap.wrap(name, 60, subsequent_indent="  ")
+        lines += [f"{first:<60} {accuracy:>20} {forgetting:>18} {len(members):>3}", *more]
     return "\n".join(lines)
 
 
