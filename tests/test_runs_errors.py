@@ -60,7 +60,9 @@ def test_verb_that_trains_says_how_it_is_used_where_nothing_is_said(
     monkeypatch.setattr("flatpatch.runs.execute.execute", lambda plan: pytest.fail("it trains"))
     monkeypatch.setattr("flatpatch.runs.sweep.execute", lambda plan: pytest.fail("it trains"))
     assert main([verb]) == 2
-    assert capsys.readouterr().out.startswith(f"usage: python -m flatpatch {verb}")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{verb} needs at least one setting")
+    assert f"\nusage: python -m flatpatch {verb}" in shown
 
 
 @pytest.mark.parametrize("words", [["run", "run=a\nb"], ["report", "run=a\tb"], ["patches", "verify", "repo=\udcff"]])
