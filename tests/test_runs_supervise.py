@@ -75,9 +75,10 @@ def runner(tmp_path: Path, mark: str, command: list[str]) -> subprocess.Popen[by
     """Start a process that runs a command under supervision, as the runner does, and wait until it is at work."""
     name, _, value = mark.partition("=")
     code = f"""
-        import os, time
+        import os, signal, time
         from pathlib import Path
         from flatpatch.runs.supervise import Supervised
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a shell's background jobs ignore it
         variables = dict(os.environ) | {{{name!r}: {value!r}}}
         with open({str(tmp_path / "log")!r}, "wb") as log:
             process = Supervised({command!r}, folder=Path({str(tmp_path)!r}), variables=variables, output=log)
