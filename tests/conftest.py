@@ -78,3 +78,12 @@ def upstream() -> Callable[[str], Path]:
         pytest.skip(f"no checkout of {name}; run: git submodule update --init third_party/{name}")
 
     return find
+
+
+@pytest.fixture
+def no_submodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let ``third_party/`` be an empty folder, whether the submodules are filled or not, and return it."""
+    folder = tmp_path / "third_party"
+    folder.mkdir()
+    monkeypatch.setattr("flatpatch.patches.workspace.Workspace.submodule", lambda _, repo: folder / repo)
+    return folder

@@ -255,12 +255,14 @@ def test_file_that_is_no_log_is_a_users_error(tmp_path, capsys):
 
 @pytest.mark.third_party
 def test_log_of_a_checkout_that_lies_elsewhere_is_hinted_at(
-    upstream: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    upstream: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkout = upstream("InfLoRA").resolve()
+    monkeypatch.chdir(tmp_path)  # where no third_party/ is filled
     log = Path("third_party/InfLoRA") / SHIPPED
-    if log.exists():
-        pytest.skip("third_party/InfLoRA is filled")
     assert main(["compare", f"log={log}"]) == 2
     assert f"there is no log {log}. The checkouts are elsewhere here: log={checkout / SHIPPED}" in (
         capsys.readouterr().err

@@ -770,7 +770,6 @@ def test_page_in_a_wrong_place_is_refused_before_anything_is_written(tmp_path, p
     assert list((folder / "figures").iterdir()) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this machine has no /proc")
 def test_page_in_a_read_only_place_is_refused_before_anything_is_written(tmp_path, capsys):
     folder = write_run(tmp_path / "run", make_record())
     assert main(["report", f"run={folder}", "page=/proc/x.html"]) == 2

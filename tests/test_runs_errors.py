@@ -339,10 +339,13 @@ NEED_THE_CODE = [
 
 @pytest.mark.parametrize(("words", "repo"), NEED_THE_CODE[:1])
 def test_file_that_is_named_for_the_folder_of_checkouts_is_said_to_be_one(
-    words: list[str], repo: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    repo: str,
+    refused: Refused,
+    no_submodules: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if (patches.PROJECT.root / "third_party" / repo / ".git").exists():
-        pytest.skip(f"third_party/{repo} is filled, so {repo} is always found")
     file = tmp_path / "README.md"
     file.write_text("")
     monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(file))
@@ -359,11 +362,14 @@ def test_empty_name_of_a_run_is_refused(refused: Refused) -> None:
 
 @pytest.mark.parametrize(("words", "repo"), NEED_THE_CODE)
 def test_code_that_must_run_and_is_nowhere_is_refused_with_every_place(
-    words: list[str], repo: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    repo: str,
+    refused: Refused,
+    no_submodules: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = patches.PROJECT.root / "third_party" / repo
-    if (own / ".git").exists():
-        pytest.skip(f"third_party/{repo} is filled, so {repo} is always found")
+    own = no_submodules / repo
     folder, shared = tmp_path / "nothing-here", tmp_path / "shared"
     monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(folder))
     configure(monkeypatch, shared)

@@ -405,7 +405,6 @@ def test_run_made_with_other_libraries_is_not_continued(
     assert "libraries is " in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that_says_so(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

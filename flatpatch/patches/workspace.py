@@ -39,6 +39,10 @@ class Workspace:
         """Return the folder with a repository's series and patches."""
         return self.root / "patches" / repo
 
+    def submodule(self, repo: str) -> Path:
+        """Return the project's own folder for a repository's checkout, filled or not."""
+        return self.root / "third_party" / repo
+
     def repositories(self) -> list[str]:
         """Return the names of the repositories that have a series."""
         return sorted(series.parent.name for series in (self.root / "patches").glob("*/series"))
@@ -119,7 +123,7 @@ def find_checkout(repo: str, *, workspace: Workspace = PROJECT) -> Path:
             return checkout
         tried.append(f"{source}={folder}: {lack}")
         lacking[source] = checkout
-    checkout = workspace.root / "third_party" / repo
+    checkout = workspace.submodule(repo)
     if not (checkout / ".git").exists():
         if checkout.is_dir() and any(checkout.iterdir()):
             tried.append(f"{checkout}: is not a git checkout")
@@ -171,7 +175,7 @@ def passed_over(repo: str, *, workspace: Workspace = PROJECT) -> list[str]:
         if not (lack := _lack(checkout)):
             return list(found)
         found[f"{source}={folder} has no {repo}: {lack}"] = checkout
-    own = (workspace.root / "third_party" / repo).resolve()  # named or not, it is looked at, and filled
+    own = workspace.submodule(repo).resolve()  # named or not, it is looked at, and filled
     return [said for said, checkout in found.items() if checkout != own]
 
 
