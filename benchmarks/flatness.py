@@ -45,6 +45,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from key_values import CLOCKS, DEVICES, read_settings
+
 DEFAULTS: dict[str, Any] = {
     "jobs": "eigenvalues,trace,density",
     "tools": "all",
@@ -61,20 +63,11 @@ DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "out": "runs/benchmarks/flatness.json",
 }
+CHOICES = {"scope": ("adapter", "model"), "device": DEVICES, "clock": CLOCKS}
 WIDTH, HEADS, VOCABULARY, CLASSES, RANK = 128, 4, 1000, 2, 8
 VALUES, PROBES, STEPS, VECTORS = 5, 4, 50, 30
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-
-def read_settings(words: list[str]) -> SimpleNamespace:
-    settings = dict(DEFAULTS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in DEFAULTS or not equals:
-            sys.exit(f"{word!r} is not one of the settings {', '.join(DEFAULTS)} as key=value.\n\n{__doc__}")
-        settings[key] = type(DEFAULTS[key])(value)
-    return SimpleNamespace(**settings)
 
 
 def make_model(layers: int) -> Any:
@@ -305,7 +298,7 @@ def accuracy(bench: _Bench, job: str, result: Any, reference: Any) -> dict[str, 
 
 
 def main(words: list[str]) -> None:
-    settings = read_settings(words)
+    settings = read_settings(words, DEFAULTS, __doc__, CHOICES)
     chosen = list(TOOLS) if settings.tools == "all" else settings.tools.split(",")
     if unknown := set(chosen) - set(TOOLS):
         sys.exit(f"unknown tools {sorted(unknown)}; known: {', '.join(TOOLS)}")

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from key_values import CLOCKS, DEVICES, read_settings
+
 DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "size": "small",
@@ -41,7 +43,7 @@ SIZES = {
     "small": {"d_model": 192, "d_kv": 32, "d_ff": 512, "num_layers": 6, "num_heads": 6, "vocab_size": 512},
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128},
 }
-CHOICES: dict[str, Any] = {"device": ("cpu", "cuda"), "size": SIZES, "clock": ("wall", "cpu")}
+CHOICES: dict[str, Any] = {"device": DEVICES, "size": SIZES, "clock": CLOCKS}
 # Where each part's work is done: module, class (or none), function.
 PARTS = {
     "content sums": [("operator", "HessianOperator", "_sums")],
@@ -60,19 +62,6 @@ PARTS = {
 STATE, REST = "model's state", "rest"
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-
-def read_settings(words: list[str]) -> SimpleNamespace:
-    settings = dict(DEFAULTS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in DEFAULTS or not equals:
-            sys.exit(f"{word!r} is not one of the settings {', '.join(DEFAULTS)} as key=value.\n\n{__doc__}")
-        allowed = CHOICES.get(key)
-        if (allowed and value not in allowed) or (isinstance(DEFAULTS[key], int) and not value.isdigit()):
-            sys.exit(f"{word} is not {'one of ' + ', '.join(allowed) if allowed else 'a whole number'}")
-        settings[key] = type(DEFAULTS[key])(value)
-    return SimpleNamespace(**settings)
 
 
 class Split:
@@ -191,7 +180,7 @@ def print_split(name: str, undisturbed: float, split: dict[str, float], products
 
 
 def main(words: list[str]) -> None:
-    settings = read_settings(words)
+    settings = read_settings(words, DEFAULTS, __doc__, CHOICES)
     import torch
 
     torch.set_num_threads(settings.threads)

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from key_values import DEVICES, read_settings
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,13 +37,14 @@ from flatpatch.flatness.problem import Problem, supervised_loss
 
 DEFAULTS = {
     "scope": "adapter",
-    "side": "25",
-    "samples": "256",
-    "batch": "64",
-    "rounds": "3",
-    "threads": "1",
+    "side": 25,
+    "samples": 256,
+    "batch": 64,
+    "rounds": 3,
+    "threads": 1,
     "device": "cpu",
 }
+CHOICES = {"scope": ("adapter", "merged", "model"), "device": DEVICES}
 WIDTH, HEADS, LAYERS, VOCABULARY, CLASSES, RANK, LENGTH = 128, 4, 4, 1000, 10, 8, 32
 
 
@@ -92,12 +94,10 @@ class Classifier(nn.Module):
 
 def main(words: list[str]) -> None:
     """Run the rounds and print the ratios."""
-    settings = DEFAULTS | dict(word.split("=", 1) for word in words)
-    if unknown := settings.keys() - DEFAULTS.keys():
-        sys.exit(f"unknown settings {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
-    side, samples, batch, rounds = (int(settings[key]) for key in ("side", "samples", "batch", "rounds"))
-    device = torch.device(settings["device"])
-    torch.set_num_threads(int(settings["threads"]))
+    settings = read_settings(words, DEFAULTS, __doc__, CHOICES)
+    side, samples, batch, rounds = settings.side, settings.samples, settings.batch, settings.rounds
+    device = torch.device(settings.device)
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     model = Classifier().to(device)
     for name, parameter in model.named_parameters():
@@ -105,7 +105,7 @@ def main(words: list[str]) -> None:
     inputs = torch.randint(VOCABULARY, (samples, LENGTH), device=device).split(batch)
     targets = torch.randint(CLASSES, (samples,), device=device).split(batch)
     batches = list(zip(inputs, targets, strict=True))
-    problem = Problem(model, batches, supervised_loss(F.cross_entropy), scope=settings["scope"])
+    problem = Problem(model, batches, supervised_loss(F.cross_entropy), scope=settings.scope)
     directions = [random_direction(problem, seed=seed) for seed in (0, 1)]
     axis = np.linspace(-1, 1, side)
 

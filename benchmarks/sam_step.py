@@ -32,6 +32,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from key_values import CLOCKS, read_settings
+
 DEFAULTS: dict[str, Any] = {
     "size": "small",
     "device": "",
@@ -53,22 +55,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "medium": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128},
     "t5-large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128},
 }
-
-
-def read_settings(words: list[str]) -> SimpleNamespace:
-    settings = dict(DEFAULTS)
-    for word in words:
-        key, separator, value = word.partition("=")
-        if key in ("-h", "--help"):
-            print(__doc__)
-            raise SystemExit(0)
-        if not separator or key not in settings:
-            raise SystemExit(f"unknown setting {word!r}. Known settings: {', '.join(settings)} (key=value)")
-        kind = type(settings[key])
-        settings[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-    if settings["size"] not in SIZES:
-        raise SystemExit(f"size={settings['size']} is not one of {', '.join(SIZES)}")
-    return SimpleNamespace(**settings)
 
 
 def make_model(settings: SimpleNamespace, torch: Any) -> Any:
@@ -208,7 +194,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    settings = read_settings(sys.argv[1:])
+    settings = read_settings(sys.argv[1:], DEFAULTS, __doc__, {"size": SIZES, "clock": CLOCKS})
     warnings.filterwarnings("ignore")
     import torch
 

@@ -39,6 +39,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from key_values import CLOCKS, read_settings
 from sam_step import SIZES, quartiles
 
 DEFAULTS: dict[str, Any] = {
@@ -70,26 +71,7 @@ PARTS = (
 )
 
 
-def read_settings(words: list[str]) -> SimpleNamespace:
-    settings = dict(DEFAULTS)
-    for word in words:
-        key, separator, value = word.partition("=")
-        if key in ("-h", "--help"):
-            print(__doc__)
-            raise SystemExit(0)
-        if not separator or key not in settings:
-            raise SystemExit(f"unknown setting {word!r}. Known settings: {', '.join(settings)} (key=value)")
-        kind = type(settings[key])
-        settings[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-    if settings["size"] not in SIZES:
-        raise SystemExit(f"size={settings['size']} is not one of {', '.join(SIZES)}")
-    if settings["trainer"] not in ("auto", "upstream", "transformers"):
-        raise SystemExit(f"trainer={settings['trainer']} is not one of auto, upstream, transformers")
-    if settings["clock"] not in ("wall", "cpu"):
-        raise SystemExit(f"clock={settings['clock']} is not one of wall, cpu")
-    if settings["warmup"] < 2 or settings["steps"] < 4:
-        raise SystemExit("warmup= is at least 2 and steps= at least 4, half of them without SAM")
-    return SimpleNamespace(**settings)
+CHOICES = {"size": SIZES, "trainer": ("auto", "upstream", "transformers"), "clock": CLOCKS}
 
 
 class Times:
@@ -258,7 +240,7 @@ def instrument(trainer: Any, settings: SimpleNamespace, times: Times) -> None:
             yield report
         finally:
             with times.part("restore"):
-                ascent.__exit__(None, None, None)
+                ascent.__exit__(*sys.exc_info())
 
     trainer.get_train_dataloader = Fetching
     trainer._prepare_inputs = times.charged("data", trainer._prepare_inputs)
@@ -339,7 +321,9 @@ def print_table(found: dict[str, Any], clocks: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    settings = read_settings(sys.argv[1:])
+    settings = read_settings(sys.argv[1:], DEFAULTS, __doc__, CHOICES)
+    if settings.warmup < 2 or settings.steps < 4:
+        raise SystemExit("warmup= is at least 2 and steps= at least 4, half of them without SAM")
     warnings.filterwarnings("ignore")
     os.environ.setdefault("WANDB_DISABLED", "true")
     import torch

@@ -14,6 +14,11 @@ from flatpatch.flatness import HessianOperator, Problem
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "hessian_split.py"
 
 
+@pytest.fixture(autouse=True)
+def beside_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARK.parent)  # as Python does for a script
+
+
 @pytest.mark.slow
 def test_the_split_of_every_way_adds_up_and_nothing_stays_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = import_file(BENCHMARK, "benchmark_hessian_split")
@@ -36,11 +41,12 @@ def test_the_split_of_every_way_adds_up_and_nothing_stays_replaced(capsys: pytes
 def test_a_mistyped_setting_of_the_benchmark_is_named() -> None:
     benchmark = import_file(BENCHMARK, "benchmark_hessian_split")
     with pytest.raises(SystemExit, match="'blcoks=1' is not one of the settings device, size"):
-        benchmark.read_settings(["blcoks=1"])
+        benchmark.main(["blcoks=1"])
 
 
-@pytest.mark.parametrize("word", ["size=huge", "device=tpu", "clock=sun", "rounds=some"])
-def test_a_value_that_the_benchmark_cannot_use_is_named(word: str) -> None:
-    benchmark = import_file(BENCHMARK, "benchmark_hessian_split")
-    with pytest.raises(SystemExit, match=f"{word} is not (one of|a whole number)"):
-        benchmark.read_settings([word])
+@pytest.mark.parametrize("name", ["hessian_split", "flatness", "landscape"])
+@pytest.mark.parametrize("word", ["scope=huge", "size=huge", "device=tpu", "rounds=some"])
+def test_a_value_that_the_benchmark_cannot_use_is_named(name: str, word: str) -> None:
+    benchmark = import_file(BENCHMARK.with_name(f"{name}.py"), f"benchmark_{name}")
+    with pytest.raises(SystemExit, match=f"{word}'? is not (one of|a whole number)"):
+        benchmark.main([word])
