@@ -6,9 +6,8 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from flatpatch import telling
 from flatpatch.errors import DiskFull, FlatpatchError, UserError, did_you_mean, no_room, unprintable
-from flatpatch.terminal import Lasting
+from flatpatch.terminal import Lasting, quietly, without_quiet
 
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
@@ -78,9 +77,9 @@ NEEDS = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a FlatpatchError becomes one message."""
     arguments = list(sys.argv[1:] if words is None else words)
-    arguments, quiet = telling.without_word(arguments)
+    arguments, quiet = without_quiet(arguments)
     try:
-        with telling.quietly(quiet):
+        with quietly(quiet):
             code = _dispatch(arguments)
             sys.stdout.flush()  # what cannot be written is said here, not by Python when it ends
             return code

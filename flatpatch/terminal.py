@@ -1,12 +1,49 @@
-"""What this program prints to: it goes on when nobody reads any more, and says when nothing can be written."""
+"""What this program prints, and what it prints to.
+
+Results, warnings and errors are printed whatever the user asked for. How the work goes on, and where its files are, is
+said by ``say``, and with ``--quiet`` not at all.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from flatpatch.errors import DiskFull
+
+QUIET_WORDS = ("--quiet", "-q")
+_quiet = False
+
+
+def is_quiet() -> bool:
+    """Tell whether the result alone is asked for."""
+    return _quiet
+
+
+def say(text: str = "") -> None:
+    """Print a line beside the result, at once, unless the result alone is asked for."""
+    if not _quiet:
+        print(text, flush=True)
+
+
+def without_quiet(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Return a verb's words without the one that asks for quiet, and whether it was among them."""
+    kept = [word for word in words if word not in QUIET_WORDS]
+    return kept, len(kept) < len(words)
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Inside the block say nothing beside the result, if so asked."""
+    global _quiet
+    before, _quiet = _quiet, quiet
+    try:
+        yield
+    finally:
+        _quiet = before
 
 
 class Lasting:

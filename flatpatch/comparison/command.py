@@ -19,7 +19,7 @@ from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import named_runs, repeated, split_word
-from flatpatch.telling import say
+from flatpatch.terminal import say
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
        python -m flatpatch compare log=FILE [key=value ...] [--require reproduced]

@@ -50,7 +50,7 @@ from flatpatch.runs.record import (
 )
 from flatpatch.runs.supervise import Supervised
 from flatpatch.runs.vision_plan import CONFIG, VisionPlan, written_config
-from flatpatch.telling import is_quiet, say
+from flatpatch.terminal import is_quiet, say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15

@@ -9,7 +9,7 @@ from typing import Any
 from flatpatch.report.figures import draw_run
 from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.records import read_step_metrics
-from flatpatch.telling import say
+from flatpatch.terminal import say
 
 
 def leave_figures(folder: Path, record: Mapping[str, Any]) -> list[Path]:

@@ -55,7 +55,7 @@ from flatpatch.runs.plan import folder_problems, unwritable
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import is_disk_full, write_atomically, write_record
 from flatpatch.runs.trained import FinishedRun, check_against_run, find_run, names_of
-from flatpatch.telling import is_quiet, say
+from flatpatch.terminal import is_quiet, say
 
 SCHEMA = 1
 COMPARISON = "comparison.json"

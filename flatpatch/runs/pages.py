@@ -13,7 +13,7 @@ from flatpatch.report.groups import Group, Run, group_runs, read_run
 from flatpatch.report.page import make_page, work
 from flatpatch.runs.progress import Progress
 from flatpatch.runs.record import write_atomically
-from flatpatch.telling import say
+from flatpatch.terminal import say
 
 PAGE = "report.html"
 _TITLES = {name: method.title for name, method in METHODS.items()}

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from flatpatch.telling import is_quiet
+from flatpatch.terminal import is_quiet
 
 # The parts of a run as the processes that do them write it, and as they are shown. What comes after the first word,
 # such as "before" of "measure before", stays.

@@ -23,7 +23,7 @@ from flatpatch.runs.pages import leave_page, place_of, write_page
 from flatpatch.runs.plan import Plan, make_plan, render, unwritable
 from flatpatch.runs.record import check_continues, compared_settings
 from flatpatch.settings import PLACES, Request, given_twice, named_runs, once, parse, repeated, shown, split_word, told
-from flatpatch.telling import say
+from flatpatch.terminal import say
 
 MANY = 1_000  # runs that need a word more
 MOST = 10_000  # runs that are planned at all

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from report_page import make_four
 
-from flatpatch import telling
+from flatpatch import terminal
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.runs import pages, progress, sweep
@@ -16,23 +16,23 @@ from flatpatch.runs.progress import Progress
 
 
 def test_what_is_said_is_kept_back_inside_the_block_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError), telling.quietly(True):
-        telling.say("inside")
+    with pytest.raises(UserError), terminal.quietly(True):
+        terminal.say("inside")
         raise UserError("an error")
-    telling.say("after it")
+    terminal.say("after it")
     assert capsys.readouterr().out == "after it\n"
 
 
-@pytest.mark.parametrize("word", telling.WORDS)
-def test_word_is_taken_out_wherever_it_stands(word: str) -> None:
-    assert telling.without_word(["run", word, "rho=1"]) == (["run", "rho=1"], True)
-    assert telling.without_word(["run", "rho=1"]) == (["run", "rho=1"], False)
+@pytest.mark.parametrize("word", terminal.QUIET_WORDS)
+def test_word_for_quiet_is_taken_out_wherever_it_stands(word: str) -> None:
+    assert terminal.without_quiet(["run", word, "rho=1"]) == (["run", "rho=1"], True)
+    assert terminal.without_quiet(["run", "rho=1"]) == (["run", "rho=1"], False)
 
 
 def test_work_that_is_told_of_stays_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     for quiet in (True, False):
-        with telling.quietly(quiet), Progress("page", "figure") as shown:
+        with terminal.quietly(quiet), Progress("page", "figure") as shown:
             shown.update("drawing", 1, 2)
         assert bool(capsys.readouterr().err) != quiet
 
