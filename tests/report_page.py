@@ -1,4 +1,4 @@
-"""Runs in folders, and a reader of the page made of them, for the tests of the HTML report."""
+"""Runs in folders, and readers of the page and the figures made of them, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from report_records import ORDER_1, make_record, make_steps
 
 from flatpatch.continual.metrics import from_lists, summarise
@@ -157,3 +158,9 @@ class Reader(HTMLParser):
     def words(self) -> str:
         """All text that is shown."""
         return " ".join(" ".join(self.text).split())
+
+
+def small_print(figure: Figure) -> str:
+    """Return what stands below a figure, in one line."""
+    texts = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
+    return " ".join(" ".join(texts).split())

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from report_page import small_print
 from report_records import make_quick_record, make_record
 
 from flatpatch.errors import UserError
 from flatpatch.report import flatness_figures
-from flatpatch.report.drawing import small_print
 from flatpatch.report.flatness_figures import (
     Grid,
     describe_variation,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from report_page import small_print
 from report_records import make_quick_record, make_record
 
-from flatpatch.report.drawing import BELOW, constant, finish, remove, save, small_print
+from flatpatch.report.drawing import BELOW, constant, finish, remove, save
 
 LONG_NOTE = "QUICK AND REFERENCE AND OFF-PROTOCOL RUN, not comparable with the paper's numbers. " * 3
 

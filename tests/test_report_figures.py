@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from matplotlib.text import Text
+from report_page import small_print
 from report_records import LONG, ORDER_1, make_quick_record, make_record, make_steps
 
-from flatpatch.report.drawing import small_print
 from flatpatch.report.figures import (
     draw_run,
     make_accuracy_figure,
@@ -265,9 +265,7 @@ def test_panels_without_change_are_not_drawn_and_their_value_is_said():
     exact = {"perturbation_norm": 0.05, "effective_perturbation_norm": 0.05 + 1e-9, "perturbation_cosine": 1 - 1e-12}
     figure = make_perturbation_figure(make_record(), [{**row, **exact} for row in make_steps()])
     assert [axes.get_ylabel() for axes in figure.axes] == ["gradient norm"]
-    assert "the same everywhere to a thousandth: perturbation norm = 0.05; cosine, effective to intended = 1." in (
-        small_print(figure)
-    )
+    assert "constant to a thousandth: perturbation norm = 0.05; cosine, effective to intended = 1." in (small_print(figure))
 
     assert figure.get_suptitle() == "Gradient norm under SAM"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from report_page import Reader, flatness_entry, make_four, seeded, with_average, write_run
+from report_page import Reader, flatness_entry, make_four, seeded, small_print, with_average, write_run
 from report_records import LONG, ORDER_1, make_quick_record, make_record, make_steps
 
 from flatpatch.__main__ import main
@@ -22,7 +22,6 @@ from flatpatch.continual import metrics
 from flatpatch.errors import UserError
 from flatpatch.report import page as page_module
 from flatpatch.report import page_figures
-from flatpatch.report.drawing import small_print
 from flatpatch.report.figures import make_matrix_figure
 from flatpatch.report.groups import forgetting_per_task, gaps, group_runs, mean_accuracies, read_run, spread
 from flatpatch.report.page import make_page, work
@@ -307,7 +306,7 @@ def test_flatness_figure_has_one_panel_per_scalar(four):
     assert [one.get_title() for one in axes] == ["top eigenvalue"]
     lines = {line.get_label(): line.get_ydata() for line in axes[0].get_lines()}
     np.testing.assert_allclose(lines["A: SAM off (n = 3), after training the task"], [11, 12, 13, 14])
-    assert "the same everywhere to a thousandth: loss = 0.5." in small_print(figure)
+    assert "constant to a thousandth: loss = 0.5." in small_print(figure)
 
 
 @pytest.mark.parametrize("when", [["after"], ["before", "after"]])

@@ -110,12 +110,6 @@ def _freeze(figure: Figure) -> None:
         axes.set_position((left, bottom, width, height), which="original")
 
 
-def small_print(figure: Figure) -> str:
-    """Return what ``finish`` wrote below a figure, in one line."""
-    texts = [text.get_text() for text in figure.texts if text.get_text() != figure.get_suptitle()]
-    return " ".join(" ".join(texts).split())
-
-
 def save(figure: Figure, path: Path, *, dpi: int) -> list[Path]:
     """Write a figure as PNG and as PDF.
 
@@ -143,7 +137,7 @@ def remove(path: Path) -> None:
 def not_drawn(values: Mapping[str, float]) -> str:
     """Return a sentence on measurements without a panel of their own, by their names in words; empty for none."""
     said = "; ".join(f"{name} = {value:.4g}" for name, value in values.items())
-    return f"Without a panel, as the same everywhere to a thousandth: {said}." if said else ""
+    return f"Not drawn, since constant to a thousandth: {said}." if said else ""
 
 
 def constant(values: Sequence[float] | FloatArray) -> float | None:
