@@ -265,7 +265,9 @@ def test_panels_without_change_are_not_drawn_and_their_value_is_said():
     exact = {"perturbation_norm": 0.05, "effective_perturbation_norm": 0.05 + 1e-9, "perturbation_cosine": 1 - 1e-12}
     figure = make_perturbation_figure(make_record(), [{**row, **exact} for row in make_steps()])
     assert [axes.get_ylabel() for axes in figure.axes] == ["gradient norm"]
-    assert "constant to a thousandth: perturbation norm = 0.05; cosine, effective to intended = 1." in (small_print(figure))
+    assert "constant to a thousandth: perturbation norm = 0.05; cosine, effective to intended = 1." in (
+        small_print(figure)
+    )
 
     assert figure.get_suptitle() == "Gradient norm under SAM"
 

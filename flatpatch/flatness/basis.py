@@ -188,7 +188,7 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
         The state, or None if there is no file.
 
     Raises:
-        ValueError: If the file was made with other settings or other weights, or is no checkpoint.
+        ValueError: If the file is of another problem or other settings, or is no checkpoint.
     """
     if path is None or not path.exists():
         return None
@@ -202,7 +202,9 @@ def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
         name for name in {*key, *state["key"]} if not _agree(name, state["key"].get(name), key.get(name))
     )
     if differing:
-        raise ValueError(f"{path} was made with another {', '.join(differing)}: delete it, or name another file.")
+        raise ValueError(
+            f"{path} is of another problem (differing: {', '.join(differing)}). Delete it, or name another."
+        )
     return state
 
 
