@@ -137,7 +137,7 @@ def test_an_interrupted_quadrature_is_continued_and_can_be_given_more_probes(tmp
     assert resumed.products == undisturbed.products == 40
     assert operator.products == 20
     assert quadrature(operator, num_probes=6, **options).nodes.shape == (6, 10)
-    with pytest.raises(ValueError, match="another settings"):
+    with pytest.raises(ValueError, match="differing: settings"):
         quadrature(operator, num_probes=4, num_steps=9, checkpoint=tmp_path / "density.pt")
 
 
