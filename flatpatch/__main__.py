@@ -153,14 +153,14 @@ def _run(words: list[str]) -> int:
         return 0
     dry_run = "--dry-run" in words
     request = settings.parse([word for word in words if word != "--dry-run"])
-    from flatpatch.runs.plan import make_plan, render
+    from flatpatch.families.text.planning import make_plan, render
 
     plan = make_plan(request, dry_run=dry_run)
     if dry_run:
         print(render(plan))
         return 0
-    from flatpatch.runs.execute import execute
-    from flatpatch.runs.pages import leave_page
+    from flatpatch.runner.execute import execute
+    from flatpatch.runner.pages import leave_page
 
     execute(plan)
     leave_page([plan.folder])
@@ -173,7 +173,7 @@ def _sweep(words: list[str]) -> int:
 
         print(SWEEP_USAGE.format(settings=settings.describe()))
         return 0
-    from flatpatch.runs import sweep
+    from flatpatch.runner import sweep
 
     return sweep.sweep(words)
 
@@ -185,20 +185,20 @@ def _compare(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from flatpatch.runs import sweep
+    from flatpatch.runner import sweep
 
     return sweep.show(words)
 
 
 def _measure(words: list[str]) -> int:
-    from flatpatch.runs import measure_words
+    from flatpatch.measurement import words as measure_words
 
     if _asks_for_help(words):
         print(measure_words.usage())
         return 0
     asked = measure_words.parse_words(words)
     measure_words.silence_imports()
-    from flatpatch.runs import measure
+    from flatpatch.measurement import command as measure
 
     return measure.measure(asked)
 
@@ -210,7 +210,7 @@ def _patches(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
-    from flatpatch.runs import doctor
+    from flatpatch.runner import doctor
 
     return doctor.doctor(words)
 

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.measurement.request import KINDS, SCOPES, WHENS, check_request
 from flatpatch.measurement.request import Request as MeasureRequest
-from flatpatch.methods import METHODS, Method
 from flatpatch.report.effects import HOW_MEASURED, idle_settings, why_without_effect, without_effect
+from flatpatch.upstreams import METHODS, Method
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),

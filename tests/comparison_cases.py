@@ -6,12 +6,11 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from report_records import make_record
-
-from flatpatch.continual.metrics import from_lists, summarise, to_lists
-from flatpatch.continual.vision_logs import LoggedRun
+from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.families.vision.splits import HASHES, LOGGED, list_key
+from flatpatch.metrics import from_lists, summarise, to_lists
 from flatpatch.report.baselines import load_baseline
-from flatpatch.report.splits import HASHES, LOGGED, list_key
+from tests.report_records import make_record
 
 Matrix = Sequence[Sequence[float | None]]
 

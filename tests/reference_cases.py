@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from flatpatch.continual.reference import ReferenceTask
-from flatpatch.continual.reference.data import INSTRUCTIONS
+from flatpatch.families.text.reference import ReferenceTask
+from flatpatch.families.text.reference.data import INSTRUCTIONS
 
 TOPICS = {"Sports": ["ball", "goal", "team"], "Science": ["atom", "star", "cell"], "Trade": ["price", "bank", "shop"]}
 MOODS = {"good": ["fine", "happy", "great"], "bad": ["poor", "sad", "awful"]}

@@ -9,7 +9,7 @@ import numpy as np
 from torchvision import transforms
 
 if TYPE_CHECKING:
-    from flatpatch.continual.reference.vision import VisionReference
+    from flatpatch.families.vision.reference import VisionReference
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
 CLASSES = 8
@@ -41,7 +41,7 @@ class TinyImages:
 def make_reference(output: Path, **changes: Any) -> VisionReference:
     """Return the arguments of a run of four tasks of two classes."""
     # Late, for upstream's process needs the images alone.
-    from flatpatch.continual.reference.vision import VisionReference
+    from flatpatch.families.vision.reference import VisionReference
 
     arguments: dict[str, Any] = {
         "method": "inflora",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from report_records import ORDER_1, make_record, make_steps
 
-from flatpatch.continual.metrics import from_lists, summarise
+from flatpatch.metrics import from_lists, summarise
+from tests.report_records import ORDER_1, make_record, make_steps
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 

@@ -7,7 +7,7 @@ import math
 import random
 from typing import Any
 
-from flatpatch.continual.metrics import from_lists, summarise
+from flatpatch.metrics import from_lists, summarise
 
 ORDER_1 = ("dbpedia", "amazon", "yahoo", "agnews")
 LONG = (

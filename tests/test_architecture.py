@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flatpatch"
-SUBJECTS = ("patches", "sam", "flatness", "continual", "report")
+SUBJECTS = ("patches", "sam", "flatness")
 # What every part may use: messages, and the one formula behind each metric's name.
-GROUND = ("flatpatch.errors", "flatpatch.timing", "flatpatch.continual.metrics")
+GROUND = ("flatpatch.errors", "flatpatch.timing", "flatpatch.metrics")
 
 
 def files_of(part: str) -> list[Path]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatpatch.continual import metrics as m
+from flatpatch import metrics as m
 
 NAN = math.nan
 # Best earlier: 90 and 70; last: 93 and 60. So forgetting (-3 + 10) / 2, and BWT (13 - 10) / 2.

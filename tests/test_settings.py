@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flatpatch.errors import UserError
-from flatpatch.runs.sweep import expand
+from flatpatch.runner.sweep import expand
 from flatpatch.settings import CHOICES, Settings, describe, parse, split_word
 
 

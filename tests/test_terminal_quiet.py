@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_page import make_four
 
 from flatpatch import terminal
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.runs import pages, progress, sweep
-from flatpatch.runs.figures import tell_figures
-from flatpatch.runs.progress import Progress
+from flatpatch.runner import pages, progress, sweep
+from flatpatch.runner.figures import tell_figures
+from flatpatch.runner.progress import Progress
+from tests.report_page import make_four
 
 
 def test_what_is_said_is_kept_back_inside_the_block_alone(capsys: pytest.CaptureFixture[str]) -> None:

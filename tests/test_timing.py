@@ -10,14 +10,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import sam_training
 import torch
-from test_hooks_vision import TwoSteps, batches, learner, train_two_steps
 from torch import nn
 
 from flatpatch import hooks, timing
-from flatpatch.continual.reference import training
-from flatpatch.hooks import images, loop, recording
+from flatpatch.families import recording
+from flatpatch.families.text.reference import training
+from flatpatch.families.vision import hook as loop
+from flatpatch.families.vision import places as images
+from tests import sam_training
+from tests.families.vision.test_hook import TwoSteps, batches, learner, train_two_steps
 
 FETCH, FORWARD, UPDATE = 100.0, 3.0, 1.0
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 from torchvision import transforms
-from vision_upstream import TinyImages
+
+from tests.vision_upstream import TinyImages
 
 
 class TenImages(TinyImages):

@@ -14,8 +14,8 @@ from rich.table import Table
 from flatpatch import patches
 from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
-from flatpatch.continual.vision_logs import read_vision_log
 from flatpatch.errors import UserError, did_you_mean, named_path
+from flatpatch.families.vision.logs import read_vision_log
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import named_runs, repeated, split_word

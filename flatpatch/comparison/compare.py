@@ -31,13 +31,13 @@ from flatpatch.comparison.sides import (
     subject_of,
     subject_of_log,
 )
-from flatpatch.continual.vision_logs import LoggedRun
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.families.vision.splits import list_hashes
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.copies import copied, copied_records
 from flatpatch.report.effects import idle_settings
 from flatpatch.report.records import setting
-from flatpatch.report.splits import list_hashes
 from flatpatch.report.titles import labels
 from flatpatch.settings import OF_MEASURING
 

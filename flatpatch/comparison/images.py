@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from flatpatch.report.splits import FOLDER, LISTED, LOGGED, list_hashes, split_of
+from flatpatch.families.vision.splits import FOLDER, LISTED, LOGGED, list_hashes, split_of
 
 _OF_PILOT = ("imagenet_r", "imagenet_a", "vtab")  # CL-LoRA takes them as LAMDA-PILOT splits them
 _OF_THE_PAPER = "which one the paper's runs had is not known"

@@ -1,6 +1,6 @@
 """What is compared: finished runs, runs in an upstream log, shipped runs and rows of a paper, in one form.
 
-All accuracies go through ``flatpatch.continual.metrics``, those of shipped runs too, so that a name means one formula.
+All accuracies go through ``flatpatch.metrics``, those of shipped runs too, so that a name means one formula.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatpatch.continual.metrics import averaged_accuracy_inflora, from_lists, summarise
-from flatpatch.continual.vision_logs import LoggedRun
+from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.metrics import averaged_accuracy_inflora, from_lists, summarise
 from flatpatch.report.baselines import load_baseline
 from flatpatch.report.records import setting
 

@@ -3,7 +3,10 @@
 Importing this package needs the standard library alone; torch is used only once a hook has work to do.
 """
 
-from flatpatch.hooks.images import (
+from flatpatch.families.losses import classification_loss, cllora_distillation_loss, cllora_loss
+from flatpatch.families.text.hook import attach_trainer
+from flatpatch.families.vision.hook import begin_task, end_task, first_pass, second_pass
+from flatpatch.families.vision.places import (
     backbones,
     block_weight,
     data_folder,
@@ -20,9 +23,6 @@ from flatpatch.hooks.images import (
     width,
     workers,
 )
-from flatpatch.hooks.loop import begin_task, end_task, first_pass, second_pass
-from flatpatch.hooks.losses import classification_loss, cllora_distillation_loss, cllora_loss
-from flatpatch.hooks.trainer import attach_trainer
 
 __all__ = [
     "attach_trainer",

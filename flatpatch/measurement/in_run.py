@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.families.sample import SEED, Sample, draw_sample
 from flatpatch.flatness import Loss, model_loss
 from flatpatch.flatness.points import plain
 from flatpatch.measurement import files
 from flatpatch.measurement.guard import random_states_kept, working_copy
 from flatpatch.measurement.request import Request, read_request
-from flatpatch.measurement.sample import SEED, Sample, draw_sample
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
 
 IMAGE_LOSS = (

@@ -41,7 +41,7 @@ from flatpatch.report.groups import (
 from flatpatch.report.records import setting
 from flatpatch.report.titles import in_one_line, of_images, warning
 
-# Title, whether more is better, and meaning; the definitions are those of flatpatch.continual.metrics.
+# Title, whether more is better, and meaning; the definitions are those of flatpatch.metrics.
 METRICS: Mapping[str, tuple[str, str, str]] = {
     "average_accuracy": ("average accuracy (%)", "higher", "mean over tasks after the last one; the papers' AA"),
     "sample_weighted_accuracy": (

@@ -407,7 +407,7 @@ def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrong_metrics(record: Mapping[str, Any]) -> Iterator[str]:
     """Say which numbers are not those of the accuracy matrix; what needs more than that cannot be checked here."""
-    from flatpatch.continual.metrics import from_lists, summarise  # numpy, which a mere look at --help needs not load
+    from flatpatch.metrics import from_lists, summarise  # numpy, which a mere look at --help needs not load
 
     of_the_matrix = summarise(from_lists(record["accuracy_matrix"]))
     for name, value in record["metrics"].items():

@@ -1,1 +1,0 @@
-"""Continual learning: accuracy matrices, reference implementations of the methods, tasks and models."""

@@ -1,0 +1,136 @@
+"""What the hooks write of each step: ``metrics.jsonl``, ``progress.json``, and words for first line and summary.
+
+Measurements wait as tensors and are fetched from the device a few steps at a time, so that recording a step does not
+wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flatpatch.contract import write_atomically
+
+BUFFERED_STEPS = 10
+SECONDS_BETWEEN_PROGRESS = 0.5
+
+MEASURED = (
+    "loss",
+    "perturbed_loss",
+    "grad_norm",
+    "perturbation_norm",
+    "effective_perturbation_norm",
+    "perturbation_cosine",
+)
+
+
+class Recorder:
+    """Writes the files of one run."""
+
+    def __init__(self, run: Mapping[str, Any]) -> None:
+        self.last_loss: float | None = None
+        self._metrics, self._progress, self._summary = (Path(run[name]) for name in ("metrics", "progress", "summary"))
+        self._waiting: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+        self._progress_written = -math.inf
+
+    def start(self, after_step: int = 0) -> None:
+        """Begin ``metrics.jsonl``, or go on with an interrupted one after a step."""
+        write_atomically(self._metrics, "".join(_records_until(self._metrics, after_step)))
+
+    def add(self, record: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+        """Put a step in the queue.
+
+        Args:
+            record: What is known of the step: task, step, learning_rate, ``seconds`` (a ``timing.Span``) and others.
+            measured: Names of ``MEASURED`` to 0-dimensional tensors; what is missing becomes null.
+        """
+        self._waiting.append((record, measured))
+        if len(self._waiting) >= BUFFERED_STEPS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch the waiting measurements from the device at once, and append them."""
+        lines = []
+        for (record, _), values in zip(self._waiting, _fetched([row for _, row in self._waiting]), strict=True):
+            measured = {
+                name: value if math.isfinite(value) else None for name, value in zip(MEASURED, values, strict=True)
+            }
+            self.last_loss = measured["loss"]
+            known = {**record, "seconds": float(record["seconds"])}
+            lines.append(json.dumps({"task": record["task"], "step": record["step"], **measured, **known}) + "\n")
+        self._waiting = []
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write("".join(lines))
+
+    def progress_due(self) -> bool:
+        """Whether the last progress was written some time ago."""
+        return time.monotonic() - self._progress_written >= SECONDS_BETWEEN_PROGRESS
+
+    def write_progress(self, phase: str, step: int, total: int | None, **more: Any) -> None:
+        """Say how far the run is."""
+        self._progress_written = time.monotonic()
+        progress = {"phase": phase, "step": step, "total": total, "loss": self.last_loss if phase == "train" else None}
+        write_atomically(self._progress, json.dumps(progress | more) + "\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Say what was done, and with how many threads, on which the numbers depend."""
+        import torch
+
+        told = {**summary, "threads": torch.get_num_threads()}
+        write_atomically(self._summary, json.dumps(told, indent=2) + "\n")
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Name the kind of SAM, its radius and its scope."""
+    if settings["kind"] == "off":
+        return "SAM off"
+    eta = f" eta={settings['eta']:g}" if settings["kind"] == "asam" else ""
+    return f"{settings['kind'].upper()} rho={settings['rho']:g}{eta} scope={settings['scope']}"
+
+
+def counts(trainable: Sequence[Any], perturbed: Sequence[Any]) -> dict[str, int]:
+    """Count the entries of the weights that are trained and perturbed."""
+    return {
+        "trainable_parameters": sum(p.numel() for p in trainable),
+        "perturbed_parameters": sum(p.numel() for p in perturbed),
+    }
+
+
+def dtypes(parameters: Sequence[Any]) -> str:
+    """Name the types of weights."""
+    return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+
+
+def announce(words: str) -> None:
+    """Print one line of its own, although a progress bar may already stand in this one."""
+    print(f"\nflatpatch: {words}", flush=True)
+
+
+def _fetched(rows: list[Mapping[str, Any]]) -> list[list[float]]:
+    """Fetch the measurements of all steps with one transfer."""
+    if not rows:
+        return []
+    import torch
+
+    tensors = [value for row in rows for value in row.values()]
+    device = tensors[0].device if tensors else "cpu"
+    nan = torch.full((), math.nan, dtype=torch.float64, device=device)
+    grid = [torch.stack([row.get(name, nan).to(device, torch.float64) for name in MEASURED]) for row in rows]
+    fetched: list[list[float]] = torch.stack(grid).tolist()
+    return fetched
+
+
+def _records_until(path: Path, step: int) -> list[str]:
+    """The lines of an interrupted record up to a step; a torn last line is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    return kept

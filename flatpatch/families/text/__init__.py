@@ -1,0 +1,1 @@
+"""Repositories driven by shell scripts around Hugging Face's Trainer."""

@@ -1,0 +1,21 @@
+"""Sequential LoRA: one adapter, trained on each task from where the last one left it, with no penalty.
+
+The lower baseline of O-LoRA's paper (arXiv:2310.14152, "SeqLoRA").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatpatch.families.text.reference.adapters import LayerMatrices
+
+KEEPS_OLD = False
+
+
+def penalty(layers: Sequence[LayerMatrices], lamda_1: float, lamda_2: float) -> Tensor:
+    """Return zero: nothing is penalised."""
+    del lamda_1, lamda_2
+    return torch.zeros((), dtype=layers[0].A.dtype, device=layers[0].A.device)

@@ -1,0 +1,284 @@
+"""The hooks in a training loop written out by hand: SAM around each of its steps, and a record of each step.
+
+The loop's own forward and backward pass is the first of SAM's two. Between its ``backward()`` and its ``step()`` the
+hook takes the second: at the perturbed weights it computes the loss that the loop computed, and leaves the gradient
+found there. So every statement of upstream still runs, in its order, and ``step()`` is upstream's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flatpatch import timing
+from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.families.losses import classification_loss
+from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes
+from flatpatch.families.vision.keeping import keep_model
+from flatpatch.families.vision.places import vision_run
+
+
+def begin_task(learner: Any, optimizer: Any, loader: Any, epochs: int, steps_per_batch: int = 1) -> None:
+    """Say that a task's training begins.
+
+    Args:
+        learner: Has ``_network``, ``_cur_task`` (0-based) and ``args``.
+        optimizer: Does the steps of this task.
+        loader: The task's batches.
+        epochs: How often they are gone through.
+        steps_per_batch: Optimizer steps that a batch takes.
+
+    Raises:
+        UserError: If the scope chooses no weight.
+    """
+    run = vision_run()
+    if run is None:
+        return
+    if not _trainings:
+        _trainings.append(_Training(run))
+    _trainings[0].begin_task(learner, optimizer, loader, epochs * len(loader) * steps_per_batch, steps_per_batch > 1)
+
+
+def first_pass(name: str = "task") -> None:
+    """Say that the first forward pass for a loss comes next. A batch begins with the one for "task".
+
+    Args:
+        name: Which loss it is: "task" or "distillation".
+    """
+    if vision_run() is not None:
+        _training().first_pass(name)
+
+
+def second_pass(optimizer: Any, loss: Any, again: Callable[[], Any], name: str = "task") -> None:
+    """Take SAM's second pass, if this step has one, between upstream's ``backward()`` and ``step()``.
+
+    Args:
+        optimizer: Upstream's; its gradients are those of ``loss``.
+        loss: What upstream has differentiated.
+        again: Computes the same loss anew, at the weights as they then are.
+        name: Which loss it is: "task" or "distillation".
+
+    Raises:
+        UserError: If the loss depends on no weight of the scope.
+    """
+    if vision_run() is not None:
+        _training().second_pass(optimizer, loss, again, name)
+
+
+def end_task() -> None:
+    """Say that a task's training has ended."""
+    if vision_run() is not None:
+        _training().end_task()
+
+
+_trainings: list[_Training] = []  # at most one; a process has one run
+
+
+def _training() -> _Training:
+    if not _trainings:
+        raise FlatpatchError("a hook of the training loop was called before begin_task; the patch needs a refresh.")
+    return _trainings[0]
+
+
+class _Training:
+    """One process's training: all tasks of all seeds."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self._run = run
+        self._settings = run["sam"]
+        sam_on = run["vision"]["sam_on"]
+        on = ("task", "distillation") if sam_on == "both" else (sam_on,)
+        self._sharpened = () if self._settings["kind"] == "off" else on
+        self._recorder = Recorder(run)
+        self._recorder.start()
+        self._tasks: list[dict[str, Any]] = []
+        self._pending: tuple[str, dict[str, Any]] | None = None
+        self._earlier: list[tuple[Any, Any]] = []
+        self._random_states: dict[str, Any] = {}
+        self._measurer: Any = None
+        if run.get("measure") is not None:
+            from flatpatch.measurement.in_run import Measurer
+
+            self._measurer = Measurer(run, progress=self._write_measuring)
+
+    def begin_task(self, learner: Any, optimizer: Any, loader: Any, total: int, several_steps: bool) -> None:
+        from flatpatch.sam import select_parameters
+
+        named = [(name, p) for name, p in learner._network.named_parameters() if p.requires_grad]
+        chosen = select_parameters(named, self._settings["scope"]) if self._sharpened else []
+        self._perturbed = [parameter for _, parameter in chosen]
+        self._trainable = [parameter for _, parameter in named]
+        self._task, self._seed = f"task {learner._cur_task + 1}", learner.args["seed"]
+        self._step, self._total = 0, total
+        self._several_steps = several_steps
+        self._fallbacks: Any = 0
+        self._counts = counts(self._trainable, self._perturbed)
+        self._dtype = dtypes(self._perturbed or self._trainable)
+        self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
+        self._learner, self._dataset = learner, getattr(loader, "dataset", None)
+        optimizer.register_step_post_hook(self._after_step)
+        perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
+        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sharpened else ""
+        announce(f"{self._describe()}{on} ({self._dtype}), {self._task}, seed {self._seed}")
+        self._measure("before")
+        self._recorder.write_progress("train", 0, total, task=self._task)
+
+    def first_pass(self, name: str) -> None:
+        if name == "task":
+            self._began = self._now()
+        if not self._sharpened:
+            return
+        from flatpatch.sam import RandomState
+
+        self._random_states[name] = RandomState()
+        if name == "task" and self._several_steps:
+            self._earlier = [(weight, weight.detach().clone()) for weight in self._trainable]
+
+    def second_pass(self, optimizer: Any, loss: Any, again: Callable[[], Any], name: str) -> None:
+        measured = {"loss": loss.detach()}
+        if name in self._sharpened:
+            measured |= self._sharpen(optimizer, again, name)
+        self._pending = (name, measured)
+
+    def _sharpen(self, optimizer: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
+        from flatpatch.sam import RandomState, group_radii, perturbed
+
+        gradients = [weight.grad for weight in self._perturbed]
+        if all(gradient is None for gradient in gradients):
+            raise UserError(
+                f"the {name} loss depends on none of the {len(gradients)} tensors that scope={self._settings['scope']} "
+                "chooses. Choose another scope, or the other step alone with sam_on."
+            )
+        # Upstream computed its distillation loss with the weights that are there, its task loss with earlier ones.
+        earlier = self._earlier if name == "task" else []
+        now = [weight.detach().clone() for weight, _ in earlier]
+        random_state = RandomState()
+        self._random_states[name].restore()
+        step = perturbed(
+            self._perturbed,
+            gradients,
+            rho=group_radii(optimizer, self._perturbed, self._settings["rho"]),
+            adaptive=self._settings["kind"] == "asam",
+            eta=self._settings["eta"],
+        )
+        with step as report:
+            optimizer.zero_grad()
+            with _as_before_the_other_step(earlier, now):
+                loss = again()
+            loss.backward()
+        random_state.restore()
+        self._fallbacks = self._fallbacks + ~report.finite
+        return {
+            "perturbed_loss": loss.detach(),
+            "grad_norm": report.grad_norm,
+            "perturbation_norm": report.perturbation_norm,
+            "effective_perturbation_norm": report.effective_perturbation_norm,
+            "perturbation_cosine": report.perturbation_cosine,
+        }
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if self._pending is None:
+            raise FlatpatchError("upstream took a step without flatpatch.hooks.second_pass; the patch needs a refresh.")
+        (name, measured), self._pending = self._pending, None
+        self._step += 1
+        ended = self._now()
+        record = {
+            "task": self._task,
+            "step": self._step,
+            "learning_rate": float(optimizer.param_groups[0]["lr"]),
+            "seconds": timing.Span(self._began, ended),
+            "seed": self._seed,
+            "loss_name": name,
+        }
+        self._began = ended
+        self._recorder.add(record, measured)
+        if self._recorder.progress_due():
+            self._recorder.flush()
+            self._recorder.write_progress("train", self._step, self._total, task=self._task)
+
+    def _now(self) -> timing.Moment:
+        return timing.Moment(self._trainable[0].device)
+
+    def _describe(self) -> str:
+        on = self._run["vision"]["sam_on"]
+        return describe(self._settings) + (f" sam_on={on}" if self._sharpened and on != "both" else "")
+
+    def end_task(self) -> None:
+        self._recorder.flush()
+        self._earlier = []
+        about = {
+            "steps": self._step,
+            "ascent_fallbacks": int(self._fallbacks),
+            **self._counts,
+            "sam": self._describe(),
+            "launcher": self._launcher,
+            "dtype": self._dtype,
+        }
+        self._tasks.append({"task": self._task, "seed": self._seed, **about})
+        if self._run.get("keep") is not None:
+            network = getattr(self._learner._network, "module", self._learner._network)
+            keep_model(Path(self._run["keep"]), network, self._learner._cur_task)
+        self._measure("after")
+        total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
+        self._recorder.write_summary({**about, **total, "tasks": self._tasks})
+        # What follows is upstream's: features of the task's images, then predictions of all test images seen.
+        self._recorder.write_progress("predict", 0, None, task=self._task)
+
+    def _measure(self, when: str) -> None:
+        """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""
+        if self._measurer is None or not self._measurer.wants(when):
+            return
+        from flatpatch.measurement.in_run import IMAGE_LOSS, images_sample_of
+
+        first_class, last_class = self._learner._known_classes, self._learner._total_classes - 1
+        self._measurer.at(
+            when,
+            task_index=self._learner._cur_task,
+            task=f"{first_class}-{last_class}",
+            model=getattr(self._learner._network, "module", self._learner._network),
+            sample=images_sample_of(self._dataset, first_class),
+            loss=lambda model, batch: classification_loss(model, *batch),
+            loss_name=IMAGE_LOSS,
+        )
+
+    def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
+        if self._recorder.progress_due():
+            self._recorder.write_progress(phase, step, total, task=self._task, note=note)
+
+
+@contextmanager
+def _as_before_the_other_step(earlier: Sequence[tuple[Any, Any]], now: Sequence[Any]) -> Iterator[None]:
+    """Inside the block hold the weights, perturbed as they are, where they were before a step made since.
+
+    CL-LoRA's task loss is computed before its distillation step and differentiated after it, so that its gradient mixes
+    the weights from before (in the activations) with those from after (in the products with them). The loss at the
+    perturbed weights is computed inside the block and differentiated after it, and mixes them likewise. Without a
+    perturbation, then, it is upstream's gradient bit for bit.
+
+    Args:
+        earlier: Weights, and what they were before the step.
+        now: What they are without the perturbation.
+
+    Yields:
+        Nothing.
+    """
+    if not earlier:
+        yield
+        return
+    import torch
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    weights = tuple(weight for weight, _ in earlier)
+    here = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for (weight, before), after, moved in zip(earlier, now, here, strict=True):
+            weight.copy_(before + (moved - after))
+    kept = _unsafe_preserve_version_counter(weights)
+    try:
+        yield
+    finally:
+        with kept, torch.no_grad():
+            for weight, moved in zip(weights, here, strict=True):
+                weight.copy_(moved)

@@ -1,0 +1,59 @@
+"""What an image run keeps of its network after each task, so that the model can be measured when the run is over.
+
+Only what training changed and the task's loss depends on: the frozen ViT comes back from its weights file. InfLoRA's
+earlier adapters stay as they are, so each task keeps its own; of CL-LoRA's, all that the task's forward pass uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from flatpatch.families.recording import announce
+
+# InfLoRA's adapters and classifier of a task; CL-LoRA's present adapters, block weights and classifier.
+_KEPT = (
+    r"(.*\.lora_[AB]_[kv]\.{task}|classifier_pool\.{task}|backbone\.cur_adapter|backbone\.block_weight|proxy_fc)\b.*"
+)
+
+
+def kept_file(folder: Path, task: int) -> Path:
+    """Return the file of a task, counted from 0."""
+    return folder / f"{task + 1}.safetensors"
+
+
+def failure_of(task: int) -> str:
+    """Return how the line begins that says that the model of a task, counted from 0, could not be kept."""
+    return f"FAILED to keep the model after task {task + 1}:"
+
+
+def keep_model(folder: Path, network: Any, task: int) -> None:
+    """Write what the network has learned in a task; if that fails, say so: the training goes on.
+
+    Args:
+        folder: Where; made if it is missing.
+        network: Upstream's, not wrapped. Nothing of it changes.
+        task: Counted from 0.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save
+
+    form = re.compile(_KEPT.format(task=task))
+    kept = {name: parameter for name, parameter in network.named_parameters() if form.fullmatch(name)}
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in kept.items()}
+    trained = [name for name, parameter in kept.items() if parameter.requires_grad]
+    path = kept_file(folder, task)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Its own writer would make a file that nobody else may read.
+        unfinished.write_bytes(save(tensors, metadata={"trained": json.dumps(trained)}))
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        announce(f"{failure_of(task)} {error} (the training goes on)")

@@ -1,0 +1,276 @@
+"""The hooks that let an image repository run elsewhere than at its authors': device, data, model, weights, logs.
+
+None of them changes what is computed where upstream's own settings would have worked. Without ``FLATPATCH_RUN`` each
+returns what it was given.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from flatpatch.contract import VARIABLE, read_description
+from flatpatch.errors import FlatpatchError, UserError
+
+DATASET = "flatpatch_quick"
+
+# What our weights may lack: weights that upstream adds to the ViT, and the head that it does not use.
+_OWN = ("lora_", "cur_adapter.", "block_weight", "_grow", "head.", "fc_norm.")
+
+
+def vision_run() -> dict[str, Any] | None:
+    """Return the run's description, or None where there is no run.
+
+    Returns:
+        The description, with a ``vision`` object.
+
+    Raises:
+        UserError: If the description is not valid, or not that of a vision run.
+    """
+    path = os.environ.get(VARIABLE)
+    return None if path is None else _read(path)
+
+
+@functools.cache
+def _read(path: str) -> dict[str, Any]:
+    run = read_description(Path(path))
+    if "vision" not in run:
+        raise UserError(f"{VARIABLE}={path} has no 'vision', which this repository needs.")
+    return run
+
+
+def _vision() -> dict[str, Any]:
+    """The run's ``vision`` object; empty where there is no run."""
+    run = vision_run()
+    return {} if run is None else run["vision"]
+
+
+def new_log() -> None:
+    """Let the ``logging.basicConfig`` that follows take effect, although an earlier seed has called it."""
+    if vision_run() is None:
+        return
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def place(args: MutableMapping[str, Any]) -> None:
+    """Put the run's device, image-loading processes and data where upstream's arguments name theirs.
+
+    Args:
+        args: Upstream's arguments, in which ``device`` is a list of devices.
+
+    Raises:
+        UserError: If ``./data`` is already there and is not the run's data.
+    """
+    vision = _vision()
+    if vision.get("device") is not None:
+        import torch
+
+        kind, _, numbers = vision["device"].partition(":")
+        args["device"] = [torch.device(kind, int(n)) for n in numbers.split(",")] if numbers else [torch.device(kind)]
+    if vision.get("workers") is not None and "num_workers" in args:
+        args["num_workers"] = vision["workers"]
+    if vision.get("data") is not None:
+        _link(Path("data"), Path(vision["data"]).resolve())
+
+
+def _link(link: Path, folder: Path) -> None:
+    if link.is_symlink() and not link.exists():
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(folder, target_is_directory=True)
+    elif link.resolve() != folder:
+        raise UserError(
+            f"{link.absolute()} is not {folder}, from which the run takes its data. Move it away, or run elsewhere."
+        )
+
+
+def data_folder(path: str) -> str:
+    """Return where a folder named ``/data/...`` or ``./data/...`` by upstream lies."""
+    data = _vision().get("data")
+    if data is None:
+        return path
+    parts = Path(path).parts
+    below = parts[parts.index("data") + 1 :] if "data" in parts else parts
+    return os.path.join(data, *below)
+
+
+def workers(number: int) -> int:
+    """Return the number of processes that load images."""
+    chosen = _vision().get("workers")
+    return number if chosen is None else chosen
+
+
+def serves(name: str) -> bool:
+    """Whether a data set of this name is the run's, not upstream's."""
+    return name.lower() == DATASET and _vision().get("dataset") is not None
+
+
+def dataset() -> Any:
+    """Make the run's data set."""
+    chosen = _vision()["dataset"]
+    module, _, name = chosen["class"].partition(":")
+    return getattr(importlib.import_module(module), name)(seed=chosen["seed"])
+
+
+def resize(args: MutableMapping[str, Any], sizes: MutableMapping[str, Any]) -> None:
+    """Put the run's sizes of the model in the place of upstream's.
+
+    Args:
+        args: Upstream's arguments, whose ``embd_dim`` and ``num_heads`` describe the model too.
+        sizes: Arguments of the ViT.
+    """
+    model = _vision().get("model")
+    if model is not None:
+        sizes.update(model)
+        args.update(embd_dim=model["embed_dim"], num_heads=model["num_heads"])
+
+
+def resized(model_class: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a class of ViTs, or a function that makes one of the run's sizes, whatever sizes it is asked for."""
+    model = _vision().get("model")
+    if model is None:
+        return model_class
+    return lambda **arguments: model_class(**{**arguments, **model})
+
+
+def width(upstream: int) -> int:
+    """Return the width of the ViT's tokens where upstream's code spells its own out."""
+    model = _vision().get("model")
+    return upstream if model is None else model["embed_dim"]
+
+
+def fetches(pretrained: bool) -> bool:
+    """Whether timm is to fetch weights, which it is not where the run has its own or makes a model of other sizes."""
+    vision = _vision()
+    return pretrained and vision.get("weights") is None and vision.get("model") is None
+
+
+def load_weights(model: Any) -> None:
+    """Load the run's weights, if it has any, into a ViT.
+
+    Args:
+        model: Has timm's names of a ViT's weights; for an ``.npz`` file of Google's also timm's ``load_pretrained``.
+
+    Raises:
+        UserError: If the file is not one of such a model.
+    """
+    path = _vision().get("weights")
+    if path is None:
+        return
+    if path.endswith(".npz"):
+        model.load_pretrained(path)
+        return
+    weights = {name: tensor for name, tensor in _read_weights(path).items() if not name.startswith("head.")}
+    theirs = model.state_dict()
+    problems = [f"has an unknown {name}" for name in weights if name not in theirs]
+    problems += [f"has no {name}" for name in theirs if name not in weights and not any(own in name for own in _OWN)]
+    problems += [
+        f"has {name} of shape {tuple(tensor.shape)}, expected {tuple(theirs[name].shape)}"
+        for name, tensor in weights.items()
+        if name in theirs and tensor.shape != theirs[name].shape
+    ]
+    if problems:
+        raise UserError.collect([f"{path} {problem}" for problem in problems])
+    model.load_state_dict(weights, strict=False)
+
+
+def _read_weights(path: str) -> dict[str, Any]:
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    import torch
+
+    weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+def backbones(timm: Any) -> Any:
+    """Return timm, or what stands in for it where the run has its own weights or sizes.
+
+    Args:
+        timm: The library as upstream has imported it.
+
+    Returns:
+        Has timm's ``create_model``.
+    """
+    vision = _vision()
+    if vision.get("weights") is None and vision.get("model") is None:
+        return timm
+
+    def create_model(name: str, pretrained: bool = False, **arguments: Any) -> Any:
+        if vision["model"] is None:
+            model = timm.create_model(name, pretrained=False, **arguments)
+            load_weights(model)
+            return model
+        model = timm.models.vision_transformer.VisionTransformer(**vision["model"], **arguments)
+        load_weights(model)
+        # Split here, because upstream splits these at the width of its own model.
+        return SimpleNamespace(state_dict=lambda: _with_split_attention(model.state_dict()))
+
+    return SimpleNamespace(create_model=create_model)
+
+
+def _with_split_attention(weights: dict[str, Any]) -> dict[str, Any]:
+    split = {}
+    for name, tensor in weights.items():
+        if ".qkv." in name:
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                split[name.replace(".qkv.", f".{part}_proj.")] = third
+        else:
+            split[name] = tensor
+    return split
+
+
+def block_weight(chosen: Any, inputs: Any) -> Any:
+    """Return CL-LoRA's weights of a block's adapters; where it has none, the ones that it puts there, on the device.
+
+    Args:
+        chosen: The weights, or None.
+        inputs: What the block works on, ``(batch, tokens, width)``.
+
+    Returns:
+        A tensor of three weights; None where there is no run.
+    """
+    if chosen is not None or vision_run() is None:
+        return chosen
+    import torch
+
+    return torch.ones(3, device=inputs.device)
+
+
+_kept_versions: list[Any] = []
+
+
+def keep_versions(optimizer: Any) -> None:
+    """Note how often each weight has been written to, before a forward pass whose backward pass follows a step.
+
+    CL-LoRA makes a step between the forward and the backward pass of its task loss. That is possible with the torch
+    that it names (2.0.1, on CUDA), whose optimizers write to all weights at once without counting; newer ones count,
+    and the backward pass refuses. See ``forget_the_step``.
+    """
+    if vision_run() is None:
+        return
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    weights = tuple(weight for group in optimizer.param_groups for weight in group["params"])
+    _kept_versions[:] = [_unsafe_preserve_version_counter(weights)]
+    _kept_versions[0].__enter__()
+
+
+def forget_the_step() -> None:
+    """Put the counts back to where ``keep_versions`` saw them; the weights stay as they are."""
+    if vision_run() is None:
+        return
+    if not _kept_versions:
+        raise FlatpatchError("flatpatch.hooks.forget_the_step was called without keep_versions; refresh the patch.")
+    _kept_versions.pop().__exit__(None, None, None)

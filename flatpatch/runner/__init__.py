@@ -1,0 +1,1 @@
+"""Resolve settings, carry out plans, keep records, resume, sweep."""

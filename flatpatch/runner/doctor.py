@@ -1,0 +1,199 @@
+"""Say what a run would find here, by the checks of the runner itself; changes nothing and fetches nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from flatpatch import patches
+from flatpatch.errors import UserError
+from flatpatch.families.choices import cuda_devices
+from flatpatch.families.text.planning import BYTES_NEEDED, ROOT, headline, make_plan
+from flatpatch.runner.record import check_continues
+from flatpatch.settings import Request, parse
+from flatpatch.upstreams import METHODS
+
+USAGE = """usage: python -m flatpatch doctor [key=value ...]
+
+Says what is here and what is missing, by the checks of the runner itself; changes nothing and fetches nothing. With
+settings it says whether that run could start, else whether profile quick could. Exit code 1 if something stands in
+the way.
+
+  [ok]  as it should be
+  [--]  not here, and not needed for what was asked
+  [NO]  a run is refused because of it, or its numbers would not be those of the locked versions
+
+examples:
+  python -m flatpatch doctor
+  python -m flatpatch doctor method=inflora benchmark=imagenet_r_10 profile=upstream data=/datasets
+"""
+OK, ABSENT, WRONG = "ok", "--", "NO"
+Finding = tuple[str, str]  # one of the three above, and what was found
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Print the findings; returns 1 if something stands in the way."""
+    if "-h" in words or "--help" in words:
+        print(USAGE)
+        return 0
+    request = parse(words) if words else None
+    with patches.nothing_fetched():
+        findings = [*_environment(), *(_of_run(request, words) if request else _of_quick_runs())]
+    for mark, text in findings:
+        print(f"[{mark}] " + text.replace("\n", "\n     "))
+    wrong = sum(mark == WRONG for mark, _ in findings)
+    print(f"\n{wrong} thing(s) to put right." if wrong else "\nNothing stands in the way.")
+    if not request:
+        print("Another profile needs more: python -m flatpatch doctor method=NAME profile=upstream ... says what.")
+    return 1 if wrong else 0
+
+
+def _environment() -> Iterator[Finding]:
+    right = (3, 10) <= sys.version_info[:2] < (3, 12)
+    yield OK if right else WRONG, f"Python {platform.python_version()} (expected 3.10 or 3.11)"
+    problems = lock_problems(ROOT, Path(sys.prefix))
+    for problem in problems:
+        yield WRONG, problem
+    if not problems:
+        yield OK, "libraries as locked"
+    try:
+        patches.check_git()
+    except UserError as error:
+        yield WRONG, str(error)
+    else:
+        yield OK, "git"
+
+
+def _of_quick_runs() -> Iterator[Finding]:
+    for repo in sorted({method.repository for method in METHODS.values() if method.repository}):
+        yield from _of_repository(repo)
+    count = cuda_devices()
+    yield OK if count else ABSENT, f"{count} CUDA device(s)" + ("" if count else ": profile quick runs on the CPU")
+    free = shutil.disk_usage(ROOT).free
+    yield OK if free >= BYTES_NEEDED else WRONG, f"{free / 2**30:.1f} GiB of disk free"
+
+
+def _of_repository(repo: str) -> Iterator[Finding]:
+    here, why = patches.is_available(repo)
+    if not here:
+        alone = [name for name, row in METHODS.items() if row.repository == repo and not row.reference]
+        need = f"method={', '.join(alone)} needs it in every profile" if alone else "profile quick runs without it"
+        yield ABSENT, f"{repo} is not here; {need}. It comes with: git submodule update --init third_party/{repo}"
+        return
+    try:
+        verified = patches.verify(repo)
+    except UserError as error:
+        yield WRONG, f"{repo}: every run of its code is refused: {error}"
+    else:
+        partial = f"; a partial checkout without {len(verified.absent)} of its files" if verified.absent else ""
+        yield OK, f"{repo}: {verified.checkout}, clean and at its pin{partial}"
+    for lack in patches.passed_over(repo):
+        yield ABSENT, f"{lack}; the one above is used"
+
+
+def _of_run(request: Request, words: Sequence[str]) -> Iterator[Finding]:
+    try:
+        plan = make_plan(request, dry_run=True)
+        for lack in plan.lacks:
+            yield WRONG, lack
+        if not plan.lacks:
+            plan = make_plan(request)
+            check_continues(plan.folder, plan)
+    except UserError as error:
+        yield WRONG, str(error)
+        return
+    if not plan.lacks:
+        yield OK, f"{headline(plan)}\nThis run can start: python -m flatpatch run {' '.join(words)}"
+
+
+def lock_problems(root: Path, prefix: Path) -> list[str]:
+    """Return what is wrong with the lock file, and how an environment differs from it.
+
+    Args:
+        root: The project, with ``requirements.lock`` and ``pyproject.toml``.
+        prefix: The environment; its stamp, where the run scripts made it, holds the lock that it was made from.
+    """
+    lock = root / "requirements.lock"
+    undo = f"To undo an edit that is not meant: git -C {root} checkout -- {lock.name}"
+    if not lock.is_file():
+        return [f"{lock} is missing. {undo}"]
+    text = lock.read_text(encoding="utf-8")
+    problems = []
+    if not text.endswith("\n"):
+        problems.append(f"{lock} ends in the middle of a line: it is cut. {undo}")
+    if edited(root, lock.name):
+        problems.append(f"{lock} is not the committed one. {undo}")
+    stamp = prefix / "flatpatch-stamp"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8").partition("\n")[2] != text:
+        problems.append(f"{prefix} was made from another {lock.name}; the next script of run_scripts/ makes it again")
+    locked: dict[str, str] = {}
+    for line in text.splitlines():
+        if match := re.match(r"([A-Za-z0-9_.-]+)==([^\s;]+)(?:\s*;\s*(.+))?", line):
+            name, version, marker = match.groups()
+            if marker is None or Marker(marker).evaluate():
+                locked[canonicalize_name(name)] = version
+            if marker is None or _installed(name) is not None:
+                problems += _another_version(name, version) if canonicalize_name(name) in locked else []
+    lacking = {name: needed for name, needed in _needed(root, locked) if name not in locked}
+    if lacking:
+        said = ", ".join(f"{name} (for {needed})" for name, needed in sorted(lacking.items()))
+        problems.append(f"{lock} is cut or out of date; it lacks {said}. {undo}, or lock anew: make lock")
+    return problems
+
+
+def _another_version(name: str, locked: str) -> list[str]:
+    here = _installed(name) or "missing"
+    return [] if here.split("+")[0] == locked else [f"{name} is {here}, locked is {locked}"]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _needed(root: Path, locked: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each package that the project, or a locked and installed package, asks for, and which of them does."""
+    for name in _direct_dependencies(root / "pyproject.toml"):
+        yield name, "pyproject.toml"
+    for package in locked:
+        if _installed(package) is None:
+            continue
+        for text in importlib.metadata.requires(package) or ():
+            wanted = Requirement(text)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                yield canonicalize_name(wanted.name), package
+
+
+def _direct_dependencies(file: Path) -> list[str]:
+    # Python 3.10 has no reader of TOML; each dependency of this file stands in a line of its own.
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = block[1].splitlines() if block else []
+    found = (re.match(r'\s*"([A-Za-z0-9_.-]+)', line) for line in lines)
+    return [canonicalize_name(match[1]) for match in found if match]
+
+
+def edited(root: Path, name: str) -> bool:
+    """Tell whether a file differs from the commit that is checked out; false where there is no git to ask."""
+    if not (root / ".git").exists():
+        return False
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "--no-optional-locks", "diff", "--quiet", "HEAD", "--", name],
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return False
+    return done.returncode == 1

@@ -1,0 +1,501 @@
+"""Carry out a plan: one subprocess per task, resumable at every task's end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from flatpatch import metrics, patches
+from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
+from flatpatch.families.text import quick
+from flatpatch.families.text.changes import Stage, TaskPlan
+from flatpatch.families.text.planning import Plan, headline
+from flatpatch.families.text.results import read_results
+from flatpatch.families.vision import results as vision_run
+from flatpatch.families.vision.keeping import kept_file
+from flatpatch.families.vision.planning import CONFIG, VisionPlan, written_config
+from flatpatch.measurement import files as measurements
+from flatpatch.measurement.request import WHENS
+from flatpatch.report.table import summary_table
+from flatpatch.runner.figures import leave_figures, tell_figures
+from flatpatch.runner.progress import Progress, in_words
+from flatpatch.runner.record import (
+    LOCK,
+    check_continues,
+    finish_record,
+    is_disk_full,
+    keep_room,
+    new_record,
+    note_restart,
+    read_json,
+    write_atomically,
+    write_last_record,
+    write_record,
+)
+from flatpatch.runner.supervise import Supervised
+from flatpatch.terminal import is_quiet, say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+LOG_LINES_SHOWN = 15
+LOG = "log.txt"
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
+BYTES_OF_LAST_WORDS = 5000
+_STARTS_ANEW = "An image run cannot go on from its middle: it starts anew with its first task."
+_NONE_KEPT = "No task was finished before: the run starts anew with its first task."
+
+
+def execute(plan: Plan) -> dict[str, Any]:
+    """Run every task of a plan that is not finished yet, then write the record, the table and the figures.
+
+    Returns:
+        The finished record.
+
+    Raises:
+        UserError: If the run folder holds another run.
+        FlatpatchError: If a task fails.
+        Interrupted: If a signal asks to stop; says what the same command will do then.
+        DiskFull: If the disk fills up.
+    """
+    old = check_continues(plan.folder, plan)
+    if old is not None and old["status"] == "finished":
+        say(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
+        _show(plan.folder, old)
+        return old
+    say("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]))
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with only_runner(plan.folder), _Stop() as stop:
+        record = new_record(plan)
+        kept = _kept(plan)
+        if old is not None:
+            for note in note_restart(record, old, _tasks_of(plan, kept)):
+                print(f"WARNING: {note}", flush=True)
+            if not kept:
+                say(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT)
+        write_record(plan.folder, record)
+        problem: BaseException | None = None
+        try:
+            keep_room(plan.folder)
+            _run_tasks(plan, record, kept, stop)
+        except BaseException as error:
+            problem = _with_full_disk_named(plan, error)
+        _conclude(plan, record, problem)
+    say()
+    _show(plan.folder, record)
+    return record
+
+
+def _with_full_disk_named(plan: Plan, error: BaseException) -> BaseException:
+    if isinstance(error, DiskFull) or not is_disk_full(error):
+        return error
+    named = DiskFull(f"the disk is full: {error}. {_room_left(plan.folder)} {_way_on(plan)}")
+    named.__cause__ = error
+    return named
+
+
+def _room_left(folder: Path) -> str:
+    """Say how much room there is where a run writes: its folder, and the one for temporary files."""
+    places = dict.fromkeys((folder, Path(tempfile.gettempdir())))
+    free = ", ".join(f"{place} {shutil.disk_usage(place).free / 2**20:.1f} MiB" for place in places)
+    return f"Free are: {free}. Make room, or move the folder to a disk that has some."
+
+
+def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None) -> None:
+    """Write the record of a run that has ended, and raise what ended it."""
+    if problem is not None and (isinstance(problem, DiskFull) or not isinstance(problem, Interrupted)):
+        record["error"] = str(problem)
+    status = "finished" if problem is None else "interrupted" if isinstance(problem, Interrupted) else "failed"
+    finish_record(record, status)
+    try:
+        write_last_record(plan.folder, record)
+    except (OSError, FlatpatchError) as error:
+        if not is_disk_full(error):
+            raise
+        said = f"{problem}\n" if problem else ""
+        raise DiskFull(
+            f"{said}the disk is full, and {plan.folder / 'record.json'} could not be written: it does not say how the "
+            f"run ended. {_room_left(plan.folder)} {_way_on(plan)}"
+        ) from error
+    if problem is not None:
+        raise problem
+
+
+def _show(folder: Path, record: dict[str, Any]) -> None:
+    """Print the table and draw the figures."""
+    print(summary_table(record))
+    say(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
+    tell_figures(leave_figures(folder, record))
+
+
+def _kept(plan: Plan) -> int:
+    """Return how many stages, from the first on, an earlier call finished and left whole."""
+    kept = 0
+    while kept < len(plan.stages) and _is_done(plan, plan.stages[kept]):
+        kept += 1
+    return kept
+
+
+def _tasks_of(plan: Plan, stages: int) -> int:
+    """Return how many tasks the first stages train; an image run's one stage trains them all."""
+    return len(plan.task_names) if isinstance(plan, VisionPlan) and stages else stages
+
+
+def _run_tasks(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
+    prepare_work(plan, plan.folder / "work")
+    # From the first task that is not whole, later ones started from something else: none of their files may stay.
+    for task in plan.stages[kept:]:
+        _end_leftovers(_task_folder(plan, task) / "hook.json")
+        (_task_folder(plan, task) / "done.json").unlink(missing_ok=True)
+    for task in plan.stages[kept:]:
+        shutil.rmtree(_task_folder(plan, task), ignore_errors=True)
+        shutil.rmtree(_output(plan, task), ignore_errors=True)
+        for path in _measured(plan, task):
+            path.unlink(missing_ok=True)
+    for index, task in enumerate(plan.stages):
+        own = _task_folder(plan, task)
+        if index < kept:
+            say(f"{plan.title(task)}: finished before, kept")
+        else:
+            _run_task(plan, index, task, stop)
+        record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
+        _collect(plan, record, index + 1)
+        lost = [*_lost_models(plan, task), *_short_samples(plan, task)]
+        record["notes"] += lost
+        write_record(plan.folder, record)
+        if index >= kept:
+            _say_failures(plan, task)
+            for note in lost:
+                print(f"WARNING: {note}", flush=True)
+
+
+def _say_failures(plan: Plan, task: Stage) -> None:
+    for path in _measured(plan, task):
+        if path.suffix == ".json":
+            for failure in measurements.failures(read_json(path)):
+                print(f"WARNING: not measured: {path.stem}: {failure}", flush=True)
+
+
+def _short_samples(plan: Plan, task: Stage) -> list[str]:
+    """Say where fewer examples were measured than were asked for."""
+    contents = [read_json(path) for path in _measured(plan, task) if path.suffix == ".json"]
+    return list(dict.fromkeys(text for content in contents for text in measurements.shortage(content)))
+
+
+def _lost_models(plan: Plan, stage: Stage) -> list[str]:
+    """Say which models upstream's process could not keep; its training went on without."""
+    if not isinstance(plan, VisionPlan) or plan.verified is None:
+        return []
+    own = _task_folder(plan, stage)
+    return [
+        f"the model after task {index + 1} {name} was not kept, so that the verb measure cannot rebuild it: see "
+        f"{(own / LOG).relative_to(plan.folder)} in the run's folder"
+        for index, name in enumerate(plan.task_names)
+        if not kept_file(own / vision_run.MODELS, index).is_file()
+    ]
+
+
+def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
+    """Lay out a working directory in which upstream's own relative arguments are right.
+
+    Args:
+        plan: What is to run there.
+        work: The directory; made if it is missing.
+        patched: False lays out upstream's code as its authors wrote it, for comparisons.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    links = dict(plan.links)
+    made_here = ["logs_and_outputs", "logs_and_outputs_llama", "initial_model"]
+    if isinstance(plan, VisionPlan):
+        made_here += [vision_run.LOGS, "data"]
+        write_atomically(work / CONFIG, written_config(plan))
+    if plan.verified is not None:
+        built = patches.build(plan.verified.repo, patched=patched)
+        for entry in sorted(built.path.iterdir()):
+            if entry.name.startswith(".") or entry.name in made_here:
+                continue
+            links.setdefault(entry.name, entry)
+    for name, target in links.items():
+        path = work / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            path.unlink()
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    text = not isinstance(plan, VisionPlan)
+    if (
+        text
+        and plan.profile == "quick"
+        and "CL_Benchmark" not in plan.links
+        and not (work / "quick_benchmark").is_dir()
+    ):
+        partial = work / "quick_benchmark.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        quick.write_benchmark(partial)
+        partial.rename(work / "quick_benchmark")
+    for name, splits in plan.task_configs.items():
+        target = work / "task_configs" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for split, pairs in splits.items():
+            config: dict[str, list[dict[str, str]]] = {}
+            for kind, dataset in pairs:
+                config.setdefault(kind, []).append({"sampling strategy": "full", "dataset name": dataset})
+            write_atomically(target / f"{split}_tasks.json", json.dumps(config, indent=2))
+
+
+def _task_folder(plan: Plan, task: Stage) -> Path:
+    return plan.folder / "tasks" / task.folder
+
+
+def _output(plan: Plan, task: Stage) -> Path:
+    """Return the folder that upstream's process fills."""
+    work = plan.folder / "work"
+    return work / task.invocation.get("output_dir") if isinstance(task, TaskPlan) else work / vision_run.LOGS
+
+
+def _measurements(plan: Plan, stage: Stage) -> list[str]:
+    """Return the names of the measuring points that a process of the run may have."""
+    tasks = list(enumerate(plan.task_names))
+    if isinstance(stage, TaskPlan):
+        tasks = [tasks[plan.tasks.index(stage)]]
+    return [measurements.stem(index, name, when) for index, name in tasks for when in WHENS]
+
+
+def _measured(plan: Plan, stage: Stage) -> list[Path]:
+    """Return the files of what was measured in a process of the run."""
+    folder = plan.folder / measurements.FOLDER
+    names = _measurements(plan, stage)
+    return sorted(path for name in names for path in folder.glob(f"{glob.escape(name)}[.-]*"))
+
+
+def _is_done(plan: Plan, task: Stage) -> bool:
+    """Tell whether a task ended well and what it left is still whole."""
+    marker = _task_folder(plan, task) / "done.json"
+    if not marker.is_file():
+        return False
+    try:
+        files = json.loads(marker.read_text(encoding="utf-8"))["files"]
+        return all(_digest(plan.folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
+    own, output = _task_folder(plan, task), _output(plan, task)
+    hook = own / "hook.json"
+    own.mkdir(parents=True)
+    write_atomically(hook, json.dumps(_hook_settings(plan, index, task, own), indent=2))
+    command = plan.command(task, sys.executable, plan.request.settings.port or _free_port())
+    variables = {**os.environ, **plan.environment(), "FLATPATCH_RUN": str(hook)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        variables.pop(name, None)
+    started = time.monotonic()
+    with (own / LOG).open("wb") as log:
+        process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
+        try:
+            _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan), _way_on(plan))
+        finally:
+            process.end()
+            _end_leftovers(hook)
+    if code := process.poll():
+        said = _failure(plan, task, code, own / LOG)
+        if _had_no_room(own / LOG):
+            raise DiskFull(f"the disk is full: {said}\n{_room_left(plan.folder)}")
+        raise FlatpatchError(said)
+    if not (own / "summary.json").is_file():
+        raise FlatpatchError(
+            f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
+            f"See {own / 'log.txt'}, and check the patches: python -m flatpatch patches verify"
+        )
+    seconds = time.monotonic() - started
+    if isinstance(plan, VisionPlan):
+        files = [vision_run.result_file(plan), *sorted((own / vision_run.MODELS).glob("*"))]
+        files += sorted((output / "tasks").glob("*.safetensors"))  # the reference engine's checkpoints
+    else:
+        files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
+        files.append(output / "all_results.json")
+    files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, task)]
+    kept = {str(path.relative_to(plan.folder)): _digest(path) for path in files}
+    write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
+
+
+def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, Any]:
+    settings = plan.request.settings
+    one_task = isinstance(task, TaskPlan)
+    return {
+        "schema": 1,
+        "task_index": index if one_task else None,
+        "task": task.name if one_task else None,
+        "metrics": str(own / "metrics.jsonl"),
+        "progress": str(own / "progress.json"),
+        "summary": str(own / "summary.json"),
+        "sam": {
+            "kind": settings.sam,
+            "rho": settings.rho,
+            "eta": settings.eta,
+            "scope": settings.scope,
+            "sync": settings.sync,
+            "ascent_loss": settings.ascent_loss,
+        },
+        "adapters": settings.adapters,
+        "measure": None
+        if settings.measuring is None
+        else {"request": settings.measuring.as_dict(), "folder": str(plan.folder / measurements.FOLDER)},
+        **({"vision": dict(plan.hook)} if isinstance(plan, VisionPlan) else {}),
+        # The reference engine keeps its own checkpoints.
+        **({"keep": str(own / vision_run.MODELS)} if isinstance(plan, VisionPlan) and plan.verified else {}),
+    }
+
+
+def _shown_names(plan: Plan) -> dict[str, str]:
+    """Return how the tasks of a process that learns several are called; the hooks only count them, from 1."""
+    shown = {}
+    for number, name in enumerate(plan.task_names, 1):
+        shown[name] = shown[f"task {number}"] = f"task {number}/{len(plan.task_names)} {name}"
+    return shown
+
+
+def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str) -> None:
+    """Show the task's progress until it ends; stop it when asked to."""
+    started = time.monotonic()
+    with Progress(title, "step", leave=True) as shown:
+        note = ""
+        last: tuple[Any, ...] = ("starting",)
+        while process.poll() is None:
+            if stop.asked:
+                process.end()
+                raise Interrupted(f"stopped by {stop.asked} during {title}. {way_on}")
+            with contextlib.suppress(OSError, ValueError):
+                state = json.loads(progress.read_text(encoding="utf-8"))
+                if state.get("note", note) != note:
+                    note = state["note"]
+                    if not is_quiet():
+                        tqdm.write(f"{title}: {note}", file=sys.stdout)
+                task = state.get("task") or ""
+                doing = f"{in_words(state['phase'])} {names.get(task, task)}".strip()
+                loss = "" if state.get("loss") is None else f"loss {state['loss']:.3f}"
+                last = (doing, state["step"], state["total"], loss)
+            shown.update(*last)
+            time.sleep(0.2)
+        shown.end()
+    say(f"{title}: {time.monotonic() - started:.0f} s")
+
+
+def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    shown = "\n".join(f"  | {line}" for line in tail)
+    reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+
+
+def _had_no_room(log: Path) -> bool:
+    """Tell whether a process failed for want of room: by its last words, or by what is left where they were to go."""
+    last = log.read_text(encoding="utf-8", errors="replace")[-BYTES_OF_LAST_WORDS:]
+    return any(words in last for words in NO_ROOM) or shutil.disk_usage(log).free < 2**20
+
+
+def _way_on(plan: Plan) -> str:
+    """Return what the same command will do with a run that has stopped."""
+    if isinstance(plan, VisionPlan):  # one process learns all tasks
+        return "An image run cannot go on from its middle: the same command starts it anew."
+    return "The same command continues the run; finished tasks are kept."
+
+
+def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
+    """Put what the first ``count`` tasks measured into the record and into ``metrics.jsonl``."""
+    lines = []
+    for task in plan.stages[:count]:
+        path = _task_folder(plan, task) / "metrics.jsonl"
+        if path.is_file():
+            lines.append(path.read_text(encoding="utf-8"))
+    if isinstance(plan, VisionPlan):
+        lines = vision_run.named_steps(plan, lines)
+    write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
+    record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.stages[:count]]
+    names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
+    record["flatness"] = measurements.read_entries(plan.folder, names)
+    if isinstance(plan, VisionPlan):
+        vision_run.collect(plan, record)
+        return
+    outputs = _output(plan, plan.tasks[0]).parent
+    results = read_results(outputs, [task.name for task in plan.tasks], partial=True)
+    record["accuracy_matrix"] = metrics.to_lists(results.accuracy)
+    record["timing"]["train_seconds"] = list(results.train_seconds)
+    record["timing"]["predict_seconds"] = list(results.predict_seconds)
+    if count == len(plan.tasks):
+        record["metrics"] = metrics.summarise(results.accuracy, sample_weighted=results.sample_weighted)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_leftovers(hook: Path) -> None:
+    """End processes of this task that outlived a runner killed with SIGKILL (Linux; elsewhere none are found)."""
+    mark = f"FLATPATCH_RUN={hook}".encode()
+    for _ in range(50):  # one that is being ended may still have started another
+        found = False
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found = True
+                    os.kill(int(entry.name), signal.SIGKILL)
+        if not found:
+            return
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def only_runner(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((folder / LOCK).open("w"))
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be written: {LOCK}: {error.strerror}.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is running {folder}. Wait for it, or choose another run=NAME.") from error
+        yield
+
+
+class _Stop:
+    """Remembers the first signal that asks to stop, and puts the old handlers back."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        self._old: dict[signal.Signals, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or signal.Signals(number).name
+
+    def __enter__(self) -> _Stop:
+        for number in SIGNALS:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,322 @@
+"""The run's record: written before the start, finished after, always whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flatpatch.errors import DiskFull, FlatpatchError, UserError
+from flatpatch.families.text.planning import Plan, deviations_as_record
+from flatpatch.families.vision.planning import VisionPlan
+from flatpatch.report.effects import without_effect
+from flatpatch.report.records import read_record
+from flatpatch.runner.own_code import other_code, own_code
+
+SCHEMA = 1
+LOCK = ".lock"
+ROOM = ".room"  # kept while a run is at work
+BYTES_OF_ROOM = 2**20
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
+VISION_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
+# Variables of the caller that can change a number.
+TELLING_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
+# What may differ between two calls that continue the same run and yet change its numbers: said, and recorded.
+OF_MACHINE = ("python", "processor", "threads", "gpus", "cuda")
+# What may differ between two calls that continue the same run.
+NOT_COMPARED = ("output", "run", "port", "profile", "engine")  # the last two by what they came to
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between.
+
+    Raises:
+        DiskFull: If the disk is full.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise DiskFull(
+                f"the disk is full: {path} was not written. Free some space and run the same command again."
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether a full disk, or a used up quota, is what an error comes from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
+
+
+def keep_room(folder: Path) -> None:
+    """Take some of the disk, so that the record can still be written when the rest is full."""
+    # Random, since a file system may compress zeros away.
+    (folder / ROOM).write_bytes(os.urandom(BYTES_OF_ROOM))
+
+
+def write_last_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``record.json`` a last time, in the room that was kept for it if need be."""
+    (folder / ROOM).unlink(missing_ok=True)
+    write_record(folder, record)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``record.json`` into a run folder."""
+    write_atomically(folder / "record.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def new_record(plan: Plan) -> dict[str, Any]:
+    """Return the record of a run that is about to start."""
+    verified = plan.verified
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "method": plan.request.settings.method,
+        "benchmark": plan.benchmark,
+        "profile": plan.profile,
+        "profile_reason": plan.profile_reason,
+        "engine": plan.engine,
+        "engine_reason": plan.engine_reason,
+        "labels": list(plan.labels),
+        "settings": plan.request.as_record(),
+        "upstream": None
+        if verified is None
+        else {
+            "repo": verified.repo,
+            "url": verified.url,
+            "pin": verified.pin,
+            "base_tree": verified.base_tree,
+            "patched_tree": verified.patched_tree,
+            "absent_files": list(verified.absent),
+        },
+        "deviations": deviations_as_record(plan),
+        "notes": list(plan.notes),
+        "environment": environment(plan),
+        "seeds": [plan.request.settings.seed],
+        "tasks": list(plan.task_names),
+        "inputs": dict(plan.inputs)
+        if isinstance(plan, VisionPlan)
+        else {name: folder_digest(place) for name, place in sorted(plan.links.items())},
+        "accuracy_matrix": [[None] * len(plan.task_names) for _ in plan.task_names],
+        "metrics": {},
+        "flatness": [],
+        "training": [],
+        "timing": {"started": _now(), "finished": None, "total_seconds": 0.0},
+        "restarts": 0,
+    }
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """Return what the numbers may depend on: versions, hardware, variables."""
+    import torch
+
+    # What the training processes are told, who may not take this one's number of threads.
+    variables = {**{n: os.environ[n] for n in TELLING_VARIABLES if n in os.environ}, **plan.environment()}
+    gpus = [torch.cuda.get_device_name(int(number)) for number in plan.devices] if torch.cuda.is_available() else []
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": plan.threads or _threads_left_to_the_machine(plan),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "device": plan.device,
+        "world_size": plan.world_size,
+        "launcher": plan.launcher,
+        "libraries": {name: _version(name) for name in (VISION_LIBRARIES if plan.method.vision else LIBRARIES)},
+        "flatpatch": own_code(),
+        "variables": variables,
+    }
+
+
+def _threads_left_to_the_machine(plan: Plan) -> int:
+    """Return the threads of a process that flatpatch gives no number; each says its own count in ``training``."""
+    import torch
+
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdecimal():
+        return int(told)
+    by_torchrun = plan.world_size > 1 and "torch.distributed.run" in plan.command(plan.stages[0], "python", 0)
+    return 1 if by_torchrun else torch.get_num_threads()
+
+
+def compared_settings(plan: Plan) -> dict[str, Any]:
+    """Return the settings that must be equal for two calls to be the same run: those that have an effect."""
+    left_out = (*NOT_COMPARED, *_idle(plan))
+    return {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in left_out}
+
+
+def _idle(plan: Plan) -> frozenset[str]:
+    return without_effect(plan.request.settings.sam, plan.request.settings.measure)
+
+
+def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
+    """Return the record that this plan continues, or None for a new run.
+
+    Raises:
+        UserError: If the folder holds something else.
+    """
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER."
+        ) from error
+    if all(name == LOCK for name in names):
+        return None
+    path = folder / "record.json"
+    advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
+    if not os.path.lexists(path):
+        raise UserError(f"the run folder {folder} is occupied: it has files but no record.json. {advice}")
+    old = read_record(folder)
+    theirs = {key: entry["value"] for key, entry in old["settings"].items() if key not in NOT_COMPARED}
+    ours = compared_settings(plan)
+    idle = _idle(plan)
+    different = [
+        f"{key} is {theirs.get(key, '(not given)')!r} there and {ours.get(key, '(not given)')!r} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key) and key not in idle
+    ]
+    for name in ("profile", "engine"):
+        mine = getattr(plan, name)
+        if old.get(name) != mine:
+            different.append(f"{name} is {old.get(name)!r} there and {mine!r} here")
+    here = new_record(plan)
+    for name in ("device", "world_size", "launcher", "libraries"):
+        if old.get("environment", {}).get(name) != here["environment"][name]:
+            different.append(
+                f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here"
+            )
+    if said := other_code(old.get("environment", {}).get("flatpatch"), here["environment"]["flatpatch"]):
+        different.append(said)
+    if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
+        different.append("its deviations from upstream were others")
+    if old.get("inputs") != here["inputs"]:
+        different.append("its model or data were other files")
+    tree = plan.verified.patched_tree if plan.verified else None
+    if (old.get("upstream") or {}).get("patched_tree") != tree:
+        different.append("it was made with another patched tree")
+    if different:
+        raise UserError(f"the run folder {folder} is occupied by another run: {'; '.join(different)}. {advice}")
+    return old
+
+
+def _without_why(deviations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # The reason for an engine tells how it was chosen, which may differ.
+    return [{key: value for key, value in row.items() if key != "why"} for row in deviations]
+
+
+def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return what the numbers may depend on and differs between two calls' machines: ``{name: [before, now]}``."""
+    before, now = old.get("environment", {}), record["environment"]
+    found = {name: [before.get(name), now[name]] for name in OF_MACHINE if before.get(name) != now[name]}
+    theirs, ours = before.get("variables", {}), now["variables"]
+    for name in TELLING_VARIABLES:
+        if "_NUM_THREADS" not in name and theirs.get(name) != ours.get(name):
+            found[name] = [theirs.get(name), ours.get(name)]
+    return found
+
+
+def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> list[str]:
+    """Write into a record that the run was resumed, and return what its reader must know of it.
+
+    Args:
+        record: The record of this call.
+        old: That of the call before.
+        kept: How many tasks were finished before and are kept.
+    """
+    record["restarts"] = old["restarts"] + 1
+    record["timing"]["started"] = old["timing"]["started"]
+    changes = machine_changes(old, record) if 0 < kept < len(record["tasks"]) else {}
+    record["resumed"] = [*old.get("resumed", []), {"at": _now(), "tasks_kept": kept, "machine_changed": changes}]
+    said = [_change_note(row) for row in record["resumed"] if row["machine_changed"]]
+    record["notes"] += said
+    return said[-1:] if changes else []
+
+
+def _change_note(resumed: Mapping[str, Any]) -> str:
+    changes = ", ".join(f"{name} {now} (before: {old})" for name, (old, now) in resumed["machine_changed"].items())
+    return (
+        f"since task {resumed['tasks_kept'] + 1} the run is on another machine or set-up: {changes}. Its results are "
+        "not bit for bit those of a run on one machine"
+    )
+
+
+def finish_record(record: dict[str, Any], status: str) -> None:
+    """Set the status and the time it was reached."""
+    record["status"] = status
+    record["timing"]["finished"] = _now()
+
+
+@functools.cache
+def folder_digest(place: Path) -> str | None:
+    """Return a hash over the names and contents of a folder's files, None where there is no such folder."""
+    if not place.is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
+        total.update(str(path.relative_to(place)).encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                total.update(chunk)
+    return total.hexdigest()
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this program wrote.
+
+    Raises:
+        FlatpatchError: If it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FlatpatchError(f"{path} cannot be read ({error}). Remove it and run the same command again.") from error

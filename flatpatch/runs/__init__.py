@@ -1,1 +1,0 @@
-"""Plan, carry out and record runs."""

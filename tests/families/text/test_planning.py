@@ -1,0 +1,415 @@
+"""Promise P2: every argument comes from upstream's script, and every deviation is recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flatpatch.__main__ import main
+from flatpatch.families.text.planning import Plan, make_plan, render, visible_devices
+from flatpatch.runner.execute import prepare_work
+from flatpatch.runner.record import compared_settings, environment
+from flatpatch.settings import Settings, parse
+from flatpatch.upstreams import METHODS
+
+ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
+
+
+def script_arguments(path: Path) -> list[dict[str, str | None]]:
+    """Read a script's commands a second way: shlex over the joined lines, values by position."""
+    commands = []
+    for line in path.read_text().replace("\\\n", " ").splitlines():
+        if "deepspeed --master_port" not in line or line.lstrip().startswith("#"):
+            continue
+        words = shlex.split(line)
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+        commands.append(arguments(words))
+    return commands
+
+
+def arguments(words: list[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for position, word in enumerate(words):
+        if word.startswith("--"):
+            following = words[position + 1] if position + 1 < len(words) else "--"
+            found[word] = None if following.startswith("--") else following
+    return found
+
+
+def printed_commands(text: str) -> list[dict[str, str | None]]:
+    found = []
+    for line in text.splitlines():
+        if ".py --" in line:
+            words = shlex.split(line)
+            found.append(arguments(words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]))
+    return found
+
+
+def assert_differences_are_recorded(plan: Plan, script: Path) -> None:
+    """The difference between upstream's command and ours is exactly what the deviations say, task by task."""
+    for task, theirs in zip(plan.tasks, script_arguments(script), strict=True):
+        ours = arguments(task.invocation.words())
+        recorded = {d.what: (d.upstream, d.here) for d in plan.deviations if not d.tasks or task.name in d.tasks}
+        recorded = {name: change for name, change in recorded.items() if name.startswith("--")}
+
+        def shown(given: dict[str, str | None], name: str) -> str | None:
+            return (given[name] or "(given)") if name in given else None
+
+        different = {
+            name: (shown(theirs, name), shown(ours, name))
+            for name in {*theirs, *ours}
+            if shown(theirs, name) != shown(ours, name)
+        }
+        assert different == recorded
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "order"), ORDERS)
+def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
+    method: str,
+    order: str,
+    upstream: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkout = upstream(str(METHODS[method].repository))
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 8)
+    assert main(["run", f"method={method}", f"order={order}", "profile=upstream", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    printed = printed_commands(text)
+    # As many GPUs as upstream names, no more: the launcher starts one process on each that it sees.
+    script = (checkout / METHODS[method].scripts[order]).read_text()
+    named = next(line for line in script.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")).split(" ")[0]
+    count = named.count(",") + 1
+    visible = {line.split(" ")[0] for line in text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")}
+    assert visible == {"CUDA_VISIBLE_DEVICES=" + ",".join(str(number) for number in range(count))}
+    theirs = script_arguments(checkout / METHODS[method].scripts[order])
+    assert len(theirs) in (4, 15)
+    # `--master_port` belongs to the launcher; all that follows the entry script is upstream's, to the letter.
+    assert printed == theirs
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "order"), ORDERS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["device=cpu"],
+        ["device=0"],
+        ["device=0", "seed=1", "upstream.num_train_epochs=1"],
+        ["profile=paper", "device=0"],
+        ["device=cpu", "launcher=deepspeed", "processes=2"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_every_deviation_from_the_script_is_recorded(
+    method: str, order: str, words: list[str], upstream: Callable[[str], Path]
+) -> None:
+    checkout = upstream(str(METHODS[method].repository))
+    given = [f"method={method}", f"order={order}", "profile=upstream", "sam=sam", *words]
+    plan = make_plan(parse(given), dry_run=True)
+    assert_differences_are_recorded(plan, checkout / METHODS[method].scripts[order])
+
+
+@pytest.mark.third_party
+def test_quick_profile_differs_from_the_script_by_what_it_records(upstream: Callable[[str], Path]) -> None:
+    checkout = upstream("N-LoRA")
+    plan = make_plan(parse(["method=nlora", "profile=quick", "engine=upstream", "device=cpu"]))
+    assert_differences_are_recorded(plan, checkout / "scripts/order_1.sh")
+    assert plan.labels == ("quick",)
+
+
+@pytest.mark.third_party
+def test_dry_run_from_the_readme_prints_four_commands_and_starts_nothing(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("N-LoRA")
+    words = ["method=nlora", "sam=sam", "order=1", "profile=upstream", f"output={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    text = capsys.readouterr().out
+    assert len(printed_commands(text)) == 4
+    assert "Differences from upstream's own script and requirements:" in text
+    assert "library torch: 2.0.1+cu118 -> " in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.third_party
+def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_protocol(upstream: Callable[[str], Path]) -> None:
+    upstream("O-LoRA")
+    plan = make_plan(parse(["method=olora", "profile=upstream", "device=0,1"]), dry_run=True)
+    for task in plan.tasks:
+        assert task.upstream is not None
+        sizes = [
+            int(i.get("per_device_train_batch_size")) * int(i.get("gradient_accumulation_steps"))
+            for i in (task.upstream, task.invocation)
+        ]
+        assert sizes[0] * 8 == sizes[1] * 2 == 64
+    assert plan.labels == ("off-protocol",)
+
+
+def test_gpus_are_chosen_among_those_the_caller_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc,7")
+    assert visible_devices(("0", "2")) == "4,7"
+    assert visible_devices(("1",)) == "GPU-abc"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices(("0", "2")) == "0,2"
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("words", [["device=cpu"], ["device=0", "launcher=python"], ["device=0", "data=somewhere"]])
+def test_run_that_left_upstreams_setup_is_off_protocol(words: list[str], upstream: Callable[[str], Path]) -> None:
+    upstream("N-LoRA")
+    plan = make_plan(parse(["method=nlora", "profile=upstream", *words]), dry_run=True)
+    assert plan.labels == ("off-protocol",)
+
+
+@pytest.mark.third_party
+def test_selected_tasks_start_from_the_base_model(upstream: Callable[[str], Path]) -> None:
+    upstream("N-LoRA")
+    plan = make_plan(parse(["profile=upstream", "tasks=amazon,agnews", "device=0"]), dry_run=True)
+    assert [task.folder for task in plan.tasks] == ["1-amazon", "2-agnews"]
+    models = [task.invocation.get("model_name_or_path") for task in plan.tasks]
+    assert models == ["initial_model/t5-large", "logs_and_outputs/order_1/outputs/1-amazon/adapter"]
+
+
+@pytest.mark.third_party
+def test_penalty_counted_per_batch_without_deepspeed_is_recorded(upstream: Callable[[str], Path]) -> None:
+    upstream("N-LoRA")
+    words = ["order=llama1", "profile=upstream", "device=0", "launcher=python"]
+    plan = make_plan(parse(words), dry_run=True)
+    assert ("weight of the penalty in a step", "1", "8") in [(d.what, d.upstream, d.here) for d in plan.deviations]
+
+
+@pytest.mark.third_party
+def test_file_that_a_partial_checkout_lacks_is_refused(
+    upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flatpatch import patches
+    from flatpatch.errors import UserError
+    from flatpatch.families.text import quick
+
+    upstream("N-LoRA")
+    verified = replace(patches.verify("N-LoRA"), absent=("CL_Benchmark/TC/agnews/test.json",))
+    monkeypatch.setattr(patches, "verify", lambda _: verified)
+    words = ["profile=upstream", "tasks=agnews", "device=cpu", f"model={quick.MODEL_FOLDER}"]
+    with pytest.raises(UserError, match="is partial and lacks TC/agnews/test.json.* data=FOLDER"):
+        make_plan(parse(words))
+
+
+@pytest.mark.third_party
+def test_edited_patch_is_refused_with_exit_code_2(
+    upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flatpatch import patches
+    from flatpatch.errors import UserError
+
+    upstream("N-LoRA")
+
+    def edited(repo: str) -> None:
+        raise UserError(f"patches/{repo} was edited")
+
+    monkeypatch.setattr(patches, "verify", edited)
+    assert main(["run", "method=nlora", "profile=quick", "engine=upstream"]) == 2
+    assert "was edited" in capsys.readouterr().err
+
+
+def test_auto_says_which_profile_and_engine_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatpatch import patches
+
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/N-LoRA"))
+    plan = make_plan(parse(["method=nlora"]))
+    assert (plan.profile, plan.profile_reason) == ("quick", "no CUDA device here")
+    assert plan.engine == "reference"
+    assert plan.engine_reason == "N-LoRA cannot be had: nothing under third_party/N-LoRA"
+    assert plan.labels == ("quick", "reference")
+
+
+def test_reason_of_several_lines_is_told_in_one_and_doctor_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatpatch import patches
+
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    block = "N-LoRA is not here. Looked in\n    FLATPATCH_THIRD_PARTY: not set\n    third_party/N-LoRA: empty"
+    monkeypatch.setattr(patches, "is_available", lambda repo: (False, block))
+    reason = "N-LoRA cannot be had: N-LoRA is not here (details: python -m flatpatch doctor)"
+    plan = make_plan(parse(["method=nlora", "profile=quick"]))
+    assert plan.engine_reason == reason
+    assert render(plan).count("N-LoRA is not here") == 1
+    assert "Looked in" not in render(plan)
+
+
+def name_of(*words: str) -> str:
+    return make_plan(parse(["profile=quick", "engine=reference", *words])).folder.name
+
+
+def test_names_of_default_runs_stay_as_they_are() -> None:
+    assert name_of() == "nlora-order1-quick-reference-off-seed42"
+    assert name_of("sam=sam", "scope=A") == "nlora-order1-quick-reference-sam-rho0.05-scopeA-seed42"
+    assert name_of("method=inflora", "sam=asam") == "inflora-quick-reference-asam-rho0.05-seed0"
+
+
+@pytest.mark.parametrize("method", ["nlora", "inflora"])
+@pytest.mark.parametrize("sam", ["off", "sam", "asam"])
+def test_setting_given_its_default_makes_no_other_run(method: str, sam: str) -> None:
+    plain = make_plan(parse([f"method={method}", "profile=quick", "engine=reference", f"sam={sam}"]))
+    seed = plain.request.settings.seed
+    known = {item.name: item.default for item in dataclasses.fields(Settings)} | {"seed": seed}
+    given = known | {"method": method, "profile": "quick", "engine": "reference", "sam": sam}
+    words = [f"{key}={value}" for key, value in given.items() if key != "run"]  # its default is no name at all
+    plan = make_plan(parse(words))
+    assert plan.folder == plain.folder
+    assert plan.request.settings == plain.request.settings
+    assert plan.labels == plain.labels
+
+
+def test_setting_without_effect_makes_no_other_run() -> None:
+    idle = ["eta=1", "scope=A", "sync=global", "ascent_loss=task"]
+    assert name_of("rho=0.1", *idle) == name_of()
+    assert name_of("sam=sam", "eta=1") == name_of("sam=sam")
+    names = [name_of("sam=asam"), *(name_of("sam=asam", word) for word in idle)]
+    assert len(set(names)) == 4, "the run has one process, and so nothing to sync"
+
+
+def notes_of(*words: str) -> tuple[str, ...]:
+    return make_plan(parse(["profile=quick", "engine=reference", *words])).notes
+
+
+def test_setting_without_effect_is_said_with_what_would_give_it_one() -> None:
+    assert notes_of() == notes_of("sam=sam", "rho=0.1") == ()
+    assert notes_of("rho=0.1", "sync=global") == (
+        "rho=0.1 has no effect: sam=off. Add sam=sam.",
+        "sync=global has no effect: sam=off. Add sam=sam.",
+    )
+    assert notes_of("sam=sam", "eta=0.2") == ("eta=0.2 has no effect: sam=sam. Add sam=asam.",)
+    assert notes_of("sam=sam", "sync=global") == ("sync=global has no effect: the run has one process",)
+    assert notes_of("port=29501") == ("port=29501 has no effect: the run has one process and no launcher",)
+    assert notes_of("measure_samples=8") == ("measure_samples=8 has no effect: nothing is measured. Add measure=all.",)
+    assert notes_of("method=inflora", "rho=0.1") == ("rho=0.1 has no effect: sam=off. Add sam=sam.",)
+
+
+def test_dry_run_says_which_setting_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "profile=quick", "engine=reference", "rho=0.1", "--dry-run"]) == 0
+    assert "note: rho=0.1 has no effect: sam=off. Add sam=sam." in capsys.readouterr().out.splitlines()
+
+
+def test_key_given_twice_is_said_unless_a_script_gave_it_first() -> None:
+    assert notes_of("sam=sam", "rho=0.05", "rho=0.1") == ("rho= is given more than once (0.05, 0.1): rho=0.1 holds",)
+    assert notes_of("seed=1", "seed=1") == ()
+    forwarded = make_plan(parse(["method=nlora", "sam=sam", "profile=quick", "engine=reference", "sam=off"]))
+    assert forwarded.notes == ()
+
+
+def test_selected_tasks_make_one_run_in_whatever_order_they_are_named() -> None:
+    assert name_of("tasks=agnews,amazon") == name_of("tasks=amazon,agnews") == name_of("tasks=amazon, agnews")
+    assert notes_of("tasks=amazon, agnews") == ()
+    said = "tasks=agnews,amazon are trained in the order's own sequence: amazon > agnews"
+    assert notes_of("tasks=agnews,amazon") == (said,)
+
+
+def test_how_to_measure_makes_no_other_run_where_nothing_is_measured() -> None:
+    how = {"rho": 0.1, "samples": 8, "batch": 2, "effort": "full", "scope": "model", "when": "after"}
+    plain = ["profile=quick", "engine=reference"]
+    words = [*plain, *(f"measure_{key}={value}" for key, value in how.items())]
+    for measured in ([], ["measure=loss"]):
+        one, other = (make_plan(parse([*given, *measured])) for given in (plain, words))
+        assert one.folder == other.folder
+        assert (compared_settings(one) == compared_settings(other)) == (not measured)
+
+
+def test_override_that_names_the_value_there_is_makes_no_other_run() -> None:
+    words = ["profile=quick", "engine=reference"]
+    for method, override in (("nlora", "num_train_epochs=10"), ("inflora", "shuffle=false")):
+        plain = make_plan(parse([f"method={method}", *words]))
+        plan = make_plan(parse([f"method={method}", *words, f"upstream.{override}"]))
+        assert (plan.folder, plan.labels, plan.deviations) == (plain.folder, plain.labels, plain.deviations)
+        assert plan.request.as_record() == plain.request.as_record()
+        assert plan.notes == (f"upstream.{override} changes nothing: the run has that value anyway",)
+
+
+def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    plan = make_plan(parse(["method=seqlora", "order=3"]))
+    assert [task.name for task in plan.tasks] == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert plan.tasks[2].evaluates == (("TC", "yahoo"), ("SC", "amazon"), ("TC", "agnews"))
+    assert plan.tasks[2].invocation.get("model_name_or_path").endswith("2-amazon/adapter")
+
+
+@pytest.mark.third_party
+def test_quick_run_of_upstreams_code_has_the_quick_benchmark_in_its_work_folder(
+    upstream: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Upstream's own benchmark folder stands beside it and must not be taken for data= being set."""
+    upstream("N-LoRA")
+    plan = make_plan(parse(["method=nlora", "profile=quick", "engine=upstream", "device=cpu", f"output={tmp_path}"]))
+    prepare_work(plan, tmp_path / "work")
+    assert (tmp_path / "work" / "CL_Benchmark").is_dir()
+    assert (tmp_path / "work" / plan.tasks[0].invocation.get("data_dir") / "TC" / "dbpedia" / "train.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["nlora", "seqlora", "inflora", "seqlora_vit"])
+def test_quick_run_takes_one_thread_whatever_the_caller_has_and_threads_sets_another(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"method={method}", "engine=reference", "profile=quick", "device=cpu"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    plain = make_plan(parse(words), dry_run=True)
+    assert plain.environment()["OMP_NUM_THREADS"] == plain.environment()["MKL_NUM_THREADS"] == "1"
+    assert any(note.startswith("OMP_NUM_THREADS=3 has no effect") for note in plain.notes)
+    named = make_plan(parse([*words, "threads=1"]), dry_run=True)
+    assert (named.folder, named.environment()) == (plain.folder, plain.environment())
+    two = make_plan(parse([*words, "threads=2"]), dry_run=True)
+    assert two.environment()["OMP_NUM_THREADS"] == two.environment()["OPENBLAS_NUM_THREADS"] == "2"
+    assert two.folder.name == plain.folder.name.replace("-seed", "-threads2-seed")
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("method", ["nlora", "inflora"])
+def test_real_run_keeps_the_machines_threads_unless_told_otherwise(
+    method: str, upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream(str(METHODS[method].repository))
+    words = [f"method={method}", "profile=upstream", "device=0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    plain = make_plan(parse(words), dry_run=True)
+    assert "OMP_NUM_THREADS" not in plain.environment()
+    assert environment(plain)["threads"] == 3
+    eight = make_plan(parse([*words, "threads=8"]), dry_run=True)
+    assert eight.environment()["MKL_NUM_THREADS"] == "8"
+    assert environment(eight)["threads"] == 8
+    assert "threads8" in eight.folder.name
+
+
+@pytest.mark.third_party
+def test_record_holds_the_one_thread_that_torchrun_gives_each_of_several_processes(
+    upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream("N-LoRA")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    words = ["method=nlora", "profile=upstream", "device=cpu", "launcher=python"]
+    assert environment(make_plan(parse([*words, "processes=2"]), dry_run=True))["threads"] == 1
+    assert environment(make_plan(parse(words), dry_run=True))["threads"] == 7
+
+
+@pytest.mark.third_party
+def test_dry_run_says_which_data_are_missing(
+    upstream: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upstream("N-LoRA")
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    said = capsys.readouterr().out
+    lines = said.partition("\nThis run cannot start here:\n")[2].splitlines()
+    assert any(line.startswith("  - torch sees no CUDA device, which this run needs.") for line in lines)
+    assert any(line.startswith("  - the pretrained model is missing: ") for line in lines)
+    assert "huggingface-cli download" in said
+    assert str(tmp_path / "SC" / "amazon") in said

@@ -1,0 +1,288 @@
+"""Plans of the image methods: upstream's own JSON runs, and every deviation from it is recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatpatch import patches
+from flatpatch.__main__ import main
+from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.families.text.planning import ROOT, make_plan
+from flatpatch.families.vision import quick as quick_vision
+from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.families.vision.planning import REFERENCE_DEFAULTS, VisionPlan, written_config
+from flatpatch.families.vision.results import _check_curve
+from flatpatch.runner.record import environment
+from flatpatch.settings import parse
+from flatpatch.upstreams import METHODS, conflicts
+
+SHIPPED = [
+    (name, variant, benchmark, file)
+    for name, row in METHODS.items()
+    for variant, files in row.configs.items()
+    for benchmark, file in files.items()
+]
+
+
+def plan_of(*words: str) -> VisionPlan:
+    plan = make_plan(parse(words), dry_run=True)
+    assert isinstance(plan, VisionPlan)
+    return plan
+
+
+def assert_differences_are_recorded(plan: VisionPlan, shipped: Path) -> None:
+    """The difference between upstream's JSON and the one that runs is exactly what the deviations say."""
+    theirs, ours = json.loads(shipped.read_text()), json.loads(written_config(plan))
+
+    def shown(config: dict[str, object], key: str) -> str | None:
+        return json.dumps(config[key]) if key in config else None
+
+    different = {
+        key: (shown(theirs, key), shown(ours, key))
+        for key in {*theirs, *ours}
+        if shown(theirs, key) != shown(ours, key)
+    }
+    recorded = {d.what: (d.upstream, d.here) for d in plan.deviations if d.what in {*theirs, *ours}}
+    # Where the run takes place is no key of InfLoRA's, but CL-LoRA has one of that name.
+    recorded = {key: change for key, change in recorded.items() if change != ("cuda:0", "cpu")}
+    assert different == recorded
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "variant", "benchmark", "file"), SHIPPED)
+def test_upstreams_configuration_runs_as_it_is_but_for_one_seed(
+    method: str, variant: str, benchmark: str, file: str, upstream: Callable[[str], Path]
+) -> None:
+    shipped = upstream(str(METHODS[method].repository)) / file
+    plan = plan_of(f"method={method}", f"variant={variant}", f"benchmark={benchmark}", "profile=upstream", "device=0")
+    theirs, ours = json.loads(shipped.read_text()), json.loads(written_config(plan))
+    assert ours["seed"] == theirs["seed"][:1] == [METHODS[method].seed]
+    assert plan.request.as_record()["seed"]["source"] == f"{file}: the first of {theirs['seed']}"
+    assert {**theirs, "seed": None} == {**ours, "seed": None}
+    assert_differences_are_recorded(plan, shipped)
+    assert plan.labels == ()
+    assert len(plan.task_names) == theirs.get("total_sessions", len(plan.task_names))
+
+
+@pytest.mark.third_party
+def test_every_configuration_upstream_ships_has_a_benchmark(upstream: Callable[[str], Path]) -> None:
+    for method, folder in (("inflora", "configs"), ("cllora", "exps")):
+        checkout = upstream(str(METHODS[method].repository))
+        shipped = {f"{folder}/{path.name}" for path in (checkout / folder).glob("*.json")}
+        assert {file for name, _, _, file in SHIPPED if name == method} == shipped
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    ("words", "tasks"),
+    [
+        (("method=inflora", "benchmark=cifar100"), 10),
+        (("method=inflora", "benchmark=imagenet_r_20"), 20),
+        (("method=inflora", "benchmark=domainnet"), 5),
+        (("method=cllora", "benchmark=cifar100"), 20),
+        (("method=cllora", "benchmark=imagenet_r"), 40),
+        (("method=cllora", "benchmark=imagenet_a"), 10),
+        (("method=cllora", "benchmark=vtab"), 5),
+    ],
+)
+def test_benchmark_has_the_papers_number_of_tasks(
+    words: tuple[str, ...], tasks: int, upstream: Callable[[str], Path]
+) -> None:
+    upstream(str(METHODS[words[0].removeprefix("method=")].repository))
+    plan = plan_of(*words, "profile=upstream")
+    assert len(plan.task_names) == tasks
+    ends = [last for _, last in plan.classes]
+    assert [first for first, _ in plan.classes] == [0, *(end + 1 for end in ends[:-1])]
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=inflora", "profile=upstream", "device=cpu", "seed=3", "upstream.rank=5"),
+        ("method=inflora", "profile=upstream", "upstream.increment=20", "upstream.init_cls=20"),
+        ("method=inflora", "profile=paper", "benchmark=domainnet"),
+        ("method=inflora", "profile=quick", "engine=upstream"),
+        ("method=cllora", "profile=paper", "benchmark=imagenet_r", "device=0,1"),
+        ("method=cllora", "profile=quick", "upstream.specfic_pos=[4,5]"),
+    ],
+    ids=" ".join,
+)
+def test_every_deviation_from_the_configuration_is_recorded(
+    words: tuple[str, ...], upstream: Callable[[str], Path]
+) -> None:
+    row = METHODS[words[0].removeprefix("method=")]
+    checkout = upstream(str(row.repository))
+    plan = plan_of(*words)
+    settings = plan.request.settings
+    assert_differences_are_recorded(plan, checkout / str(row.config(settings.variant, settings.benchmark)))
+    assert plan.config != json.loads((checkout / str(row.config("", ""))).read_text())
+
+
+@pytest.mark.third_party
+def test_paper_profile_follows_every_conflict_that_names_an_argument(upstream: Callable[[str], Path]) -> None:
+    files = {file: (name, variant, benchmark) for name, variant, benchmark, file in SHIPPED}
+    for repository in ("InfLoRA", "CL-LoRA"):
+        checkout = upstream(repository)
+        for conflict in conflicts.CONFLICTS[repository]:
+            for argument in conflict.arguments:
+                for file in argument.where:
+                    name, variant, benchmark = files[file]
+                    words = [f"method={name}", f"variant={variant}", f"benchmark={benchmark}", "profile=paper"]
+                    plan = plan_of(*words)
+                    assert json.loads((checkout / file).read_text())[argument.argument] != argument.value
+                    assert plan.config[argument.argument] == argument.value
+                    assert conflict.source in next(d.why for d in plan.deviations if d.what == argument.argument)
+
+
+def test_deviations_page_is_written_from_the_conflicts() -> None:
+    assert (ROOT / "DEVIATIONS.md").read_text() == conflicts.render()
+
+
+@pytest.mark.third_party
+def test_dry_run_prints_the_command_and_the_differences_and_writes_nothing(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("InfLoRA")
+    words = ["method=inflora", "profile=upstream", "seed=2", f"output={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    text = capsys.readouterr().out
+    assert "CUDA_VISIBLE_DEVICES=0 python main.py --device 0 --config flatpatch-config.json" in text
+    assert "seed: [0, 1, 2, 3, 4] -> [2]  (one run trains one seed)" in text
+    assert "library timm: 0.6.7 -> 0.6.13" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.third_party
+def test_dry_run_prints_the_recipe_and_what_differs_from_upstreams(
+    upstream: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
+    words = ["method=inflora", "profile=upstream", "device=0", "upstream.lrate=0.002"]
+    assert main(["run", *words, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in ("epochs", "batch_size", "optim", "rank", "increment", "total_sessions", "weight_decay", "lamb"):
+        assert f"  {key} = {json.dumps(shipped[key])}" in lines
+    assert f"  lrate = 0.002  (there: {shipped['lrate']})" in lines
+    assert not any(line.startswith("  num_heads =") for line in lines), "it never reaches the run"
+    assert main(["run", "method=inflora", "engine=reference", "profile=quick", "--dry-run"]) == 0
+    assert "  epochs = 10  (there: 20)\n" in capsys.readouterr().out
+
+
+@pytest.mark.third_party
+def test_cpu_outside_profile_quick_is_warned_of(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    plan = plan_of("method=inflora", "profile=upstream", "device=cpu")
+    assert any(note.startswith("WARNING: a ViT-B/16 on the CPU.") for note in plan.notes)
+    assert plan.labels == ("off-protocol",)
+
+
+@pytest.mark.third_party
+def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Callable[[str], Path]) -> None:
+    shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
+    assert {key: shipped[key] for key in REFERENCE_DEFAULTS} == dict(REFERENCE_DEFAULTS)
+
+
+def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/InfLoRA"))
+    plan = plan_of("method=inflora")
+    assert plan.labels == ("quick", "reference")
+    assert len(plan.classes) == quick_vision.TASKS
+    assert [d.what for d in plan.deviations] == ["engine"]
+
+
+def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/CL-LoRA"))
+    with pytest.raises(UserError) as caught:
+        make_plan(parse(["method=cllora"]))
+    text = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "CL-LoRA has no reference implementation" in text
+    assert "nothing under third_party/CL-LoRA" in text
+    assert "git submodule update --init third_party/CL-LoRA" in text
+    with pytest.raises(UserError, match="Leave out engine=reference"):
+        make_plan(parse(["method=cllora", "engine=reference"]))
+
+
+def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    plan = plan_of("method=seqlora_vit", "seed=5")
+    assert (plan.engine, plan.config["seed"]) == ("reference", [5])
+    assert plan.command(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.families.vision.reference.process"]
+
+
+def test_record_holds_the_threads_that_the_training_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = parse(["method=inflora", "engine=reference", "profile=quick", "device=cpu"])
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    made = environment(make_plan(request, dry_run=True))
+    assert (made["threads"], made["variables"]["OMP_NUM_THREADS"]) == (1, "1")
+    made = environment(dataclasses.replace(make_plan(request, dry_run=True), profile="upstream"))
+    assert made["threads"] == 7 and "OMP_NUM_THREADS" not in made["variables"]
+
+
+def test_first_benchmark_and_variant_are_those_of_a_run_that_names_none(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA"), upstream("CL-LoRA")
+
+    def named(*words: str) -> tuple[str, dict[str, dict[str, Any]]]:
+        plan = make_plan(parse(["profile=upstream", "device=cpu", *words]), dry_run=True)
+        return plan.folder.name, plan.request.as_record()
+
+    plain = named("method=inflora")
+    assert plain[0] == "inflora-upstream-upstream-off-devicecpu-seed0"
+    assert named("method=inflora", "benchmark=cifar100", "variant=inflora") == plain
+    assert named("method=inflora", "benchmark=imagenet_r_10")[0] == plain[0].replace("-", "-imagenet_r_10-", 1)
+    variant = named("method=inflora", "variant=inflorab5")
+    assert named("method=inflora", "variant=inflorab5", "benchmark=cifar100") == variant != plain
+    assert named("method=cllora", "benchmark=cifar100", "variant=cllora") == named("method=cllora")
+    both = [named("method=cllora", "sam=sam", f"sam_on={step}")[0] for step in ("both", "task")]
+    assert both == [named("method=cllora", "sam=sam")[0], both[0].replace("-device", "-sam_ontask-device")]
+
+
+def test_a_measured_run_has_a_folder_of_its_own() -> None:
+    words = ("method=seqlora_vit", "profile=quick")
+    plain, measured = plan_of(*words), plan_of(*words, "measure=loss")
+    assert measured.folder.name == plain.folder.name.replace("-seed", "-measured-seed")
+
+
+@pytest.mark.third_party
+def test_second_stage_without_sam_is_said(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    words = ["method=inflora", "variant=infloraca", "benchmark=imagenet_r_10", "profile=upstream", "device=cpu"]
+    plan = make_plan(parse([*words, "sam=sam"]), dry_run=True)
+    assert any("second stage" in note for note in plan.notes)
+    assert [deviation.here for deviation in plan.deviations if deviation.what == "SAM"] == [
+        "in the first stage of a task alone"
+    ]
+    assert not any("second stage" in note for note in make_plan(parse(words), dry_run=True).notes)
+
+
+@pytest.mark.parametrize(
+    ("totals", "equal_tests", "is_sound"),
+    [
+        ((90.0, 80.01), True, True),
+        ((90.0, 80.02), True, False),
+        ((90.0, 88.0), False, True),
+        ((90.0, 90.5), False, False),
+    ],
+)
+def test_totals_must_come_from_their_tasks(totals: tuple[float, ...], equal_tests: bool, is_sound: bool) -> None:
+    run = LoggedRun(**dict.fromkeys(field.name for field in dataclasses.fields(LoggedRun)))
+    run = dataclasses.replace(run, accuracy=((90.0,), (70.0, 90.0)), top1_curve=totals)
+    with contextlib.nullcontext() if is_sound else pytest.raises(FlatpatchError, match="the total"):
+        _check_curve(Path("log"), run, equal_tests)
+
+
+def test_shuffled_classes_are_said_beside_the_tasks() -> None:
+    words = ["method=inflora", "profile=quick", "engine=reference"]
+    assert make_plan(parse(words), dry_run=True).sequence.endswith(" ...")
+    assert make_plan(parse([*words, "upstream.shuffle=true"]), dry_run=True).sequence.endswith("... in shuffled order")

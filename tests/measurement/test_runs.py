@@ -1,0 +1,151 @@
+"""Runs that are measured: the same training bit for bit, entries in the record, kept when the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flatpatch.__main__ import main
+from flatpatch.errors import UserError
+from flatpatch.families.text import reference
+from flatpatch.families.text.planning import make_plan
+from flatpatch.measurement import files
+from flatpatch.measurement.in_run import Measurer, sample_of
+from flatpatch.measurement.request import make_request
+from flatpatch.report.records import read_record
+from flatpatch.settings import parse
+from tests import reference_cases
+from tests.upstream.test_neutrality_text import assert_same, ready, run_patched, small_benchmark
+
+__all__ = ["ready"]  # the fixture
+pytestmark = pytest.mark.timeout(600)
+
+TINY = ("upstream.num_train_epochs=1", "upstream.per_device_train_batch_size=16", "measure_samples=4")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("reference")
+    data = reference_cases.make_data(folder / "data")
+    return reference_cases.make_model(folder / "t5", dropout=0.2), data
+
+
+def learn(places: tuple[Path, Path], output: Path, *requests: tuple[str, str]) -> dict[str, Any]:
+    """Train tasks of the reference engine with dropout, each measured as asked, and return all that came of it."""
+    found: dict[str, Any] = {"losses": [], "weights": [], "predictions": [], "entries": []}
+    previous = None
+    for index, (kinds, scopes) in enumerate(requests):
+        task = reference_cases.make_task(*places, output / str(index), index, lora_dropout=0.3)
+        task = replace(task, previous=previous)
+        asked = make_request(kinds, scopes, samples=6, batch=4, rho=0.05, effort="quick")
+        measure = None if asked is None else {"request": asked.as_dict(), "folder": str(output / files.FOLDER)}
+        measurer = Measurer({"measure": measure})
+
+        def at(
+            when: str, model: Any, examples: Any, collate: Any, measurer: Measurer = measurer, k: int = index
+        ) -> None:
+            name = reference_cases.TASKS[k][1]
+            found["entries"] += measurer.at(
+                when, task_index=k, task=name, model=model, sample=sample_of(examples, collate)
+            )
+
+        reference.run_task(task, on_step=lambda state: found["losses"].append(state["loss"]), at=at)
+        previous = task.output_dir / "adapter"
+        found["weights"].append((previous / "adapter.safetensors").read_bytes())
+        found["predictions"].append((task.output_dir / "predictions.jsonl").read_text())
+    found["generator"] = torch.get_rng_state()
+    return found
+
+
+def test_measured_reference_run_is_bit_for_bit_the_same(places: tuple[Path, Path], tmp_path: Path) -> None:
+    plain = learn(places, tmp_path / "plain", ("", ""), ("", ""))
+    measured = learn(places, tmp_path / "measured", ("trace", "adapter,merged"), ("sam,slice", "adapter"))
+    assert plain["entries"] == [] and len(plain["losses"]) > 4
+    assert measured["losses"] == plain["losses"]
+    assert measured["weights"] == plain["weights"]
+    assert measured["predictions"] == plain["predictions"]
+    assert torch.equal(measured["generator"], plain["generator"])
+    seen = [(entry["task_index"], entry["when"], entry["scope"]) for entry in measured["entries"]]
+    first = [(0, when, scope) for when in ("before", "after") for scope in ("adapter", "merged")]
+    assert seen == [*first, (1, "before", "adapter"), (1, "after", "adapter")]
+    factors, merged = measured["entries"][:2]
+    assert factors["loss"] == pytest.approx(merged["loss"], rel=1e-5)  # one function, in float32
+    assert all(math.isfinite(entry["loss"]) for entry in measured["entries"])
+    assert all("slice_mean_rise" in entry["values"] for entry in measured["entries"][4:])
+
+
+def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_benchmark(tmp_path / "data", train=8, test=4)
+    words = ["run", "profile=quick", "engine=reference", "device=cpu", "tasks=dbpedia,amazon", f"data={data}"]
+    words += [f"output={tmp_path}", "run=measured", "measure=trace", "measure_scope=adapter", *TINY]
+    words += ["measure_samples=12"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    short = [f"measure_samples=12, and {task} has 8 training examples" for task in ("dbpedia", "amazon")]
+    assert all(shown.count(f"WARNING: {text}: measured on all of them") == 1 for text in short)
+    noted = [note.split(":")[0] for note in read_record(tmp_path / "measured")["notes"]]
+    assert [note for note in noted if "training examples" in note] == short
+    assert "flatness around" in shown and "measuring before task 1 dbpedia, adapter" in shown
+    folder = tmp_path / "measured"
+    record = read_record(folder)
+    assert [(entry["task"], entry["when"]) for entry in record["flatness"]] == [
+        *(("dbpedia", "before"), ("dbpedia", "after")),
+        *(("amazon", "before"), ("amazon", "after")),
+    ]
+    assert all((folder / entry["file"]).is_file() for entry in record["flatness"])
+    assert (folder / "figures" / "flatness_adapter_over_tasks.png").is_file()
+    # As a run that was cut off in its second task.
+    (folder / "record.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    (folder / "tasks" / "2-amazon" / "done.json").unlink()
+    kept = (folder / "flatness" / "1-dbpedia-after.json").read_bytes()
+    assert main(words) == 0
+    assert (folder / "flatness" / "1-dbpedia-after.json").read_bytes() == kept
+    again = read_record(folder)
+    assert again["restarts"] == 1
+    values = [[{**entry, "seconds": 0} for entry in each["flatness"]] for each in (record, again)]
+    assert values[0] == values[1]
+
+
+def test_several_processes_are_refused_before_anything_starts(upstream: Callable[[str], Path], tmp_path: Path) -> None:
+    upstream("N-LoRA")
+    words = ["method=nlora", "profile=quick", "engine=upstream", "device=cpu", "processes=2", f"output={tmp_path}"]
+    with pytest.raises(UserError, match="measure=loss works in one process, and this run has 2"):
+        make_plan(parse([*words, "measure=loss"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_in_the_settings_are_told_with_the_others() -> None:
+    with pytest.raises(UserError) as error:
+        parse(["measure=trase", "rho=-1"])
+    assert "Did you mean 'trace'" in str(error.value) and "rho=-1" in str(error.value)
+
+
+@pytest.mark.third_party
+@pytest.mark.slow
+def test_measured_run_of_upstreams_code_is_bit_for_bit_the_same(ready: Callable[[str], None], tmp_path: Path) -> None:
+    """With N-LoRA's own dropout; what is measured before the second task has the first one's factors frozen in it."""
+    ready("nlora")
+    data = small_benchmark(tmp_path / "data")
+    words = ("method=nlora", "sam=sam", "rho=0.05")
+    plain = run_patched(tmp_path / "plain", data, *words)
+    asked = ("measure=eigenvalues,sam,slice", "measure_samples=2", "measure_batch=2")
+    measured = run_patched(tmp_path / "measured", data, *words, *asked)
+    assert_same(measured, plain)
+    entries = read_record(tmp_path / "measured")["flatness"]
+    assert len(entries) == 8
+    assert all(entry["values"]["top_eigenvalue"] > 0 for entry in entries)
+    # Rebuilt from what upstream saved, in our layers, the model is the one that was measured in the run.
+    assert main(["measure", f"run={tmp_path / 'measured'}", "measure=trace", *asked[1:]]) == 0
+    record = read_record(tmp_path / "measured")
+    losses = {(e["when"], e["scope"]): e["loss"] for e in record["flatness"] if e["task_index"] == 1}
+    for scope in ("adapter", "merged"):
+        assert losses["finished", scope] == pytest.approx(losses["after", scope], rel=1e-5)

@@ -1,0 +1,97 @@
+"""The description of a run of an image repository: read as it is written down, and refused with every mistake named."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from flatpatch.contract import read_description
+from flatpatch.errors import UserError
+
+GOOD = {
+    "schema": 1,
+    "task_index": None,
+    "task": None,
+    "metrics": "metrics.jsonl",
+    "progress": "progress.json",
+    "summary": "summary.json",
+    "sam": {"kind": "sam", "rho": 0.05, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"},
+    "adapters": "upstream",
+    "vision": {
+        "device": "cuda:0,1",
+        "data": None,
+        "weights": None,
+        "workers": 0,
+        "model": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 4.0},
+        "dataset": {"class": "package.module:Class", "seed": 0},
+        "sam_on": "both",
+    },
+}
+
+
+def read(tmp_path, *path, value):
+    run = copy.deepcopy(GOOD)
+    inner = run
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file = tmp_path / "hook.json"
+    file.write_text(json.dumps(run))
+    return read_description(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("vision", "device"), None),
+        (("vision", "device"), "cpu"),
+        (("vision", "model"), None),
+        (("vision", "dataset"), None),
+        (("vision", "workers"), None),
+        (("vision", "model", "mlp_ratio"), 2),
+        (("vision", "sam_on"), "distillation"),
+    ],
+)
+def test_a_good_description_is_read_as_it_is_written(tmp_path, path, value):
+    inner = read(tmp_path, *path, value=value)
+    for key in path:
+        inner = inner[key]
+    assert inner == value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("vision",), [], "vision is not an object"),
+        (("vision", "devise"), "cpu", "vision has an unknown key 'devise'. Did you mean 'device'?"),
+        (("vision", "device"), "cuda", "vision.device='cuda' is not null, cpu or like cuda:0,1"),
+        (("vision", "device"), 0, "vision.device=0 is not null"),
+        (("vision", "data"), "/no/such/folder", "vision.data='/no/such/folder' does not exist"),
+        (("vision", "weights"), 3, "vision.weights=3 does not exist"),
+        (("vision", "workers"), -1, "vision.workers=-1 is not null or a whole number >= 0"),
+        (("vision", "workers"), True, "vision.workers=True"),
+        (("vision", "sam_on"), None, "vision.sam_on=None is not one of both, task, distillation"),
+        (("vision", "model"), "tiny", "vision.model is not null or an object"),
+        (("vision", "model"), {}, "vision.model has no 'img_size'"),
+        (("vision", "model", "depth"), 1.5, "vision.model.depth=1.5 is not a number > 0"),
+        (("vision", "model", "num_heads"), 0, "vision.model.num_heads=0 is not a number > 0"),
+        (("vision", "dataset", "class"), "os.system", "vision.dataset.class='os.system' is not like"),
+        (("vision", "dataset", "seed"), "1", "vision.dataset.seed='1' is not a whole number"),
+        (("sam", "sync"), "global", "sam.sync='global' has no meaning in a vision run, expected \"local\""),
+        (("sam", "ascent_loss"), "task", "sam.ascent_loss='task' has no meaning in a vision run, expected \"total\""),
+        (("adapters",), "fp32", "adapters='fp32' has no meaning in a vision run"),
+        (("task",), "amazon", "task='amazon' has no meaning in a vision run, expected null"),
+    ],
+)
+def test_a_bad_description_is_refused_with_the_place_and_what_was_expected(tmp_path, path, value, expected):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, *path, value=value)
+    assert expected in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, "vision", value=GOOD["vision"] | {"device": "gpu", "sam_on": "none", "workers": 0.5})
+    assert all(name in str(caught.value) for name in ("device", "sam_on", "workers"))
