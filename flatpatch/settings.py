@@ -1,4 +1,4 @@
-"""Settings as ``key=value`` words: the one parser, with where each value came from."""
+"""Settings as ``key=value`` words: each once, and the one parser, with where each value came from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.measurement.request import KINDS, SCOPES, WHENS, check_request
-from flatpatch.measurement.request import Request as MeasureRequest
-from flatpatch.report.effects import HOW_MEASURED, idle_settings, why_without_effect, without_effect
-from flatpatch.upstreams import METHODS, Method
+from flatpatch.measuring import KINDS, SCOPES, WHENS, check_request
+from flatpatch.measuring import Request as MeasureRequest
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "method": tuple(METHODS),
     "profile": ("auto", "upstream", "paper", "quick"),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam"),
@@ -30,60 +27,108 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "launcher": ("auto", "deepspeed", "python"),
     "sam_on": ("both", "task", "distillation"),
 }
-# Settings that say something to one kind of method alone.
-OF_MEASURING = ("measure", *HOW_MEASURED)
-OF_TEXT = ("order", "sync", "ascent_loss", "adapters", "tasks", "processes", "launcher", "port")
-OF_VISION = ("benchmark", "variant", "sam_on")
-# A comma in these is part of the value, not a list of values to sweep over.
-PLACES = ("model", "data", "run", "output", "device", "tasks", "measure", "measure_scope", "measure_when")
-# Words that upstream's code looks for in paths, changing what it does (run_N_lora.py, uie_collator.py).
-TELLING_WORDS = ("adapter", "llama")
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class Method(Protocol):
+    """What is read here of a method's row."""
+
+    @property
+    def title(self) -> str:
+        """As it is written."""
+
+    @property
+    def family(self) -> str:
+        """Its family, some of whose settings have no meaning for others."""
+
+    @property
+    def seed(self) -> int:
+        """What upstream runs with."""
+
+    def check(self, settings: Settings) -> list[str]:
+        """Return what is wrong with settings for this method, one message each."""
+
+
+def _setting(default: Any, text: str, *, role: str = "identity", family: str = "", whole: bool = False) -> Any:
+    """Describe a setting.
+
+    Args:
+        default: Its value where it is left out.
+        text: For ``--help``.
+        role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
+            on what it runs, ``place`` where its files are, ``measure`` what is measured in it.
+        family: The one family for which it has a meaning; empty for all.
+        whole: Whether a comma in it is part of the value, not a list of values to sweep over.
+    """
+    return field(default=default, metadata={"help": text, "role": role, "family": family, "whole": whole})
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything one run is asked for; the texts are shown by ``--help``."""
 
-    method: str = _setting("nlora", "which method's repository to run")
-    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3")
-    benchmark: str = _setting("", "vision: cifar100, imagenet_r_10, ...; default: cifar100 (a wrong one lists all)")
-    variant: str = _setting("", "vision: inflora, inflorab5 or infloraca; default: inflora")
+    method: str = _setting("", "which method to run; default: the first of those named by a wrong one")
+    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3", family="text")
+    benchmark: str = _setting(
+        "", "vision: cifar100, imagenet_r_10, ...; default: the method's first (a wrong one lists all)", family="vision"
+    )
+    variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting("off", "off, sam, or asam (adaptive)")
-    rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)")
-    eta: float = _setting(0.01, "asam: added to |w| in its normaliser")
+    rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")
+    eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
     scope: str = _setting(
-        "lora", "which trainable parameters are perturbed (A, B by upstream's names; CL-LoRA's A is the up-projection)"
+        "lora", "which trainable parameters are perturbed (A and B by upstream's own names)", role="sam"
     )
-    sync: str = _setting("local", "several ranks: each its own perturbation, or one for all")
-    ascent_loss: str = _setting("total", "climb the whole loss, or the task loss without the method's penalty")
-    sam_on: str = _setting("both", "CL-LoRA: perturb in both steps of a batch, or in one alone")
-    adapters: str = _setting("upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16")
-    seed: int = _setting(42, "random seed; default: upstream's (42; InfLoRA 0, CL-LoRA 1993)")
-    tasks: str = _setting("", "run only these tasks of the order, e.g. amazon,agnews (off-protocol)")
-    device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1")
-    processes: int = _setting(0, "number of processes; 0: one on the CPU, one per GPU named in device")
+    sync: str = _setting("local", "several ranks: each its own perturbation, or one for all", role="sam", family="text")
+    ascent_loss: str = _setting(
+        "total", "climb the whole loss, or the task loss without the method's penalty", role="sam", family="text"
+    )
+    sam_on: str = _setting(
+        "both", "methods with two steps a batch: perturb in both, or in one alone", role="sam", family="vision"
+    )
+    adapters: str = _setting(
+        "upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16", family="text"
+    )
+    seed: int = _setting(42, "random seed; default: upstream's own")
+    tasks: str = _setting(
+        "", "run only these tasks of the order, e.g. amazon,agnews (off-protocol)", family="text", whole=True
+    )
+    device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1", role="machine", whole=True)
+    processes: int = _setting(
+        0, "number of processes; 0: one on the CPU, one per GPU named in device", role="machine", family="text"
+    )
     launcher: str = _setting(
-        "auto", "deepspeed as upstream, or plain python; auto: deepspeed on GPUs, python on the CPU"
+        "auto",
+        "deepspeed as upstream, or plain python; auto: deepspeed on GPUs, python on the CPU",
+        role="machine",
+        family="text",
     )
-    port: int = _setting(0, "port of the launcher; 0: a free one")
-    threads: int = _setting(0, "CPU threads of each process; 0: one in profile quick, else what the machine gives")
-    model: str = _setting("", "pretrained model: its folder, or for images its file; default: what the profile needs")
-    data: str = _setting("", "folder of the benchmark; default: what the profile needs")
-    run: str = _setting("", "name of the run's folder; default: made from the settings")
-    output: str = _setting("runs", "where run folders are made")
-    measure: str = _setting("", f"flatness to measure in the run: all, or some of {', '.join(KINDS)}")
-    measure_scope: str = _setting("adapter,merged", f"over which weights: some of {', '.join(SCOPES)}")
-    measure_when: str = _setting("before,after", f"at which times of each task: {' and '.join(WHENS)}")
-    measure_samples: int = _setting(64, "training examples to measure on, the same for every run")
-    measure_batch: int = _setting(16, "examples in a batch of them")
-    measure_rho: float = _setting(0.05, "radius of SAM's ball to measure in, whatever rho= trains with")
-    measure_effort: str = _setting("quick", "quick: seconds to some tens of them with a small model; full: finer")
+    port: int = _setting(0, "port of the launcher; 0: a free one", role="place", family="text")
+    threads: int = _setting(
+        0, "CPU threads of each process; 0: one in profile quick, else what the machine gives", role="machine"
+    )
+    model: str = _setting(
+        "", "pretrained model: its folder, or for images its file; default: what the profile needs", whole=True
+    )
+    data: str = _setting("", "folder of the benchmark; default: what the profile needs", whole=True)
+    run: str = _setting("", "name of the run's folder; default: made from the settings", role="place", whole=True)
+    output: str = _setting("runs", "where run folders are made", role="place", whole=True)
+    measure: str = _setting(
+        "", f"flatness to measure in the run: all, or some of {', '.join(KINDS)}", role="measure", whole=True
+    )
+    measure_scope: str = _setting(
+        "adapter,merged", f"over which weights: some of {', '.join(SCOPES)}", role="measure", whole=True
+    )
+    measure_when: str = _setting(
+        "before,after", f"at which times of each task: {' and '.join(WHENS)}", role="measure", whole=True
+    )
+    measure_samples: int = _setting(64, "training examples to measure on, the same for every run", role="measure")
+    measure_batch: int = _setting(16, "examples in a batch of them", role="measure")
+    measure_rho: float = _setting(0.05, "radius of SAM's ball to measure in, whatever rho= trains with", role="measure")
+    measure_effort: str = _setting(
+        "quick", "quick: seconds to some tens of them with a small model; full: finer", role="measure"
+    )
 
     @property
     def measuring(self) -> MeasureRequest | None:
@@ -103,6 +148,27 @@ class Settings:
         )
 
 
+FIELDS = {item.name: item for item in dataclasses.fields(Settings)}
+DEFAULTS: Mapping[str, Any] = {name: item.default for name, item in FIELDS.items()}
+
+
+def with_role(role: str) -> tuple[str, ...]:
+    """Return the settings of a role."""
+    return tuple(name for name, item in FIELDS.items() if item.metadata["role"] == role)
+
+
+OF_MEASURING = with_role("measure")
+# How is measured, where something is.
+HOW_MEASURED = tuple(name for name in OF_MEASURING if name != "measure")
+# A comma in these is part of the value, not a list of values to sweep over.
+WHOLE = tuple(name for name, item in FIELDS.items() if item.metadata["whole"])
+
+
+def foreign(family: str) -> tuple[str, ...]:
+    """Return the settings that have no meaning for a family."""
+    return tuple(name for name, item in FIELDS.items() if item.metadata["family"] not in ("", family))
+
+
 @dataclass(frozen=True)
 class Request:
     """Parsed words: the settings, who set them, the upstream arguments to override, and what is to be said of them."""
@@ -110,70 +176,87 @@ class Request:
     settings: Settings
     sources: Mapping[str, str]
     overrides: Mapping[str, str]
+    family: str = ""  # the method's
     notes: tuple[str, ...] = ()
 
     def idle(self) -> dict[str, str]:
         """Return the settings that were given and change nothing, each with the reason."""
         settings = self.settings
-        foreign = OF_TEXT if METHODS[settings.method].vision else OF_VISION
         return {
             key: why_without_effect(key, settings.sam)
             for key in sorted(without_effect(settings.sam, settings.measure))
-            if self.sources[key] == "command line" and key not in foreign
+            if self.sources[key] == "command line" and key not in foreign(self.family)
         }
 
     def as_record(self) -> dict[str, dict[str, Any]]:
         """Return ``{key: {value, source}}`` for the run's record."""
-        values = dataclasses.asdict(self.settings)
-        foreign = OF_TEXT if METHODS[self.settings.method].vision else OF_VISION
         record = {
-            key: {"value": value, "source": self.sources[key]} for key, value in values.items() if key not in foreign
+            key: {"value": value, "source": self.sources[key]}
+            for key, value in dataclasses.asdict(self.settings).items()
+            if key not in foreign(self.family)
         }
         for name, value in self.overrides.items():
             record[f"upstream.{name}"] = {"value": value, "source": "command line"}
         return record
 
 
-def telling(settings: Settings) -> Settings:
+def without_effect(sam: str, measure: str) -> frozenset[str]:
+    """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
+    of_sam = {"off": with_role("sam"), "sam": ("eta",)}.get(sam, ())
+    return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
+
+
+def why_without_effect(key: str, sam: str) -> str:
+    """Say why one of these settings changes nothing, and what would give it an effect."""
+    if key in HOW_MEASURED:
+        return "nothing is measured. Add measure=all."
+    return f"sam={sam}. Add sam={'asam' if key == 'eta' else 'sam'}."
+
+
+def idle_settings(record: Mapping[str, Any]) -> frozenset[str]:
+    """Return the settings that changed nothing of a recorded run."""
+    values = {key: record["settings"].get(key, {}).get("value", DEFAULTS[key]) for key in ("sam", "measure")}
+    return without_effect(str(values["sam"]), str(values["measure"]))
+
+
+def effective_settings(settings: Settings) -> Settings:
     """Return the settings with those that change nothing back at their defaults: equal ones make equal runs."""
-    defaults, idle = _defaults(), without_effect(settings.sam, settings.measure)
-    return dataclasses.replace(settings, **{key: defaults[key] for key in idle})
+    idle = without_effect(settings.sam, settings.measure)
+    return dataclasses.replace(settings, **{key: DEFAULTS[key] for key in idle})
 
 
 def in_name(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
     """Return those of some settings that a run's name must tell: what differs from its default and has an effect."""
-    chosen, defaults = telling(settings), _defaults()
-    return {key: value for key in keys if (value := getattr(chosen, key)) != defaults[key]}
+    chosen = effective_settings(settings)
+    return {key: value for key in keys if (value := getattr(chosen, key)) != DEFAULTS[key]}
 
 
-def told(record: Mapping[str, Any]) -> dict[str, Any]:
+def explicit_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a run's recorded settings that somebody set, differ from their default and had an effect."""
-    defaults, idle = _defaults(), idle_settings(record)
+    idle = idle_settings(record)
     return {
         key: entry["value"]
         for key, entry in record["settings"].items()
-        if entry["source"] == "command line" and key not in idle and entry["value"] != defaults.get(key)
+        if entry["source"] == "command line" and key not in idle and entry["value"] != DEFAULTS.get(key)
     }
-
-
-def _defaults() -> dict[str, Any]:
-    return {item.name: item.default for item in dataclasses.fields(Settings)}
 
 
 def as_default(request: Request, key: str, default: str | int) -> Request:
     """Return the request with a setting left out that was given the value which leaving it out means."""
     if getattr(request.settings, key) != default:
         return request
-    settings = dataclasses.replace(request.settings, **{key: _defaults()[key]})
+    settings = dataclasses.replace(request.settings, **{key: DEFAULTS[key]})
     return dataclasses.replace(request, settings=settings, sources={**request.sources, key: "default"})
 
 
-def describe() -> str:
-    """Return the list of settings, their defaults, choices and meaning, for ``--help``."""
+def describe(methods: Sequence[str]) -> str:
+    """Return the list of settings, their defaults, choices and meaning, for ``--help``; the first method is meant."""
     lines = []
-    for item in dataclasses.fields(Settings):
-        choices = f" [{'|'.join(CHOICES[item.name])}]" if item.name in CHOICES else ""
-        default = f"={item.default}" if item.default != "" else "="
+    choices_of = {"method": methods, **CHOICES}
+    for item in FIELDS.values():
+        choices = f" [{'|'.join(choices_of[item.name])}]" if item.name in choices_of else ""
+        value = methods[0] if item.name == "method" else item.default
+        default = f"={value}" if value != "" else "="
         start = f"  {item.name + default:<18} "
         if len(start) > 21:  # too long to stand beside its text
             lines.append(start.rstrip())
@@ -227,17 +310,20 @@ def named_runs(value: str) -> list[str]:
     return names
 
 
-def parse(words: Sequence[str]) -> Request:
+def parse(words: Sequence[str], methods: Mapping[str, Method]) -> Request:
     """Turn ``key=value`` words into a checked request; a later word wins over an earlier one.
+
+    Args:
+        words: The words.
+        methods: The methods there are; the first is meant where none is named.
 
     Raises:
         UserError: With every mistake found, each saying what was expected.
     """
-    known = {item.name: item for item in dataclasses.fields(Settings)}
     config = OmegaConf.structured(Settings())
     OmegaConf.set_readonly(config, False)
-    texts: dict[str, str] = {}
-    sources = dict.fromkeys(known, "default")
+    texts: dict[str, str] = {"method": next(iter(methods))}
+    sources = dict.fromkeys(FIELDS, "default")
     overrides: dict[str, str] = {}
     problems: list[str] = []
     for word in words:
@@ -249,10 +335,10 @@ def parse(words: Sequence[str]) -> Request:
         if key.startswith("upstream."):
             overrides[key.removeprefix("upstream.")] = value
             continue
-        if key not in known:
-            problems.append(f"unknown setting '{key}'.{did_you_mean(key, known)} Known settings: {', '.join(known)}.")
+        if key not in FIELDS:
+            problems.append(f"unknown setting '{key}'.{did_you_mean(key, FIELDS)} Known settings: {', '.join(FIELDS)}.")
             continue
-        if isinstance(known[key].default, str):
+        if isinstance(FIELDS[key].default, str):
             if key == "run" and not value.strip():
                 problems.append("run= is empty. Give the folder a name, or leave run= out.")
             texts[key] = value.strip()  # as it is: OmegaConf would expand ${...} in it
@@ -263,16 +349,18 @@ def parse(words: Sequence[str]) -> Request:
                 raise ValueError(value)
             OmegaConf.update(config, key, value.strip(), force_add=False)
         except (OmegaConfBaseException, ValueError):
-            problems.append(_wrong_type(key, value, known[key].default))
+            problems.append(_wrong_type(key, value, FIELDS[key].default))
             continue
         sources[key] = "command line"
-    settings = Settings(**{**{name: config[name] for name in known}, **texts})
-    if sources["seed"] == "default" and settings.method in METHODS:
-        settings = dataclasses.replace(settings, seed=METHODS[settings.method].seed)
-    problems += _check(settings)
+    settings = Settings(**{**{name: config[name] for name in FIELDS}, **texts})
+    method = methods.get(settings.method)
+    if sources["seed"] == "default" and method:
+        settings = dataclasses.replace(settings, seed=method.seed)
+    problems += _check(settings, methods)
+    problems += _check_method(settings, method) if method else []
     if problems:
         raise UserError.collect(problems)
-    request = Request(settings, sources, overrides)
+    request = Request(settings, sources, overrides, method.family if method else "")
     idle = [f"{key}={shown(getattr(settings, key))} has no effect: {why}" for key, why in request.idle().items()]
     return dataclasses.replace(request, notes=(*given_twice(words), *idle))
 
@@ -302,9 +390,9 @@ def _wrong_type(key: str, value: str, default: Any) -> str:
     return f"{key}='{value}' is not {kind} (expected e.g. {key}={default}).{hint}"
 
 
-def _check(settings: Settings) -> list[str]:
+def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
     problems = []
-    for key, choices in CHOICES.items():
+    for key, choices in {"method": tuple(methods), **CHOICES}.items():
         value = getattr(settings, key)
         if value not in choices:
             problems.append(f"unknown {key} '{value}'.{did_you_mean(value, choices)} Expected: {', '.join(choices)}.")
@@ -321,16 +409,6 @@ def _check(settings: Settings) -> list[str]:
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
     problems += settings.check_measuring()[1]
-    method = METHODS.get(settings.method)
-    if method:
-        problems += _check_kind(settings, method)
-    if method and not method.vision and settings.order not in method.orders:
-        problems.append(
-            f"unknown order '{settings.order}' for method {settings.method}. Expected: {', '.join(method.orders)}."
-            + (f" {method.orders_note}" if method.orders_note else "")
-        )
-    if method and settings.engine == "upstream" and method.repository is None:
-        problems.append(f"method {settings.method} has no repository of its own: use engine=reference.")
     problems += check_name(settings.run) if settings.run else []
     problems += check_folder("output", settings.output)
     names = [name.strip() for name in settings.tasks.split(",")]
@@ -341,14 +419,16 @@ def _check(settings: Settings) -> list[str]:
     devices = [number.strip() for number in settings.device.split(",")]
     if twice := repeated(devices):
         problems.append(f"device={settings.device} names {twice} twice. Name each GPU once.")
-    folder = str((Path(settings.output) / settings.run).absolute()).lower()
-    for word in TELLING_WORDS if method and not method.vision else ():
-        if word in folder:
-            problems.append(
-                f"the run folder {folder} has '{word}' in its path, and upstream's code changes what it does when it "
-                f"sees that word in a path. Choose another folder with output=FOLDER and run=NAME."
-            )
     return problems
+
+
+def _check_method(settings: Settings, method: Method) -> list[str]:
+    """Refuse settings that mean nothing to a method: ignoring them would look like obeying."""
+    return [
+        f"{key}={getattr(settings, key)} has no meaning for {method.title}, a {method.family} method. Leave it out."
+        for key in foreign(method.family)
+        if getattr(settings, key) != DEFAULTS[key]
+    ] + method.check(settings)
 
 
 def check_name(name: str) -> list[str]:
@@ -381,50 +461,3 @@ def repeated(items: Sequence[str]) -> str:
             return item
         seen.add(item)
     return ""
-
-
-def _check_kind(settings: Settings, method: Method) -> list[str]:
-    """Refuse settings that mean nothing to this kind of method: ignoring them would look like obeying."""
-    foreign, kind = (OF_TEXT, "vision") if method.vision else (OF_VISION, "text")
-    problems = [
-        f"{item.name}={getattr(settings, item.name)} has no meaning for {method.title}, a {kind} method. Leave it out."
-        for item in dataclasses.fields(Settings)
-        if item.name in foreign and getattr(settings, item.name) != item.default
-    ]
-    if not method.vision:
-        if settings.sam != "off" and settings.scope == "head":
-            problems.append(
-                f"scope=head has nothing to perturb: {method.title} trains LoRA weights alone. Use scope=lora."
-            )
-        if settings.sam != "off" and settings.ascent_loss == "task" and not method.penalty:
-            problems.append(f"ascent_loss=task has no penalty to leave out in {method.title}. Leave it out.")
-        return problems
-    if settings.sam_on != "both" and settings.method != "cllora":
-        problems.append(
-            f"sam_on={settings.sam_on} is for CL-LoRA, which takes two steps a batch; {method.title} takes one. "
-            "Leave it out."
-        )
-    if settings.sam != "off" and settings.method == "inflora" and settings.scope == "A":
-        problems.append("scope=A has nothing to perturb: InfLoRA trains no A. Use scope=B or scope=lora.")
-    if settings.sam != "off" and settings.method == "cllora" and settings.scope == "B" and settings.sam_on != "task":
-        problems.append(
-            "scope=B has nothing to perturb in CL-LoRA's distillation step: B of the general blocks is frozen. "
-            "Add sam_on=task, or use scope=A or scope=lora."
-        )
-    if (settings.benchmark or settings.variant) and not method.configs:
-        problems.append(f"{method.title} has no repository and so no benchmark= or variant= to choose. Leave them out.")
-    elif settings.variant and settings.variant not in method.configs:
-        problems.append(
-            f"unknown variant '{settings.variant}' of {method.title}.{did_you_mean(settings.variant, method.configs)} "
-            f"Expected: {', '.join(method.configs)}."
-        )
-    elif method.configs and method.config(settings.variant, settings.benchmark) is None:
-        variant = settings.variant or next(iter(method.configs))
-        files = method.configs[variant]
-        problems.append(
-            f"{method.title} ships no configuration of benchmark '{settings.benchmark}' for variant {variant}."
-            f"{did_you_mean(settings.benchmark, files)} It ships: "
-            + ", ".join(f"{name} ({file})" for name, file in files.items())
-            + "."
-        )
-    return problems

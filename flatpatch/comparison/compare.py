@@ -36,10 +36,9 @@ from flatpatch.families.vision.logs import LoggedRun
 from flatpatch.families.vision.splits import list_hashes
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.copies import copied, copied_records
-from flatpatch.report.effects import idle_settings
 from flatpatch.report.records import setting
 from flatpatch.report.titles import labels
-from flatpatch.settings import OF_MEASURING
+from flatpatch.settings import OF_MEASURING, idle_settings
 
 MARGIN = 1.0
 # Compared unless others are asked for, where both sides have them.

@@ -33,9 +33,9 @@ from flatpatch.flatness.landscape import save_landscape
 from flatpatch.flatness.points import Point, loss_at, moving, weights_of
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.guard import working_copy
-from flatpatch.measurement.request import EFFORTS, Request
 from flatpatch.measurement.suite import ScopeResult, measure_model
 from flatpatch.measurement.words import Asked
+from flatpatch.measuring import EFFORTS, Request
 from flatpatch.report.drawing import SUFFIXES, save
 from flatpatch.report.flatness_figures import (
     make_connectivity_figure,

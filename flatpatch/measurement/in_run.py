@@ -17,8 +17,8 @@ from flatpatch.flatness import Loss, model_loss
 from flatpatch.flatness.points import plain
 from flatpatch.measurement import files
 from flatpatch.measurement.guard import random_states_kept, working_copy
-from flatpatch.measurement.request import Request, read_request
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
+from flatpatch.measuring import Request, read_request
 
 IMAGE_LOSS = (
     "cross-entropy over the task's own classes, of training images augmented once with a fixed seed, without the "

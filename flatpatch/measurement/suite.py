@@ -35,7 +35,7 @@ from flatpatch.flatness import (
     spectrum_statistics,
 )
 from flatpatch.flatness.points import plain
-from flatpatch.measurement.request import EFFORTS, Effort, Request
+from flatpatch.measuring import EFFORTS, Effort, Request
 
 SEED = 0
 # The radius of ASAM's paper (arXiv:2102.11600, section 5); on its own scale.

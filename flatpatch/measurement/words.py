@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flatpatch.errors import UserError, did_you_mean
-from flatpatch.measurement.request import EFFORTS, KINDS, SCOPES, Request, make_request
+from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request
 from flatpatch.settings import check_folder, named_runs, once, repeated
 
 USAGE = """usage: python -m flatpatch measure run=FOLDER[,FOLDER[,FOLDER]] [key=value ...]

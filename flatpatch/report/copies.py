@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from flatpatch.report.effects import HOW_MEASURED, idle_settings
 from flatpatch.report.records import setting
+from flatpatch.settings import HOW_MEASURED, idle_settings
 
 # What may differ between runs whose accuracies are equal for a good reason: where they lie and ran, and measuring.
 _HARMLESS = frozenset(

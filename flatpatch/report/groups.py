@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatpatch.report.effects import idle_settings, without_effect
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
+from flatpatch.settings import idle_settings, without_effect
 
 # Settings that say where a run lies, or that make the runs of one group different.
 _NOT_COMPARED = frozenset({"seed", "run", "output", "port"})

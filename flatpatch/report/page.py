@@ -23,7 +23,6 @@ from PIL import Image, UnidentifiedImageError
 
 from flatpatch.report import page_figures as drawing
 from flatpatch.report.drawing import HEAT
-from flatpatch.report.effects import idle_settings
 from flatpatch.report.flatness_figures import picture_words
 from flatpatch.report.groups import (
     Group,
@@ -40,6 +39,7 @@ from flatpatch.report.groups import (
 )
 from flatpatch.report.records import setting
 from flatpatch.report.titles import in_one_line, of_images, warning
+from flatpatch.settings import idle_settings
 
 # Title, whether more is better, and meaning; the definitions are those of flatpatch.metrics.
 METRICS: Mapping[str, tuple[str, str, str]] = {

@@ -32,7 +32,7 @@ from flatpatch.families.vision import results as vision_run
 from flatpatch.families.vision.keeping import kept_file
 from flatpatch.families.vision.planning import CONFIG, VisionPlan, written_config
 from flatpatch.measurement import files as measurements
-from flatpatch.measurement.request import WHENS
+from flatpatch.measuring import WHENS
 from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
 from flatpatch.runner.progress import Progress, in_words

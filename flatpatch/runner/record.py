@@ -19,9 +19,9 @@ from typing import Any
 from flatpatch.errors import DiskFull, FlatpatchError, UserError
 from flatpatch.families.text.planning import Plan, deviations_as_record
 from flatpatch.families.vision.planning import VisionPlan
-from flatpatch.report.effects import without_effect
 from flatpatch.report.records import read_record
 from flatpatch.runner.own_code import other_code, own_code
+from flatpatch.settings import without_effect
 
 SCHEMA = 1
 LOCK = ".lock"

@@ -14,7 +14,6 @@ from typing import Any
 from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.families.text.planning import Plan, make_plan, render, unwritable
 from flatpatch.report.copies import copied_records
-from flatpatch.report.effects import HOW_MEASURED
 from flatpatch.report.overview import overview
 from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
 from flatpatch.report.table import summary_table
@@ -22,7 +21,19 @@ from flatpatch.runner.execute import execute
 from flatpatch.runner.figures import leave_figures, tell_figures
 from flatpatch.runner.pages import leave_page, place_of, write_page
 from flatpatch.runner.record import check_continues, compared_settings
-from flatpatch.settings import PLACES, Request, given_twice, named_runs, once, parse, repeated, shown, split_word, told
+from flatpatch.settings import (
+    HOW_MEASURED,
+    WHOLE,
+    Request,
+    explicit_settings,
+    given_twice,
+    named_runs,
+    once,
+    parse,
+    repeated,
+    shown,
+    split_word,
+)
 from flatpatch.terminal import say
 
 MANY = 1_000  # runs that need a word more
@@ -61,7 +72,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
         key, value = split_word(word)
         if key == SURE:
             sure = _is_sure(value)
-        elif key in PLACES or key.startswith("upstream."):
+        elif key in WHOLE or key.startswith("upstream."):
             last[key] = [value]
         else:
             last[key] = _values(word, key, value)
@@ -179,7 +190,7 @@ def seeds_table(records: Sequence[dict[str, Any]]) -> str:
         shown += [f"rho={settings['rho']:g}"] if settings["sam"] != "off" else []
         shown += [
             f"{key}={value}"
-            for key, value in told(record).items()
+            for key, value in explicit_settings(record).items()
             if key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
             and key not in ("measure", *HOW_MEASURED)
         ]

@@ -22,7 +22,7 @@ from flatpatch.flatness import supervised_loss
 from flatpatch.measurement import files, suite
 from flatpatch.measurement.guard import random_states_kept, working_copy
 from flatpatch.measurement.in_run import Measurer, read_description, sample_of
-from flatpatch.measurement.request import EFFORTS, KINDS, SCOPES, Request, make_request
+from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request
 from flatpatch.measurement.suite import Costs, measure_model
 from flatpatch.report import flatness_run
 from flatpatch.report.flatness_figures import read_grid

@@ -18,7 +18,7 @@ from flatpatch.families.text import reference
 from flatpatch.families.text.planning import make_plan
 from flatpatch.measurement import files
 from flatpatch.measurement.in_run import Measurer, sample_of
-from flatpatch.measurement.request import make_request
+from flatpatch.measuring import make_request
 from flatpatch.report.records import read_record
 from flatpatch.settings import parse
 from tests import reference_cases

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatpatch.measurement.request import Request
+from flatpatch.measuring import Request
 from flatpatch.patches import build
 from tests import vision_upstream
 

@@ -29,7 +29,7 @@ from flatpatch.families.text.reference import adapters
 from flatpatch.families.text.reference.adapters import Pair
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.flatness import Loss, model_loss
-from flatpatch.measurement.request import Request
+from flatpatch.measuring import Request
 from flatpatch.report.records import read_record, run_folder
 from flatpatch.runner.record import folder_digest
 from flatpatch.settings import OF_MEASURING, parse

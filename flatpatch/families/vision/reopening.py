@@ -44,7 +44,7 @@ from flatpatch.flatness import Loss, supervised_loss
 from flatpatch.flatness.scope import adapter_factor
 from flatpatch.measurement.guard import random_states_kept
 from flatpatch.measurement.in_run import IMAGE_LOSS, images_sample_of
-from flatpatch.measurement.request import Request
+from flatpatch.measuring import Request
 
 TRAINING_KEYS = frozenset(
     ("prefix", "seed", "device", "data_path", "num_workers", "tasks")  # tasks: as the numbers of classes say

@@ -15,7 +15,7 @@ from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
-from flatpatch.measurement.request import Request
+from flatpatch.measuring import Request
 
 
 class Network(nn.Module):

@@ -27,7 +27,7 @@ from flatpatch.families.vision.reference.process import read_reference
 from flatpatch.families.vision.reference.vit import build
 from flatpatch.flatness import Problem, find_scope, model_point, supervised_loss
 from flatpatch.measurement import command as verb
-from flatpatch.measurement.request import Request
+from flatpatch.measuring import Request
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runner.execute import _hook_settings, prepare_work

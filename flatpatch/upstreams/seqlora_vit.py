@@ -1,0 +1,7 @@
+"""Sequential LoRA on a ViT: one pair of factors, trained on each task in turn."""
+
+from __future__ import annotations
+
+from flatpatch.families.vision.upstream import VisionUpstream
+
+UPSTREAM = VisionUpstream(name="seqlora_vit", title="sequential LoRA on a ViT", seed=0)
