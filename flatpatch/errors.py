@@ -83,3 +83,13 @@ def named_path(key: str, word: str) -> Path:
     except OSError as error:  # too long a name, links in a circle, a folder that is closed to us
         raise UserError(f"{key}={word} cannot be used: {error.strerror}. Name another place.") from None
     return path
+
+
+def in_one_line(reason: str) -> str:
+    r"""Return a reason; of one with several lines its first sentence, and where the rest is told.
+
+    >>> in_one_line("O-LoRA is not here. Looked in\n    third_party/: empty")
+    'O-LoRA is not here (details: python -m flatpatch doctor)'
+    """
+    first, *more = reason.strip().splitlines() or [""]
+    return f"{first.split('. ')[0].rstrip('.:')} (details: python -m flatpatch doctor)" if more else first

@@ -102,6 +102,8 @@ class Upstream:
 
     def check(self, settings: Settings) -> list[str]:
         """Return what is wrong with settings for this method, one message each."""
+        if settings.engine == "upstream" and self.repository is None:
+            return [f"method {self.name} has no repository of its own: use engine=reference."]
         return []
 
     def paper_arguments(self, where: str) -> list[tuple[Argument, str]]:
@@ -315,6 +317,19 @@ class FinishedRun(ABC):
                 f"{self.name}: {path} is not the file that the run left (its SHA-256 differs from the one in "
                 f"tasks/{process}/done.json), so its models cannot be rebuilt. Restore it, or make the run again."
             )
+
+    def ready(self, index: int, model: nn.Module) -> nn.Module:
+        """Return a rebuilt model in evaluation mode, on the CPU, or on a GPU where there is one.
+
+        Raises:
+            UserError: If its weights are not finite.
+        """
+        import torch
+
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if not all(bool(value.isfinite().all()) for value in model.parameters()):
+            raise UserError(f"{self.name}: the weights after task {index + 1} are not finite: its training diverged.")
+        return model
 
     def working(self) -> AbstractContextManager[None]:
         """Return the block in which the run's models work."""

@@ -1,49 +1,49 @@
-"""What every ``auto`` means on this machine, each with its reason."""
+"""What every ``auto`` means on this machine, each with its reason, and what all families' processes are given."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import os
 import re
+from collections.abc import Collection, Mapping, Sequence
 
 from flatpatch import patches
-from flatpatch.errors import UserError
-from flatpatch.report.titles import in_one_line
-from flatpatch.settings import Request
-from flatpatch.upstreams import METHODS, Method
+from flatpatch.errors import UserError, in_one_line
+from flatpatch.families.base import Deviation, Upstream
+from flatpatch.files import ROOT
+from flatpatch.settings import Request, as_default
+
+# The small models are no faster with more threads, much slower where these wait for cores, and their numbers depend on
+# the count.
+QUICK_THREADS = 1
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def cuda_devices() -> int:
-    """Return how many CUDA devices torch sees."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def choose_profile(asked: str, method: Method, available: int) -> tuple[str, str]:
+def choose_profile(asked: str, upstream: Upstream, available: int) -> tuple[str, str]:
     """Return the profile and why."""
     if asked != "auto":
         return asked, "as asked"
-    if method.repository is None:
-        return "quick", f"{method.title} has no repository of its own"
+    if upstream.repository is None:
+        return "quick", f"{upstream.title} has no repository of its own"
     if available:
         return "upstream", f"{available} CUDA device(s) here"
     return "quick", "no CUDA device here"
 
 
-def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
+def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, str]:
     """Return the engine and why.
 
     Raises:
         UserError: If the method, profile and engine do not go together.
     """
-    if method.repository is None:
+    if upstream.repository is None:
         if profile != "quick":
             raise UserError(
-                f"{method.title} is a reference implementation and runs in profile quick alone, "
-                f"not {profile}. Use profile=quick, or a method with a repository: "
-                f"{', '.join(name for name, row in METHODS.items() if row.repository)}."
+                f"{upstream.title} is a reference implementation and runs in profile quick alone, not {profile}. "
+                "Use profile=quick, or a method with a repository."
             )
-        return "reference", f"{method.title} has no repository of its own"
+        return "reference", f"{upstream.title} has no repository of its own"
     if asked == "reference":
         if profile != "quick":
             raise UserError(
@@ -56,24 +56,24 @@ def choose_engine(asked: str, method: Method, profile: str) -> tuple[str, str]:
             "upstream",
             "as asked" if asked == "upstream" else f"profile {profile} runs only the authors' code",
         )
-    here, why = patches.is_available(method.repository)
+    here, why = patches.is_available(upstream.repository)
     return (
-        ("upstream", f"{method.repository} is here: {why}")
+        ("upstream", f"{upstream.repository} is here: {why}")
         if here
-        else ("reference", f"{method.repository} cannot be had: {in_one_line(why)}")
+        else ("reference", f"{upstream.repository} cannot be had: {in_one_line(why)}")
     )
 
 
-def find_upstream(method: Method, engine: str, notes: list[str]) -> patches.Verified | None:
+def find_checkout(upstream: Upstream, engine: str, notes: list[str]) -> patches.Verified | None:
     """Return the verified checkout that the engine needs; notes each folder that was named for it and lacks it.
 
     Raises:
         UserError: If it is nowhere, or not what it should be.
     """
-    if engine != "upstream" or not method.repository:
+    if engine != "upstream" or not upstream.repository:
         return None
-    verified = patches.verify(method.repository)
-    notes += [f"{lack}; {verified.checkout} is used" for lack in patches.passed_over(method.repository)]
+    verified = patches.verify(upstream.repository)
+    notes += [f"{lack}; {verified.checkout} is used" for lack in patches.passed_over(upstream.repository)]
     return verified
 
 
@@ -115,62 +115,70 @@ def choose_device(
     return "cuda", tuple(str(number) for number in range(available))
 
 
-def choose_launcher(asked: str, device: str, engine: str) -> str:
-    """Return the launcher; upstream's own where there is a GPU."""
-    if engine == "reference":
-        if asked == "deepspeed":
-            raise UserError(
-                "launcher=deepspeed needs the authors' code (engine=upstream); engine=reference runs in plain python."
-            )
-        return "python"
-    if asked != "auto":
-        return asked
-    return "deepspeed" if device == "cuda" else "python"
+def choose_threads(request: Request, profile: str) -> int | None:
+    """Return how many CPU threads each process is given; None leaves it to the machine and the caller."""
+    return request.settings.threads or (QUICK_THREADS if profile == "quick" else None)
 
 
-def choose_world_size(asked: int, device: str, devices: tuple[str, ...], theirs: int, engine: str) -> int:
-    """Return the number of processes; upstream's own where there are as many GPUs."""
-    if engine == "reference":
-        if asked > 1:
-            raise UserError(
-                f"processes={asked}: the reference engine runs in one process. Use engine=upstream or processes=1."
-            )
-        return 1
-    if device == "cuda":
-        if asked > len(devices):
-            raise UserError(
-                f"processes={asked} needs as many GPUs, and {len(devices)} are chosen. Name them with device=0,1,..."
-            )
-        return asked or min(len(devices), theirs)
-    return asked or 1
-
-
-def settle(request: Request, engine: str, reason: str, launcher: str, world_size: int, notes: list[str]) -> Request:
-    """Put settings back to their defaults that change nothing where the run was found to go; notes each.
-
-    Raises:
-        UserError: If one cannot be used there at all.
-    """
-    settings = request.settings
-    if engine == "reference" and settings.adapters != "upstream":
-        raise UserError(
-            f"adapters={settings.adapters} is for the authors' DeepSpeed engine, and engine=reference ({reason}) has "
-            "LoRA weights in fp32 in any case. Leave it out, or use engine=upstream."
-        )
-    idle: dict[str, str] = {}
-    if launcher == "python" and settings.adapters != "upstream":
-        idle["adapters"] = "upstream"
-        notes.append(f"adapters={settings.adapters} has no effect: without DeepSpeed LoRA weights are fp32 anyway")
-    if world_size == 1 and settings.sync != "local":
-        idle["sync"] = "local"
-        if settings.sam != "off":  # else it is said already that sync= has no effect
-            notes.append(f"sync={settings.sync} has no effect: the run has one process")
-    if launcher == "python" and world_size == 1 and settings.port:
-        notes.append(f"port={settings.port} has no effect: the run has one process and no launcher")
-    if not idle:
+def own_threads(request: Request, profile: str, notes: list[str]) -> Request:
+    """Let ``threads=`` of a quick run that names the default be no other run, and say what the caller's count does."""
+    if profile != "quick":
         return request
-    return dataclasses.replace(
-        request,
-        settings=dataclasses.replace(settings, **idle),  # type: ignore[arg-type]
-        sources={**request.sources, **dict.fromkeys(idle, "default")},
-    )
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given not in ("", str(request.settings.threads or QUICK_THREADS)):
+        notes.append(f"OMP_NUM_THREADS={given} has no effect in profile quick, which takes threads={QUICK_THREADS}")
+    return as_default(request, "threads", QUICK_THREADS)
+
+
+def without_idle(request: Request, idle: Collection[str], notes: list[str]) -> Request:
+    """Leave out overrides that name the value which runs without them: they make no other run."""
+    notes += [
+        f"upstream.{name}={request.overrides[name]} changes nothing: the run has that value anyway" for name in idle
+    ]
+    kept = {name: word for name, word in request.overrides.items() if name not in idle}
+    return dataclasses.replace(request, overrides=kept)
+
+
+def environment(device: str, devices: Sequence[str], threads: int | None) -> dict[str, str]:
+    """Return the variables that every process of a run gets beside the caller's own."""
+    variables = {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "WANDB_DISABLED": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": visible_devices(devices) if device == "cuda" else "",
+        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
+    }
+    return variables | (dict.fromkeys(_THREAD_VARIABLES, str(threads)) if threads else {})
+
+
+def visible_devices(numbers: Sequence[str]) -> str:
+    """Return ``CUDA_VISIBLE_DEVICES`` for some of the GPUs this process sees, itself perhaps a choice."""
+    own = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return ",".join(own[int(number)] if int(number) < len(own) else number for number in numbers)
+
+
+def library_deviations(theirs: Mapping[str, str], absent: str, known: Mapping[str, str | None]) -> list[Deviation]:
+    """Compare the versions of libraries that upstream names with what is installed.
+
+    Args:
+        theirs: By name: the version that upstream names.
+        absent: Why one that is not installed is not needed.
+        known: Versions that no package tells, such as Python's.
+    """
+    found = []
+    for name, version in theirs.items():
+        ours = known[name] if name in known else installed(name)
+        if ours != version:
+            why = "one environment serves every upstream" if ours else absent
+            found.append(Deviation(f"library {name}", version, ours, why))
+    return found
+
+
+def installed(name: str) -> str | None:
+    """Return the version of an installed package, None where there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

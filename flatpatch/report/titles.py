@@ -55,16 +55,6 @@ def describe(record: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def in_one_line(reason: str) -> str:
-    r"""Return a reason; of one with several lines its first sentence, and where the rest is told.
-
-    >>> in_one_line("O-LoRA is not here. Looked in\n    third_party/: empty")
-    'O-LoRA is not here (details: python -m flatpatch doctor)'
-    """
-    first, *more = reason.strip().splitlines() or [""]
-    return f"{first.split('. ')[0].rstrip('.:')} (details: python -m flatpatch doctor)" if more else first
-
-
 def of_images(record: Mapping[str, Any]) -> bool:
     """Tell whether the run is one of an image method, whose tasks are groups of classes."""
     return "benchmark" in record["settings"]

@@ -5,8 +5,6 @@ python -m flatpatch.upstreams._deviations > DEVIATIONS.md
 
 from __future__ import annotations
 
-import sys
-
 from flatpatch.upstreams import UPSTREAMS
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
+from flatpatch.families.base import AS_SHIPPED, Conflict
 from flatpatch.families.text.upstream import DECLARED_ALONE, TextUpstream
 
 _PAPER = "O-LoRA's paper (arXiv:2310.14152), by secondary sources"

@@ -5,39 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.families.base import Deviation
 from flatpatch.families.text.scripts import Invocation
 
 Datasets = tuple[tuple[str, str], ...]  # (task type, dataset) pairs, such as ("TC", "dbpedia")
 
 
 @dataclass(frozen=True)
-class Deviation:
-    """One difference from upstream's own command or environment; ``tasks`` is empty where it holds for all."""
-
-    what: str
-    upstream: str | None
-    here: str | None
-    why: str
-    tasks: tuple[str, ...] = ()
-
-
-class Stage(Protocol):
-    """One process of a run; ``folder`` is its place under ``tasks/``."""
-
-    @property
-    def name(self) -> str:
-        """What the stage is called."""
-
-    @property
-    def folder(self) -> str:
-        """The name of its folder."""
-
-
-@dataclass(frozen=True)
-class TaskPlan:
+class Task:
     """One task: upstream's invocation, ours, and what it evaluates."""
 
     name: str
@@ -195,10 +172,10 @@ class Editor:
         """Tell whether an argument differs from upstream's in any task."""
         return any(a.get(name) != b.get(name) for a, b in zip(self.originals, self.current, strict=True))
 
-    def tasks(self, evaluates: Sequence[Datasets]) -> tuple[TaskPlan, ...]:
+    def tasks(self, evaluates: Sequence[Datasets]) -> tuple[Task, ...]:
         """Return the finished tasks."""
         return tuple(
-            TaskPlan(
+            Task(
                 name=dataset_of(original),
                 upstream=original if original.launcher else None,
                 invocation=inv,

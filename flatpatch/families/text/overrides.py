@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,6 @@ RANGES: Mapping[str, Range] = {
     "max_steps": Range(-1),
 }
 _WORDS = {"instruction_strategy": ("single", "multiple")}  # texts of which upstream's code takes these alone
-# Arguments that a method's code declares and never uses, in upstream's code and in the reference engine alike.
-_DEAD = ("lang", "overwrite_cache", "preprocessing_num_workers", "do_demo")
-_UNUSED: Mapping[str, tuple[str, ...]] = {
-    "nlora": ("lamda_2", *_DEAD),
-    "olora": _DEAD,
-    "seqlora": ("lamda_1", "lamda_2"),
-    "inclora": ("lamda_1", "lamda_2"),
-}
 
 
 @dataclass(frozen=True)
@@ -141,14 +133,20 @@ def _declared(file: Path) -> dict[str, str]:
 
 
 def problems_of(
-    overrides: Mapping[str, str], known: Mapping[str, Kind], *, method: str, title: str, reference: bool, device: str
+    overrides: Mapping[str, str],
+    known: Mapping[str, Kind],
+    *,
+    unused: Collection[str],
+    title: str,
+    reference: bool,
+    device: str,
 ) -> list[str]:
     """Return what is wrong with the overrides of a text run, one message each.
 
     Args:
         overrides: Argument to the word given.
         known: The arguments that reach the run.
-        method: Its name.
+        unused: Those that the method's code takes and never uses.
         title: How it is called.
         reference: Whether the reference engine runs it.
         device: ``cpu`` or ``cuda``.
@@ -161,7 +159,7 @@ def problems_of(
         elif name not in known:
             whose = "the reference engine" if reference else "upstream"
             problems.append(f"upstream.{name}: {whose} has no argument '{name}'.{did_you_mean(name, known)}")
-        elif name in _UNUSED.get(method, ()):
+        elif name in unused:
             problems.append(f"upstream.{name} cannot reach the run: {title} never uses it. Leave it out.")
         else:
             try:

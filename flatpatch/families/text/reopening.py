@@ -1,4 +1,4 @@
-"""The models that a finished run left, rebuilt from its work folder, with the data they were trained on.
+"""The models that a finished run on texts left, rebuilt from its folder, with the data they were trained on.
 
 Both engines' adapters go into the reference engine's layers, which compute what the authors' do: W x plus the update of
 every task's factors. What is rebuilt can be checked against the loss that was measured in the run itself.
@@ -6,13 +6,10 @@ every task's factors. What is rebuilt can be checked against the loss that was m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,122 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError
+from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample, draw_sample
 from flatpatch.families.text import reference
-from flatpatch.families.text.changes import TaskPlan
-from flatpatch.families.text.planning import Plan, make_plan
 from flatpatch.families.text.reference import adapters
 from flatpatch.families.text.reference.adapters import Pair
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
+from flatpatch.families.text.scripts import pairs
+from flatpatch.files import folder_hash
 from flatpatch.flatness import Loss, model_loss
 from flatpatch.measuring import Request
-from flatpatch.report.records import read_record, run_folder
-from flatpatch.runner.record import folder_digest
-from flatpatch.settings import OF_MEASURING, parse
-from flatpatch.upstreams import METHODS
 
+# Of what a process is given, that which is read here; a launcher's own words stand before.
+_NEEDED = ("do_train", "method", "model_name_or_path", "output_dir", "task_config_dir")
 _UPSTREAM_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
-class FinishedRun(ABC):
-    """A finished run, its folder and its record; what follows from these depends on what was learned."""
+class TextRun(FinishedRun):
+    """A finished run on texts, and what each of its processes was given."""
 
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The run's folder's name."""
-        return self.folder.name
-
-    def task_index(self, name: str) -> int:
-        """Return a task's number; an empty name means the last one.
-
-        Raises:
-            UserError: If the run has no such task.
-        """
-        tasks: list[str] = self.record["tasks"]
-        if not name:
-            return len(tasks) - 1
-        if name not in tasks:
-            raise UserError(
-                f"task={name}: {self.name} has no such task.{did_you_mean(name, tasks)} It has: {', '.join(tasks)}."
-            )
-        return tasks.index(name)
-
-    @property
-    @abstractmethod
-    def loss(self) -> Loss:
-        """The loss that is measured."""
-
-    @property
-    @abstractmethod
-    def loss_name(self) -> str:
-        """The loss in words."""
-
-    @abstractmethod
-    def rebuild(self, index: int, *, joined: bool = False) -> nn.Module:
-        """Rebuild the model as it was after a task; ``joined`` lets the factors of all tasks vary."""
-
-    @abstractmethod
-    def draw_sample(self, index: int, request: Request) -> Sample:
-        """Draw the fixed sample of a task's training data."""
-
-    @abstractmethod
-    def learned(self, index: int) -> Sequence[Any]:
-        """Return what was learned up to a task, in the order of learning; runs must agree in it to be compared."""
-
-    def noted_hash(self, process: str, path: Path) -> str | None:
-        """Return the SHA-256 that the run noted of a file when one of its processes ended.
-
-        Args:
-            process: The process's folder in ``tasks``.
-            path: In the run's folder.
-
-        Returns:
-            The hash, or None if the run noted none.
-        """
-        try:
-            done = json.loads((self.folder / "tasks" / process / "done.json").read_text(encoding="utf-8"))
-            found: str | None = done["files"].get(str(path.relative_to(self.folder)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
-            return None
-        return found
-
-    def check_file(self, process: str, path: Path) -> None:
-        """Refuse a file that is there and is not the one of which the run noted the hash.
-
-        Raises:
-            UserError: If it is another one.
-        """
-        noted = self.noted_hash(process, path)
-        if noted is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != noted:
-            raise UserError(
-                f"{self.name}: {path} is not the file that the run left (its SHA-256 differs from the one in "
-                f"tasks/{process}/done.json), so its models cannot be rebuilt. Restore it, or make the run again."
-            )
-
-    def working(self) -> AbstractContextManager[None]:
-        """Return the block in which the run's models work."""
-        return nullcontext()
-
-    def check_companion(self, other: FinishedRun) -> None:
-        """Refuse a run between whose models and this one's nothing can lie.
-
-        Raises:
-            UserError: With what differs.
-        """
-        if type(self) is not type(other):
-            raise UserError(f"{self.name} and {other.name}: one learned images and one texts. Name runs of one kind.")
-
-
-@dataclass(frozen=True)
-class TrainedRun(FinishedRun):
-    """A finished run on texts, and the plan it followed."""
-
-    plan: Plan
+    arguments: tuple[Mapping[str, str], ...]
 
     @property
     def loss(self) -> Loss:
@@ -180,67 +83,49 @@ class SavedAdapter:
         return len(next(iter(self.pairs.values())).A)
 
 
-def find_run(name: str) -> FinishedRun:
-    """Find a finished run. One on texts is planned again, which tells what its tasks were given.
-
-    Args:
-        name: Its folder, or its folder's name inside ``runs``.
-
-    Raises:
-        UserError: If there is no such run, it is not finished, or it is not one that can be rebuilt.
-    """
-    folder = run_folder(name).absolute()
-    record = read_record(folder)
-    if record["status"] != "finished":
+def reopen(folder: Path, record: dict[str, Any]) -> TextRun:
+    """Return a finished run; see :class:`flatpatch.families.base.Family`."""
+    order = str(record["settings"].get("order", {}).get("value", ""))
+    if record["method"] not in reference.METHODS or order.startswith("llama"):
         raise UserError(
-            f"run={name} is not finished ({record['status']}): only a finished run can be measured afterwards. "
-            "The command that started it continues it."
+            f"run={folder.name} is of method {record['method']}, {record['benchmark']}: of text runs, models can be "
+            f"rebuilt of T5 and {', '.join(reference.METHODS)}. Measure inside the run with measure=."
         )
-    method = METHODS.get(record["method"])
-    if method is not None and method.vision:
-        from flatpatch.families.vision.reopening import read_image_run
-
-        return read_image_run(folder, record)
-    given = {key: entry for key, entry in record["settings"].items() if entry["source"] == "command line"}
-    if record["method"] not in reference.METHODS or str(
-        record["settings"].get("order", {}).get("value", "")
-    ).startswith("llama"):
-        raise UserError(
-            f"run={name} is of method {record['method']}, {record['benchmark']}: models can be rebuilt of image "
-            "runs, and of T5 runs "
-            f"of {', '.join(reference.METHODS)}. Measure inside the run with measure=."
-        )
-    ours = (*OF_MEASURING, "profile", "engine", "output", "run")
-    words = [f"{key}={entry['value']}" for key, entry in given.items() if key not in ours]
-    request = parse([*words, f"profile={record['profile']}", f"engine={record['engine']}"])
-    plan = make_plan(request, dry_run=True)
-    if list(plan.task_names) != record["tasks"]:
-        raise UserError(
-            f"run={name} learned {', '.join(record['tasks'])}, but its settings mean {', '.join(plan.task_names)} now. "
-            "It was made by another version; measure it with that one."
-        )
-    run = TrainedRun(folder, record, plan)
-    _check_inputs(run)
-    return run
-
-
-def _check_inputs(run: TrainedRun) -> None:
-    for link, digest in run.record.get("inputs", {}).items():
-        place = run.folder / "work" / link
-        if (here := folder_digest(place)) != digest:
+    for link, digest in record.get("inputs", {}).items():
+        place = folder / "work" / link
+        if (here := folder_hash(place)) != digest:
             what = "is gone" if here is None else "holds other files now"
-            raise UserError(f"{run.name}: {place} {what}, so its models cannot be rebuilt.")
+            raise UserError(f"{folder.name}: {place} {what}, so its models cannot be rebuilt.")
+    return TextRun(folder, record, tuple(_arguments(folder, name, i) for i, name in enumerate(record["tasks"])))
 
 
-def load_adapter(run: TrainedRun, index: int) -> SavedAdapter:
+def _process(index: int, task: str) -> str:
+    return f"{index + 1}-{task}"
+
+
+def _arguments(folder: Path, task: str, index: int) -> dict[str, str]:
+    """Return what a task's process was given."""
+    told = folder / "tasks" / _process(index, task) / "hook.json"
+    try:
+        words = json.loads(told.read_text(encoding="utf-8"))["command"]
+        first = next(place for place, word in enumerate(words) if word.startswith("--") and word[2:] in _NEEDED)
+        return {name: value or "" for name, value in pairs(words[first:])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            f"run={folder.name}: what {told} says of its task cannot be read ({type(error).__name__}: {error}). A run "
+            "of an earlier version is measured with that version."
+        ) from None
+
+
+def load_adapter(run: TextRun, index: int) -> SavedAdapter:
     """Read the adapter that was saved after a task.
 
     Raises:
         UserError: If it is missing, damaged, or of other ranks than the run's.
     """
-    folder = run.folder / "work" / _task(run, index).invocation.get("output_dir") / "adapter"
+    folder = run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
     for path in sorted(folder.glob("*")):
-        run.check_file(_task(run, index).folder, path)
+        run.check_file(_process(index, run.record["tasks"][index]), path)
     if run.record["engine"] == "reference":
         saved = adapters.load(folder)
         return SavedAdapter(saved.pairs, int(saved.made["lora_r"]), int(saved.made["lora_alpha"]))
@@ -261,7 +146,7 @@ def load_adapter(run: TrainedRun, index: int) -> SavedAdapter:
     return SavedAdapter({layer: Pair(pair["A"], pair["B"]) for layer, pair in factors.items()}, rank, alpha)
 
 
-def rebuild(run: TrainedRun, index: int, *, joined: bool = False) -> nn.Module:
+def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
     """Rebuild the model as it was after a task.
 
     Args:
@@ -299,30 +184,18 @@ def rebuild(run: TrainedRun, index: int, *, joined: bool = False) -> nn.Module:
     # A parameter that holds the whole vocabulary is not an adapter; resizing makes a new one.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{adapters.NEW}." in name)
-    return ready(run, index, model)
+    return run.ready(index, model)
 
 
-def ready(run: FinishedRun, index: int, model: nn.Module) -> nn.Module:
-    """Return a model in evaluation mode, on the CPU, or on a GPU where there is one.
-
-    Raises:
-        UserError: If its weights are not finite.
-    """
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if not all(bool(value.isfinite().all()) for value in model.parameters()):
-        raise UserError(f"{run.name}: the weights after task {index + 1} are not finite: its training diverged.")
-    return model
-
-
-def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
+def draw_task_sample(run: TextRun, index: int, request: Request) -> Sample:
     """Draw the fixed sample of a task's training data: the examples that are measured inside a run too.
 
     Raises:
         UserError: If the data cannot be read.
     """
-    arguments = _task(run, index).invocation
+    arguments = run.arguments[index]
     work = run.folder / "work"
-    told = work / arguments.get("task_config_dir") / "train_tasks.json"
+    told = work / arguments["task_config_dir"] / "train_tasks.json"
     try:
         config = json.loads(told.read_text(encoding="utf-8"))
         tasks = [(kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries]
@@ -331,7 +204,7 @@ def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
     file = arguments.get("instruction_file")
     instructions = read_instructions(work / file if file else None)
     limit = arguments.get("max_train_samples")
-    data = work / arguments.get("data_dir")
+    data = work / arguments["data_dir"]
     examples = load_examples(data, tasks, "train", instructions, int(limit) if limit else None)
     source = int(arguments.get("max_source_length", "512"))
     target = int(arguments.get("max_target_length", "50"))
@@ -339,44 +212,15 @@ def draw_task_sample(run: TrainedRun, index: int, request: Request) -> Sample:
     return draw_sample(examples, collate, samples=request.samples, batch=request.batch)
 
 
-def check_against_run(run: FinishedRun, index: int, samples: int, loss: float) -> None:
-    """Compare a rebuilt model's loss with the one measured in the run right after the task, if it was.
-
-    Raises:
-        UserError: If they differ.
-    """
-    for entry in run.record["flatness"]:
-        there = entry["loss"]
-        same = (entry["task_index"], entry["when"], entry["samples"]) == (index, "after", samples)
-        if same and there is not None and abs(loss - there) > 1e-3 * max(abs(loss), abs(there)):
-            raise UserError(
-                f"{run.name}: rebuilt after task {index + 1}, the model has loss {loss:.6g} on the sample; in the "
-                f"run it had {there:.6g}. The checkpoint or the data is not the run's."
-            )
-
-
-def _task(run: TrainedRun, index: int) -> TaskPlan:
-    return run.plan.tasks[index]
-
-
-def _base_model(run: TrainedRun) -> Path:
-    first = _task(run, 0).invocation
-    name = first.get("base_model") or first.get("model_name_or_path")
-    folder = run.folder / "work" / name
+def _base_model(run: TextRun) -> Path:
+    first = run.arguments[0]
+    folder = run.folder / "work" / (first.get("base_model") or first["model_name_or_path"])
     if not (folder / "config.json").is_file():
         raise UserError(f"{run.name}: its base model {folder} is gone.")
     return folder
 
 
-def _tokenizer(run: TrainedRun) -> Any:
+def _tokenizer(run: TextRun) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_base_model(run))
-
-
-def names_of(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return a name for each run, told apart where folders' names are equal."""
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        return [f"{run.folder.parent.name}/{run.name}" for run in runs]
-    return names

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flatpatch import metrics
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.families.base import Plan, Results
 
 RESULT_FILE = "all_results.json"
 SAMPLE_WEIGHTED = "predict_exact_match"
@@ -31,7 +33,7 @@ DATASET_PREFIX = "predict_exact_match_for_"
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
+class TextResults:
     """What upstream measured after each step; None (NaN in the matrix) where it did not.
 
     ``task_mean`` and ``sample_weighted`` are upstream's two averages: the papers' average accuracy, and the
@@ -48,7 +50,19 @@ class Results:
     predict_seconds: tuple[float | None, ...]  # (T,)
 
 
-def read_results(outputs: Path, tasks: Sequence[str], *, partial: bool = False) -> Results:
+def collect(plan: Plan, stages: int) -> Results:
+    """Read what the first stages of a run left; see :class:`flatpatch.families.base.Family`."""
+    outputs = (plan.folder / "work" / plan.stages[0].output).parent
+    found = read_results(outputs, plan.tasks, partial=True)
+    return Results(
+        accuracy=metrics.to_lists(found.accuracy),
+        sample_weighted=found.sample_weighted,
+        train_seconds=[seconds for seconds in found.train_seconds if seconds is not None],
+        predict_seconds=[seconds for seconds in found.predict_seconds if seconds is not None],
+    )
+
+
+def read_results(outputs: Path, tasks: Sequence[str], *, partial: bool = False) -> TextResults:
     """Read every step's result file of one run.
 
     Args:
@@ -183,13 +197,13 @@ def _fits(value: object, key: str) -> bool:
     return key.endswith("_runtime") or value <= 100
 
 
-def _collect(tasks: tuple[str, ...], steps: Sequence[Mapping[str, Any]]) -> Results:
+def _collect(tasks: tuple[str, ...], steps: Sequence[Mapping[str, Any]]) -> TextResults:
     accuracy = np.array(
         [[step.get(DATASET_PREFIX + task, math.nan) for task in tasks] for step in steps], dtype=np.float64
     )
     accuracy.setflags(write=False)
     seen_means = [accuracy[i, : i + 1].mean() for i in range(len(tasks))]
-    return Results(
+    return TextResults(
         tasks=tasks,
         accuracy=accuracy,
         sample_weighted=tuple(step.get(SAMPLE_WEIGHTED) for step in steps),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from flatpatch.errors import did_you_mean
 from flatpatch.families.base import Upstream
+
+if TYPE_CHECKING:
+    from flatpatch.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +20,75 @@ class VisionUpstream(Upstream):
     Attributes:
         configs: By variant and benchmark: the file.
         config_flag: What stands before the configuration's name on upstream's command line.
+        losses: What the losses are called that a batch takes a step for, in their order.
+        several_gpus: Names of models whose code stops on a single device.
+        saves_models: Whether its own code saves a model after every task.
+        quick: Its own keys in profile ``quick``.
+        notes: By variant: what is to be said of a run with SAM or with measuring.
     """
 
     family: ClassVar[str] = "vision"
 
     configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     config_flag: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ("task",)
+    several_gpus: tuple[str, ...] = ()
+    saves_models: bool = False
+    quick: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, variant: str, benchmark: str) -> str | None:
         """Return the shipped configuration of a variant and benchmark; empty means the first. None if none ships."""
         files = self.configs.get(variant or next(iter(self.configs)), {})
         return files.get(benchmark or next(iter(files), ""))
+
+    def check(self, settings: Settings) -> list[str]:
+        """Return what is wrong with settings for this method, one message each."""
+        problems = super().check(settings)
+        if settings.sam_on != "both" and len(self.losses) == 1:
+            problems.append(
+                f"sam_on={settings.sam_on} is for methods that take two steps a batch; {self.title} takes one. "
+                "Leave it out."
+            )
+        if (settings.benchmark or settings.variant) and not self.configs:
+            problems.append(
+                f"{self.title} has no repository and so no benchmark= or variant= to choose. Leave them out."
+            )
+        elif settings.variant and settings.variant not in self.configs:
+            problems.append(
+                f"unknown variant '{settings.variant}' of {self.title}.{did_you_mean(settings.variant, self.configs)} "
+                f"Expected: {', '.join(self.configs)}."
+            )
+        elif self.configs and self.config(settings.variant, settings.benchmark) is None:
+            variant = settings.variant or next(iter(self.configs))
+            files = self.configs[variant]
+            shipped = ", ".join(f"{name} ({file})" for name, file in files.items())
+            problems.append(
+                f"{self.title} ships no configuration of benchmark '{settings.benchmark}' for variant {variant}."
+                f"{did_you_mean(settings.benchmark, files)} It ships: {shipped}."
+            )
+        return problems
+
+    def why_unread(self, config: Mapping[str, Any], key: str, *, quick: bool) -> str:
+        """Say why an override of a key would not reach the run.
+
+        What each key does was seen by changing it in upstream's unpatched code on a small model
+        (``tests/upstream/test_reach.py`` does it again), and read in the code for the models that this leaves out.
+
+        Args:
+            config: The configuration with all overrides in it.
+            key: The key overridden.
+            quick: Whether the profile is quick.
+
+        Returns:
+            What upstream's code does instead, to follow "the code"; empty if the value reaches the run.
+        """
+        return ""
+
+    def config_problems(self, config: Mapping[str, Any], tasks: int) -> list[str]:
+        """Return what in a configuration this method's code could not use, one message each.
+
+        Args:
+            config: The configuration that is to run.
+            tasks: How many tasks its classes make.
+        """
+        return []

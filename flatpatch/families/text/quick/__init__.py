@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flatpatch.families.text.quick.generator import TASKS, write_benchmark
-from flatpatch.families.text.quick.preset import METHOD_PRESETS, PRESET
+from flatpatch.families.text.quick.preset import PRESET
 
 MODEL_FOLDER: Path = Path(__file__).resolve().parent / "t5-quick"
 """Folder of the shipped tokenizer and model. Its name says "t5" because upstream decides by the path."""
 
-__all__ = ["METHOD_PRESETS", "MODEL_FOLDER", "PRESET", "TASKS", "write_benchmark"]
+__all__ = ["MODEL_FOLDER", "PRESET", "TASKS", "write_benchmark"]

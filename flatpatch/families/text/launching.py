@@ -1,0 +1,69 @@
+"""By which launcher, and in how many processes, a task of a text method is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flatpatch.errors import UserError
+from flatpatch.settings import Request
+
+
+def choose_launcher(asked: str, device: str, engine: str) -> str:
+    """Return the launcher; upstream's own where there is a GPU."""
+    if engine == "reference":
+        if asked == "deepspeed":
+            raise UserError(
+                "launcher=deepspeed needs the authors' code (engine=upstream); engine=reference runs in plain python."
+            )
+        return "python"
+    if asked != "auto":
+        return asked
+    return "deepspeed" if device == "cuda" else "python"
+
+
+def choose_world_size(asked: int, device: str, devices: tuple[str, ...], theirs: int, engine: str) -> int:
+    """Return the number of processes; upstream's own where there are as many GPUs."""
+    if engine == "reference":
+        if asked > 1:
+            raise UserError(
+                f"processes={asked}: the reference engine runs in one process. Use engine=upstream or processes=1."
+            )
+        return 1
+    if device == "cuda":
+        if asked > len(devices):
+            raise UserError(
+                f"processes={asked} needs as many GPUs, and {len(devices)} are chosen. Name them with device=0,1,..."
+            )
+        return asked or min(len(devices), theirs)
+    return asked or 1
+
+
+def settle(request: Request, engine: str, reason: str, launcher: str, world_size: int, notes: list[str]) -> Request:
+    """Put settings back to their defaults that change nothing where the run was found to go; notes each.
+
+    Raises:
+        UserError: If one cannot be used there at all.
+    """
+    settings = request.settings
+    if engine == "reference" and settings.adapters != "upstream":
+        raise UserError(
+            f"adapters={settings.adapters} is for the authors' DeepSpeed engine, and engine=reference ({reason}) has "
+            "LoRA weights in fp32 in any case. Leave it out, or use engine=upstream."
+        )
+    idle: dict[str, str] = {}
+    if launcher == "python" and settings.adapters != "upstream":
+        idle["adapters"] = "upstream"
+        notes.append(f"adapters={settings.adapters} has no effect: without DeepSpeed LoRA weights are fp32 anyway")
+    if world_size == 1 and settings.sync != "local":
+        idle["sync"] = "local"
+        if settings.sam != "off":  # else it is said already that sync= has no effect
+            notes.append(f"sync={settings.sync} has no effect: the run has one process")
+    if launcher == "python" and world_size == 1 and settings.port:
+        notes.append(f"port={settings.port} has no effect: the run has one process and no launcher")
+    if not idle:
+        return request
+    return dataclasses.replace(
+        request,
+        settings=dataclasses.replace(settings, **idle),  # type: ignore[arg-type]
+        sources={**request.sources, **dict.fromkeys(idle, "default")},
+    )
