@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,10 +150,3 @@ def _differences(given: Mapping[str, Any], expected: tuple[str, ...], where: str
         f"{where} has an unknown key {key!r}.{did_you_mean(key, expected)}" for key in given if key not in expected
     ]
     return unknown + [f"{where} has no {key!r}" for key in expected if key not in given]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once, so that no reader ever sees half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -15,7 +15,7 @@ from torch import nn
 
 from flatpatch import hooks, timing
 from flatpatch.families import recording
-from flatpatch.families.text.reference import training
+from flatpatch.families import training
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
 from tests import sam_training

@@ -4,7 +4,7 @@ A family turns settings into data, and what a run left into data::
 
     plan(upstream, request, machine, dry_run=False) -> Plan
     collect(plan, stages) -> Results
-    reopen(folder, record) -> FinishedRun
+    reopen(upstream, folder, record) -> FinishedRun
 
 :func:`flatpatch.families.load` gives the module with these functions. Loading this file loads no torch.
 """
@@ -368,7 +368,7 @@ class Family(Protocol):
             FlatpatchError: If it is not what the plan's tasks leave.
         """
 
-    def reopen(self, folder: Path, record: dict[str, Any]) -> FinishedRun:
+    def reopen(self, upstream: Any, folder: Path, record: dict[str, Any]) -> FinishedRun:
         """Return a finished run whose models can be rebuilt.
 
         Raises:

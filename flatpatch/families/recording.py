@@ -6,14 +6,15 @@ wait for a GPU.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatpatch.contract import write_atomically
+from flatpatch.files import write_atomically
 
 BUFFERED_STEPS = 10
 SECONDS_BETWEEN_PROGRESS = 0.5
@@ -134,3 +135,16 @@ def _records_until(path: Path, step: int) -> list[str]:
         except ValueError:
             continue
     return kept
+
+
+def make_measurer(run: Mapping[str, Any], progress: Callable[[str, int, int, str], None]) -> Any:
+    """Return what measures flatness at points of the run, None where nothing is measured.
+
+    Args:
+        run: The run's description, which names the class.
+        progress: Called with a phase, the seconds of planned work done and planned in all, and what was said last.
+    """
+    if run.get("measure") is None:
+        return None
+    module, _, name = run["measure"]["by"].partition(":")
+    return getattr(importlib.import_module(module), name)(run, progress=progress)

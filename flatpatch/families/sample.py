@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flatpatch.errors import UserError
+from flatpatch.measuring import Request
 
 SEED = 0
 
@@ -63,3 +64,8 @@ def draw_sample(dataset: Any, collate: Callable[[list[Any]], Any], *, samples: i
     indices = choose_indices(len(dataset), samples)
     made = [collate([dataset[i] for i in indices[start : start + batch]]) for start in range(0, len(indices), batch)]
     return Sample([dict(each) if isinstance(each, Mapping) else each for each in made], len(indices), indices)
+
+
+def sample_of(dataset: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Request], Sample]:
+    """Return a function that draws the fixed sample of a data set and collates it."""
+    return lambda request: draw_sample(dataset, collate, samples=request.samples, batch=request.batch)

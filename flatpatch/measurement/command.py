@@ -29,10 +29,10 @@ from flatpatch.flatness import (
     plane_landscape,
     plane_through,
 )
+from flatpatch.flatness.guard import working_copy
 from flatpatch.flatness.landscape import save_landscape
 from flatpatch.flatness.points import Point, loss_at, moving, weights_of
 from flatpatch.measurement import files, in_run
-from flatpatch.measurement.guard import working_copy
 from flatpatch.measurement.suite import ScopeResult, measure_model
 from flatpatch.measurement.words import Asked
 from flatpatch.measuring import EFFORTS, Request

@@ -8,30 +8,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from flatpatch.errors import UserError, did_you_mean
-from flatpatch.families.sample import SEED, Sample, draw_sample
+from flatpatch.families.sample import SEED, Sample
 from flatpatch.flatness import Loss, model_loss
+from flatpatch.flatness.guard import random_states_kept, working_copy
 from flatpatch.flatness.points import plain
 from flatpatch.measurement import files
-from flatpatch.measurement.guard import random_states_kept, working_copy
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
 from flatpatch.measuring import Request, read_request
 
-IMAGE_LOSS = (
-    "cross-entropy over the task's own classes, of training images augmented once with a fixed seed, without the "
-    "method's penalty"
-)
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
 
-_DESCRIPTION = ("request", "folder")
+_DESCRIPTION = ("request", "folder", "by")
 
 
 def read_description(values: Any, where: str) -> tuple[Request, Path]:
-    """Check what a run's description says of measuring: ``{"request": {...}, "folder": "/.../flatness"}``.
+    """Check what a run's description says of measuring: what, into which folder, and by which class.
 
     Raises:
         UserError: With what is wrong with it.
@@ -172,30 +167,6 @@ class Measurer:
         self._note = text
         # On a line of its own, although a progress bar may already stand in this one.
         print(f"\nflatpatch: {text}", file=sys.stderr, flush=True)
-
-
-def sample_of(dataset: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Request], Sample]:
-    """Return a function that draws the fixed sample of a data set and collates it."""
-    return lambda request: draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
-
-
-def images_sample_of(dataset: Any, first_class: int) -> Callable[[Request], Sample]:
-    """As :func:`sample_of`, of images that are augmented at random: the same way for every run and point in time.
-
-    Args:
-        dataset: Its items end with the image, a tensor, and its class.
-        first_class: The task's; classes are counted from it.
-    """
-
-    def collate(items: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = [int(item[-1]) - first_class for item in items]
-        return torch.stack([item[-2] for item in items]), torch.tensor(labels)
-
-    def draw(request: Request) -> Sample:
-        torch.manual_seed(SEED)  # the measurer puts the training's random numbers back
-        return draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
-
-    return draw
 
 
 def describe(

@@ -2,12 +2,131 @@
 
 from __future__ import annotations
 
-from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
-from flatpatch.families.vision.upstream import VisionUpstream
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
+from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
+
+if TYPE_CHECKING:
+    from flatpatch.settings import Settings
+
+# The weight that its loop gives to the orthogonality penalty (models/cllora.py at the pin).
+_ORTHOGONALITY = 0.0001
+TOP_K = 5  # models/base.py
 _PAPER = "CL-LoRA's paper (arXiv:2505.24816), read in full"
 
-UPSTREAM = VisionUpstream(
+# Keys that do not reach a run, and what the code does instead.
+_UNREAD: Mapping[str, str] = {
+    **dict.fromkeys(("recalc_sim", "alpha", "beta", "use_old_data", "adapter_num"), NEVER_USED),
+    **dict.fromkeys(("pretrained", "vpt_type", "prompt_token_num"), "never uses it for this model"),
+    **dict.fromkeys(("memory_size", "memory_per_class", "fixed_memory"), KEEPS_NO_EXEMPLARS),
+    **dict.fromkeys(("nb_classes", "nb_tasks"), "sets it itself. Use upstream.init_cls and upstream.increment"),
+    **dict.fromkeys(
+        ("init_milestones", "init_lr_decay"), "reads it with scheduler=steplr alone, which is refused here"
+    ),
+}
+# Switches of which only one position runs: the code of the other fails.
+_ONLY: Mapping[str, bool] = {
+    "use_init_ptm": False,
+    "moni_adam": False,
+    "use_reweight": True,
+    "msa_adapt": True,
+    "use_distillation": True,
+    "use_block_weight": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLLoRA(VisionUpstream):
+    """CL-LoRA's row, and what its code does otherwise than other repositories'."""
+
+    def check(self, settings: Settings) -> list[str]:
+        """Return what is wrong with settings for this method, one message each."""
+        problems = super().check(settings)
+        if settings.sam != "off" and settings.scope == "B" and settings.sam_on != "task":
+            problems.append(
+                "scope=B has nothing to perturb in CL-LoRA's distillation step: B of the general blocks is frozen. "
+                "Add sam_on=task, or use scope=A or scope=lora."
+            )
+        return problems
+
+    def why_unread(self, config: Mapping[str, Any], key: str, *, quick: bool) -> str:
+        """Say why an override of a key would not reach the run; see the base class."""
+        if key.startswith("later_") and config.get("init_cls") == config.get("increment"):
+            instead = key.replace("later_", "init_")
+            return (
+                f"never reads it where init_cls equals increment, as here. Use upstream.{instead}, which every task "
+                "reads"
+            )
+        if key == "min_lr" and config.get("scheduler") == "constant":
+            return "reads it with scheduler=cosine alone. Add upstream.scheduler=cosine"
+        if key in _ONLY and config[key] is not _ONLY[key]:
+            return f"fails with {key}={str(config[key]).lower()}"
+        return _UNREAD.get(key, "")
+
+    def config_problems(self, config: Mapping[str, Any], classes: int, tasks: int) -> list[str]:
+        """Return what in a configuration this method's code could not use; see the base class."""
+        first = config["init_cls"]
+        if first >= TOP_K:
+            return []
+        return [
+            f"upstream.init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first "
+            f"task already. Choose upstream.init_cls= of at least {TOP_K}."
+        ]
+
+    def grow(self, network: Any, index: int, classes: int) -> None:
+        """Give a new network the classifier of the first tasks' classes; see the base class."""
+        network._cur_task = index - 1
+        network.update_fc(classes)
+
+    def leave_one_classifier(self, network: Any, index: int) -> None:
+        """Leave out other tasks' classifiers; see the base class."""
+        network.fc = network.init_proto = None
+
+
+def task_loss(learner: Any, inputs: Any, targets: Any, penalty: Callable[..., Any]) -> Any:
+    """Compute CL-LoRA's task loss: cross-entropy, and after the first task the block weights' orthogonality penalty.
+
+    Args:
+        learner: Upstream's.
+        inputs: Images, ``(batch, 3, height, width)``.
+        targets: Classes counted from the task's first, ``(batch,)``.
+        penalty: Of earlier tasks' block weights and the present ones.
+
+    Returns:
+        The mean over the batch, and the weighted penalty.
+    """
+    from torch.nn.functional import cross_entropy
+
+    network = learner._network
+    loss = cross_entropy(network(inputs, test=False)["logits"], targets)
+    if learner._cur_task == 0:
+        return loss
+    return loss + _ORTHOGONALITY * penalty(network.backbone.block_weight_list, network.backbone.block_weight)
+
+
+def distillation_loss(
+    learner: Any, inputs: Any, divergence: Callable[..., Any], weight: float, temperature: float
+) -> Any:
+    """Compute CL-LoRA's distillation loss, of the shared adapters from what they were after the task before.
+
+    Args:
+        learner: Upstream's.
+        inputs: Images, ``(batch, 3, height, width)``.
+        divergence: Of the new logits from the teacher's, at a temperature ``T``.
+        weight: Of the divergence.
+        temperature: Of both softmaxes.
+
+    Returns:
+        The weighted mean over the batch.
+    """
+    student, teacher = learner._network.forward_kd(inputs, learner._cur_task)
+    return weight * divergence(student["logits"], teacher["logits"], T=temperature)
+
+
+UPSTREAM = CLLoRA(
     name="cllora",
     title="CL-LoRA",
     repository="CL-LoRA",
@@ -21,6 +140,18 @@ UPSTREAM = VisionUpstream(
     },
     seed=1993,
     reference=False,
+    losses=("task", "distillation"),
+    quick={
+        # Its code asks for the five likeliest classes after the first task already. It shuffles the classes anyway, so
+        # they come in four tasks of any five.
+        "init_cls": 5,
+        "increment": 5,
+        "init_epochs": 6,
+        "general_pos": [0, 1, 2],
+        "specfic_pos": [3, 4, 5],
+    },
+    # All that the task's forward pass uses of what is trained.
+    kept=r"(backbone\.cur_adapter|backbone\.block_weight|proxy_fc)\b.*",
     conflicts=(
         Conflict(
             "ImageNet-R: pretrained weights",

@@ -2,13 +2,133 @@
 
 from __future__ import annotations
 
-from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
-from flatpatch.families.vision.upstream import VisionUpstream
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict, Deviation
+from flatpatch.families.vision import splits
+from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
+
+if TYPE_CHECKING:
+    from flatpatch.settings import Settings
 
 _PAPER = "InfLoRA's paper (arXiv:2404.00228), by secondary sources"
 _DOMAINNET = ("configs/domainnet_inflora.json", "configs/domainnet_inflorab5.json")
 
-UPSTREAM = VisionUpstream(
+# Models with a learning rate for the head and none for task 1; the epoch after which `lrate_decay` multiplies both.
+_MILESTONES: Mapping[str, int] = {"InfLoRA_CA1": 18, "InfLoRA_domain": 4, "InfLoRAb5_domain": 4}
+
+# Keys that do not reach a run, whatever else the configuration says, and what the code does instead.
+_UNREAD: Mapping[str, str] = {
+    **dict.fromkeys(("prefix", "EPSILON", "init_lr_decay"), NEVER_USED),
+    **dict.fromkeys(("memory_size", "memory_per_class", "fixed_memory"), KEEPS_NO_EXEMPLARS),
+    **dict.fromkeys(
+        ("embd_dim", "num_heads"), "has the sizes of its ViT written in it, and stops or goes on unchanged"
+    ),
+    "class_order": "sets it itself. Use upstream.shuffle",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfLoRA(VisionUpstream):
+    """InfLoRA's row, and what its code does otherwise than other repositories'."""
+
+    def check(self, settings: Settings) -> list[str]:
+        """Return what is wrong with settings for this method, one message each."""
+        problems = super().check(settings)
+        if settings.sam != "off" and settings.scope == "A":
+            problems.append("scope=A has nothing to perturb: InfLoRA trains no A. Use scope=B or scope=lora.")
+        return problems
+
+    def why_unread(self, config: Mapping[str, Any], key: str, *, quick: bool) -> str:
+        """Say why an override of a key would not reach the run; see the base class."""
+        model = config.get("model_name", "")
+        if not model.startswith("InfLoRA"):  # the reference engine has no key too many
+            return ""
+        if key == "num_workers" and quick:
+            return "gets its images from memory in profile quick, without processes that load them"
+        if key in _UNREAD:
+            return _UNREAD[key]
+        if model in _MILESTONES:
+            if key == "init_epoch":
+                return "trains the first task as the others. Use upstream.epochs"
+            if key in ("fc_lrate", "lrate_decay") and config.get("optim") == "adam":
+                return "reads it with optim=sgd alone. Add upstream.optim=sgd"
+            epochs, milestone = config.get("epochs"), _MILESTONES[model]
+            if key == "lrate_decay" and isinstance(epochs, int) and epochs <= milestone:
+                return f"uses it after epoch {milestone} alone. Use more with upstream.epochs"
+        elif key == "lrate_decay":
+            return "takes a cosine schedule, and never uses it"
+        elif model == "InfLoRAb5" and key == "init_weight_decay" and config.get("optim") == "sgd":
+            return "reads it with optim=adam alone. Add upstream.optim=adam"
+        return ""
+
+    def config_problems(self, config: Mapping[str, Any], classes: int, tasks: int) -> list[str]:
+        """Return what in a configuration this method's code could not use; see the base class."""
+        problems = []
+        first, step = config["init_cls"], config["increment"]
+        if "total_sessions" in config and first != step:
+            problems.append(
+                f"upstream.init_cls={first} and upstream.increment={step} differ, and InfLoRA's classifiers all have "
+                "init_cls classes. Set both to one number."
+            )
+        elif config.get("total_sessions", tasks) != tasks:
+            problems.append(
+                f"upstream.total_sessions={config['total_sessions']}, but {classes} classes make {tasks} tasks "
+                f"of {step}. Add upstream.total_sessions={tasks}."
+            )
+        return problems
+
+    def follow(self, config: Mapping[str, Any], overridden: Mapping[str, str], classes: int) -> dict[str, Any]:
+        """Return the keys that follow from overridden ones; see the base class."""
+        step = config["increment"]
+        if "increment" not in overridden or "total_sessions" in overridden or "total_sessions" not in config:
+            return {}
+        return {"total_sessions": classes // step} if isinstance(step, int) and step > 0 and not classes % step else {}
+
+    def note_variant(self, settings: Settings) -> tuple[list[str], list[Deviation]]:
+        """Return what is to be said of the variant chosen; see the base class."""
+        if settings.variant != "infloraca" or (settings.sam == "off" and settings.measuring is None):
+            return [], []
+        stage = "InfLoRA's second stage trains the classifier with its own SGD"
+        note = f"{stage}: no SAM there, and measure_when=after measures the model before it"
+        off = settings.sam == "off"
+        return [note], [] if off else [Deviation("SAM", None, "in the first stage of a task alone", stage)]
+
+    def note_images(self, inputs: Mapping[str, str], root: Path, checkout: Path) -> tuple[list[str], list[Deviation]]:
+        """Say which split of ImageNet-R is here; see the base class."""
+        from flatpatch.families.vision.data import draw_again
+
+        split = splits.split_of(inputs)
+        if split is None:  # another benchmark
+            return [], []
+        said = f"the split of {splits.FOLDER} is {split}"
+        if split == splits.LOGGED:
+            return [said], []
+        why = f"train/ and test/ of data= hold other images: the logs' split is drawn by its code at seed {splits.SEED}"
+        warning = (
+            f"WARNING: {said}; compare will not set this run beside the shipped logs, only beside the paper, whose "
+            "split is not known. To keep this split, do nothing. To get the logs' split, put the images of both halves "
+            "back into one "
+            f"folder a class and draw it, which changes the folder for all who use it: {draw_again(root, checkout)}"
+        )
+        return [warning], [Deviation(f"split of {splits.FOLDER}", splits.LOGGED, split, why)]
+
+    def grow(self, network: Any, index: int, classes: int) -> None:
+        """Give a new network the classifiers of the first tasks; see the base class."""
+        network.numtask = index
+        network.update_fc(classes)
+
+    def leave_one_classifier(self, network: Any, index: int) -> None:
+        """Leave out other tasks' classifiers; see the base class."""
+        network.classifier_pool = self.only(network.classifier_pool, index)
+        if hasattr(network, "classifier_pool_backup"):
+            network.classifier_pool_backup = self.only(network.classifier_pool_backup, None)
+
+
+UPSTREAM = InfLoRA(
     name="inflora",
     title="InfLoRA",
     repository="InfLoRA",
@@ -28,6 +148,23 @@ UPSTREAM = VisionUpstream(
     },
     config_flag=("--config",),
     seed=0,
+    # Their code takes the network out of its DataParallel wrapper whether there is one or not.
+    several_gpus=("InfLoRA_CA1", "InfLoRA_domain", "InfLoRAb5_domain"),
+    saves_models=True,
+    quick={
+        "total_sessions": 5,
+        "embd_dim": 64,
+        "num_heads": 4,
+        "init_epoch": 10,
+        "epochs": 10,
+        # Ten times upstream's: a task takes 50 steps here, and close to 800 on upstream's CIFAR-100.
+        "init_lr": 5e-3,
+        "lrate": 5e-3,
+        "num_workers": 0,
+    },
+    # The adapters and the classifier of the task; earlier ones stay as they are.
+    kept=r"(.*\.lora_[AB]_[kv]\.{task}|classifier_pool\.{task})\b.*",
+    kept_by_task=True,
     conflicts=(
         Conflict(
             "DomainNet: optimizer, learning rate, rank",

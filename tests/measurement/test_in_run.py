@@ -20,7 +20,7 @@ from flatpatch.errors import UserError
 from flatpatch.families.sample import Sample, choose_indices
 from flatpatch.flatness import supervised_loss
 from flatpatch.measurement import files, suite
-from flatpatch.measurement.guard import random_states_kept, working_copy
+from flatpatch.flatness.guard import random_states_kept, working_copy
 from flatpatch.measurement.in_run import Measurer, read_description, sample_of
 from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request
 from flatpatch.measurement.suite import Costs, measure_model

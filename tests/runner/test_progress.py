@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flatpatch.families.text.planning import make_plan
-from flatpatch.families.text.reference.process import StepRecorder
+from flatpatch.families.reference import StepRecorder
 from flatpatch.runner import execute, progress
 from flatpatch.runner.progress import Progress
 from flatpatch.settings import parse

@@ -11,8 +11,7 @@ from typing import Any
 from flatpatch import timing
 from flatpatch.contract import VARIABLE, read_description
 from flatpatch.errors import FlatpatchError
-from flatpatch.families.losses import trainer_loss
-from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes
+from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes, make_measurer
 
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
 _SUMMED = ("loss", "perturbed_loss", "grad_norm")
@@ -56,6 +55,27 @@ def attach_trainer(trainer: Any) -> None:
     trainer.add_callback(recording)
 
 
+def trainer_loss(trainer: Any) -> Any:
+    """Compute the loss that a Hugging Face Trainer computes, which also says what it divides by.
+
+    The LLaMA of N-LoRA and O-LoRA divides by the sum of the batch's ``loss_mask`` (src/model/llama.py at the pin), T5
+    by the labels that are not ignored, and so does the Trainer's label smoothing, which passes over a model's own loss.
+
+    Args:
+        trainer: Has ``compute_loss`` and ``label_smoother``.
+
+    Returns:
+        A :class:`flatpatch.flatness.WeightedLoss`: the mean of a batch, without the penalties of ``training_step``.
+    """
+    from flatpatch.flatness import WeightedLoss, count_terms
+
+    def terms(batch: Any) -> float:
+        mask = None if trainer.label_smoother is not None else batch.get("loss_mask")
+        return count_terms(batch) if mask is None else float(mask.sum())
+
+    return WeightedLoss(lambda model, batch: trainer.compute_loss(model, dict(batch)), terms)
+
+
 class _RecordedTraining:
     """Stands in for ``training_step`` and listens as a trainer callback; writes what happens, on the first process.
 
@@ -75,11 +95,7 @@ class _RecordedTraining:
         self._steps = 0
         self._predicted = 0
         self._predicting: Any = None
-        self._measurer: Any = None
-        if run.get("measure") is not None:
-            from flatpatch.measurement.in_run import Measurer
-
-            self._measurer = Measurer(run, progress=self._write_measuring)
+        self._measurer = make_measurer(run, self._write_measuring)
 
     def __getattr__(self, name: str) -> Any:
         """Ignore the callback events that are not listened to."""
@@ -178,7 +194,7 @@ class _RecordedTraining:
         """Measure the task loss, as the trainer computes it, on a fixed sample of the training data."""
         if self._measurer is None or not self._measurer.wants(when):
             return
-        from flatpatch.measurement.in_run import sample_of
+        from flatpatch.families.sample import sample_of
 
         trainer = self._trainer
         collator = copy.copy(trainer.data_collator)

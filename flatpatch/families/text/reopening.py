@@ -25,6 +25,7 @@ from flatpatch.families.text.reference import adapters
 from flatpatch.families.text.reference.adapters import Pair
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.families.text.scripts import pairs
+from flatpatch.families.text.upstream import TextUpstream
 from flatpatch.files import folder_hash
 from flatpatch.flatness import Loss, model_loss
 from flatpatch.measuring import Request
@@ -83,12 +84,12 @@ class SavedAdapter:
         return len(next(iter(self.pairs.values())).A)
 
 
-def reopen(folder: Path, record: dict[str, Any]) -> TextRun:
+def reopen(upstream: TextUpstream, folder: Path, record: dict[str, Any]) -> TextRun:
     """Return a finished run; see :class:`flatpatch.families.base.Family`."""
     order = str(record["settings"].get("order", {}).get("value", ""))
-    if record["method"] not in reference.METHODS or order.startswith("llama"):
+    if upstream.name not in reference.METHODS or order.startswith("llama"):
         raise UserError(
-            f"run={folder.name} is of method {record['method']}, {record['benchmark']}: of text runs, models can be "
+            f"run={folder.name} is of method {upstream.name}, {record['benchmark']}: of text runs, models can be "
             f"rebuilt of T5 and {', '.join(reference.METHODS)}. Measure inside the run with measure=."
         )
     for link, digest in record.get("inputs", {}).items():

@@ -24,8 +24,8 @@ def collect(plan: Plan, stages: int) -> Results:
     return collect(plan, stages)
 
 
-def reopen(folder: Path, record: dict[str, Any]) -> FinishedRun:
+def reopen(upstream: VisionUpstream, folder: Path, record: dict[str, Any]) -> FinishedRun:
     """See :class:`flatpatch.families.base.Family`."""
     from flatpatch.families.vision.reopening import reopen
 
-    return reopen(folder, record)
+    return reopen(upstream, folder, record)

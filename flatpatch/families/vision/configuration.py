@@ -1,4 +1,4 @@
-"""InfLoRA's and CL-LoRA's JSON configurations under change, with every change written down as a deviation."""
+"""Upstream's JSON configurations under change, with every change written down as a deviation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError, did_you_mean
-from flatpatch.families.text.changes import Deviation
-from flatpatch.families.vision.unread import why_unread
+from flatpatch.families.base import Deviation
+from flatpatch.families.vision.upstream import VisionUpstream
 
 # Settings of ours that stand for a key of upstream's; overriding the key itself would bypass the record.
 OURS = {
@@ -21,7 +21,20 @@ OURS = {
     "model_name": "method= or variant=",
     "seed": "seed=",
 }
-TOP_K = 5  # CL-LoRA's models/base.py
+# What the reference engine is told, in InfLoRA's spelling, with the values of its configs/cifar100_inflora.json.
+REFERENCE_DEFAULTS: Mapping[str, Any] = {
+    "init_cls": 10,
+    "increment": 10,
+    "batch_size": 128,
+    "rank": 10,
+    "lamb": 0.95,
+    "lame": 1.0,
+    "shuffle": False,
+    "epochs": 20,
+    "lrate": 0.0005,
+    "weight_decay": 0.0,
+    "optim": "adam",
+}
 COUNTS = (
     *("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions"),
     *("epochs", "init_epoch", "init_epochs", "later_epochs"),
@@ -97,13 +110,21 @@ class ConfigEditor:
         return found
 
 
-def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str], *, quick: bool = False) -> None:
+def override(
+    editor: ConfigEditor,
+    overrides: Mapping[str, str],
+    known: set[str],
+    upstream: VisionUpstream,
+    *,
+    quick: bool = False,
+) -> None:
     """Set what ``upstream.<key>=`` asks for.
 
     Args:
         editor: The configuration.
         overrides: Key to the word given, JSON or plain text.
         known: The keys upstream knows.
+        upstream: The method.
         quick: Whether the profile is quick.
 
     Raises:
@@ -124,10 +145,9 @@ def override(editor: ConfigEditor, overrides: Mapping[str, str], known: set[str]
             problems.append(problem)
             continue
         in_force = key in editor.current and editor.current[key] == value
-        if not in_force and (why := why_unread(after, key, quick=quick)):
-            name = "CL-LoRA's" if after.get("model_name") == "cllora" else "InfLoRA's"
+        if not in_force and (why := upstream.why_unread(after, key, quick=quick)):
             advice = "" if ". " in why else " Leave it out."
-            problems.append(f"upstream.{key} cannot reach the run: {name} code {why}.{advice}")
+            problems.append(f"upstream.{key} cannot reach the run: {upstream.title}'s code {why}.{advice}")
             continue
         editor.set(key, value, f"setting upstream.{key}=")
     if problems:
@@ -188,13 +208,14 @@ def _value_problems(config: Mapping[str, Any], width: int, blocks: int) -> list[
 
 
 def task_classes(
-    config: Mapping[str, Any], classes: int, *, width: int = 768, blocks: int = 12
+    config: Mapping[str, Any], classes: int, upstream: VisionUpstream, *, width: int = 768, blocks: int = 12
 ) -> tuple[tuple[int, int], ...]:
     """Return the first and last class of each task, having checked all that the configuration says.
 
     Args:
         config: Upstream's configuration, with ``init_cls`` and ``increment``.
         classes: How many classes the benchmark has.
+        upstream: The method.
         width: Of the model; a ViT-B/16's.
         blocks: Of the model.
 
@@ -233,23 +254,7 @@ def task_classes(
             "a task of one class: upstream's log leaves out a last group of one class. "
             "Choose upstream.init_cls= and upstream.increment= of at least 2."
         )
-    elif "general_pos" in config and first < TOP_K:
-        problems.append(
-            f"upstream.init_cls={first}, and CL-LoRA's code asks for the {TOP_K} likeliest classes after the first "
-            f"task already. Choose upstream.init_cls= of at least {TOP_K}."
-        )
-    count = 1 + rest // step
-    if "total_sessions" in config and not problems:
-        if first != step:
-            problems.append(
-                f"upstream.init_cls={first} and upstream.increment={step} differ, and InfLoRA's classifiers all have "
-                f"init_cls classes. Set both to one number."
-            )
-        elif config["total_sessions"] != count:
-            problems.append(
-                f"upstream.total_sessions={config['total_sessions']}, but {classes} classes make {count} tasks "
-                f"of {step}. Add upstream.total_sessions={count}."
-            )
+    problems += [] if problems else upstream.config_problems(config, classes, 1 + rest // step)
     if config.get("optim") == "adam" and 1 in (config.get("epochs"), config.get("init_epoch")):
         problems.append("one epoch with optim=adam: InfLoRA's schedule divides by the epochs less one. Use 2 or more.")
     if problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from flatpatch.errors import UserError, named_path
 from flatpatch.families.vision import splits
+from flatpatch.files import file_hash
 
 IMAGES = (
     ".jpg",
@@ -319,13 +319,3 @@ def check_weights(path: Path) -> None:
                 raise ValueError(f"torch.load cannot read it ({type(error).__name__})") from error
     except Exception as error:
         raise UserError(f"the weights {path} are damaged: {error}. {remedy}") from error
-
-
-@functools.cache
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            total.update(chunk)
-    return total.hexdigest()

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.families.losses import classification_loss
-from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes
+from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer
 from flatpatch.families.vision.keeping import keep_model
 from flatpatch.families.vision.places import vision_run
 
@@ -73,6 +71,22 @@ def end_task() -> None:
         _training().end_task()
 
 
+def classification_loss(network: Any, inputs: Any, targets: Any) -> Any:
+    """Compute the cross-entropy over the classes of the task.
+
+    Args:
+        network: Upstream's, or its DataParallel.
+        inputs: Images, ``(batch, 3, height, width)``.
+        targets: Classes counted from the task's first, ``(batch,)``.
+
+    Returns:
+        The mean over the batch.
+    """
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(network(inputs)["logits"], targets)
+
+
 _trainings: list[_Training] = []  # at most one; a process has one run
 
 
@@ -97,11 +111,7 @@ class _Training:
         self._pending: tuple[str, dict[str, Any]] | None = None
         self._earlier: list[tuple[Any, Any]] = []
         self._random_states: dict[str, Any] = {}
-        self._measurer: Any = None
-        if run.get("measure") is not None:
-            from flatpatch.measurement.in_run import Measurer
-
-            self._measurer = Measurer(run, progress=self._write_measuring)
+        self._measurer = make_measurer(run, self._write_measuring)
 
     def begin_task(self, learner: Any, optimizer: Any, loader: Any, total: int, several_steps: bool) -> None:
         from flatpatch.sam import select_parameters
@@ -110,7 +120,7 @@ class _Training:
         chosen = select_parameters(named, self._settings["scope"]) if self._sharpened else []
         self._perturbed = [parameter for _, parameter in chosen]
         self._trainable = [parameter for _, parameter in named]
-        self._task, self._seed = f"task {learner._cur_task + 1}", learner.args["seed"]
+        self._task, self._seed = self._run["tasks"][learner._cur_task], learner.args["seed"]
         self._step, self._total = 0, total
         self._several_steps = several_steps
         self._fallbacks: Any = 0
@@ -219,7 +229,7 @@ class _Training:
         self._tasks.append({"task": self._task, "seed": self._seed, **about})
         if self._run.get("keep") is not None:
             network = getattr(self._learner._network, "module", self._learner._network)
-            keep_model(Path(self._run["keep"]), network, self._learner._cur_task)
+            keep_model(self._run["keep"], network, self._learner._cur_task)
         self._measure("after")
         total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
         self._recorder.write_summary({**about, **total, "tasks": self._tasks})
@@ -230,13 +240,13 @@ class _Training:
         """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""
         if self._measurer is None or not self._measurer.wants(when):
             return
-        from flatpatch.measurement.in_run import IMAGE_LOSS, images_sample_of
+        from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
 
-        first_class, last_class = self._learner._known_classes, self._learner._total_classes - 1
+        first_class = self._learner._known_classes
         self._measurer.at(
             when,
             task_index=self._learner._cur_task,
-            task=f"{first_class}-{last_class}",
+            task=self._task,
             model=getattr(self._learner._network, "module", self._learner._network),
             sample=images_sample_of(self._dataset, first_class),
             loss=lambda model, batch: classification_loss(model, *batch),

@@ -1,7 +1,7 @@
 """What an image run keeps of its network after each task, so that the model can be measured when the run is over.
 
-Only what training changed and the task's loss depends on: the frozen ViT comes back from its weights file. InfLoRA's
-earlier adapters stay as they are, so each task keeps its own; of CL-LoRA's, all that the task's forward pass uses.
+Only what training changed and the task's loss depends on: the frozen ViT comes back from its weights file. Which
+weights those are, each method's row says.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flatpatch.families.recording import announce
-
-# InfLoRA's adapters and classifier of a task; CL-LoRA's present adapters, block weights and classifier.
-_KEPT = (
-    r"(.*\.lora_[AB]_[kv]\.{task}|classifier_pool\.{task}|backbone\.cur_adapter|backbone\.block_weight|proxy_fc)\b.*"
-)
 
 
 def kept_file(folder: Path, task: int) -> Path:
@@ -31,18 +27,18 @@ def failure_of(task: int) -> str:
     return f"FAILED to keep the model after task {task + 1}:"
 
 
-def keep_model(folder: Path, network: Any, task: int) -> None:
+def keep_model(keep: Mapping[str, str], network: Any, task: int) -> None:
     """Write what the network has learned in a task; if that fails, say so: the training goes on.
 
     Args:
-        folder: Where; made if it is missing.
+        keep: ``folder``, made if it is missing, and ``names``, a pattern of the weights' names with ``{task}`` in it.
         network: Upstream's, not wrapped. Nothing of it changes.
         task: Counted from 0.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save
 
-    form = re.compile(_KEPT.format(task=task))
+    folder, form = Path(keep["folder"]), re.compile(keep["names"].replace("{task}", str(task)))
     kept = {name: parameter for name, parameter in network.named_parameters() if form.fullmatch(name)}
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in kept.items()}
     trained = [name for name, parameter in kept.items() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Read the logs that InfLoRA's and CL-LoRA's trainers write.
+"""Read the logs that the trainers of this family's repositories write.
 
 A log line is ``<time> [<file>] => <message>``. A run opens with its settings, ``<name>: <value>`` each, and the class
 order. After each task come ``CNN: {...}``, a dictionary of accuracies in percent rounded to two decimals, and the
@@ -84,39 +84,26 @@ class LoggedRun:
         return rows + [[None] * size for _ in range(size - len(rows))]
 
 
-def read_inflora_log(path: Path) -> list[LoggedRun]:
-    """Read every run in a log of InfLoRA's trainer, in the file's order.
+def read_log(path: Path, model: str = "") -> list[LoggedRun]:
+    """Read every run in a log of an upstream trainer, in the file's order.
 
     Args:
-        path: A ``logs/.../<seed>.log``; an empty one (of a later seed of the same call) holds no run.
+        path: The log; an empty one (of a later seed of the same call) holds no run.
+        model: The ``model_name`` that all of its runs must have; empty for any.
 
     Returns:
         The runs; those cut short have ``complete`` False.
 
     Raises:
-        UserError: If the file cannot be read, is CL-LoRA's, or a line of it is damaged; names file and line.
+        UserError: If the file cannot be read, has a run of another model, or a line of it is damaged; names file and
+            line.
     """
-    return _read(path, cllora=False)
-
-
-def read_cllora_log(path: Path) -> list[LoggedRun]:
-    """Read every run in a log of CL-LoRA's trainer, in the file's order.
-
-    Args:
-        path: A ``logs/cllora/.../<prefix>_<seed>_<backbone>.log``.
-
-    Returns:
-        The runs; those cut short have ``complete`` False.
-
-    Raises:
-        UserError: If the file cannot be read, is not CL-LoRA's, or a line of it is damaged; names file and line.
-    """
-    return _read(path, cllora=True)
-
-
-def read_vision_log(path: Path) -> list[LoggedRun]:
-    """Read every run in a log of either trainer; else as ``read_inflora_log``."""
-    return _read(path, cllora=None)
+    runs = _read(Path(path))
+    for run in runs:
+        name = run.settings.get("model_name", "")
+        if model and name.lower() != model.lower():
+            raise UserError(f"{path}, line {run.first_line}: a run of model '{name}', expected '{model}'.")
+    return runs
 
 
 @dataclass
@@ -135,8 +122,7 @@ class _DamagedError(Exception):
     """What is wrong with a line."""
 
 
-def _read(path: Path, *, cllora: bool | None) -> list[LoggedRun]:
-    path = Path(path)
+def _read(path: Path) -> list[LoggedRun]:
     try:
         data = path.read_bytes()
         text = data.decode("utf-8")
@@ -160,13 +146,6 @@ def _read(path: Path, *, cllora: bool | None) -> list[LoggedRun]:
             raise UserError(
                 f"{path}, line {number}: {problem}. The log is damaged; take it from upstream again."
             ) from None
-    for run in runs:
-        name = run.settings.get("model_name", "")
-        if cllora is not None and (name == "cllora") != cllora:
-            raise UserError(
-                f"{path}, line {run.first_line}: a run of model '{name}'; expected a log of "
-                f"{'CL-LoRA' if cllora else 'InfLoRA'}'s trainer."
-            )
     return [_close(run, path) for run in runs]
 
 

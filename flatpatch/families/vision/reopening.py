@@ -30,20 +30,20 @@ from torch import Tensor, nn
 from flatpatch import patches
 from flatpatch.contract import VARIABLE
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.families.losses import classification_loss
+from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample
-from flatpatch.families.text.reopening import FinishedRun, ready
-from flatpatch.families.vision.data import file_hash
+from flatpatch.families.vision.hook import classification_loss
 from flatpatch.families.vision.keeping import failure_of, kept_file
-from flatpatch.families.vision.planning import CONFIG
+from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
 from flatpatch.families.vision.reference.checkpoints import checkpoint_file, restore
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks
-from flatpatch.families.vision.reference.process import read_reference
-from flatpatch.families.vision.results import LOGS, MODELS
+from flatpatch.families.vision.reference.options import read_reference
+from flatpatch.families.vision.results import CONFIG, LOGS, MODELS, PROCESS
+from flatpatch.families.vision.upstream import VisionUpstream
+from flatpatch.files import file_hash
 from flatpatch.flatness import Loss, supervised_loss
+from flatpatch.flatness.guard import random_states_kept
 from flatpatch.flatness.scope import adapter_factor
-from flatpatch.measurement.guard import random_states_kept
-from flatpatch.measurement.in_run import IMAGE_LOSS, images_sample_of
 from flatpatch.measuring import Request
 
 TRAINING_KEYS = frozenset(
@@ -54,7 +54,6 @@ TRAINING_KEYS = frozenset(
     + ("rank", "ffn_num")  # the ranks: they show in the shapes, and models of any rank meet in the space of W + s B A
 )
 """Keys of a configuration in which runs may differ between whose models lies a line."""
-PROCESS = "all"  # the folder of the one process of an image run
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,12 @@ class ImageRun(FinishedRun):
     """A finished run of an image method, by either engine.
 
     Attributes:
+        row: The method's.
         config: What the run's process was told.
         vision: On what it ran; see :mod:`flatpatch.contract`.
     """
 
+    row: VisionUpstream
     config: Mapping[str, Any]
     vision: Mapping[str, Any]
 
@@ -112,20 +113,20 @@ class ImageRun(FinishedRun):
                 other tasks' classifiers are left out.
 
         Returns:
-            The model, as :func:`flatpatch.families.text.reopening.ready` leaves it.
+            The model, as :meth:`flatpatch.families.base.FinishedRun.ready` leaves it.
 
         Raises:
             UserError: If something that the run began with or kept is missing or is another's.
         """
         self._check_weights()
         if self._upstream:
-            return ready(self, index, _rebuild_upstream(self, index, joined))
+            return self.ready(index, _rebuild_upstream(self, index, joined))
         for task in range(index + 1):
             self.check_file(PROCESS, checkpoint_file(self._reference, task))
         model = restore(self._reference, index, joined=joined)
         if joined:
-            model.heads = _only(model.heads, index)
-        return ready(self, index, model)
+            model.heads = VisionUpstream.only(model.heads, index)
+        return self.ready(index, model)
 
     def draw_sample(self, index: int, request: Request) -> Sample:
         """Draw the fixed sample of a task's training images, augmented as inside a run.
@@ -247,12 +248,8 @@ class ImageRun(FinishedRun):
 _NEEDED = {"seed", "init_cls", "increment"}  # of a configuration, whatever engine was told by it
 
 
-def read_image_run(folder: Path, record: dict[str, Any]) -> ImageRun:
-    """Read what a finished image run was told.
-
-    Raises:
-        UserError: If its files are missing or damaged.
-    """
+def reopen(upstream: VisionUpstream, folder: Path, record: dict[str, Any]) -> ImageRun:
+    """Return a finished run; see :class:`flatpatch.families.base.Family`."""
     try:
         config = json.loads((folder / "work" / CONFIG).read_text(encoding="utf-8"))
         vision = json.loads(_description(folder).read_text(encoding="utf-8"))["vision"]
@@ -260,16 +257,11 @@ def read_image_run(folder: Path, record: dict[str, Any]) -> ImageRun:
             raise ValueError(f"{CONFIG} or {_description(folder).name} does not hold what it must")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run={folder.name}: what it was told cannot be read ({error}). Make the run again.") from None
-    return ImageRun(folder, record, config, vision)
+    return ImageRun(folder, record, upstream, config, vision)
 
 
 def _description(folder: Path) -> Path:
     return folder / "tasks" / PROCESS / "hook.json"
-
-
-def _only(modules: nn.ModuleList, index: int | None) -> nn.ModuleList:
-    """Return a list with one module in its place and nothing in the others."""
-    return nn.ModuleList(module if place == index else nn.Identity() for place, module in enumerate(modules))
 
 
 # --- upstream's code
@@ -331,13 +323,8 @@ def _rebuild_upstream(run: ImageRun, index: int, joined: bool) -> nn.Module:
         arguments["nb_classes"] = len(data._class_order)
         learner = importlib.import_module("utils.factory").get_model(arguments["model_name"], arguments)
         network: Any = learner._network
-        by_tasks = hasattr(network, "numtask")  # InfLoRA: an adapter and a classifier for each task; CL-LoRA: neither
-        if by_tasks:
-            network.numtask = index
-        else:
-            network._cur_task = index - 1
-        network.update_fc(run._classes(index)[1] + 1)
-    kept, trained = _read_kept(run, range(index + 1) if by_tasks else range(index, index + 1))
+        run.row.grow(network, index, run._classes(index)[1] + 1)
+    kept, trained = _read_kept(run, range(index + 1) if run.row.kept_by_task else range(index, index + 1))
     parameters = dict(network.named_parameters())
     network.requires_grad_(False)
     with torch.no_grad():
@@ -346,12 +333,8 @@ def _rebuild_upstream(run: ImageRun, index: int, joined: bool) -> nn.Module:
                 raise UserError(f"{run.name}: the model after task {index + 1} has {name} of another model.")
             parameters[name].copy_(value)
             parameters[name].requires_grad_(name in trained or (joined and adapter_factor(name) is not None))
-    if joined and by_tasks:
-        network.classifier_pool = _only(network.classifier_pool, index)
-        if hasattr(network, "classifier_pool_backup"):
-            network.classifier_pool_backup = _only(network.classifier_pool_backup, None)
-    elif joined:
-        network.fc = network.init_proto = None
+    if joined:
+        run.row.leave_one_classifier(network, index)
     built: nn.Module = network
     return built
 

@@ -1,4 +1,4 @@
-"""What an image run leaves, and how it gets into the run's record."""
+"""What an image run leaves, and the accuracies in it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,43 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
-from flatpatch import metrics
 from flatpatch.errors import FlatpatchError
-from flatpatch.families.vision.logs import LoggedRun, read_cllora_log, read_inflora_log
-from flatpatch.families.vision.planning import QUICK_DATASET, VisionPlan
-from flatpatch.runner.record import read_json
+from flatpatch.families.base import Plan, Results
+from flatpatch.families.vision.logs import LoggedRun, read_log
+from flatpatch.files import read_json
 
+CONFIG = "flatpatch-config.json"  # the changed copy of upstream's configuration, in the work folder
+PROCESS = "all"  # the folder of the one process, in the run's tasks/
+MODELS = "models"  # in that folder: what the hooks keep of upstream's network after each task
 LOGS = "logs"  # in the work folder: where upstream, and the reference engine, write what they measured
-RESULTS = "results.json"  # of the reference engine
-MODELS = "models"  # in the process's folder: what the hooks keep of upstream's network after each task
+RESULTS = "results.json"  # of the reference engine, in there
+QUICK_DATASET = "flatpatch_quick"  # the name under which the hooks give upstream our images
 EVEN_TESTS = ("cifar100", "cifar224", QUICK_DATASET)  # as many test images of every class
 _ROUNDING = 0.01 + 1e-9  # percent: the total and the accuracies are each printed with two decimals
 _TIME = re.compile(r"\[trainer\.py\] => Time:([\d.]+)")
 
 
-def result_file(plan: VisionPlan) -> Path:
+def collect(plan: Plan, stages: int) -> Results:
+    """Read the accuracies of a finished run; see :class:`flatpatch.families.base.Family`."""
+    path = result_file(plan)
+    train_seconds: list[float] = []
+    predict_seconds: list[float] = []
+    if plan.engine == "reference":
+        results = read_json(path)
+        matrix, curve, train_seconds = results["accuracy_matrix"], results["top1_curve"], results["train_seconds"]
+    else:
+        run = _the_run(plan, path)
+        matrix, curve = run.accuracy_matrix(), list(run.top1_curve)
+        seconds = [float(text) for text in _TIME.findall(path.read_text(encoding="utf-8"))]
+        if len(seconds) == 2 * len(plan.tasks):  # where the trainer prints one for training and one for testing
+            train_seconds, predict_seconds = seconds[::2], seconds[1::2]
+    if not len(matrix) == len(curve) == len(plan.tasks):
+        raise FlatpatchError(f"{path} has results of {len(curve)} tasks, expected {len(plan.tasks)}.")
+    return Results(matrix, curve, train_seconds, predict_seconds)
+
+
+def result_file(plan: Plan) -> Path:
     """Return the file that holds the accuracies.
 
     Raises:
@@ -37,48 +57,18 @@ def result_file(plan: VisionPlan) -> Path:
     return logs[0]
 
 
-def collect(plan: VisionPlan, record: dict[str, Any]) -> None:
-    """Put the accuracies of a finished run into its record.
-
-    Raises:
-        FlatpatchError: If they are not those of the tasks planned.
-    """
-    size = len(plan.classes)
-    if plan.engine == "reference":
-        results = read_json(result_file(plan))
-        matrix, curve = results["accuracy_matrix"], results["top1_curve"]
-        record["timing"]["train_seconds"] = results["train_seconds"]
-    else:
-        run = _the_run(plan)
-        matrix, curve = run.accuracy_matrix(), list(run.top1_curve)
-        seconds = [float(text) for text in _TIME.findall(result_file(plan).read_text(encoding="utf-8"))]
-        if len(seconds) == 2 * size:  # InfLoRA's trainer prints one for training, one for testing; CL-LoRA's none
-            record["timing"]["train_seconds"], record["timing"]["predict_seconds"] = seconds[::2], seconds[1::2]
-    if len(matrix) != size or len(curve) != size:
-        raise FlatpatchError(f"{result_file(plan)} has results of {len(curve)} tasks, expected {size}.")
-    accuracy = metrics.from_lists(matrix)
-    record["accuracy_matrix"] = metrics.to_lists(accuracy)
-    record["metrics"] = metrics.summarise(accuracy, sample_weighted=curve)
-
-
-def named_steps(plan: VisionPlan, texts: list[str]) -> list[str]:
-    """Return the steps' lines with each task under its name in the record; the hooks only count them, from 1."""
-    counted = {f"task {number}": name for number, name in enumerate(plan.task_names, 1)}
-    steps = [json.loads(line) for text in texts for line in text.splitlines()]
-    return [json.dumps({**step, "task": counted.get(step["task"], step["task"])}) + "\n" for step in steps]
-
-
-def _the_run(plan: VisionPlan) -> LoggedRun:
-    path = result_file(plan)
-    runs = read_inflora_log(path) if plan.request.settings.method == "inflora" else read_cllora_log(path)
+def _the_run(plan: Plan, path: Path) -> LoggedRun:
+    config = json.loads(plan.files[CONFIG])
+    runs = read_log(path, config["model_name"])
     seed = plan.request.settings.seed
     if len(runs) != 1 or runs[0].seed != seed or not runs[0].complete:
         found = ", ".join(f"seed {run.seed}, {len(run.accuracy)} tasks" for run in runs) or "none"
         raise FlatpatchError(f"{path} does not hold the one whole run of seed {seed} (found: {found}).")
-    if runs[0].task_ranges != plan.classes:
-        raise FlatpatchError(f"{path} has tasks {runs[0].task_ranges}, expected {plan.classes}.")
-    even = len({last - first for first, last in plan.classes}) == 1
-    _check_curve(path, runs[0], even and plan.config["dataset"].lower() in EVEN_TESTS)
+    ranges = runs[0].task_ranges
+    if tuple(f"{first}-{last}" for first, last in ranges) != plan.tasks:
+        raise FlatpatchError(f"{path} has tasks {ranges}, expected {', '.join(plan.tasks)}.")
+    even = len({last - first for first, last in ranges}) == 1
+    _check_curve(path, runs[0], even and config["dataset"].lower() in EVEN_TESTS)
     return runs[0]
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flatpatch.errors import did_you_mean
-from flatpatch.families.base import Upstream
+from flatpatch.families.base import Deviation, Upstream
 
 if TYPE_CHECKING:
     from flatpatch.settings import Settings
+
+
+NEVER_USED = "never uses it"
+KEEPS_NO_EXEMPLARS = "keeps no exemplars, and never uses it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,9 @@ class VisionUpstream(Upstream):
         several_gpus: Names of models whose code stops on a single device.
         saves_models: Whether its own code saves a model after every task.
         quick: Its own keys in profile ``quick``.
-        notes: By variant: what is to be said of a run with SAM or with measuring.
+        kept: Pattern of the names of the weights that training changes and a task's loss depends on, with ``{task}``
+            for the task's number from 0.
+        kept_by_task: Whether a task's loss depends on what was kept of all tasks up to it, or on its own alone.
     """
 
     family: ClassVar[str] = "vision"
@@ -35,6 +42,8 @@ class VisionUpstream(Upstream):
     several_gpus: tuple[str, ...] = ()
     saves_models: bool = False
     quick: Mapping[str, Any] = field(default_factory=dict)
+    kept: str = ""
+    kept_by_task: bool = False
 
     def config(self, variant: str, benchmark: str) -> str | None:
         """Return the shipped configuration of a variant and benchmark; empty means the first. None if none ships."""
@@ -84,11 +93,56 @@ class VisionUpstream(Upstream):
         """
         return ""
 
-    def config_problems(self, config: Mapping[str, Any], tasks: int) -> list[str]:
+    def config_problems(self, config: Mapping[str, Any], classes: int, tasks: int) -> list[str]:
         """Return what in a configuration this method's code could not use, one message each.
 
         Args:
             config: The configuration that is to run.
-            tasks: How many tasks its classes make.
+            classes: How many classes the benchmark has.
+            tasks: How many tasks they make.
         """
         return []
+
+    def follow(self, config: Mapping[str, Any], overridden: Mapping[str, str], classes: int) -> dict[str, Any]:
+        """Return the keys that follow from overridden ones, and their values.
+
+        Args:
+            config: The configuration with all overrides in it.
+            overridden: The keys that were overridden.
+            classes: How many classes the benchmark has.
+        """
+        return {}
+
+    def note_variant(self, settings: Settings) -> tuple[list[str], list[Deviation]]:
+        """Return notes and deviations of the variant chosen."""
+        return [], []
+
+    def note_images(self, inputs: Mapping[str, str], root: Path, checkout: Path) -> tuple[list[str], list[Deviation]]:
+        """Return notes and deviations of the images that are here.
+
+        Args:
+            inputs: Hashes, as in the record.
+            root: The data folder.
+            checkout: Upstream's.
+        """
+        return [], []
+
+    def grow(self, network: Any, index: int, classes: int) -> None:
+        """Bring upstream's new network to the shape that it has after a task.
+
+        Args:
+            network: As upstream's factory makes it.
+            index: The task, from 0.
+            classes: How many classes were learned by then.
+        """
+        raise NotImplementedError(f"{self.title}: how its network grows is not said")
+
+    def leave_one_classifier(self, network: Any, index: int) -> None:
+        """Take out of a network the classifiers of tasks other than one, where the factors of all tasks vary."""
+
+    @staticmethod
+    def only(modules: Any, index: int | None) -> Any:
+        """Return a module list with one module in its place and nothing in the others."""
+        from torch import nn
+
+        return nn.ModuleList(module if place == index else nn.Identity() for place, module in enumerate(modules))

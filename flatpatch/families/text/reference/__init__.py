@@ -26,7 +26,7 @@ from flatpatch.families.text.reference.adapters import Adapter, LayerMatrices
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.families.text.reference.evaluate import exact_match, predict
 from flatpatch.families.text.reference.task import ReferenceTask
-from flatpatch.families.text.reference.training import (
+from flatpatch.families.training import (
     Gradients,
     MakeGradients,
     TrainingResult,

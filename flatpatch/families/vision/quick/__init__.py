@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from flatpatch.families.vision.quick.images import QuickImages
-from flatpatch.families.vision.quick.preset import CLASSES, METHOD_PRESETS, PRESET, TASKS
+from flatpatch.families.vision.quick.preset import CLASSES, PRESET, TASKS
 
 MODEL: Final[Mapping[str, int | float]] = MappingProxyType(
     {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 4.0}
@@ -31,4 +31,4 @@ WEIGHTS: Final[Path] = Path(__file__).resolve().parent / "vit-quick" / "model.sa
 them out.
 """
 
-__all__ = ["CLASSES", "METHOD_PRESETS", "MODEL", "PRESET", "TASKS", "WEIGHTS", "QuickImages"]
+__all__ = ["CLASSES", "MODEL", "PRESET", "TASKS", "WEIGHTS", "QuickImages"]

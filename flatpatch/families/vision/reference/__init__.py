@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from flatpatch.families.text.reference.training import MakeGradients, TrainingResult, descend, plain_gradients
+from flatpatch.families.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.families.vision.reference.checkpoints import restore, save
 from flatpatch.families.vision.reference.dualgpm import Subspace
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks

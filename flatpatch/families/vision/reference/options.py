@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
 
 VIT_BASE: Mapping[str, int] = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 TRAINED: Mapping[str, tuple[str, ...]] = {"inflora": ("B",), "seqlora": ("A", "B")}
@@ -76,3 +78,26 @@ class VisionReference:
             problems.append(f"no weights at {self.weights}. Give a safetensors file with timm's names.")
         if problems:
             raise UserError.collect(problems)
+
+
+# By the method's name in settings: the engine's own.
+_METHODS = {"inflora": "inflora", "seqlora_vit": "seqlora"}
+# Where the engine's word for a setting is not InfLoRA's.
+_NAMES = {"lrate": "learning_rate", "optim": "optimizer"}
+
+
+def read_reference(config: Mapping[str, Any], description: Mapping[str, Any]) -> VisionReference:
+    """Turn a configuration in InfLoRA's spelling into the reference engine's own."""
+    module, name = description["dataset"]["class"].split(":")
+    images = getattr(importlib.import_module(module), name)
+    seed = description["dataset"]["seed"]
+    return VisionReference(
+        method=_METHODS[config["method"]],
+        dataset=lambda settings: images(settings, seed=seed),
+        output_dir=Path("logs"),
+        model=description["model"],
+        weights=Path(description["weights"]),
+        seed=config["seed"][0],
+        device="cpu" if description["device"] == "cpu" else "cuda",
+        **{_NAMES.get(key, key): config[key] for key in REFERENCE_DEFAULTS},
+    )

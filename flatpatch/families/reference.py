@@ -1,79 +1,25 @@
-"""One task of the reference engine, as a process of its own: the counterpart of one upstream invocation."""
+"""What the reference engines' processes share: SAM around each step, and the files that the hooks write too."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.families.recording import MEASURED, Recorder
-from flatpatch.families.text import reference
-from flatpatch.families.text.reference import ReferenceTask
-from flatpatch.families.text.scripts import pairs
-from flatpatch.flatness import supervised_loss
-from flatpatch.measurement.in_run import IMAGE_LOSS, Measurer, images_sample_of, sample_of
-from flatpatch.runner.record import write_atomically
+from flatpatch.errors import UserError
+from flatpatch.families.recording import MEASURED, Recorder, make_measurer
+from flatpatch.families.sample import Sample
+from flatpatch.files import write_atomically
+from flatpatch.measuring import Request
 from flatpatch.sam import SAM
 
-if TYPE_CHECKING:
-    from flatpatch.families.vision import reference as vision
-
 SECONDS_BETWEEN_PROGRESS = 0.5
-
-
-def main(words: Sequence[str]) -> int:
-    """Train and evaluate one task as the arguments say, with the SAM of the hook's settings."""
-    arguments = {name: value or "" for name, value in pairs(list(words))}
-    try:
-        task = read_task(arguments)
-        task.output_dir.mkdir(parents=True, exist_ok=True)
-        with StepRecorder(json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))) as recorder:
-            reference.run_task(
-                task,
-                make_gradients=recorder.make_gradients,
-                on_step=recorder.on_step,
-                on_predict=recorder.on_predict,
-                at=recorder.measure,
-            )
-    except FlatpatchError as error:
-        print(f"flatpatch: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def read_task(arguments: dict[str, str]) -> ReferenceTask:
-    """Turn upstream-style arguments into the reference engine's own, ignoring those it has no use for."""
-    configs = Path(arguments["task_config_dir"])
-    previous = Path(arguments["model_name_or_path"])
-    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
-    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(ReferenceTask)}
-    plain = {name: kinds[text](arguments[name]) for name, text in types.items() if name in arguments and text in kinds}
-    return ReferenceTask(
-        model=Path(arguments["base_model"]),
-        data_dir=Path(arguments["data_dir"]),
-        task=_datasets(configs / "train_tasks.json")[0],
-        eval_tasks=_datasets(configs / "test_tasks.json"),
-        output_dir=Path(arguments["output_dir"]),
-        previous=previous if previous.name == "adapter" else None,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        **plain,
-    )
-
-
-def _datasets(path: Path) -> tuple[tuple[str, str], ...]:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return tuple((kind, entry["dataset name"]) for kind, entries in config.items() for entry in entries)
 
 
 class StepRecorder:
@@ -85,7 +31,7 @@ class StepRecorder:
         self.steps = self.trainable = self.perturbed = 0
         self.fallbacks: Tensor | int = 0
         self._written = 0.0
-        self._measurer = Measurer(run, progress=self._measuring)
+        self._measurer = make_measurer(run, self._measuring)
         self._recorder = Recorder(run)
         self._recorder.start()
 
@@ -158,26 +104,28 @@ class StepRecorder:
         """Say how far the prediction is."""
         self._progress("predict", state, None, task)
 
-    def measure(self, when: str, model: torch.nn.Module, examples: Sequence[Any], collate: Callable[..., Any]) -> None:
-        """Measure the task loss on a fixed sample of the training data, if asked to at this time."""
-        sample = sample_of(examples, collate)
-        self._measurer.at(when, task_index=self.run["task_index"], task=self.run["task"], model=model, sample=sample)
-        self._begin("train" if when == "before" else "predict")
+    def measure(
+        self,
+        when: str,
+        model: torch.nn.Module,
+        sample: Callable[[Request], Sample],
+        task_index: int,
+        task: str,
+        **loss: Any,
+    ) -> None:
+        """Measure a loss on a fixed sample of a task's training data, if asked to at this time.
 
-    def measure_images(self, when: str, state: vision.TaskState, task: str) -> None:
-        """Measure the cross-entropy over a task's classes on the images that upstream's hook would draw."""
-        images = state.tasks[state.index]
-        self._measurer.at(
-            when,
-            task_index=state.index,
-            task=task,
-            model=state.model,
-            sample=images_sample_of(images.train, images.classes.start),
-            loss=supervised_loss(F.cross_entropy),
-            loss_name=IMAGE_LOSS,
-        )
-        if when == "before":
-            self._begin("train", task)
+        Args:
+            when: ``before`` or ``after`` the task's training.
+            model: As it is trained.
+            sample: Draws the sample.
+            task_index: The task, counted from 0.
+            task: Its name.
+            loss: ``loss`` and ``loss_name`` where the loss is not the model's own.
+        """
+        if self._measurer is not None:
+            self._measurer.at(when, task_index=task_index, task=task, model=model, sample=sample, **loss)
+        self._begin("train" if when == "before" else "predict", task)
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
         self._progress(phase, {"step": step, "total": total}, None, "", note=note)
@@ -193,7 +141,3 @@ class StepRecorder:
             self._written = time.monotonic()
             text = json.dumps({"phase": phase, "step": step, "total": total, "loss": loss, "task": task} | more)
             write_atomically(Path(self.run["progress"]), text)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

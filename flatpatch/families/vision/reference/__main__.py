@@ -1,0 +1,58 @@
+"""All tasks of an image method by the reference engine, in a process of its own, as upstream's main.py does."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from flatpatch.contract import read_description
+from flatpatch.errors import FlatpatchError
+from flatpatch.families.reference import StepRecorder
+from flatpatch.families.vision import reference as vision
+from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
+from flatpatch.families.vision.reference.options import read_reference
+from flatpatch.flatness import supervised_loss
+
+
+def main(words: Sequence[str]) -> int:
+    """Train and evaluate all tasks as a configuration says, with the SAM of the hook's settings."""
+    config = json.loads(Path(words[0]).read_text(encoding="utf-8"))
+    try:
+        run = read_description(Path(os.environ["FLATPATCH_RUN"]))
+        reference = read_reference(config, run["vision"])
+        names = run["tasks"]
+        with StepRecorder(run) as recorder:
+
+            def measure(when: str, state: vision.TaskState) -> None:
+                task = state.tasks[state.index]
+                recorder.measure(
+                    when,
+                    state.model,
+                    images_sample_of(task.train, task.classes.start),
+                    state.index,
+                    names[state.index],
+                    loss=supervised_loss(F.cross_entropy),
+                    loss_name=IMAGE_LOSS,
+                )
+
+            vision.run(
+                reference,
+                make_gradients=recorder.make_gradients,
+                on_step=lambda state: recorder.on_step(state, names[state["task"]]),
+                on_predict=lambda state: recorder.on_predict(state, names[state["task"]]),
+                before_task=lambda state: measure("before", state),
+                after_task=lambda state: measure("after", state),
+            )
+    except FlatpatchError as error:
+        print(f"flatpatch: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
