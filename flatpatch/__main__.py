@@ -145,19 +145,24 @@ def _asks_for_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
+def _described() -> str:
+    from flatpatch.settings import describe
+    from flatpatch.upstreams import UPSTREAMS
+
+    return describe(tuple(UPSTREAMS))
+
+
 def _run(words: list[str]) -> int:
-    from flatpatch import settings
-
     if _asks_for_help(words):
-        print(RUN_USAGE.format(settings=settings.describe()))
+        print(RUN_USAGE.format(settings=_described()))
         return 0
-    dry_run = "--dry-run" in words
-    request = settings.parse([word for word in words if word != "--dry-run"])
-    from flatpatch.families.text.planning import make_plan, render
+    from flatpatch.runner import resolve
 
-    plan = make_plan(request, dry_run=dry_run)
+    dry_run = "--dry-run" in words
+    request = resolve.parse([word for word in words if word != "--dry-run"])
+    plan = resolve.make_plan(request, dry_run=dry_run)
     if dry_run:
-        print(render(plan))
+        print(resolve.render(plan))
         return 0
     from flatpatch.runner.execute import execute
     from flatpatch.runner.pages import leave_page
@@ -169,9 +174,7 @@ def _run(words: list[str]) -> int:
 
 def _sweep(words: list[str]) -> int:
     if _asks_for_help(words):
-        from flatpatch import settings
-
-        print(SWEEP_USAGE.format(settings=settings.describe()))
+        print(SWEEP_USAGE.format(settings=_described()))
         return 0
     from flatpatch.runner import sweep
 
@@ -191,14 +194,14 @@ def _report(words: list[str]) -> int:
 
 
 def _measure(words: list[str]) -> int:
-    from flatpatch.measurement import words as measure_words
+    from flatpatch.runner import measure_words
 
     if _asks_for_help(words):
         print(measure_words.usage())
         return 0
     asked = measure_words.parse_words(words)
     measure_words.silence_imports()
-    from flatpatch.measurement import command as measure
+    from flatpatch.runner import measure
 
     return measure.measure(asked)
 

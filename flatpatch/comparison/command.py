@@ -15,7 +15,7 @@ from flatpatch import patches
 from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.families.vision.logs import read_vision_log
+from flatpatch.families.vision.logs import read_log
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import named_runs, repeated, split_word
@@ -182,7 +182,7 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
             raise UserError(f"{path} is the log of the run {folder}. Compare the run itself: run={folder}.")
     if not path.exists() and (place := _in_named_checkout(path)):
         raise UserError(f"there is no log {path}. The checkouts are elsewhere here: log={place}")
-    runs = read_vision_log(path)
+    runs = read_log(path)
     if not runs:
         raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")
     result = compare_logged(runs, baseline, **options)

@@ -73,7 +73,7 @@ def find_checkout(upstream: Upstream, engine: str, notes: list[str]) -> patches.
     if engine != "upstream" or not upstream.repository:
         return None
     verified = patches.verify(upstream.repository)
-    notes += [f"{lack}; {verified.checkout} is used" for lack in patches.passed_over(upstream.repository)]
+    notes += [f"{lack}; {verified.checkout} is used" for lack in patches.skipped_checkouts(upstream.repository)]
     return verified
 
 

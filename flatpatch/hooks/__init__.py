@@ -3,26 +3,40 @@
 Importing this package needs the standard library alone; torch is used only once a hook has work to do.
 """
 
-from flatpatch.families.losses import classification_loss, cllora_distillation_loss, cllora_loss
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from flatpatch.families.text.hook import attach_trainer
-from flatpatch.families.vision.hook import begin_task, end_task, first_pass, second_pass
+from flatpatch.families.vision.hook import begin_task, classification_loss, end_task, first_pass, second_pass
 from flatpatch.families.vision.places import (
     backbones,
     block_weight,
     data_folder,
     dataset,
-    fetches,
+    embed_dim,
     forget_the_step,
     keep_versions,
     load_weights,
     new_log,
-    place,
+    provides_dataset,
+    redirect_paths,
     resize,
     resized,
-    serves,
-    width,
+    should_download,
     workers,
 )
+
+
+def upstream(name: str) -> Any:
+    """Return a method's own file, for what its loop computes as no other's does.
+
+    Args:
+        name: The method's.
+    """
+    return importlib.import_module(f"flatpatch.upstreams.{name}")
+
 
 __all__ = [
     "attach_trainer",
@@ -30,22 +44,21 @@ __all__ = [
     "begin_task",
     "block_weight",
     "classification_loss",
-    "cllora_distillation_loss",
-    "cllora_loss",
     "data_folder",
     "dataset",
+    "embed_dim",
     "end_task",
-    "fetches",
     "first_pass",
     "forget_the_step",
     "keep_versions",
     "load_weights",
     "new_log",
-    "place",
+    "provides_dataset",
+    "redirect_paths",
     "resize",
     "resized",
     "second_pass",
-    "serves",
-    "width",
+    "should_download",
+    "upstream",
     "workers",
 ]

@@ -11,7 +11,7 @@ from flatpatch.patches.workspace import (
     find_checkout,
     is_available,
     nothing_fetched,
-    passed_over,
+    skipped_checkouts,
 )
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "inserted_lines",
     "is_available",
     "nothing_fetched",
-    "passed_over",
+    "skipped_checkouts",
     "refresh",
     "show",
     "verify",

@@ -9,7 +9,7 @@ from flatpatch.errors import FlatpatchError, UserError, did_you_mean
 from flatpatch.patches.checks import verify, verify_patches
 from flatpatch.patches.copies import build
 from flatpatch.patches.upkeep import drift, refresh, show
-from flatpatch.patches.workspace import PROJECT, Workspace, check_name, is_available, passed_over
+from flatpatch.patches.workspace import PROJECT, Workspace, check_name, is_available, skipped_checkouts
 
 HELP = """\
 usage: python -m flatpatch patches <verb> [repo=NAME] [key=value ...]
@@ -56,7 +56,7 @@ def cli(arguments: Sequence[str], *, workspace: Workspace = PROJECT) -> int:
     if "repo" in settings:
         check_name(settings["repo"], workspace)
     for repo in [settings["repo"]] if "repo" in settings else workspace.repositories():
-        for lack in passed_over(repo, workspace=workspace):
+        for lack in skipped_checkouts(repo, workspace=workspace):
             print(f"note: {lack}")
     function(settings, workspace)
     return 0

@@ -165,7 +165,7 @@ def _advice(repo: str, workspace: Workspace, lacking: Mapping[str, Path]) -> str
     return "\n".join(f"  {line}" for line in lines)
 
 
-def passed_over(repo: str, *, workspace: Workspace = PROJECT) -> list[str]:
+def skipped_checkouts(repo: str, *, workspace: Workspace = PROJECT) -> list[str]:
     """Say of each folder that was named for checkouts, and is looked at first, why it does not serve a repository."""
     found: dict[str, Path] = {}
     for source, folder in _named_folders(workspace):

@@ -21,6 +21,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
+from flatpatch.errors import in_one_line
 from flatpatch.report import page_figures as drawing
 from flatpatch.report.drawing import HEAT
 from flatpatch.report.flatness_figures import picture_words
@@ -38,7 +39,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.records import setting
-from flatpatch.report.titles import in_one_line, of_images, warning
+from flatpatch.report.titles import of_images, warning
 from flatpatch.settings import idle_settings
 
 # Title, whether more is better, and meaning; the definitions are those of flatpatch.metrics.

@@ -17,11 +17,12 @@ from packaging.utils import canonicalize_name
 
 from flatpatch import patches
 from flatpatch.errors import UserError
-from flatpatch.families.choices import cuda_devices
-from flatpatch.families.text.planning import BYTES_NEEDED, ROOT, headline, make_plan
+from flatpatch.families.base import BYTES_NEEDED
+from flatpatch.files import ROOT
 from flatpatch.runner.record import check_continues
-from flatpatch.settings import Request, parse
-from flatpatch.upstreams import METHODS
+from flatpatch.runner.resolve import cuda_devices, headline, make_plan, parse
+from flatpatch.settings import Request
+from flatpatch.upstreams import UPSTREAMS
 
 USAGE = """usage: python -m flatpatch doctor [key=value ...]
 
@@ -75,7 +76,7 @@ def _environment() -> Iterator[Finding]:
 
 
 def _of_quick_runs() -> Iterator[Finding]:
-    for repo in sorted({method.repository for method in METHODS.values() if method.repository}):
+    for repo in sorted({method.repository for method in UPSTREAMS.values() if method.repository}):
         yield from _of_repository(repo)
     count = cuda_devices()
     yield OK if count else ABSENT, f"{count} CUDA device(s)" + ("" if count else ": profile quick runs on the CPU")
@@ -86,7 +87,7 @@ def _of_quick_runs() -> Iterator[Finding]:
 def _of_repository(repo: str) -> Iterator[Finding]:
     here, why = patches.is_available(repo)
     if not here:
-        alone = [name for name, row in METHODS.items() if row.repository == repo and not row.reference]
+        alone = [name for name, row in UPSTREAMS.items() if row.repository == repo and not row.reference]
         need = f"method={', '.join(alone)} needs it in every profile" if alone else "profile quick runs without it"
         yield ABSENT, f"{repo} is not here; {need}. It comes with: git submodule update --init third_party/{repo}"
         return
@@ -97,7 +98,7 @@ def _of_repository(repo: str) -> Iterator[Finding]:
     else:
         partial = f"; a partial checkout without {len(verified.absent)} of its files" if verified.absent else ""
         yield OK, f"{repo}: {verified.checkout}, clean and at its pin{partial}"
-    for lack in patches.passed_over(repo):
+    for lack in patches.skipped_checkouts(repo):
         yield ABSENT, f"{lack}; the one above is used"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -15,22 +13,18 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
-from flatpatch import metrics, patches
-from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
-from flatpatch.families.text import quick
-from flatpatch.families.text.changes import Stage, TaskPlan
-from flatpatch.families.text.planning import Plan, headline
-from flatpatch.families.text.results import read_results
-from flatpatch.families.vision import results as vision_run
-from flatpatch.families.vision.keeping import kept_file
-from flatpatch.families.vision.planning import CONFIG, VisionPlan, written_config
+from flatpatch import families, metrics, patches
+from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
+from flatpatch.families.base import Plan, Stage
+from flatpatch.files import digest, is_disk_full, locked, read_json, write_atomically
 from flatpatch.measurement import files as measurements
 from flatpatch.measuring import WHENS
 from flatpatch.report.table import summary_table
@@ -40,24 +34,23 @@ from flatpatch.runner.record import (
     LOCK,
     check_continues,
     finish_record,
-    is_disk_full,
     keep_room,
     new_record,
     note_restart,
-    read_json,
-    write_atomically,
     write_last_record,
     write_record,
 )
+from flatpatch.runner.resolve import command_of, headline
 from flatpatch.runner.supervise import Supervised
 from flatpatch.terminal import is_quiet, say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 LOG = "log.txt"
+MEASURER = "flatpatch.measurement.in_run:Measurer"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
 BYTES_OF_LAST_WORDS = 5000
-_STARTS_ANEW = "An image run cannot go on from its middle: it starts anew with its first task."
+_STARTS_ANEW = "One process learns all tasks of this run, so it cannot go on from its middle: it starts anew."
 _NONE_KEPT = "No task was finished before: the run starts anew with its first task."
 
 
@@ -84,10 +77,10 @@ def execute(plan: Plan) -> dict[str, Any]:
         record = new_record(plan)
         kept = _kept(plan)
         if old is not None:
-            for note in note_restart(record, old, _tasks_of(plan, kept)):
+            for note in note_restart(record, old, sum(len(stage.tasks) for stage in plan.stages[:kept])):
                 print(f"WARNING: {note}", flush=True)
             if not kept:
-                say(_STARTS_ANEW if isinstance(plan, VisionPlan) else _NONE_KEPT)
+                say(_NONE_KEPT if plan.resumes else _STARTS_ANEW)
         write_record(plan.folder, record)
         problem: BaseException | None = None
         try:
@@ -151,11 +144,6 @@ def _kept(plan: Plan) -> int:
     return kept
 
 
-def _tasks_of(plan: Plan, stages: int) -> int:
-    """Return how many tasks the first stages train; an image run's one stage trains them all."""
-    return len(plan.task_names) if isinstance(plan, VisionPlan) and stages else stages
-
-
 def _run_tasks(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
     prepare_work(plan, plan.folder / "work")
     # From the first task that is not whole, later ones started from something else: none of their files may stay.
@@ -170,9 +158,9 @@ def _run_tasks(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> No
     for index, task in enumerate(plan.stages):
         own = _task_folder(plan, task)
         if index < kept:
-            say(f"{plan.title(task)}: finished before, kept")
+            say(f"{task.title}: finished before, kept")
         else:
-            _run_task(plan, index, task, stop)
+            _run_task(plan, task, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
         lost = [*_lost_models(plan, task), *_short_samples(plan, task)]
@@ -198,15 +186,13 @@ def _short_samples(plan: Plan, task: Stage) -> list[str]:
 
 
 def _lost_models(plan: Plan, stage: Stage) -> list[str]:
-    """Say which models upstream's process could not keep; its training went on without."""
-    if not isinstance(plan, VisionPlan) or plan.verified is None:
-        return []
-    own = _task_folder(plan, stage)
+    """Say which models a process could not keep; its training went on without."""
+    log = (_task_folder(plan, stage) / LOG).relative_to(plan.folder)
     return [
-        f"the model after task {index + 1} {name} was not kept, so that the verb measure cannot rebuild it: see "
-        f"{(own / LOG).relative_to(plan.folder)} in the run's folder"
-        for index, name in enumerate(plan.task_names)
-        if not kept_file(own / vision_run.MODELS, index).is_file()
+        f"the model after task {index + 1} {plan.tasks[index]} was not kept, so that the verb measure cannot rebuild "
+        f"it: see {log} in the run's folder"
+        for index, name in stage.models.items()
+        if not (plan.folder / name).is_file()
     ]
 
 
@@ -220,59 +206,40 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
     """
     work.mkdir(parents=True, exist_ok=True)
     links = dict(plan.links)
-    made_here = ["logs_and_outputs", "logs_and_outputs_llama", "initial_model"]
-    if isinstance(plan, VisionPlan):
-        made_here += [vision_run.LOGS, "data"]
-        write_atomically(work / CONFIG, written_config(plan))
+    for name, text in plan.files.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(work / name, text)
     if plan.verified is not None:
         built = patches.build(plan.verified.repo, patched=patched)
         for entry in sorted(built.path.iterdir()):
-            if entry.name.startswith(".") or entry.name in made_here:
-                continue
-            links.setdefault(entry.name, entry)
+            if not entry.name.startswith(".") and entry.name not in plan.own_folders:
+                links.setdefault(entry.name, entry)
     for name, target in links.items():
         path = work / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
             path.unlink()
         path.symlink_to(target, target_is_directory=target.is_dir())
-    text = not isinstance(plan, VisionPlan)
-    if (
-        text
-        and plan.profile == "quick"
-        and "CL_Benchmark" not in plan.links
-        and not (work / "quick_benchmark").is_dir()
-    ):
-        partial = work / "quick_benchmark.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        quick.write_benchmark(partial)
-        partial.rename(work / "quick_benchmark")
-    for name, splits in plan.task_configs.items():
-        target = work / "task_configs" / name
-        target.mkdir(parents=True, exist_ok=True)
-        for split, pairs in splits.items():
-            config: dict[str, list[dict[str, str]]] = {}
-            for kind, dataset in pairs:
-                config.setdefault(kind, []).append({"sampling strategy": "full", "dataset name": dataset})
-            write_atomically(target / f"{split}_tasks.json", json.dumps(config, indent=2))
+    for name, fill in plan.made.items():
+        if not (work / name).is_dir():
+            partial = work / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            fill(partial)
+            partial.rename(work / name)
 
 
 def _task_folder(plan: Plan, task: Stage) -> Path:
     return plan.folder / "tasks" / task.folder
 
 
-def _output(plan: Plan, task: Stage) -> Path:
+def _output(plan: Plan, stage: Stage) -> Path:
     """Return the folder that upstream's process fills."""
-    work = plan.folder / "work"
-    return work / task.invocation.get("output_dir") if isinstance(task, TaskPlan) else work / vision_run.LOGS
+    return plan.folder / "work" / stage.output
 
 
 def _measurements(plan: Plan, stage: Stage) -> list[str]:
     """Return the names of the measuring points that a process of the run may have."""
-    tasks = list(enumerate(plan.task_names))
-    if isinstance(stage, TaskPlan):
-        tasks = [tasks[plan.tasks.index(stage)]]
-    return [measurements.stem(index, name, when) for index, name in tasks for when in WHENS]
+    return [measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in WHENS]
 
 
 def _measured(plan: Plan, stage: Stage) -> list[Path]:
@@ -289,29 +256,25 @@ def _is_done(plan: Plan, task: Stage) -> bool:
         return False
     try:
         files = json.loads(marker.read_text(encoding="utf-8"))["files"]
-        return all(_digest(plan.folder / name) == digest for name, digest in files.items())
+        return all(digest(plan.folder / name) == noted for name, noted in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
         return False
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
-    own, output = _task_folder(plan, task), _output(plan, task)
+def _run_task(plan: Plan, task: Stage, stop: _Stop) -> None:
+    own = _task_folder(plan, task)
     hook = own / "hook.json"
     own.mkdir(parents=True)
-    write_atomically(hook, json.dumps(_hook_settings(plan, index, task, own), indent=2))
-    command = plan.command(task, sys.executable, plan.request.settings.port or _free_port())
-    variables = {**os.environ, **plan.environment(), "FLATPATCH_RUN": str(hook)}
+    write_atomically(hook, json.dumps(_contract(plan, task, own), indent=2))
+    command = command_of(task, sys.executable, plan.request.settings.port or _free_port())
+    variables = {**os.environ, **plan.environment, "FLATPATCH_RUN": str(hook)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         variables.pop(name, None)
     started = time.monotonic()
     with (own / LOG).open("wb") as log:
         process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
         try:
-            _watch(process, plan.title(task), own / "progress.json", stop, _shown_names(plan), _way_on(plan))
+            _watch(process, task.title, own / "progress.json", stop, _shown_names(plan), _way_on(plan))
         finally:
             process.end()
             _end_leftovers(hook)
@@ -322,28 +285,41 @@ def _run_task(plan: Plan, index: int, task: Stage, stop: _Stop) -> None:
         raise FlatpatchError(said)
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
-            f"{plan.title(task)} ended, but flatpatch's hook in {plan.method.title} never ran: not the run asked for. "
+            f"{task.title} ended, but flatpatch's hook in {plan.upstream.title} never ran: not the run asked for. "
             f"See {own / 'log.txt'}, and check the patches: python -m flatpatch patches verify"
         )
     seconds = time.monotonic() - started
-    if isinstance(plan, VisionPlan):
-        files = [vision_run.result_file(plan), *sorted((own / vision_run.MODELS).glob("*"))]
-        files += sorted((output / "tasks").glob("*.safetensors"))  # the reference engine's checkpoints
-    else:
-        files = sorted(path for path in (output / "adapter").rglob("*") if path.is_file())
-        files.append(output / "all_results.json")
+    files = [*_results(plan, task), *(path for name in task.models.values() if (path := plan.folder / name).is_file())]
     files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, task)]
-    kept = {str(path.relative_to(plan.folder)): _digest(path) for path in files}
+    kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
 
-def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, Any]:
+def _results(plan: Plan, stage: Stage) -> list[Path]:
+    """Return the files that a process had to leave.
+
+    Raises:
+        FlatpatchError: If one is missing.
+    """
+    found: list[Path] = []
+    for pattern in stage.results:
+        files = sorted(path for path in plan.folder.glob(pattern) if path.is_file())
+        if not files:
+            raise FlatpatchError(f"{stage.title} ended without its results: there is no {plan.folder / pattern}.")
+        found += files
+    return found
+
+
+def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
+    """Return what the hooks in a process are told; :mod:`flatpatch.contract` says what it means."""
     settings = plan.request.settings
-    one_task = isinstance(task, TaskPlan)
+    measure = None
+    if settings.measuring is not None:
+        folder = str(plan.folder / measurements.FOLDER)
+        measure = {"request": settings.measuring.as_dict(), "folder": folder, "by": MEASURER}
     return {
         "schema": 1,
-        "task_index": index if one_task else None,
-        "task": task.name if one_task else None,
+        "command": stage.command,
         "metrics": str(own / "metrics.jsonl"),
         "progress": str(own / "progress.json"),
         "summary": str(own / "summary.json"),
@@ -356,21 +332,14 @@ def _hook_settings(plan: Plan, index: int, task: Stage, own: Path) -> dict[str, 
             "ascent_loss": settings.ascent_loss,
         },
         "adapters": settings.adapters,
-        "measure": None
-        if settings.measuring is None
-        else {"request": settings.measuring.as_dict(), "folder": str(plan.folder / measurements.FOLDER)},
-        **({"vision": dict(plan.hook)} if isinstance(plan, VisionPlan) else {}),
-        # The reference engine keeps its own checkpoints.
-        **({"keep": str(own / vision_run.MODELS)} if isinstance(plan, VisionPlan) and plan.verified else {}),
+        "measure": measure,
+        **stage.contract,
     }
 
 
 def _shown_names(plan: Plan) -> dict[str, str]:
-    """Return how the tasks of a process that learns several are called; the hooks only count them, from 1."""
-    shown = {}
-    for number, name in enumerate(plan.task_names, 1):
-        shown[name] = shown[f"task {number}"] = f"task {number}/{len(plan.task_names)} {name}"
-    return shown
+    """Return how the tasks of a process that learns several are called on the terminal."""
+    return {name: f"task {number}/{len(plan.tasks)} {name}" for number, name in enumerate(plan.tasks, 1)}
 
 
 def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str) -> None:
@@ -403,7 +372,7 @@ def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    return f"{plan.title(task)} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+    return f"{task.title} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
 
 
 def _had_no_room(log: Path) -> bool:
@@ -414,9 +383,9 @@ def _had_no_room(log: Path) -> bool:
 
 def _way_on(plan: Plan) -> str:
     """Return what the same command will do with a run that has stopped."""
-    if isinstance(plan, VisionPlan):  # one process learns all tasks
-        return "An image run cannot go on from its middle: the same command starts it anew."
-    return "The same command continues the run; finished tasks are kept."
+    if plan.resumes:
+        return "The same command continues the run; finished tasks are kept."
+    return "One process learns all tasks of this run: the same command starts it anew."
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
@@ -426,22 +395,18 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
         path = _task_folder(plan, task) / "metrics.jsonl"
         if path.is_file():
             lines.append(path.read_text(encoding="utf-8"))
-    if isinstance(plan, VisionPlan):
-        lines = vision_run.named_steps(plan, lines)
     write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
     record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.stages[:count]]
     names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
     record["flatness"] = measurements.read_entries(plan.folder, names)
-    if isinstance(plan, VisionPlan):
-        vision_run.collect(plan, record)
-        return
-    outputs = _output(plan, plan.tasks[0]).parent
-    results = read_results(outputs, [task.name for task in plan.tasks], partial=True)
-    record["accuracy_matrix"] = metrics.to_lists(results.accuracy)
-    record["timing"]["train_seconds"] = list(results.train_seconds)
-    record["timing"]["predict_seconds"] = list(results.predict_seconds)
-    if count == len(plan.tasks):
-        record["metrics"] = metrics.summarise(results.accuracy, sample_weighted=results.sample_weighted)
+    results = families.load(plan.upstream.family).collect(plan, count)
+    record["accuracy_matrix"] = [list(row) for row in results.accuracy]
+    for key in ("train_seconds", "predict_seconds"):
+        if seconds := getattr(results, key):
+            record["timing"][key] = list(seconds)
+    if count == len(plan.stages):
+        accuracy = metrics.from_lists(results.accuracy)
+        record["metrics"] = metrics.summarise(accuracy, sample_weighted=results.sample_weighted)
 
 
 def _free_port() -> int:
@@ -465,19 +430,9 @@ def _end_leftovers(hook: Path) -> None:
         time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def only_runner(folder: Path) -> Iterator[None]:
+def only_runner(folder: Path) -> AbstractContextManager[None]:
     """Hold the run folder's lock, which the system lets go when this process ends, however it ends."""
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context((folder / LOCK).open("w"))
-        except OSError as error:
-            raise UserError(f"the run folder {folder} cannot be written: {LOCK}: {error.strerror}.") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is running {folder}. Wait for it, or choose another run=NAME.") from error
-        yield
+    return locked(folder / LOCK, f"another process is running {folder}. Wait for it, or choose another run=NAME.")
 
 
 class _Stop:

@@ -8,15 +8,15 @@ from typing import Any
 
 from flatpatch.comparison import compare_runs
 from flatpatch.errors import UserError
+from flatpatch.files import write_atomically
 from flatpatch.report.groups import Group, Run, group_runs, read_run
 from flatpatch.report.page import make_page, work
 from flatpatch.runner.progress import Progress
-from flatpatch.runner.record import write_atomically
 from flatpatch.terminal import say
-from flatpatch.upstreams import METHODS
+from flatpatch.upstreams import UPSTREAMS
 
 PAGE = "report.html"
-_TITLES = {name: method.title for name, method in METHODS.items()}
+_TITLES = {name: row.title for name, row in UPSTREAMS.items()}
 
 
 def place_of(folders: Sequence[Path]) -> Path:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import DiskFull, FlatpatchError, UserError
-from flatpatch.families.text.planning import Plan, deviations_as_record
-from flatpatch.families.vision.planning import VisionPlan
+from flatpatch.errors import UserError
+from flatpatch.families.base import Plan
+from flatpatch.families.choices import installed
+from flatpatch.files import folder_hash, write_atomically
 from flatpatch.report.records import read_record
 from flatpatch.runner.own_code import other_code, own_code
 from flatpatch.settings import without_effect
@@ -27,10 +24,8 @@ SCHEMA = 1
 LOCK = ".lock"
 ROOM = ".room"  # kept while a run is at work
 BYTES_OF_ROOM = 2**20
-LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
-VISION_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 # Variables of the caller that can change a number.
-TELLING_VARIABLES = (
+VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -40,38 +35,6 @@ TELLING_VARIABLES = (
 OF_MACHINE = ("python", "processor", "threads", "gpus", "cuda")
 # What may differ between two calls that continue the same run.
 NOT_COMPARED = ("output", "run", "port", "profile", "engine")  # the last two by what they came to
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between.
-
-    Raises:
-        DiskFull: If the disk is full.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise DiskFull(
-                f"the disk is full: {path} was not written. Free some space and run the same command again."
-            ) from error
-        raise
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Tell whether a full disk, or a used up quota, is what an error comes from."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
 
 
 def keep_room(folder: Path) -> None:
@@ -115,15 +78,15 @@ def new_record(plan: Plan) -> dict[str, Any]:
             "patched_tree": verified.patched_tree,
             "absent_files": list(verified.absent),
         },
-        "deviations": deviations_as_record(plan),
+        "deviations": _deviations(plan),
         "notes": list(plan.notes),
         "environment": environment(plan),
         "seeds": [plan.request.settings.seed],
-        "tasks": list(plan.task_names),
-        "inputs": dict(plan.inputs)
-        if isinstance(plan, VisionPlan)
-        else {name: folder_digest(place) for name, place in sorted(plan.links.items())},
-        "accuracy_matrix": [[None] * len(plan.task_names) for _ in plan.task_names],
+        "tasks": list(plan.tasks),
+        "inputs": {
+            name: folder_hash(found) if isinstance(found, Path) else found for name, found in plan.inputs.items()
+        },
+        "accuracy_matrix": [[None] * len(plan.tasks) for _ in plan.tasks],
         "metrics": {},
         "flatness": [],
         "training": [],
@@ -132,12 +95,25 @@ def new_record(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _deviations(plan: Plan) -> list[dict[str, object]]:
+    """Return the deviations in the record's form."""
+    rows = []
+    for deviation in plan.deviations:
+        row: dict[str, object] = asdict(deviation)
+        if not deviation.tasks:
+            del row["tasks"]
+        else:
+            row["tasks"] = list(deviation.tasks)
+        rows.append(row)
+    return rows
+
+
 def environment(plan: Plan) -> dict[str, Any]:
     """Return what the numbers may depend on: versions, hardware, variables."""
     import torch
 
     # What the training processes are told, who may not take this one's number of threads.
-    variables = {**{n: os.environ[n] for n in TELLING_VARIABLES if n in os.environ}, **plan.environment()}
+    variables = {**{n: os.environ[n] for n in VARIABLES if n in os.environ}, **plan.environment}
     gpus = [torch.cuda.get_device_name(int(number)) for number in plan.devices] if torch.cuda.is_available() else []
     return {
         "python": platform.python_version(),
@@ -150,7 +126,7 @@ def environment(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "world_size": plan.world_size,
         "launcher": plan.launcher,
-        "libraries": {name: _version(name) for name in (VISION_LIBRARIES if plan.method.vision else LIBRARIES)},
+        "libraries": {name: installed(name) for name in plan.libraries},
         "flatpatch": own_code(),
         "variables": variables,
     }
@@ -163,7 +139,7 @@ def _threads_left_to_the_machine(plan: Plan) -> int:
     told = os.environ.get("OMP_NUM_THREADS", "")
     if told.isdecimal():
         return int(told)
-    by_torchrun = plan.world_size > 1 and "torch.distributed.run" in plan.command(plan.stages[0], "python", 0)
+    by_torchrun = plan.world_size > 1 and "torch.distributed.run" in plan.stages[0].command
     return 1 if by_torchrun else torch.get_num_threads()
 
 
@@ -240,7 +216,7 @@ def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
     before, now = old.get("environment", {}), record["environment"]
     found = {name: [before.get(name), now[name]] for name in OF_MACHINE if before.get(name) != now[name]}
     theirs, ours = before.get("variables", {}), now["variables"]
-    for name in TELLING_VARIABLES:
+    for name in VARIABLES:
         if "_NUM_THREADS" not in name and theirs.get(name) != ours.get(name):
             found[name] = [theirs.get(name), ours.get(name)]
     return found
@@ -277,20 +253,6 @@ def finish_record(record: dict[str, Any], status: str) -> None:
     record["timing"]["finished"] = _now()
 
 
-@functools.cache
-def folder_digest(place: Path) -> str | None:
-    """Return a hash over the names and contents of a folder's files, None where there is no such folder."""
-    if not place.is_dir():
-        return None
-    total = hashlib.sha256()
-    for path in sorted(path for path in place.rglob("*") if path.is_file()):
-        total.update(str(path.relative_to(place)).encode())
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                total.update(chunk)
-    return total.hexdigest()
-
-
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -301,22 +263,3 @@ def _processor() -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that this program wrote.
-
-    Raises:
-        FlatpatchError: If it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FlatpatchError(f"{path} cannot be read ({error}). Remove it and run the same command again.") from error

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
 
 from flatpatch import patches
-
-if TYPE_CHECKING:
-    from flatpatch.families.text.planning import Plan
+from flatpatch.families.base import Plan
 
 # Of the calls that the patches insert: those by which a step's gradient is taken at the perturbed weights.
 CALLS = {
     "flatpatch.hooks.attach_trainer(": "from then on the trainer's training_step is called twice a step",
     "flatpatch.hooks.second_pass(": "the gradient at the perturbed weights takes the place of the authors'",
 }
-OF_REFERENCE = ("flatpatch/families/text/reference/process.py", "self.sam.gradients(")
+DEFAULT_LOSS = "task"  # where a call names none
+OF_REFERENCE = ("flatpatch/families/reference.py", "self.sam.gradients(")
 
 
 def sam_places(plan: Plan) -> list[str]:
@@ -27,10 +27,24 @@ def sam_places(plan: Plan) -> list[str]:
     for path, number, line in patches.inserted_lines(plan.verified.repo):
         call = line.strip()
         for name, what in CALLS.items():
-            if call.startswith(name) and plan.executes(path) and plan.perturbs(call):
-                of_loss = " of the distillation loss" if '"distillation"' in call else ""
+            if call.startswith(name) and _trains_by(plan, path) and _perturbs(plan, loss := _loss_of(call)):
+                of_loss = "" if loss == DEFAULT_LOSS else f" of the {loss} loss"
                 found.append(f"{path}:{number}  {name[:-1]}: {what}{of_loss}")
     return found
+
+
+def _trains_by(plan: Plan, path: str) -> bool:
+    return not plan.trained_by or Path(path).stem in plan.trained_by
+
+
+def _perturbs(plan: Plan, loss: str) -> bool:
+    return not plan.perturbed_losses or loss in plan.perturbed_losses
+
+
+def _loss_of(call: str) -> str:
+    """Return the loss that an inserted call names."""
+    named = re.search(r'"(\w+)"\)$', call)
+    return named[1] if named else DEFAULT_LOSS
 
 
 def where_sam_enters(plan: Plan) -> list[str]:

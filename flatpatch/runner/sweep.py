@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError, named_path
-from flatpatch.families.text.planning import Plan, make_plan, render, unwritable
+from flatpatch.families.base import Plan
+from flatpatch.files import unwritable
 from flatpatch.report.copies import copied_records
 from flatpatch.report.overview import overview
 from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
@@ -21,6 +22,7 @@ from flatpatch.runner.execute import execute
 from flatpatch.runner.figures import leave_figures, tell_figures
 from flatpatch.runner.pages import leave_page, place_of, write_page
 from flatpatch.runner.record import check_continues, compared_settings
+from flatpatch.runner.resolve import make_plan, parse, render
 from flatpatch.settings import (
     HOW_MEASURED,
     WHOLE,
@@ -29,7 +31,6 @@ from flatpatch.settings import (
     given_twice,
     named_runs,
     once,
-    parse,
     repeated,
     shown,
     split_word,

@@ -23,7 +23,7 @@ from flatpatch.families.text.planning import make_plan
 from flatpatch.families.text.reference import adapters
 from flatpatch.families.text.reference.adapters import Adapter, Pair
 from flatpatch.measurement import command as verb
-from flatpatch.measurement.words import parse_words
+from flatpatch.runner.measure_words import parse_words
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runner.execute import prepare_work

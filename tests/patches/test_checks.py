@@ -17,7 +17,7 @@ from flatpatch.patches import (
     find_checkout,
     inserted_lines,
     is_available,
-    passed_over,
+    skipped_checkouts,
     verify,
     verify_patches,
 )
@@ -360,21 +360,21 @@ def test_the_checkout_is_looked_for_in_the_variable_then_the_configuration_then_
 def test_a_named_folder_without_the_checkout_is_told_and_the_next_place_is_used(
     verb: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert passed_over(REPO, workspace=project.workspace) == []
+    assert skipped_checkouts(REPO, workspace=project.workspace) == []
     shared, own = tmp_path / "shared", tmp_path / "own"
     (shared / REPO).mkdir(parents=True)
     git("config", "--global", CONFIG, str(shared), folder=tmp_path)
     configured = f"git config {CONFIG}={shared} has no {REPO}: {shared / REPO} is not a git checkout"
-    assert passed_over(REPO, workspace=project.workspace) == [configured]
+    assert skipped_checkouts(REPO, workspace=project.workspace) == [configured]
     monkeypatch.setenv(VARIABLE, str(own))
     named = f"{VARIABLE}={own} has no {REPO}: {own / REPO} does not exist, nor does {own}"
-    assert passed_over(REPO, workspace=project.workspace) == [named, configured]
+    assert skipped_checkouts(REPO, workspace=project.workspace) == [named, configured]
     assert cli([verb], workspace=project.workspace) == 0
     notes, shown = (f"note: {named}", f"note: {configured}"), capsys.readouterr().out.splitlines()
     assert tuple(shown[:2]) == notes
     assert "not here" not in shown[2]
     git("clone", "--quiet", str(project.checkout), str(own / REPO), folder=tmp_path)
-    assert passed_over(REPO, workspace=project.workspace) == [], "what is named but not asked is nobody's concern"
+    assert skipped_checkouts(REPO, workspace=project.workspace) == [], "what is named but not asked is nobody's concern"
 
 
 @pytest.mark.parametrize("where", ["variable", "configuration"])
@@ -390,7 +390,7 @@ def test_the_projects_own_folder_is_filled_when_it_is_named_too(
         git("config", CONFIG, "third_party", folder=project.root)
     assert cli(["verify"], workspace=project.workspace) == 0
     assert capsys.readouterr().out.startswith(f"{REPO}: ok"), "no note: the folder that is named has it now"
-    assert passed_over(REPO, workspace=project.workspace) == []
+    assert skipped_checkouts(REPO, workspace=project.workspace) == []
 
 
 @pytest.mark.parametrize("scope", ["--global", "--local", "included", "command line"])

@@ -231,6 +231,6 @@ def test_places_that_were_passed_over_are_told(
     monkeypatch.setenv("GIT_CONFIG_KEY_0", "flatpatch.thirdParty")
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", str(checkout.parent))
     monkeypatch.setenv("FLATPATCH_THIRD_PARTY", str(tmp_path))
-    assert patches.passed_over("InfLoRA")
+    assert patches.skipped_checkouts("InfLoRA")
     lack = f"FLATPATCH_THIRD_PARTY={tmp_path} has no InfLoRA: {tmp_path / 'InfLoRA'} does not exist"
     assert f"[--] {lack}; the one above is used\n" in said()[1]

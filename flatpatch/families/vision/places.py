@@ -61,7 +61,7 @@ def new_log() -> None:
         handler.close()
 
 
-def place(args: MutableMapping[str, Any]) -> None:
+def redirect_paths(args: MutableMapping[str, Any]) -> None:
     """Put the run's device, image-loading processes and data where upstream's arguments name theirs.
 
     Args:
@@ -109,7 +109,7 @@ def workers(number: int) -> int:
     return number if chosen is None else chosen
 
 
-def serves(name: str) -> bool:
+def provides_dataset(name: str) -> bool:
     """Whether a data set of this name is the run's, not upstream's."""
     return name.lower() == DATASET and _vision().get("dataset") is not None
 
@@ -142,13 +142,13 @@ def resized(model_class: Callable[..., Any]) -> Callable[..., Any]:
     return lambda **arguments: model_class(**{**arguments, **model})
 
 
-def width(upstream: int) -> int:
+def embed_dim(upstream: int) -> int:
     """Return the width of the ViT's tokens where upstream's code spells its own out."""
     model = _vision().get("model")
     return upstream if model is None else model["embed_dim"]
 
 
-def fetches(pretrained: bool) -> bool:
+def should_download(pretrained: bool) -> bool:
     """Whether timm is to fetch weights, which it is not where the run has its own or makes a model of other sizes."""
     vision = _vision()
     return pretrained and vision.get("weights") is None and vision.get("model") is None

@@ -17,10 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from flatpatch import families
 from flatpatch.errors import DiskFull, FlatpatchError, UserError, named_path
+from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample
-from flatpatch.families.text.planning import folder_problems, unwritable
-from flatpatch.families.text.reopening import FinishedRun, check_against_run, find_run, names_of
+from flatpatch.files import folder_problems, is_disk_full, unwritable, write_atomically
 from flatpatch.flatness import (
     Problem,
     find_scope,
@@ -34,7 +35,6 @@ from flatpatch.flatness.landscape import save_landscape
 from flatpatch.flatness.points import Point, loss_at, moving, weights_of
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.suite import ScopeResult, measure_model
-from flatpatch.measurement.words import Asked
 from flatpatch.measuring import EFFORTS, Request
 from flatpatch.report.drawing import SUFFIXES, save
 from flatpatch.report.flatness_figures import (
@@ -48,14 +48,16 @@ from flatpatch.report.flatness_figures import (
 )
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.joint_page import make_joint_page
-from flatpatch.report.records import read_record
+from flatpatch.report.records import read_record, run_folder
 from flatpatch.report.titles import short_warning
 from flatpatch.runner.execute import only_runner
 from flatpatch.runner.figures import or_warn, tell_figures
+from flatpatch.runner.measure_words import Asked
 from flatpatch.runner.pages import PAGE, leave_page, place_of
 from flatpatch.runner.progress import Progress
-from flatpatch.runner.record import is_disk_full, write_atomically, write_record
+from flatpatch.runner.record import write_record
 from flatpatch.terminal import is_quiet, say
+from flatpatch.upstreams import UPSTREAMS
 
 SCHEMA = 1
 COMPARISON = "comparison.json"
@@ -88,6 +90,52 @@ def measure(asked: Asked) -> int:
         if place_of([run.folder]).is_file():  # it would tell of the run as it was before
             leave_page([run.folder])
     return 1 if failed else 0
+
+
+def find_run(name: str) -> FinishedRun:
+    """Find a finished run.
+
+    Args:
+        name: Its folder, or its folder's name inside ``runs``.
+
+    Raises:
+        UserError: If there is no such run, it is not finished, or it is not one that can be rebuilt.
+    """
+    folder = run_folder(name).absolute()
+    record = read_record(folder)
+    if record["status"] != "finished":
+        raise UserError(
+            f"run={name} is not finished ({record['status']}): only a finished run can be measured afterwards. "
+            "The command that started it continues it."
+        )
+    upstream = UPSTREAMS.get(record["method"])
+    if upstream is None:
+        raise UserError(f"run={name} is of method {record['method']}, which this version does not have.")
+    return families.load(upstream.family).reopen(upstream, folder, record)
+
+
+def check_against_run(run: FinishedRun, index: int, samples: int, loss: float) -> None:
+    """Compare a rebuilt model's loss with the one measured in the run right after the task, if it was.
+
+    Raises:
+        UserError: If they differ.
+    """
+    for entry in run.record["flatness"]:
+        there = entry["loss"]
+        same = (entry["task_index"], entry["when"], entry["samples"]) == (index, "after", samples)
+        if same and there is not None and abs(loss - there) > 1e-3 * max(abs(loss), abs(there)):
+            raise UserError(
+                f"{run.name}: rebuilt after task {index + 1}, the model has loss {loss:.6g} on the sample; in the "
+                f"run it had {there:.6g}. The checkpoint or the data is not the run's."
+            )
+
+
+def names_of(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return a name for each run, told apart where folders' names are equal."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        return [f"{run.folder.parent.name}/{run.name}" for run in runs]
+    return names
 
 
 def _choose_threads(runs: Sequence[FinishedRun]) -> None:
