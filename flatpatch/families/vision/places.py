@@ -13,15 +13,71 @@ import os
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from flatpatch.contract import VARIABLE, read_description
+from pydantic import AfterValidator, Field
+
+from flatpatch.contract import VARIABLE, Part, read_description
 from flatpatch.errors import FlatpatchError, UserError
 
 DATASET = "flatpatch_quick"
 
 # What our weights may lack: weights that upstream adds to the ViT, and the head that it does not use.
 _OWN = ("lora_", "cur_adapter.", "block_weight", "_grow", "head.", "fc_norm.")
+
+
+def _existing(path: str) -> str:
+    if not Path(path).exists():
+        raise ValueError("it does not exist")
+    return path
+
+
+ExistingPath = Annotated[str, AfterValidator(_existing)]
+
+
+class Sizes(Part):
+    """Sizes of the ViT, as timm names them."""
+
+    img_size: int = Field(gt=0)
+    patch_size: int = Field(gt=0)
+    embed_dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(gt=0)
+
+
+class OwnDataset(Part):
+    """What the run's data set is made with: ``package.module:Class`` and a seed.
+
+    ``Class(seed=0)`` has the interface of upstream's own data sets: ``use_path``, ``train_trsf``, ``test_trsf``,
+    ``common_trsf``, ``class_order``, and after ``download_data()`` also ``train_data``, ``train_targets``,
+    ``test_data``, ``test_targets``.
+    """
+
+    name: str = Field(alias="class", pattern=r"^\w+(\.\w+)*:\w+$")
+    seed: int
+
+
+class Site(Part):
+    """Where and on what an image run runs, ``vision`` of its description; null is always: as upstream says.
+
+    Attributes:
+        device: ``cpu``, ``cuda:0``, ``cuda:0,1`` ...
+        data: The folder that upstream's ``./data`` stands for.
+        weights: The file of the ViT's weights.
+        workers: Processes that load images.
+        model: Sizes of the ViT; without weights it is a random one.
+        dataset: What the run's own data set stands for.
+        sam_on: Which of the losses of a batch take SAM.
+    """
+
+    device: str | None = Field(pattern=r"^(cpu|cuda:\d+(,\d+)*)$")
+    data: ExistingPath | None
+    weights: ExistingPath | None
+    workers: int | None = Field(ge=0)
+    model: Sizes | None
+    dataset: OwnDataset | None
+    sam_on: Literal["both", "task", "distillation"]
 
 
 def vision_run() -> dict[str, Any] | None:
@@ -39,10 +95,7 @@ def vision_run() -> dict[str, Any] | None:
 
 @functools.cache
 def _read(path: str) -> dict[str, Any]:
-    run = read_description(Path(path))
-    if "vision" not in run:
-        raise UserError(f"{VARIABLE}={path} has no 'vision', which this repository needs.")
-    return run
+    return read_description(Path(path), vision=Site)
 
 
 def _vision() -> dict[str, Any]:
