@@ -75,10 +75,12 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
+BAR = r"\|"  # inside a cell
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (head, *rows)]
-    lines.insert(1, "|".join(["---"] * len(head)))
-    return "".join(f"| {line} |\n" for line in lines)
+    lines = [f"| {' | '.join(cell.replace('|', BAR) for cell in line)} |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
 
 
 if __name__ == "__main__":
