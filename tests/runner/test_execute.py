@@ -22,11 +22,12 @@ import torch
 from flatpatch.__main__ import main
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.text import quick
-from flatpatch.families.text.planning import ROOT, Plan, make_plan
+from flatpatch.families.base import Plan
+from flatpatch.files import ROOT
 from flatpatch.report.records import validate_record
 from flatpatch.runner import execute
 from flatpatch.runner.record import check_continues, new_record, write_record
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 
 pytestmark = pytest.mark.timeout(300)
 TASKS = ("dbpedia", "amazon")
@@ -563,7 +564,7 @@ def test_sweep_of_settings_without_effect_says_which(capsys: pytest.CaptureFixtu
 def test_sweep_runs_once_what_comes_to_the_same(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr("flatpatch.patches.is_available", lambda _: (False, "nothing there"))
     words = ["sweep", "method=nlora", f"output={tmp_path}", "--dry-run"]
     assert main([*words, "sam=off", "profile=auto,quick", "engine=reference"]) == 0

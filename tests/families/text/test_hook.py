@@ -13,6 +13,7 @@ import torch
 
 from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.families import recording
 from flatpatch.sam import SAMTrainingStep
 from tests import sam_training
 
@@ -194,16 +195,16 @@ def test_start_is_announced_in_one_line(attached, capsys):
 
 
 def test_progress_follows_training_and_prediction(tmp_path, attached, monkeypatch):
-    monkeypatch.setattr(hooks.recording, "SECONDS_BETWEEN_PROGRESS", 0.0)
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_PROGRESS", 0.0)
     written = []
-    write = hooks.recording.write_atomically
+    write = recording.write_atomically
 
     def writing(path, text):
         if path.name == "progress.json":
             written.append(json.loads(text))
         write(path, text)
 
-    monkeypatch.setattr(hooks.recording, "write_atomically", writing)
+    monkeypatch.setattr(recording, "write_atomically", writing)
     trainer = attached(per_device_eval_batch_size=16)
     trainer.train()
     trainer.predict(sam_training.examples())
