@@ -22,7 +22,6 @@ import torch
 from flatpatch.__main__ import main
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.text import quick
-from flatpatch.families.base import Plan
 from flatpatch.files import ROOT
 from flatpatch.report.records import validate_record
 from flatpatch.runner import execute
@@ -411,7 +410,7 @@ def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that
 ) -> None:
     code = "from pathlib import Path; Path('/dev/full').write_text('x')"
     with monkeypatch.context() as full:
-        full.setattr(Plan, "command", lambda *_: [sys.executable, "-c", code])
+        full.setattr(execute, "command_of", lambda *_: [sys.executable, "-c", code])
         assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 85
     said = capsys.readouterr().err
     assert "flatpatch: the disk is full: task 1/1 dbpedia failed" in said
