@@ -13,17 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from flatpatch.families.text.planning import make_plan
 from flatpatch.families.reference import StepRecorder
 from flatpatch.runner import execute, progress
 from flatpatch.runner.progress import Progress
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 
 # As the hooks in an image repository, the reference engine on images, and both on text write it.
 STATES = [
     (
         "inflora",
-        {"phase": "train", "step": 3, "total": 40, "loss": 0.5, "task": "task 2"},
+        {"phase": "train", "step": 3, "total": 40, "loss": 0.5, "task": "4-7"},
         "training task 2/5 4-7, step 3/40",
     ),
     (
@@ -127,7 +126,7 @@ def test_reference_engine_tells_training_prediction_and_training_again(task: str
         assert told() == ("predict", 0, None, task)
         recorder.on_predict({"step": 2, "total": 2}, task)
         assert told() == ("predict", 2, 2, task)
-        recorder.measure("before", torch.nn.Linear(1, 1), [], list)
-        assert told() == ("train", 0, None, "")
-        recorder.measure("after", torch.nn.Linear(1, 1), [], list)
-        assert told() == ("predict", 0, None, "")
+        recorder.measure("before", torch.nn.Linear(1, 1), list, 0, task)
+        assert told() == ("train", 0, None, task)
+        recorder.measure("after", torch.nn.Linear(1, 1), list, 0, task)
+        assert told() == ("predict", 0, None, task)
