@@ -14,8 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flatpatch"
 SUBJECTS = ("patches", "sam", "flatness")
-# What every part may use: messages, and the one formula behind each metric's name.
-GROUND = ("flatpatch.errors", "flatpatch.timing", "flatpatch.metrics")
+# What every part may use.
+GROUND = tuple(
+    f"flatpatch.{name}"
+    for name in ("contract", "errors", "files", "measuring", "metrics", "progress", "settings", "terminal", "timing")
+)
 
 
 def files_of(part: str) -> list[Path]:

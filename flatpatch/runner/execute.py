@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flatpatch import families, metrics, patches
 from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
 from flatpatch.families.base import Plan, Stage
-from flatpatch.files import digest, is_disk_full, locked, read_json, write_atomically
+from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
 from flatpatch.measuring import WHENS
 from flatpatch.report.table import summary_table
@@ -222,10 +222,8 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
         path.symlink_to(target, target_is_directory=target.is_dir())
     for name, fill in plan.made.items():
         if not (work / name).is_dir():
-            partial = work / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            fill(partial)
-            partial.rename(work / name)
+            with made_whole(work / name) as unfinished:
+                fill(unfinished)
 
 
 def _task_folder(plan: Plan, task: Stage) -> Path:

@@ -10,7 +10,6 @@ float sums do. The shipped files took 17 minutes on one thread of a busy machine
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from typing import Any
 
 from flatpatch.errors import UserError
 from flatpatch.families.text.quick.pretraining import SENTINELS, Document, document
+from flatpatch.files import digest
 
 SEED = 0
 SETTINGS: dict[str, Any] = {
@@ -208,7 +208,7 @@ def main(arguments: list[str]) -> None:
         "threads": torch.get_num_threads(),
         "seconds": round(time.monotonic() - started),
         "loss_per_100_steps": losses,
-        "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+        "sha256": {name: digest(folder / name) for name in FILES},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 

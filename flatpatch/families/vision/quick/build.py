@@ -13,7 +13,6 @@ Training stops long before the model is perfect, so that the benchmark's tasks l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 from flatpatch.errors import UserError
 from flatpatch.families.vision.quick import MODEL, WEIGHTS
 from flatpatch.families.vision.quick.generator import PRETRAINING, draw
+from flatpatch.files import digest
 
 SEED = 0
 SETTINGS: dict[str, Any] = {"steps": 9000, "batch": 32, "learning_rate": 1e-3, "warmup": 300, "weight_decay": 0.05}
@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> None:
         "seconds": seconds,
         "accuracy": reached,
         "loss_per_100_steps": losses,
-        "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "sha256": {weights.name: digest(weights)},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     print(f"{reached:.1f} % of 5000 new images of the {len(PRETRAINING)} classes of pre-training; {weights}")
