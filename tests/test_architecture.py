@@ -100,6 +100,17 @@ def test_part_does_not_load_torch(part: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_git_is_called_in_one_place() -> None:
+    """There a missing git is named, and the user's own configuration is kept out of what is computed."""
+    callers = set()
+    for path in PACKAGE.rglob("*.py"):
+        lists = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.List))
+        calls = any(isinstance(word, ast.Constant) and word.value == "git" for node in lists for word in node.elts[:1])
+        if calls or any(name.partition(".")[0] == "git" for name in imports(path)):
+            callers.add(path.relative_to(PACKAGE).as_posix())
+    assert callers == {"patches/gitcalls.py"}
+
+
 def tracked(*patterns: str) -> list[Path]:
     """Return the tracked files."""
     listed = subprocess.run(["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
