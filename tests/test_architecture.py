@@ -72,7 +72,7 @@ def test_subject_imports_nothing_of_flatpatch_but_the_ground(subject: str) -> No
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
         ("report", ("matplotlib", "numpy", "scipy", "rich", "jinja2", "PIL")),
-        ("measurement", ("torch", "numpy", "tqdm", "flatpatch.flatness")),
+        ("measurement", ("torch", "numpy", "flatpatch.flatness")),
         (
             "hooks",
             (
