@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flatpatch"
 # From the ground up. A part may use the layers below its own, and in its own layer what stands before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "timing", "terminal", "files", "measuring", "settings", "contract", "metrics"),
+    ("errors", "timing", "terminal", "progress", "files", "measuring", "settings", "contract", "metrics"),
     ("sam", "flatness", "patches"),
     ("families",),
     ("upstreams",),

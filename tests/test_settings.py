@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from flatpatch.errors import UserError
+from flatpatch.runner.resolve import parse
 from flatpatch.runner.sweep import expand
-from flatpatch.settings import CHOICES, Settings, describe, parse, split_word
+from flatpatch.settings import CHOICES, Settings, describe, split_word
+from flatpatch.upstreams import UPSTREAMS
 
 
 def message(*words: str) -> str:
@@ -18,7 +20,7 @@ def message(*words: str) -> str:
 
 def test_defaults_are_taken_where_nothing_is_said() -> None:
     request = parse([])
-    assert request.settings == Settings()
+    assert request.settings == Settings(method="nlora")
     assert set(request.sources.values()) == {"default"}
 
 
@@ -111,7 +113,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_help_names_every_setting_and_its_choices() -> None:
-    text = describe()
+    text = describe(list(UPSTREAMS))
     for name in Settings.__dataclass_fields__:
         assert f"  {name}=" in text
     assert "|".join(CHOICES["scope"]) in text

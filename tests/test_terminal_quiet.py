@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flatpatch import terminal
+from flatpatch import progress, terminal
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.runner import pages, progress, sweep
+from flatpatch.progress import Progress
+from flatpatch.runner import pages, sweep
 from flatpatch.runner.figures import tell_figures
-from flatpatch.runner.progress import Progress
 from tests.report_page import make_four
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from flatpatch import hooks, timing
-from flatpatch.families import recording
-from flatpatch.families import training
+from flatpatch.families import recording, training
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
 from tests import sam_training
@@ -129,7 +128,7 @@ def image_run(tmp_path, monkeypatch):
     places = dict.fromkeys(("device", "data", "weights", "workers", "model", "dataset"))
 
     def start(**sam):
-        more = {"task_index": None, "task": None, "vision": places | {"sam_on": "both"}}
+        more = {"task_index": None, "task": None, "tasks": ["0-3", "4-7"], "vision": places | {"sam_on": "both"}}
         started(tmp_path, monkeypatch, sam, more.items())
 
     yield start

@@ -5,7 +5,6 @@ All accuracies go through ``flatpatch.metrics``, those of shipped runs too, so t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.files import digest
 from flatpatch.metrics import averaged_accuracy_inflora, from_lists, summarise
 from flatpatch.report.baselines import load_baseline
 from flatpatch.report.records import setting
@@ -115,7 +115,7 @@ def is_source(path: Path, name: str) -> bool:
         name: The baseline's.
     """
     source = load_baseline(name).get("source") or {}
-    return bool(source) and hashlib.sha256(path.read_bytes()).hexdigest() == source.get("sha256")
+    return bool(source) and digest(path) == source.get("sha256")
 
 
 def other_settings(run: LoggedRun, baseline: Mapping[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ class Measurer:
                 loss=loss,
                 title=title,
                 say=self._say,
-                progress=None if self._progress is None else lambda n, of: self._tell(f"measure {when}", n, of),
+                progress=lambda _scope, done, total, _text: self._tell(f"measure {when}", done, total),
             )
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
@@ -136,9 +136,9 @@ class Measurer:
             self._say(f"FAILED {title}: its files were not written: {failure} (the training goes on)")
             return []
 
-    def _tell(self, phase: str, done: int, total: int) -> None:
+    def _tell(self, phase: str, done: float, total: float) -> None:
         if self._progress is not None:
-            self._progress(phase, done, total, self._note)
+            self._progress(phase, round(done), max(1, round(total)), self._note)
 
     def _say(self, text: str) -> None:
         self._note = text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatpatch.files import digest
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
 from flatpatch.settings import idle_settings, without_effect
 
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> Run:
         record=record,
         steps=read_step_metrics(folder / "metrics.jsonl"),
         images=tuple(path for path in sorted((folder / "figures").rglob("*.png")) if path.name not in _REDRAWN),
-        digest=hashlib.sha256((folder / RECORD_FILE).read_bytes()).hexdigest(),
+        digest=digest(folder / RECORD_FILE),
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from flatpatch.comparison import compare_runs
 from flatpatch.errors import UserError
 from flatpatch.files import write_atomically
+from flatpatch.progress import Progress
 from flatpatch.report.groups import Group, Run, group_runs, read_run
 from flatpatch.report.page import make_page, work
-from flatpatch.runner.progress import Progress
 from flatpatch.terminal import say
 from flatpatch.upstreams import UPSTREAMS
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flatpatch.families.vision.reference.process import read_reference
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +24,6 @@ from flatpatch.families.text.planning import make_plan
 from flatpatch.families.vision import reopening as trained_images
 from flatpatch.families.vision.planning import CONFIG
 from flatpatch.families.vision.reference.checkpoints import restore, save
-from flatpatch.families.vision.reference.process import read_reference
 from flatpatch.families.vision.reference.vit import build
 from flatpatch.flatness import Problem, find_scope, model_point, supervised_loss
 from flatpatch.measurement import command as verb
