@@ -73,7 +73,7 @@ def _spread(values: Sequence[float | None]) -> str:
     found = spread(values)
     if found is None:
         return "-"
-    return _number(found.mean) + ("" if found.deviation is None else f" ± {found.deviation:.2f}")
+    return _number(found.mean) + ("" if found.standard_deviation is None else f" ± {found.standard_deviation:.2f}")
 
 
 def _number(value: float | None) -> str:

@@ -91,7 +91,7 @@ def test_a_gap_in_the_matrix_gives_no_mean():
 
 
 def test_spread_of_one_number_has_no_deviation():
-    assert spread([3.0]).deviation is None
+    assert spread([3.0]).standard_deviation is None
     assert spread([None, None]) is None
     assert spread([1.0, None, 3.0]).n == 2
 
