@@ -32,6 +32,9 @@ class VisionUpstream(Upstream):
         kept: Pattern of the names of the weights that training changes and a task's loss depends on, with ``{task}``
             for the task's number from 0.
         kept_by_task: Whether a task's loss depends on what was kept of all tasks up to it, or on its own alone.
+        shuffles: Whether its own configurations shuffle the classes.
+        unlisted_splits: By benchmark: whose split into training and test images it takes, of which there is no list.
+        logged_splits: Benchmarks of which it is known which split the shipped logs had.
     """
 
     family: ClassVar[str] = "vision"
@@ -44,6 +47,9 @@ class VisionUpstream(Upstream):
     quick: Mapping[str, Any] = field(default_factory=dict)
     kept: str = ""
     kept_by_task: bool = False
+    shuffles: bool = False
+    unlisted_splits: Mapping[str, str] = field(default_factory=dict)
+    logged_splits: tuple[str, ...] = ()
 
     def config(self, variant: str, benchmark: str) -> str | None:
         """Return the shipped configuration of a variant and benchmark; empty means the first. None if none ships."""
