@@ -12,11 +12,11 @@ import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.families.text.planning import make_plan
+from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.families.vision import data as vision_data
 from flatpatch.families.vision.configuration import known_keys, task_classes
 from flatpatch.families.vision.data import Dataset, check_images, check_weights, find_weights, list_hash
-from flatpatch.settings import parse
+
 
 Refused = Callable[..., str]
 
@@ -24,7 +24,7 @@ Refused = Callable[..., str]
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
     """Return a function that runs a mistaken command and gives its message, having checked that nothing happened."""
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
 
     def run(*words: str) -> str:
         before = sorted(tmp_path.rglob("*"))

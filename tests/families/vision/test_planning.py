@@ -20,7 +20,7 @@ from flatpatch.families.vision.logs import LoggedRun
 from flatpatch.families.vision.planning import REFERENCE_DEFAULTS, VisionPlan, written_config
 from flatpatch.families.vision.results import _check_curve
 from flatpatch.runner.record import environment
-from flatpatch.settings import parse
+
 from flatpatch.upstreams import METHODS, conflicts
 
 SHIPPED = [
@@ -191,7 +191,7 @@ def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Cal
 
 
 def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/InfLoRA"))
     plan = plan_of("method=inflora")
     assert plan.labels == ("quick", "reference")
@@ -200,7 +200,7 @@ def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: 
 
 
 def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/CL-LoRA"))
     with pytest.raises(UserError) as caught:
         make_plan(parse(["method=cllora"]))
@@ -214,7 +214,7 @@ def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatc
 
 
 def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     plan = plan_of("method=seqlora_vit", "seed=5")
     assert (plan.engine, plan.config["seed"]) == ("reference", [5])
     assert plan.command(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.families.vision.reference.process"]

@@ -19,7 +19,7 @@ from torch import nn
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.families.text import reopening as trained
-from flatpatch.families.text.planning import make_plan
+from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.families.vision import reopening as trained_images
 from flatpatch.families.vision.planning import CONFIG
 from flatpatch.families.vision.reference.checkpoints import restore, save
@@ -32,7 +32,7 @@ from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runner.execute import _hook_settings, prepare_work
 from flatpatch.runner.record import new_record, write_record
-from flatpatch.settings import parse
+
 from tests.flatness_cases import LoRALinear
 from tests.measurement.test_command import figures, finished_losses, note_hashes, refused
 

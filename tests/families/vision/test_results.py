@@ -19,10 +19,10 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.families.text.planning import ROOT, make_plan
 from flatpatch.families.vision import results as vision_run
-from flatpatch.families.vision.logs import read_inflora_log
+from flatpatch.families.vision.logs import read_log
 from flatpatch.report.records import validate_record
 from flatpatch.runner.record import new_record
-from flatpatch.settings import parse
+
 
 pytestmark = pytest.mark.timeout(600)
 NAMES = ["0-9", "10-19"]
@@ -206,7 +206,7 @@ def test_overrides_reach_the_authors_code_and_its_log_becomes_the_record(
     validate_record(record)
     assert (record["status"], record["tasks"], record["seeds"]) == ("finished", NAMES, [4])
     [log] = (tmp_path / "real/work/logs").rglob("*.log")
-    [run] = read_inflora_log(log)
+    [run] = read_log(log)
     # What upstream itself printed as its settings: the overrides, and the shipped file for everything else.
     shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
     assert (run.settings["lamb"], run.settings["rank"], run.settings["epochs"], run.settings["seed"]) == (

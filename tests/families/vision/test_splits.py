@@ -14,12 +14,12 @@ import torch
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.families.text.planning import make_plan
+from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.families.vision import data as vision_data
 from flatpatch.families.vision.data import SPLITS, check_images, list_hash
 from flatpatch.families.vision.splits import HASHES, LISTED, LOGGED, OTHER, SEED, list_hashes, split_of
 from flatpatch.report.baselines import load_baseline
-from flatpatch.settings import parse
+
 
 pytestmark = pytest.mark.third_party
 Halves = dict[str, set[str]]
