@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from flatpatch.errors import UserError
-from flatpatch.runner.resolve import make_plan, parse
-from flatpatch.families.vision.configuration import OURS, ConfigEditor, known_keys, override, task_classes
 from flatpatch.families.vision.unread import why_unread
 
+from flatpatch.errors import UserError
+from flatpatch.families.vision.configuration import OURS, ConfigEditor, known_keys, override, task_classes
+from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.upstreams import METHODS
 from tests.upstream.test_neutrality_vision import differences, run
 from tests.vision_upstream import CONFIGS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flatpatch.errors import UserError
-from flatpatch.families.vision.logs import LoggedRun, read_log, read_log
+from flatpatch.families.vision.logs import LoggedRun, read_log
 from flatpatch.report.baselines import load_baseline
 from tests.vision_log_text import ROWS, log_text, run_lines, totals
 
@@ -254,10 +254,10 @@ def test_missing_file_and_wrong_upstream_are_users_errors(write: Callable[[str],
     with pytest.raises(UserError, match="cannot read the log"):
         read_log(tmp_path / "absent.log")
     path = write(log_text(run_lines(cllora=True)))
-    with pytest.raises(UserError, match="a run of model 'cllora'; expected a log of InfLoRA's trainer"):
-        read_log(path)
-    with pytest.raises(UserError, match="a run of model 'InfLoRA'; expected a log of CL-LoRA's trainer"):
-        read_log(write(log_text(run_lines())))
+    with pytest.raises(UserError, match="line 1: a run of model 'cllora', expected 'InfLoRA'"):
+        read_log(path, "InfLoRA")
+    with pytest.raises(UserError, match="line 1: a run of model 'InfLoRA', expected 'cllora'"):
+        read_log(write(log_text(run_lines())), "cllora")
 
 
 def test_more_results_than_tasks_are_refused(write: Callable[[str], Path]) -> None:
