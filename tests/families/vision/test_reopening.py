@@ -18,7 +18,7 @@ from torch import nn
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.families.text.reopening import TrainedRun
+from flatpatch.families.text.reopening import TextRun
 from flatpatch.families.vision import reopening as trained_images
 from flatpatch.families.vision.reference.checkpoints import restore, save
 from flatpatch.families.vision.reference.options import read_reference
@@ -216,7 +216,7 @@ def test_runs_that_do_not_fit_together_are_refused(make_run: MakeRun, refused: C
 
 def test_a_run_on_images_and_one_on_texts_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
     run = verb.find_run(str(make_run("images", 1)))
-    text = TrainedRun(tmp_path, {"name": "texts"}, None)  # type: ignore[arg-type]
+    text = TextRun(tmp_path, {"name": "texts"}, ())
     for first, second in ((run, text), (text, run)):
         with pytest.raises(UserError, match="one learned images and one texts"):
             first.check_companion(second)
