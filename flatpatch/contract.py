@@ -78,12 +78,12 @@ class Description(Part):
 PARTS: Mapping[str, type[Part]] = {"sam": Sam, "measure": Measure, "keep": Keep}
 
 
-def read_description(path: Path, **own: type[Part]) -> dict[str, Any]:
+def read_description(path: Path, **own: Any) -> dict[str, Any]:
     """Read and check a run's description, reporting all its mistakes at once.
 
     Args:
         path: The file.
-        own: The parts of the family that reads it, by their keys; all must be there.
+        own: What the family that reads it takes by its keys, a part of its own or a narrower kind; all must be there.
 
     Returns:
         Its content.

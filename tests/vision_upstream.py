@@ -227,13 +227,13 @@ def main() -> None:
     if rest:
         emulate(repo, int(rest[0]))
     else:
-        place = flatpatch.hooks.place
+        place = flatpatch.hooks.redirect_paths
 
         def place_on_several(args: dict) -> None:
             place(args)
             on_the_cpu(args)
 
-        flatpatch.hooks.place = place_on_several
+        flatpatch.hooks.redirect_paths = place_on_several
     seen = watch()
     features: list[bool] = []
     if repo == "InfLoRA":

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from transformers import AdamW
 
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError
-from flatpatch.families.text.reference.adapters import layer_matrices
-from flatpatch.families.text.reference.task import ReferenceTask
+
+if TYPE_CHECKING:
+    from flatpatch.families.text.reference.task import ReferenceTask
 
 Item = TypeVar("Item")
 Batch = dict[str, Tensor]
@@ -93,6 +94,8 @@ def train_task(
     Raises:
         FlatpatchError: If the loss is no longer a finite number.
     """
+    from flatpatch.families.text.reference.adapters import layer_matrices
+
     layers = layer_matrices(model)
     optimizer = AdamW(
         [

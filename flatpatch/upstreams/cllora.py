@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from flatpatch.errors import FlatpatchError
 from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
+from flatpatch.families.vision import places
+from flatpatch.families.vision.data import PILOT
 from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
 
 if TYPE_CHECKING:
@@ -66,8 +71,24 @@ class CLLoRA(VisionUpstream):
             return f"fails with {key}={str(config[key]).lower()}"
         return _UNREAD.get(key, "")
 
+    def value_problems(self, config: Mapping[str, Any], width: int, blocks: int) -> list[str]:
+        """Return which values this method's code could not use; see the base class."""
+        problems = []
+        if "msa" in config and not (len(config["msa"]) == 3 and set(config["msa"]) in ({0, 1}, {1})):
+            problems.append(
+                f"upstream.msa={json.dumps(config['msa'])}: expected three of 0 and 1, one of them 1, e.g. [1,0,1]."
+            )
+        for key in ("general_pos", "specfic_pos"):
+            own = config.get(key, [0])
+            if not own or any(isinstance(place, bool) or place not in range(blocks) for place in own):
+                problems.append(
+                    f"upstream.{key}={json.dumps(own)}: expected numbers of blocks from 0 to {blocks - 1}, at least "
+                    "one."
+                )
+        return problems
+
     def config_problems(self, config: Mapping[str, Any], classes: int, tasks: int) -> list[str]:
-        """Return what in a configuration this method's code could not use; see the base class."""
+        """Return what this method's code could not use; see the base class."""
         first = config["init_cls"]
         if first >= TOP_K:
             return []
@@ -76,14 +97,107 @@ class CLLoRA(VisionUpstream):
             f"task already. Choose upstream.init_cls= of at least {TOP_K}."
         ]
 
+    def pretrained(self, config: Mapping[str, Any]) -> str:
+        """Return timm's name of the model whose weights are loaded; see the base class."""
+        return str(config["backbone_type"]).removesuffix("_cllora")
+
     def grow(self, network: Any, index: int, classes: int) -> None:
         """Give a new network the classifier of the first tasks' classes; see the base class."""
         network._cur_task = index - 1
         network.update_fc(classes)
 
-    def leave_one_classifier(self, network: Any, index: int) -> None:
+    def complete(
+        self,
+        network: Any,
+        index: int,
+        classes: int,
+        kept: Callable[[int], Mapping[str, Any]],
+        *,
+        joined: bool,
+    ) -> None:
         """Leave out other tasks' classifiers; see the base class."""
-        network.fc = network.init_proto = None
+        if joined:
+            network.fc = network.init_proto = None
+
+
+# --- called by the patches
+
+
+def backbones(timm: Any) -> Any:
+    """Return timm, or where the run has its own weights or sizes what stands in for it.
+
+    Args:
+        timm: The library as upstream has imported it.
+
+    Returns:
+        Has timm's ``create_model``. Of a model of other sizes the attention is split, because upstream splits it at
+        the width of its own model.
+    """
+    chosen = places.backbones(timm)
+    if places.model_sizes() is None:
+        return chosen
+
+    def create_model(*args: Any, **arguments: Any) -> Any:
+        model = chosen.create_model(*args, **arguments)
+        return SimpleNamespace(state_dict=lambda: _with_split_attention(model.state_dict()))
+
+    return SimpleNamespace(create_model=create_model)
+
+
+def _with_split_attention(weights: dict[str, Any]) -> dict[str, Any]:
+    split = {}
+    for name, tensor in weights.items():
+        if ".qkv." in name:
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                split[name.replace(".qkv.", f".{part}_proj.")] = third
+        else:
+            split[name] = tensor
+    return split
+
+
+def block_weight(chosen: Any, inputs: Any) -> Any:
+    """Return the weights of a block's adapters; where it has none, the ones that upstream puts there, on the device.
+
+    Args:
+        chosen: The weights, or None.
+        inputs: What the block works on, ``(batch, tokens, width)``.
+
+    Returns:
+        A tensor of three weights; None where there is no run.
+    """
+    if chosen is not None or places.vision_run() is None:
+        return chosen
+    import torch
+
+    return torch.ones(3, device=inputs.device)
+
+
+_kept_versions: list[Any] = []
+
+
+def keep_versions(optimizer: Any) -> None:
+    """Note how often each weight has been written to, before a forward pass whose backward pass follows a step.
+
+    Upstream makes a step between the forward and the backward pass of its task loss. That is possible with the torch
+    that it names (2.0.1, on CUDA), whose optimizers write to all weights at once without counting; newer ones count,
+    and the backward pass refuses. See ``forget_the_step``.
+    """
+    if places.vision_run() is None:
+        return
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    weights = tuple(weight for group in optimizer.param_groups for weight in group["params"])
+    _kept_versions[:] = [_unsafe_preserve_version_counter(weights)]
+    _kept_versions[0].__enter__()
+
+
+def forget_the_step() -> None:
+    """Put the counts back to where ``keep_versions`` saw them; the weights stay as they are."""
+    if places.vision_run() is None:
+        return
+    if not _kept_versions:
+        raise FlatpatchError("forget_the_step was called without keep_versions; the patch needs a refresh.")
+    _kept_versions.pop().__exit__(None, None, None)
 
 
 def task_loss(learner: Any, inputs: Any, targets: Any, penalty: Callable[..., Any]) -> Any:
@@ -138,6 +252,18 @@ UPSTREAM = CLLoRA(
             "vtab": "exps/vtab.json",
         }
     },
+    command=("main.py", "{config}"),
+    datasets=PILOT,
+    counts=("ffn_num", "init_epochs", "later_epochs"),
+    not_negative=("later_lr", "min_lr"),
+    # What its code knows, but for the scheduler steplr: it needs milestones that no shipped configuration has.
+    words={
+        "optimizer": ("sgd", "adam", "adamw"),
+        "scheduler": ("cosine", "constant"),
+        "backbone_type": ("vit_base_patch16_224_in21k_cllora", "vit_base_patch16_224_cllora"),
+    },
+    # ffn_num, the rank: it shows in the shapes, and models of any rank meet in the space of W + s B A.
+    training_keys=("optimizer", "scheduler", "init_epochs", "later_epochs", "later_lr", "min_lr", "ffn_num"),
     seed=1993,
     reference=False,
     losses=("task", "distillation"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict, Deviation
 from flatpatch.families.vision import splits
+from flatpatch.families.vision.data import CIFAR100, IMAGES, SHOWN, SPLITS, Dataset, fetch_it
 from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ _UNREAD: Mapping[str, str] = {
     ),
     "class_order": "sets it itself. Use upstream.shuffle",
 }
+
+
+OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +71,12 @@ class InfLoRA(VisionUpstream):
             return "reads it with optim=adam alone. Add upstream.optim=adam"
         return ""
 
+    def value_problems(self, config: Mapping[str, Any], width: int, blocks: int) -> list[str]:
+        """Return which values this method's code could not use; see the base class."""
+        return share_problems(config, width)
+
     def config_problems(self, config: Mapping[str, Any], classes: int, tasks: int) -> list[str]:
-        """Return what in a configuration this method's code could not use; see the base class."""
+        """Return what this method's code could not use; see the base class."""
         problems = []
         first, step = config["init_cls"], config["increment"]
         if "total_sessions" in config and first != step:
@@ -79,7 +89,7 @@ class InfLoRA(VisionUpstream):
                 f"upstream.total_sessions={config['total_sessions']}, but {classes} classes make {tasks} tasks "
                 f"of {step}. Add upstream.total_sessions={tasks}."
             )
-        return problems
+        return [*problems, *schedule_problems(config)]
 
     def follow(self, config: Mapping[str, Any], overridden: Mapping[str, str], classes: int) -> dict[str, Any]:
         """Return the keys that follow from overridden ones; see the base class."""
@@ -99,8 +109,6 @@ class InfLoRA(VisionUpstream):
 
     def note_images(self, inputs: Mapping[str, str], root: Path, checkout: Path) -> tuple[list[str], list[Deviation]]:
         """Say which split of ImageNet-R is here; see the base class."""
-        from flatpatch.families.vision.data import draw_again
-
         split = splits.split_of(inputs)
         if split is None:  # another benchmark
             return [], []
@@ -112,20 +120,95 @@ class InfLoRA(VisionUpstream):
             f"WARNING: {said}; compare will not set this run beside the shipped logs, only beside the paper, whose "
             "split is not known. To keep this split, do nothing. To get the logs' split, put the images of both halves "
             "back into one "
-            f"folder a class and draw it, which changes the folder for all who use it: {draw_again(root, checkout)}"
+            f"folder a class and draw it, which changes the folder for all who use it: {_draw_again(root, checkout)}"
         )
         return [warning], [Deviation(f"split of {splits.FOLDER}", splits.LOGGED, split, why)]
+
+    def pretrained(self, config: Mapping[str, Any]) -> str:
+        """Return timm's name of the model whose weights are loaded: it is written in the code."""
+        return "vit_base_patch16_224_in21k"
 
     def grow(self, network: Any, index: int, classes: int) -> None:
         """Give a new network the classifiers of the first tasks; see the base class."""
         network.numtask = index
         network.update_fc(classes)
 
-    def leave_one_classifier(self, network: Any, index: int) -> None:
+    def complete(
+        self,
+        network: Any,
+        index: int,
+        classes: int,
+        kept: Callable[[int], Mapping[str, Any]],
+        *,
+        joined: bool,
+    ) -> None:
         """Leave out other tasks' classifiers; see the base class."""
+        if not joined:
+            return
         network.classifier_pool = self.only(network.classifier_pool, index)
         if hasattr(network, "classifier_pool_backup"):
             network.classifier_pool_backup = self.only(network.classifier_pool_backup, None)
+
+
+def share_problems(config: Mapping[str, Any], width: int) -> list[str]:
+    """Return what of a rank and of shares of a spectrum could not be used, one message each."""
+    problems = []
+    rank = config.get("rank", 1)
+    if isinstance(rank, int) and rank > width:
+        problems.append(f"upstream.rank={rank} is more than the model's width (expected at most {width}).")
+    for key in ("lamb", "lame"):
+        if not 0 < config.get(key, 1) <= 1:
+            problems.append(f"upstream.{key}={json.dumps(config[key])}: expected a share over 0 and at most 1.")
+    return problems
+
+
+def schedule_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return what the schedule of the learning rate could not use, one message each."""
+    if config.get("optim") == "adam" and 1 in (config.get("epochs"), config.get("init_epoch")):
+        return ["one epoch with optim=adam: InfLoRA's schedule divides by the epochs less one. Use 2 or more."]
+    return []
+
+
+def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[str]) -> str:
+    """Say how to get the halves that ImageNet-R lacks. Drawing them moves files for good: only for whole folders."""
+    place = root / dataset.folder
+    if present := [split for split in SPLITS if split not in absent]:
+        would = "remove test/ with all that is in it" if present == ["test"] else "stop"
+        return (
+            f", but {present[0]}: half a split, with which InfLoRA's code would {would}. Put the missing half back, "
+            f"or begin anew with an empty {place}. {fetch_it(dataset, root)}"
+        )
+    paths = sorted(path.relative_to(place) for path in place.glob("*/**/*") if path.suffix.lower() in IMAGES)
+    filled = {path.parts[0] for path in paths}
+    empty = sorted({folder.name for folder in place.iterdir() if folder.is_dir()} - filled)
+    deep = [str(path) for path in paths if len(path.parts) > 2]
+    if (len(paths), len(filled)) != (dataset.total, dataset.classes) or empty or deep:
+        more = f", none in {', '.join(empty[:SHOWN])}" if empty else ""
+        more += f", folders in folders: {', '.join(deep[:SHOWN])}" if deep else ""
+        return (
+            f", and is not whole: {len(paths)} images in {len(filled)} folders (expected {dataset.total} in "
+            f"{dataset.classes}){more}. {fetch_it(dataset, root)}"
+        )
+    return (
+        ". InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. "
+        "Draw it once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
+        f"{_draw(place, checkout)}"
+    )
+
+
+def _draw_again(root: Path, checkout: Path) -> str:
+    """Return the commands that draw the split of the shipped logs where ImageNet-R is split otherwise."""
+    place = (root / splits.FOLDER).resolve()
+    return f"(cd {shlex.quote(str(place))} && cp -al train/. test/. . && rm -r train test) && {_draw(place, checkout)}"
+
+
+def _draw(place: Path, checkout: Path) -> str:
+    data_path = json.dumps(str(place.resolve()), ensure_ascii=False)
+    code = (
+        f"import torch; from utils.data import iIMAGENET_R; torch.manual_seed({splits.SEED}); "
+        f'iIMAGENET_R({{"data_path": {data_path}}}).download_data()'
+    )
+    return f"(cd {shlex.quote(str(checkout))} && python -c {shlex.quote(code)})"
 
 
 UPSTREAM = InfLoRA(
@@ -146,7 +229,30 @@ UPSTREAM = InfLoRA(
             "imagenet_r_10": "configs/mimg10_infloraca.json",
         },
     },
-    config_flag=("--config",),
+    command=("main.py", "--device", "{devices}", "--config", "{config}"),
+    datasets={
+        "cifar100": CIFAR100,
+        # The figures are those of the lists in utils/splits/ (a test counts them).
+        "imagenet_r": Dataset(
+            200,
+            splits.FOLDER,
+            "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
+            (24000, 6000),
+            30000,
+            split_first=_split_first,
+        ),
+        "domainnet": Dataset(
+            345,
+            "domainnet",
+            "http://ai.bu.edu/M3SDA/",
+            lists=tuple(f"dataloaders/splits/domainnet_{split}.yaml" for split in SPLITS),
+        ),
+    },
+    counts=("rank", "total_sessions"),
+    not_negative=("fc_lrate",),
+    words={"optim": OPTIMIZERS, "net_type": ("sip",)},
+    # The rank shows in the shapes, and models of any rank meet in the space of W + s B A.
+    training_keys=("optim", "EPSILON", "lamb", "lame", "rank"),
     seed=0,
     # Their code takes the network out of its DataParallel wrapper whether there is one or not.
     several_gpus=("InfLoRA_CA1", "InfLoRA_domain", "InfLoRAb5_domain"),

@@ -18,9 +18,8 @@ import pytest
 from flatpatch.families.vision.unread import why_unread
 
 from flatpatch.errors import UserError
-from flatpatch.families.text.planning import make_plan
 from flatpatch.families.vision.configuration import OURS, ConfigEditor, known_keys, override, task_classes
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.upstreams import METHODS
 from tests.upstream.test_neutrality_vision import differences, run
 from tests.vision_upstream import CONFIGS

@@ -35,24 +35,10 @@ REFERENCE_DEFAULTS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "optim": "adam",
 }
-COUNTS = (
-    *("init_cls", "increment", "batch_size", "rank", "ffn_num", "total_sessions"),
-    *("epochs", "init_epoch", "init_epochs", "later_epochs"),
-)
-# Numbers that are counts but for 0, and such as cannot be negative.
+# What the trainers of this family have in common: numbers from 1 on, counts but for 0, and such as are not negative.
+COUNTS = ("init_cls", "increment", "batch_size", "epochs", "init_epoch")
 WHOLE = ("num_workers",)
-NOT_NEGATIVE = (
-    *("num_workers", "init_lr", "lrate", "later_lr", "fc_lrate", "min_lr", "lrate_decay"),
-    *("weight_decay", "init_weight_decay"),
-)
-# What upstream's code knows; CL-LoRA's steplr needs milestones that no configuration it ships has.
-WORDS = {
-    "optimizer": ("sgd", "adam", "adamw"),
-    "scheduler": ("cosine", "constant"),
-    "optim": ("adam", "sgd"),
-    "net_type": ("sip",),
-    "backbone_type": ("vit_base_patch16_224_in21k_cllora", "vit_base_patch16_224_cllora"),
-}
+NOT_NEGATIVE = ("num_workers", "init_lr", "lrate", "lrate_decay", "weight_decay", "init_weight_decay")
 _READS = re.compile(r"""args(?:\.get\(|\[)\s*["'](\w+)["']""")
 
 
@@ -177,33 +163,18 @@ def _wrong_kind(key: str, word: str, value: Any, theirs: Any) -> str:
     return ""
 
 
-def _value_problems(config: Mapping[str, Any], width: int, blocks: int) -> list[str]:
-    """Return which numbers and lists of blocks the code could not use, whoever set them."""
+def _value_problems(config: Mapping[str, Any], upstream: VisionUpstream) -> list[str]:
+    """Return which numbers the code could not use, whoever set them."""
     problems = []
+    not_negative = (*NOT_NEGATIVE, *upstream.not_negative)
     for key, value in config.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         finite = abs(value) <= sys.float_info.max  # isfinite() fails on huge whole numbers
-        if not finite or (key in NOT_NEGATIVE and value < 0) or (key in WHOLE and value != int(value)):
+        if not finite or (key in not_negative and value < 0) or (key in WHOLE and value != int(value)):
             kind = "a whole number" if key in WHOLE else "a finite number"
-            bound = " of at least 0" if key in NOT_NEGATIVE else ""
+            bound = " of at least 0" if key in not_negative else ""
             problems.append(f"upstream.{key}={json.dumps(value)} is out of range (expected {kind}{bound}).")
-    rank = config.get("rank", 1)
-    if isinstance(rank, int) and rank > width:
-        problems.append(f"upstream.rank={rank} is more than the model's width (expected at most {width}).")
-    for key in ("lamb", "lame"):
-        if not 0 < config.get(key, 1) <= 1:
-            problems.append(f"upstream.{key}={json.dumps(config[key])}: expected a share over 0 and at most 1.")
-    if "msa" in config and not (len(config["msa"]) == 3 and set(config["msa"]) in ({0, 1}, {1})):
-        problems.append(
-            f"upstream.msa={json.dumps(config['msa'])}: expected three of 0 and 1, one of them 1, e.g. [1,0,1]."
-        )
-    for key in ("general_pos", "specfic_pos"):
-        own = config.get(key, [0])
-        if not own or any(isinstance(place, bool) or place not in range(blocks) for place in own):
-            problems.append(
-                f"upstream.{key}={json.dumps(own)}: expected numbers of blocks from 0 to {blocks - 1}, at least one."
-            )
     return problems
 
 
@@ -224,16 +195,17 @@ def task_classes(
             would not be the tasks.
     """
     problems = []
-    for key in COUNTS:
+    for key in (*COUNTS, *upstream.counts):
         value = config.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             problems.append(
                 f"upstream.{key}={json.dumps(value)} is out of range (expected a whole number of at least 1)."
             )
-    for key, words in WORDS.items():
+    for key, words in upstream.words.items():
         if key in config and config[key] not in words:
             problems.append(f"upstream.{key}={json.dumps(config[key])} is unknown here. Expected: {', '.join(words)}.")
-    problems += _value_problems(config, width, blocks)
+    problems += _value_problems(config, upstream)
+    problems += upstream.value_problems(config, width, blocks)
     if problems:
         raise UserError.collect(problems)
     first, step = config["init_cls"], config["increment"]
@@ -255,8 +227,6 @@ def task_classes(
             "Choose upstream.init_cls= and upstream.increment= of at least 2."
         )
     problems += [] if problems else upstream.config_problems(config, classes, 1 + rest // step)
-    if config.get("optim") == "adam" and 1 in (config.get("epochs"), config.get("init_epoch")):
-        problems.append("one epoch with optim=adam: InfLoRA's schedule divides by the epochs less one. Use 2 or more.")
     if problems:
         raise UserError.collect(problems)
     starts = range(first, classes, step)

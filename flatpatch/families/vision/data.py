@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import shlex
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +32,17 @@ SHOWN = 5
 class Dataset:
     """An image benchmark: its classes, its folder in the data folder, and where it comes from.
 
-    ``files`` are the numbers of training and test images, ``total`` their sum; None where no number is known for sure.
-    ``stated`` are numbers that a paper gives and nobody checked here.
+    Attributes:
+        classes: How many it has.
+        folder: Its place in the data folder, with ``train/`` and ``test/`` in it, unless ``lists`` says otherwise.
+        source: Where to get it.
+        files: The numbers of training and test images; None where they are not known for sure.
+        total: Their sum.
+        stated: Numbers that a paper gives and nobody checked here.
+        even: Whether each class has as many test images as any other.
+        lists: Files in upstream's checkout that list the images.
+        split_first: From the data folder, upstream's checkout and the absent ones of ``train`` and ``test``: what to
+            say where upstream's code would draw the split itself; None where it does not.
     """
 
     classes: int
@@ -44,34 +51,31 @@ class Dataset:
     files: tuple[int, int] | None = None
     total: int | None = None
     stated: tuple[int, int] | None = None
+    even: bool = False
+    lists: tuple[str, ...] = ()
+    split_first: Callable[[Dataset, Path, Path, Sequence[str]], str] | None = None
 
 
-CIFAR100 = Dataset(100, "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz")
-# The figures of ImageNet-R are those of the lists InfLoRA ships in utils/splits/ (a test counts them); of ImageNet-A
-# its authors publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, not checked here
-# against the paper or the data. CL-LoRA takes ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them.
+CIFAR100 = Dataset(100, "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", even=True)
+# ImageNet-R, ImageNet-A and VTAB as LAMDA-PILOT splits them, by the names that its code and code made from it give
+# them. The figures of ImageNet-R are those of the lists InfLoRA ships (a test counts them); of ImageNet-A its authors
+# publish the sum. What is stated is the table of data sets in the appendix of _STATED_BY, not
+# checked here against the paper or the data.
 _PILOT = "the split of LAMDA-PILOT, linked in the README of github.com/LAMDA-CL/LAMDA-PILOT"
 _STATED_BY = "arXiv:2303.07338"
-IMAGENET_R = Dataset(
-    200, "imagenet-r", "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", (24000, 6000), 30000
-)
-DATASETS: Mapping[str, Dataset] = {  # by upstream's name, in lower case
-    "cifar100": CIFAR100,
+PILOT: Mapping[str, Dataset] = {
     "cifar224": CIFAR100,
-    "imagenet_r": IMAGENET_R,
     "imagenetr": Dataset(200, "imagenet-r", _PILOT, (24000, 6000), 30000),
     "imageneta": Dataset(200, "imagenet-a", _PILOT, None, 7500, (5981, 1519)),
     "vtab": Dataset(50, "vtab", _PILOT, stated=(1796, 8619)),
-    "domainnet": Dataset(345, "domainnet", "http://ai.bu.edu/M3SDA/"),
 }
-DOMAINNET_LISTS = tuple(f"dataloaders/splits/domainnet_{split}.yaml" for split in SPLITS)
 
 
-def check_images(name: str, root: Path, checkout: Path) -> tuple[dict[str, str], list[str]]:
+def check_images(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[str, str], list[str]]:
     """Check that a benchmark's images are all there.
 
     Args:
-        name: Upstream's name of the data set.
+        dataset: The benchmark.
         root: The data folder, upstream's ``data/``.
         checkout: Upstream's checkout, which may hold lists of files.
 
@@ -81,22 +85,21 @@ def check_images(name: str, root: Path, checkout: Path) -> tuple[dict[str, str],
     Raises:
         UserError: If something is missing; says what to fetch, from where and to which folder.
     """
-    dataset = DATASETS[name.lower()]
     place = root / dataset.folder
     if dataset is CIFAR100:
         return _check_cifar(dataset, root), []
     if not place.is_dir():
-        raise UserError(f"the images are missing: there is no folder {place}. {_fetch(dataset, root)}")
-    if dataset.folder == "domainnet":
+        raise UserError(f"the images are missing: there is no folder {place}. {fetch_it(dataset, root)}")
+    if dataset.lists:
         return _check_listed(dataset, root, checkout)
     found = {split: _images(place / split) for split in SPLITS}
     absent = [split for split in SPLITS if not (place / split).is_dir()]
     if absent:
         lack = f"{place} has no folder {' and no '.join(absent)}"
-        if name.lower() != "imagenet_r":
+        if dataset.split_first is None:
             halves = f"Expected {dataset.folder}/train and {dataset.folder}/test, one folder a class"
-            raise UserError(f"{lack}. {halves}. {_fetch(dataset, root)}")
-        raise UserError(f"{lack}{_split_first(dataset, root, checkout, absent)}")
+            raise UserError(f"{lack}. {halves}. {fetch_it(dataset, root)}")
+        raise UserError(f"{lack}{dataset.split_first(dataset, root, checkout, absent)}")
     problems = []
     for split in SPLITS:
         empty = [folder.name for folder in sorted((place / split).iterdir()) if folder.is_dir()]
@@ -114,9 +117,9 @@ def check_images(name: str, root: Path, checkout: Path) -> tuple[dict[str, str],
     elif dataset.total is not None and sum(counts) != dataset.total:
         problems.append(f"{place} has {sum(counts)} images (expected {dataset.total})")
     if problems:
-        raise UserError(f"the images are not whole: {'; '.join(problems)}. {_fetch(dataset, root)}")
+        raise UserError(f"the images are not whole: {'; '.join(problems)}. {fetch_it(dataset, root)}")
     hashes = {splits.list_key(f"{dataset.folder}/{split}"): list_hash(found[split]) for split in SPLITS}
-    if dataset is IMAGENET_R:
+    if dataset.split_first is not None:  # the row says which split it is
         return hashes, []
     notes = [f"no hash of {dataset.folder}'s split is published; the record has the hash of the lists found here"]
     if dataset.folder == splits.FOLDER:
@@ -135,7 +138,8 @@ def _images(folder: Path) -> list[str]:
     return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*") if path.suffix.lower() in IMAGES)
 
 
-def _fetch(dataset: Dataset, root: Path) -> str:
+def fetch_it(dataset: Dataset, root: Path) -> str:
+    """Return the advice to get a benchmark's images."""
     link = dataset.source.startswith("http")
     get = f"Fetch {dataset.source}" if link else f"Get {dataset.source}"
     known = [f"{dataset.total} images"] if dataset.total else []
@@ -150,48 +154,6 @@ def _fetch(dataset: Dataset, root: Path) -> str:
 def _stated(dataset: Dataset) -> str:
     train, test = dataset.stated or (0, 0)
     return f"expected {train} and {test}, as the paper {_STATED_BY} states; not checked by us"
-
-
-def _split_first(dataset: Dataset, root: Path, checkout: Path, absent: Sequence[str]) -> str:
-    """Say how to get the halves that ImageNet-R lacks. Drawing them moves files for good: only for whole folders."""
-    place = root / dataset.folder
-    if present := [split for split in SPLITS if split not in absent]:
-        would = "remove test/ with all that is in it" if present == ["test"] else "stop"
-        return (
-            f", but {present[0]}: half a split, with which InfLoRA's code would {would}. Put the missing half back, "
-            f"or begin anew with an empty {place}. {_fetch(dataset, root)}"
-        )
-    paths = sorted(path.relative_to(place) for path in place.glob("*/**/*") if path.suffix.lower() in IMAGES)
-    filled = {path.parts[0] for path in paths}
-    empty = sorted({folder.name for folder in place.iterdir() if folder.is_dir()} - filled)
-    deep = [str(path) for path in paths if len(path.parts) > 2]
-    if (len(paths), len(filled)) != (dataset.total, dataset.classes) or empty or deep:
-        more = f", none in {', '.join(empty[:SHOWN])}" if empty else ""
-        more += f", folders in folders: {', '.join(deep[:SHOWN])}" if deep else ""
-        return (
-            f", and is not whole: {len(paths)} images in {len(filled)} folders (expected {dataset.total} in "
-            f"{dataset.classes}){more}. {_fetch(dataset, root)}"
-        )
-    return (
-        ". InfLoRA's code would draw the split itself, moving your files, with the random numbers of the run's seed. "
-        "Draw it once beforehand, as the runs of its shipped logs had it (the next run says whether it is that one): "
-        f"{_draw(place, checkout)}"
-    )
-
-
-def draw_again(root: Path, checkout: Path) -> str:
-    """Return the commands that draw the split of InfLoRA's logs where ImageNet-R is split otherwise."""
-    place = (root / IMAGENET_R.folder).resolve()
-    return f"(cd {shlex.quote(str(place))} && cp -al train/. test/. . && rm -r train test) && {_draw(place, checkout)}"
-
-
-def _draw(place: Path, checkout: Path) -> str:
-    data_path = json.dumps(str(place.resolve()), ensure_ascii=False)
-    code = (
-        f"import torch; from utils.data import iIMAGENET_R; torch.manual_seed({splits.SEED}); "
-        f'iIMAGENET_R({{"data_path": {data_path}}}).download_data()'
-    )
-    return f"(cd {shlex.quote(str(checkout))} && python -c {shlex.quote(code)})"
 
 
 def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:
@@ -222,27 +184,27 @@ def _check_cifar(dataset: Dataset, root: Path) -> dict[str, str]:
 
 
 def _listed(path: Path) -> list[str]:
-    """Return the ``data`` entries of one of InfLoRA's lists, without reading its YAML whole: it has 100,000 lines."""
+    """Return the ``data`` entries of a list of images, without reading its YAML whole: it has 100,000 lines."""
     text = path.read_text(encoding="utf-8")
     data = text[text.index("data:") :].split("targets:")[0]
     return re.findall(r"^\s*- ['\"]?(.+?)['\"]?\s*$", data, flags=re.MULTILINE)
 
 
 def _check_listed(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[str, str], list[str]]:
-    absent = [name for name in DOMAINNET_LISTS if not (checkout / name).is_file()]
+    absent = [name for name in dataset.lists if not (checkout / name).is_file()]
     if absent:
         raise UserError(
-            f"the checkout {checkout} is partial and lacks {', '.join(absent)}, the lists of DomainNet's images. "
-            f"Fetch the whole repository: git submodule update --init third_party/InfLoRA"
+            f"the checkout {checkout} is partial and lacks {', '.join(absent)}, the lists of {dataset.folder}'s images."
+            f" Fetch the whole repository: git submodule update --init third_party/{checkout.name}"
         )
     hashes = {}
-    for name in DOMAINNET_LISTS:
+    for name in dataset.lists:
         entries = _listed(checkout / name)
         lost = [entry for entry in entries if not _below(root, entry).is_file()]
         if lost:
             raise UserError(
-                f"DomainNet is not whole: {len(lost)} of the {len(entries)} images of {name} are missing, e.g. "
-                f"{', '.join(str(_below(root, entry)) for entry in lost[:2])}. {_fetch(dataset, root)}"
+                f"{dataset.folder} is not whole: {len(lost)} of the {len(entries)} images of {name} are missing, e.g. "
+                f"{', '.join(str(_below(root, entry)) for entry in lost[:2])}. {fetch_it(dataset, root)}"
             )
         hashes[splits.list_key(name)] = list_hash(entries)
     return hashes, []
@@ -254,10 +216,17 @@ def _below(root: Path, entry: str) -> Path:
 
 
 def weights_url(model: str) -> str:
-    """Return where timm fetches a model's pretrained weights."""
+    """Return where timm fetches a model's pretrained weights; a name with a dot is one of timm's since 0.9."""
+    if "." in model:
+        return f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors"
     from timm.models.vision_transformer import default_cfgs
 
     return str(default_cfgs[model]["url"])
+
+
+def weights_file(model: str) -> str:
+    """Return the name of the file of a model's pretrained weights."""
+    return f"{model}.safetensors" if "." in model else weights_url(model).rsplit("/", 1)[1]
 
 
 def find_weights(model: str, asked: str, places: Sequence[Path]) -> Path:
@@ -272,7 +241,7 @@ def find_weights(model: str, asked: str, places: Sequence[Path]) -> Path:
         UserError: If it is missing or damaged; says what to fetch and where to put it.
     """
     url = weights_url(model)
-    name = url.rsplit("/", 1)[1]
+    name = weights_file(model)
     if asked:
         given = named_path("model", asked).absolute()
         candidates = [given / name if given.is_dir() else given]

@@ -71,20 +71,22 @@ def end_task() -> None:
         _training().end_task()
 
 
-def classification_loss(network: Any, inputs: Any, targets: Any) -> Any:
+def classification_loss(network: Any, inputs: Any, targets: Any, classes: int | None = None) -> Any:
     """Compute the cross-entropy over the classes of the task.
 
     Args:
         network: Upstream's, or its DataParallel.
         inputs: Images, ``(batch, 3, height, width)``.
         targets: Classes counted from the task's first, ``(batch,)``.
+        classes: How many the task has; some networks also give logits of earlier classes, which come first.
 
     Returns:
         The mean over the batch.
     """
     from torch.nn.functional import cross_entropy
 
-    return cross_entropy(network(inputs)["logits"], targets)
+    logits = network(inputs)["logits"]
+    return cross_entropy(logits if classes is None else logits[:, -classes:], targets)
 
 
 _trainings: list[_Training] = []  # at most one; a process has one run
@@ -102,9 +104,8 @@ class _Training:
     def __init__(self, run: dict[str, Any]) -> None:
         self._run = run
         self._settings = run["sam"]
-        sam_on = run["vision"]["sam_on"]
-        on = ("task", "distillation") if sam_on == "both" else (sam_on,)
-        self._sharpened = () if self._settings["kind"] == "off" else on
+        self._sharpened = self._settings["kind"] != "off"
+        self._sharpened_steps = run["vision"]["sam_on"]
         self._recorder = Recorder(run)
         self._recorder.start()
         self._tasks: list[dict[str, Any]] = []
@@ -148,7 +149,7 @@ class _Training:
 
     def second_pass(self, optimizer: Any, loss: Any, again: Callable[[], Any], name: str) -> None:
         measured = {"loss": loss.detach()}
-        if name in self._sharpened:
+        if self._sharpened and self._sharpened_steps in ("both", name):
             measured |= self._sharpen(optimizer, again, name)
         self._pending = (name, measured)
 
@@ -212,7 +213,7 @@ class _Training:
         return timing.Moment(self._trainable[0].device)
 
     def _describe(self) -> str:
-        on = self._run["vision"]["sam_on"]
+        on = self._sharpened_steps
         return describe(self._settings) + (f" sam_on={on}" if self._sharpened and on != "both" else "")
 
     def end_task(self) -> None:
@@ -243,13 +244,14 @@ class _Training:
         from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
 
         first_class = self._learner._known_classes
+        classes = self._learner._total_classes - first_class
         self._measurer.at(
             when,
             task_index=self._learner._cur_task,
             task=self._task,
             model=getattr(self._learner._network, "module", self._learner._network),
             sample=images_sample_of(self._dataset, first_class),
-            loss=lambda model, batch: classification_loss(model, *batch),
+            loss=lambda model, batch: classification_loss(model, batch[0], batch[1], classes),
             loss_name=IMAGE_LOSS,
         )
 

@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from flatpatch.contract import VARIABLE, Part, read_description
-from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.contract import VARIABLE, Part, Sam, read_description
+from flatpatch.errors import UserError
 
 DATASET = "flatpatch_quick"
 
-# What our weights may lack: weights that upstream adds to the ViT, and the head that it does not use.
-_OWN = ("lora_", "cur_adapter.", "block_weight", "_grow", "head.", "fc_norm.")
+# The weights of timm's ViT that a file of weights must hold: all but the head; upstream adds others to them.
+_PART = r"(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])"
+_NEEDED = re.compile(rf"cls_token|pos_embed|(patch_embed\.proj|blocks\.\d+\.{_PART}|norm)\.(weight|bias)")
 
 
 def _existing(path: str) -> str:
@@ -58,6 +60,13 @@ class OwnDataset(Part):
     seed: int
 
 
+class LoopSam(Sam):
+    """SAM in a loop written out by hand: one process, and a loss that is not taken apart."""
+
+    sync: Literal["local"]
+    ascent_loss: Literal["total"]
+
+
 class Site(Part):
     """Where and on what an image run runs, ``vision`` of its description; null is always: as upstream says.
 
@@ -90,12 +99,21 @@ def vision_run() -> dict[str, Any] | None:
         UserError: If the description is not valid, or not that of a vision run.
     """
     path = os.environ.get(VARIABLE)
-    return None if path is None else _read(path)
+    return None if path is None else read_run(path)
 
 
 @functools.cache
-def _read(path: str) -> dict[str, Any]:
-    return read_description(Path(path), vision=Site)
+def read_run(path: str) -> dict[str, Any]:
+    """Read the description of an image run, once."""
+    return read_description(
+        Path(path),
+        vision=Site,
+        sam=LoopSam,
+        task=type(None),
+        task_index=type(None),
+        tasks=list[str],
+        adapters=Literal["upstream"],
+    )
 
 
 def _vision() -> dict[str, Any]:
@@ -174,6 +192,12 @@ def dataset() -> Any:
     return getattr(importlib.import_module(module), name)(seed=chosen["seed"])
 
 
+def model_sizes() -> dict[str, Any] | None:
+    """Return the run's sizes of the ViT; None where they are upstream's."""
+    sizes: dict[str, Any] | None = _vision().get("model")
+    return sizes
+
+
 def resize(args: MutableMapping[str, Any], sizes: MutableMapping[str, Any]) -> None:
     """Put the run's sizes of the model in the place of upstream's.
 
@@ -181,7 +205,7 @@ def resize(args: MutableMapping[str, Any], sizes: MutableMapping[str, Any]) -> N
         args: Upstream's arguments, whose ``embd_dim`` and ``num_heads`` describe the model too.
         sizes: Arguments of the ViT.
     """
-    model = _vision().get("model")
+    model = model_sizes()
     if model is not None:
         sizes.update(model)
         args.update(embd_dim=model["embed_dim"], num_heads=model["num_heads"])
@@ -189,7 +213,7 @@ def resize(args: MutableMapping[str, Any], sizes: MutableMapping[str, Any]) -> N
 
 def resized(model_class: Callable[..., Any]) -> Callable[..., Any]:
     """Return a class of ViTs, or a function that makes one of the run's sizes, whatever sizes it is asked for."""
-    model = _vision().get("model")
+    model = model_sizes()
     if model is None:
         return model_class
     return lambda **arguments: model_class(**{**arguments, **model})
@@ -197,14 +221,13 @@ def resized(model_class: Callable[..., Any]) -> Callable[..., Any]:
 
 def embed_dim(upstream: int) -> int:
     """Return the width of the ViT's tokens where upstream's code spells its own out."""
-    model = _vision().get("model")
+    model = model_sizes()
     return upstream if model is None else model["embed_dim"]
 
 
 def should_download(pretrained: bool) -> bool:
     """Whether timm is to fetch weights, which it is not where the run has its own or makes a model of other sizes."""
-    vision = _vision()
-    return pretrained and vision.get("weights") is None and vision.get("model") is None
+    return pretrained and _vision().get("weights") is None and model_sizes() is None
 
 
 def load_weights(model: Any) -> None:
@@ -225,7 +248,7 @@ def load_weights(model: Any) -> None:
     weights = {name: tensor for name, tensor in _read_weights(path).items() if not name.startswith("head.")}
     theirs = model.state_dict()
     problems = [f"has an unknown {name}" for name in weights if name not in theirs]
-    problems += [f"has no {name}" for name in theirs if name not in weights and not any(own in name for own in _OWN)]
+    problems += [f"has no {name}" for name in theirs if name not in weights and _NEEDED.fullmatch(name)]
     problems += [
         f"has {name} of shape {tuple(tensor.shape)}, expected {tuple(theirs[name].shape)}"
         for name, tensor in weights.items()
@@ -256,74 +279,16 @@ def backbones(timm: Any) -> Any:
     Returns:
         Has timm's ``create_model``.
     """
-    vision = _vision()
-    if vision.get("weights") is None and vision.get("model") is None:
+    sizes = model_sizes()
+    if _vision().get("weights") is None and sizes is None:
         return timm
 
     def create_model(name: str, pretrained: bool = False, **arguments: Any) -> Any:
-        if vision["model"] is None:
+        if sizes is None:
             model = timm.create_model(name, pretrained=False, **arguments)
-            load_weights(model)
-            return model
-        model = timm.models.vision_transformer.VisionTransformer(**vision["model"], **arguments)
+        else:
+            model = timm.models.vision_transformer.VisionTransformer(**sizes, **arguments)
         load_weights(model)
-        # Split here, because upstream splits these at the width of its own model.
-        return SimpleNamespace(state_dict=lambda: _with_split_attention(model.state_dict()))
+        return model
 
     return SimpleNamespace(create_model=create_model)
-
-
-def _with_split_attention(weights: dict[str, Any]) -> dict[str, Any]:
-    split = {}
-    for name, tensor in weights.items():
-        if ".qkv." in name:
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                split[name.replace(".qkv.", f".{part}_proj.")] = third
-        else:
-            split[name] = tensor
-    return split
-
-
-def block_weight(chosen: Any, inputs: Any) -> Any:
-    """Return CL-LoRA's weights of a block's adapters; where it has none, the ones that it puts there, on the device.
-
-    Args:
-        chosen: The weights, or None.
-        inputs: What the block works on, ``(batch, tokens, width)``.
-
-    Returns:
-        A tensor of three weights; None where there is no run.
-    """
-    if chosen is not None or vision_run() is None:
-        return chosen
-    import torch
-
-    return torch.ones(3, device=inputs.device)
-
-
-_kept_versions: list[Any] = []
-
-
-def keep_versions(optimizer: Any) -> None:
-    """Note how often each weight has been written to, before a forward pass whose backward pass follows a step.
-
-    CL-LoRA makes a step between the forward and the backward pass of its task loss. That is possible with the torch
-    that it names (2.0.1, on CUDA), whose optimizers write to all weights at once without counting; newer ones count,
-    and the backward pass refuses. See ``forget_the_step``.
-    """
-    if vision_run() is None:
-        return
-    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-
-    weights = tuple(weight for group in optimizer.param_groups for weight in group["params"])
-    _kept_versions[:] = [_unsafe_preserve_version_counter(weights)]
-    _kept_versions[0].__enter__()
-
-
-def forget_the_step() -> None:
-    """Put the counts back to where ``keep_versions`` saw them; the weights stay as they are."""
-    if vision_run() is None:
-        return
-    if not _kept_versions:
-        raise FlatpatchError("flatpatch.hooks.forget_the_step was called without keep_versions; refresh the patch.")
-    _kept_versions.pop().__exit__(None, None, None)

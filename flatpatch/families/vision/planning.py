@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flatpatch import patches
-from flatpatch.errors import UserError, named_path
+from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, Deviation, Machine, Plan, Stage
 from flatpatch.families.vision import data, quick
@@ -86,7 +86,8 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
     before = dict(editor.current)
     override(editor, request.overrides, known, upstream, quick=is_quick)
-    classes = quick.CLASSES if is_quick else data.DATASETS[editor.current["dataset"].lower()].classes
+    dataset = None if is_quick else _dataset(upstream, editor)
+    classes = quick.CLASSES if dataset is None else dataset.classes
     for key, value in upstream.follow(editor.current, request.overrides, classes).items():
         editor.set(key, value, "follows from what is overridden")
     idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
@@ -96,11 +97,17 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     ranges = task_classes(editor.current, classes, upstream, width=int(model["embed_dim"]), blocks=int(model["depth"]))
 
     root = named_path("data", settings.data).absolute() if settings.data else ROOT / "data"
-    weights, inputs = _find_inputs(request, editor, verified, profile, root, dry_run, notes, lacks)
+    weights: Path | None = quick.WEIGHTS
+    inputs = {quick.WEIGHTS.name: file_hash(quick.WEIGHTS)}
+    if dataset is not None:
+        assert verified is not None
+        timm_name = upstream.pretrained(editor.current)
+        weights, inputs = _find_inputs(request, dataset, timm_name, verified.checkout, root, dry_run, notes, lacks)
+        theirs = data.weights_file(timm_name)
+        if settings.model and weights and weights.name != theirs:
+            editor.note("pretrained weights", theirs, weights.name, "setting model=")
+            off_protocol = True
     said, differences = upstream.note_images(inputs, root, verified.checkout) if verified else ([], [])
-    if settings.model and weights and weights.name != _weights_name(editor):
-        editor.note("pretrained weights", _weights_name(editor), weights.name, "setting model=")
-        off_protocol = True
     more, others = upstream.note_variant(settings)
     notes += [*said, *more]
     editor.extra += [*differences, *others]
@@ -165,7 +172,9 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
         ),
         sequence=f"{benchmark}: {len(ranges)} tasks, classes {' '.join(names[:2])} ...{shuffled}",
         benchmark=benchmark,
-        deviations=(*editor.deviations(), *_library_deviations(verified)) if verified else tuple(editor.extra),
+        deviations=(*editor.deviations(), *_library_deviations(upstream, verified))
+        if verified
+        else tuple(editor.extra),
         environment=choices.environment(device, devices, threads),
         libraries=LIBRARIES,
         threads=threads,
@@ -247,9 +256,7 @@ def _command(upstream: VisionUpstream, engine: str, devices: tuple[str, ...]) ->
     """Return what Python is given to learn all tasks."""
     if engine == "reference":
         return ("-m", "flatpatch.families.vision.reference", CONFIG)
-    if not upstream.config_flag:  # such a repository names its devices in the configuration
-        return ("main.py", CONFIG)
-    return ("main.py", "--device", _upstream_devices(devices), *upstream.config_flag, CONFIG)
+    return tuple(word.format(devices=_upstream_devices(devices), config=CONFIG) for word in upstream.command)
 
 
 def _recipe(upstream: VisionUpstream, editor: ConfigEditor, config_file: str, is_quick: bool) -> tuple[str, ...]:
@@ -289,41 +296,41 @@ def _choose_seed(request: Request, editor: ConfigEditor, file: str | None) -> Re
     return request
 
 
-def _timm_name(editor: ConfigEditor) -> str:
-    """Return timm's name of the model whose weights upstream loads; InfLoRA's is written in its code."""
-    return str(editor.current.get("backbone_type", "vit_base_patch16_224_in21k_cllora")).removesuffix("_cllora")
+def _dataset(upstream: VisionUpstream, editor: ConfigEditor) -> data.Dataset:
+    """Return what is said of the images of a configuration.
 
-
-def _weights_name(editor: ConfigEditor) -> str:
-    return data.weights_url(_timm_name(editor)).rsplit("/", 1)[1]
+    Raises:
+        FlatpatchError: If nothing is.
+    """
+    name = editor.current["dataset"].lower()
+    if name not in upstream.datasets:
+        raise FlatpatchError(f"{upstream.title}: the row does not say what must be there of the data set '{name}'.")
+    return upstream.datasets[name]
 
 
 def _find_inputs(
     request: Request,
-    editor: ConfigEditor,
-    verified: patches.Verified | None,
-    profile: str,
+    dataset: data.Dataset,
+    timm_name: str,
+    checkout: Path,
     root: Path,
     dry_run: bool,
     notes: list[str],
     lacks: list[str],
 ) -> tuple[Path | None, dict[str, str]]:
     """Find images and weights and check them; what is missing stops a run, and a dry one says it."""
-    if profile == "quick":
-        return quick.WEIGHTS, {quick.WEIGHTS.name: file_hash(quick.WEIGHTS)}
-    assert verified is not None
     problems: list[str] = []
     inputs: dict[str, str] = {}
     weights = None
     try:
-        found, more = data.check_images(editor.current["dataset"], root, verified.checkout)
+        found, more = data.check_images(dataset, root, checkout)
         inputs |= found
         notes += more
     except UserError as error:
         problems.append(str(error))
     try:
         caches = (ROOT / "models", Path(torch.hub.get_dir()) / "checkpoints")
-        weights = data.find_weights(_timm_name(editor), request.settings.model, caches)
+        weights = data.find_weights(timm_name, request.settings.model, caches)
         inputs[weights.name] = file_hash(weights)
     except UserError as error:
         problems.append(str(error))
@@ -333,12 +340,11 @@ def _find_inputs(
     return weights, inputs
 
 
-def _library_deviations(verified: patches.Verified) -> list[Deviation]:
-    """Compare the versions that upstream's README names with what is installed."""
-    text = (verified.checkout / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\s*-\s*`?([A-Za-z0-9_-]+)\s*={1,2}\s*([\d.]+)`?\s*$", text, flags=re.MULTILINE)
+def _library_deviations(upstream: VisionUpstream, verified: patches.Verified) -> list[Deviation]:
+    """Compare the versions that upstream names with what is installed."""
     known = {"python": platform.python_version(), "cudatoolkit": torch.version.cuda}
-    return choices.library_deviations(dict(named), "not installed under that name", known)
+    named = upstream.named_versions(verified.checkout)
+    return choices.library_deviations(named, "not installed under that name", known)
 
 
 def _run_folder(request: Request, profile: str, engine: str) -> Path:

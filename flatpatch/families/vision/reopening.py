@@ -48,12 +48,10 @@ from flatpatch.measuring import Request
 
 TRAINING_KEYS = frozenset(
     ("prefix", "seed", "device", "data_path", "num_workers", "tasks")  # tasks: as the numbers of classes say
-    + ("epochs", "init_epoch", "init_epochs", "later_epochs", "batch_size", "optim", "optimizer", "scheduler")
-    + ("lrate", "lrate_decay", "init_lr", "init_lr_decay", "init_milestones", "later_lr", "min_lr")
-    + ("weight_decay", "init_weight_decay", "EPSILON", "lamb", "lame")
-    + ("rank", "ffn_num")  # the ranks: they show in the shapes, and models of any rank meet in the space of W + s B A
+    + ("epochs", "init_epoch", "batch_size", "lrate", "lrate_decay", "weight_decay")
+    + ("init_lr", "init_lr_decay", "init_weight_decay", "init_milestones", "milestones")
 )
-"""Keys of a configuration in which runs may differ between whose models lies a line."""
+"""Keys of a configuration in which runs may differ between whose models lies a line, beside those that a row names."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class ImageRun(FinishedRun):
     def loss(self) -> Loss:
         """The cross-entropy over the task's own classes."""
         if self._upstream:
-            return lambda model, batch: classification_loss(model, *batch)
+            return _loss_of_upstream
         return supervised_loss(F.cross_entropy)
 
     @property
@@ -164,7 +162,7 @@ class ImageRun(FinishedRun):
 
         different = [
             f"{key} is {self.config.get(key)} and {other.config.get(key)}"
-            for key in sorted({*self.config, *other.config} - TRAINING_KEYS)
+            for key in sorted({*self.config, *other.config} - TRAINING_KEYS - {*self.row.training_keys})
             if self.config.get(key) != other.config.get(key)
         ]
         if different:
@@ -315,6 +313,10 @@ def _passes_through(error: BaseException, tree: Path) -> bool:
     return any(Path(frame.filename).is_relative_to(tree) for frame in frames)
 
 
+def _loss_of_upstream(network: Any, batch: Any) -> Any:
+    return classification_loss(network, batch[0], batch[1], network.flatpatch_classes)
+
+
 def _rebuild_upstream(run: ImageRun, index: int, joined: bool) -> nn.Module:
     data, arguments = run._data, run._arguments
     with _code_of(run):
@@ -333,8 +335,15 @@ def _rebuild_upstream(run: ImageRun, index: int, joined: bool) -> nn.Module:
                 raise UserError(f"{run.name}: the model after task {index + 1} has {name} of another model.")
             parameters[name].copy_(value)
             parameters[name].requires_grad_(name in trained or (joined and adapter_factor(name) is not None))
-    if joined:
-        run.row.leave_one_classifier(network, index)
+    first, last = run._classes(index)
+    network.flatpatch_classes = last + 1 - first  # for the loss
+    run.row.complete(
+        network,
+        index,
+        network.flatpatch_classes,
+        lambda task: _read_kept(run, range(task, task + 1))[0],
+        joined=joined,
+    )
     built: nn.Module = network
     return built
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.base import Plan, Results
 from flatpatch.families.vision.logs import LoggedRun, read_log
+from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.files import read_json
 
 CONFIG = "flatpatch-config.json"  # the changed copy of upstream's configuration, in the work folder
@@ -18,7 +19,6 @@ MODELS = "models"  # in that folder: what the hooks keep of upstream's network a
 LOGS = "logs"  # in the work folder: where upstream, and the reference engine, write what they measured
 RESULTS = "results.json"  # of the reference engine, in there
 QUICK_DATASET = "flatpatch_quick"  # the name under which the hooks give upstream our images
-EVEN_TESTS = ("cifar100", "cifar224", QUICK_DATASET)  # as many test images of every class
 _ROUNDING = 0.01 + 1e-9  # percent: the total and the accuracies are each printed with two decimals
 _TIME = re.compile(r"\[trainer\.py\] => Time:([\d.]+)")
 
@@ -68,7 +68,10 @@ def _the_run(plan: Plan, path: Path) -> LoggedRun:
     if tuple(f"{first}-{last}" for first, last in ranges) != plan.tasks:
         raise FlatpatchError(f"{path} has tasks {ranges}, expected {', '.join(plan.tasks)}.")
     even = len({last - first for first, last in ranges}) == 1
-    _check_curve(path, runs[0], even and config["dataset"].lower() in EVEN_TESTS)
+    # As many test images of every class, so that tasks of as many classes weigh the same.
+    assert isinstance(plan.upstream, VisionUpstream)
+    even_tests = config["dataset"] == QUICK_DATASET or plan.upstream.datasets[config["dataset"].lower()].even
+    _check_curve(path, runs[0], even and even_tests)
     return runs[0]
 
 

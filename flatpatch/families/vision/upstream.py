@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flatpatch.errors import did_you_mean
+from flatpatch.errors import FlatpatchError, did_you_mean
 from flatpatch.families.base import Deviation, Upstream
+from flatpatch.families.vision.data import Dataset
 
 if TYPE_CHECKING:
     from flatpatch.settings import Settings
@@ -22,16 +24,24 @@ KEEPS_NO_EXEMPLARS = "keeps no exemplars, and never uses it"
 class VisionUpstream(Upstream):
     """A method whose settings stand in one JSON file per variant and benchmark.
 
+    What a method with a repository leaves unsaid here stops its runs with a message: nothing is taken for granted.
+
     Attributes:
         configs: By variant and benchmark: the file.
-        config_flag: What stands before the configuration's name on upstream's command line.
+        command: What Python is given, with ``{devices}`` and ``{config}`` where they go.
+        datasets: By the repository's name of a data set, in lower case: what must be there.
         losses: What the losses are called that a batch takes a step for, in their order.
+        counts: Keys of its own whose values are whole numbers of at least 1, beside those that all such code has.
+        not_negative: Keys of its own whose values are numbers of at least 0.
+        words: By key: the values that its code knows.
+        training_keys: Keys of its own in which runs may differ between whose models lies a line.
         several_gpus: Names of models whose code stops on a single device.
         saves_models: Whether its own code saves a model after every task.
         quick: Its own keys in profile ``quick``.
         kept: Pattern of the names of the weights that training changes and a task's loss depends on, with ``{task}``
             for the task's number from 0.
-        kept_by_task: Whether a task's loss depends on what was kept of all tasks up to it, or on its own alone.
+        kept_by_task: Whether what was kept of each task up to one lies in other weights of the network, or that of the
+            task alone is put into it.
         shuffles: Whether its own configurations shuffle the classes.
         unlisted_splits: By benchmark: whose split into training and test images it takes, of which there is no list.
         logged_splits: Benchmarks of which it is known which split the shipped logs had.
@@ -40,8 +50,13 @@ class VisionUpstream(Upstream):
     family: ClassVar[str] = "vision"
 
     configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    config_flag: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    datasets: Mapping[str, Dataset] = field(default_factory=dict)
     losses: tuple[str, ...] = ("task",)
+    counts: tuple[str, ...] = ()
+    not_negative: tuple[str, ...] = ()
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    training_keys: tuple[str, ...] = ()
     several_gpus: tuple[str, ...] = ()
     saves_models: bool = False
     quick: Mapping[str, Any] = field(default_factory=dict)
@@ -50,6 +65,12 @@ class VisionUpstream(Upstream):
     shuffles: bool = False
     unlisted_splits: Mapping[str, str] = field(default_factory=dict)
     logged_splits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.repository is not None:
+            unsaid = [name for name in ("configs", "command", "datasets", "kept") if not getattr(self, name)]
+            if unsaid:
+                raise NotImplementedError(f"{self.title}: its row does not say {', '.join(unsaid)}")
 
     def config(self, variant: str, benchmark: str) -> str | None:
         """Return the shipped configuration of a variant and benchmark; empty means the first. None if none ships."""
@@ -99,8 +120,18 @@ class VisionUpstream(Upstream):
         """
         return ""
 
+    def value_problems(self, config: Mapping[str, Any], width: int, blocks: int) -> list[str]:
+        """Return which values of its own keys this method's code could not use, one message each.
+
+        Args:
+            config: The configuration that is to run.
+            width: Of the model.
+            blocks: Of the model.
+        """
+        return []
+
     def config_problems(self, config: Mapping[str, Any], classes: int, tasks: int) -> list[str]:
-        """Return what in a configuration this method's code could not use, one message each.
+        """Return what this method's code could not use where each value by itself is sound, one message each.
 
         Args:
             config: The configuration that is to run.
@@ -133,6 +164,32 @@ class VisionUpstream(Upstream):
         """
         return [], []
 
+    def pretrained(self, config: Mapping[str, Any]) -> str:
+        """Return timm's name of the model whose weights upstream's code loads.
+
+        Args:
+            config: The configuration that is to run.
+        """
+        raise NotImplementedError(f"{self.title}: which pretrained weights it loads is not said")
+
+    def named_versions(self, checkout: Path) -> dict[str, str]:
+        """Return the versions of Python and libraries that upstream names, here in a list of its README.
+
+        Args:
+            checkout: Upstream's.
+
+        Raises:
+            FlatpatchError: If there are none.
+        """
+        readme = checkout / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        named = re.findall(r"^\s*-\s*`?([A-Za-z0-9_-]+)\s*={1,2}\s*([\d.]+)`?\s*$", text, flags=re.MULTILINE)
+        if not named:
+            raise FlatpatchError(
+                f"{readme} names no versions of libraries; {self.title}'s row must say where they are."
+            )
+        return dict(named)
+
     def grow(self, network: Any, index: int, classes: int) -> None:
         """Bring upstream's new network to the shape that it has after a task.
 
@@ -143,8 +200,25 @@ class VisionUpstream(Upstream):
         """
         raise NotImplementedError(f"{self.title}: how its network grows is not said")
 
-    def leave_one_classifier(self, network: Any, index: int) -> None:
-        """Take out of a network the classifiers of tasks other than one, where the factors of all tasks vary."""
+    def complete(
+        self,
+        network: Any,
+        index: int,
+        classes: int,
+        kept: Callable[[int], Mapping[str, Any]],
+        *,
+        joined: bool,
+    ) -> None:
+        """Put into a network what is not a weight of it by name, and leave out what other tasks' losses need alone.
+
+        Args:
+            network: Grown, with what was kept in it.
+            index: The task, from 0.
+            classes: How many classes the task has.
+            kept: From a task's number to what was kept of it.
+            joined: Whether the factors of all tasks are to vary, and other tasks' classifiers to be left out.
+        """
+        raise NotImplementedError(f"{self.title}: what its network holds beside its weights is not said")
 
     @staticmethod
     def only(modules: Any, index: int | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import zipfile
@@ -12,11 +13,22 @@ import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.families.text.planning import make_plan
-from flatpatch.families.vision import data as vision_data
 from flatpatch.families.vision.configuration import known_keys, task_classes
-from flatpatch.families.vision.data import Dataset, check_images, check_weights, find_weights, list_hash
-from flatpatch.settings import parse
+from flatpatch.families.vision.data import (
+    CIFAR100,
+    PILOT,
+    Dataset,
+    check_images,
+    check_weights,
+    find_weights,
+    list_hash,
+    weights_url,
+)
+from flatpatch.families.vision.results import CONFIG
+from flatpatch.files import file_hash
+from flatpatch.runner.resolve import make_plan, parse
+from flatpatch.upstreams.cllora import UPSTREAM as CLLORA
+from flatpatch.upstreams.inflora import UPSTREAM as INFLORA
 
 Refused = Callable[..., str]
 
@@ -24,7 +36,7 @@ Refused = Callable[..., str]
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
     """Return a function that runs a mistaken command and gives its message, having checked that nothing happened."""
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
 
     def run(*words: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -101,7 +113,9 @@ def test_variant_that_is_the_default_runs_by_the_reference_engine() -> None:
 
 
 def test_step_of_cllora_is_refused_for_another_method(refused: Refused) -> None:
-    assert "sam_on=task is for CL-LoRA, which takes two steps a batch" in refused("method=inflora", "sam_on=task")
+    assert "sam_on=task is for methods that take two steps a batch; InfLoRA takes one" in refused(
+        "method=inflora", "sam_on=task"
+    )
 
 
 def test_benchmark_in_profile_quick_is_refused(refused: Refused) -> None:
@@ -160,17 +174,18 @@ def test_damaged_cifar_is_refused(tmp_path: Path) -> None:
     for name in ("train", "test"):
         (folder / name).write_bytes(b"cut short")
     with pytest.raises(UserError) as caught:
-        check_images("cifar100", tmp_path, tmp_path)
+        check_images(CIFAR100, tmp_path, tmp_path)
     text = str(caught.value)
     assert f"{folder / 'train'} is damaged (expected md5 16019d7e3df5f24257cddd939b257f8d)" in text
     assert f"{folder / 'meta'} is missing" in text
 
 
+SMALL = Dataset(2, "small", "https://example.org/small.tar", (6, 2), 8)
+
+
 @pytest.fixture
-def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def images(tmp_path: Path) -> Path:
     """A benchmark of two classes, three training images and one test image each."""
-    small = Dataset(2, "small", "https://example.org/small.tar", (6, 2), 8)
-    monkeypatch.setattr(vision_data, "DATASETS", {"small": small})
     for split, count in (("train", 3), ("test", 1)):
         for name in ("cat", "dog"):
             (tmp_path / "small" / split / name).mkdir(parents=True)
@@ -180,20 +195,17 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whole_images_give_the_hash_of_their_list(images: Path) -> None:
-    hashes, notes = check_images("small", images, images)
+    hashes, notes = check_images(SMALL, images, images)
     assert hashes["small/test: list of files"] == list_hash(["dog/0.jpg", "cat/0.jpg"])
     assert "no hash of small's split is published" in notes[0]
     (images / "small/test/cat/0.jpg").rename(images / "small/test/cat/9.jpg")
-    assert check_images("small", images, images)[0] != hashes
+    assert check_images(SMALL, images, images)[0] != hashes
 
 
-def test_counts_that_only_a_paper_states_are_noted_and_never_refused(
-    images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_that_only_a_paper_states_are_noted_and_never_refused(images: Path) -> None:
     def notes(stated: tuple[int, int]) -> list[str]:
         small = Dataset(2, "small", "https://example.org/small.tar", stated=stated)
-        monkeypatch.setattr(vision_data, "DATASETS", {"small": small})
-        return [note for note in check_images("small", images, images)[1] if note.startswith("NOTE")]
+        return [note for note in check_images(small, images, images)[1] if note.startswith("NOTE")]
 
     assert notes((6, 2)) == []
     assert notes((5, 3)) == [
@@ -203,7 +215,7 @@ def test_counts_that_only_a_paper_states_are_noted_and_never_refused(
 
 
 def test_stated_counts_of_imagenet_a_agree_with_the_sum_that_its_authors_publish() -> None:
-    dataset = vision_data.DATASETS["imageneta"]
+    dataset = PILOT["imageneta"]
     assert dataset.stated is not None
     assert sum(dataset.stated) == dataset.total
 
@@ -222,14 +234,14 @@ def test_stated_counts_of_imagenet_a_agree_with_the_sum_that_its_authors_publish
 def test_partial_images_are_refused(damage: Callable[[Path], object], expected: str, images: Path) -> None:
     damage(images / "small")
     with pytest.raises(UserError) as caught:
-        check_images("small", images, images)
+        check_images(SMALL, images, images)
     assert expected in str(caught.value)
     assert "https://example.org/small.tar" in str(caught.value)
 
 
 @pytest.mark.third_party
 def test_unsplit_imagenet_r_is_told_how_to_be_split_as_upstream_does(
-    upstream: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The command of the message is run on a small folder: it makes train/ and test/, and always the same ones."""
     import subprocess
@@ -238,9 +250,9 @@ def test_unsplit_imagenet_r_is_told_how_to_be_split_as_upstream_does(
     lists = []
     for attempt in range(2):
         root = tmp_path / f"it's {attempt}"
-        unsplit(root, monkeypatch)
+        unsplit(root)
         with pytest.raises(UserError, match="would draw the split itself, moving your files") as caught:
-            check_images("ImageNet_R", root, upstream("InfLoRA"))
+            check_images(UNSPLIT, root, upstream("InfLoRA"))
         command = str(caught.value).split("whether it is that one): ")[1]
         command = command.replace("python -c", f"{sys.executable} -c")
         subprocess.run(["bash", "-c", command], check=True, env={"PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)})
@@ -249,10 +261,14 @@ def test_unsplit_imagenet_r_is_told_how_to_be_split_as_upstream_does(
     assert sum("/train/" in path for path in lists[0]) == 32
 
 
-def unsplit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+# ImageNet-R as InfLoRA's code takes it, but of two classes.
+UNSPLIT = dataclasses.replace(
+    INFLORA.datasets["imagenet_r"], classes=2, source="https://example.org/r.tar", files=(32, 8), total=40
+)
+
+
+def unsplit(root: Path) -> Path:
     """Make a whole ImageNet-R of two classes with twenty images each, not split."""
-    small = Dataset(2, "imagenet-r", "https://example.org/r.tar", (32, 8), 40)
-    monkeypatch.setattr(vision_data, "DATASETS", {"imagenet_r": small})
     for name in ("cat", "dog"):
         (root / "imagenet-r" / name).mkdir(parents=True)
         for number in range(20):
@@ -277,15 +293,15 @@ def unsplit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=["test", "test is lost", "train", "an image", "a class", "depth", "empty"],
 )
 def test_command_that_draws_the_split_is_given_for_a_whole_unsplit_folder_alone(
-    damage: Callable[[Path], object], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Path], object], expected: str, tmp_path: Path
 ) -> None:
     """Upstream's code removes a test/ without train/, and draws whatever images are there, for good."""
-    place = unsplit(tmp_path, monkeypatch)
+    place = unsplit(tmp_path)
     with pytest.raises(UserError, match="torch.manual_seed"):
-        check_images("ImageNet_R", tmp_path, tmp_path)
+        check_images(UNSPLIT, tmp_path, tmp_path)
     damage(place)
     with pytest.raises(UserError) as caught:
-        check_images("ImageNet_R", tmp_path, tmp_path)
+        check_images(UNSPLIT, tmp_path, tmp_path)
     assert expected in str(caught.value)
     assert "https://example.org/r.tar" in str(caught.value)
     assert "manual_seed" not in str(caught.value)
@@ -313,13 +329,13 @@ def test_weights_are_held_against_the_hash_in_their_name(tmp_path: Path) -> None
         archive.writestr("kernel.npy", bytes(10))
     with pytest.raises(UserError, match="their SHA-256 does not begin with 0123abcd"):
         check_weights(path)
-    right = path.with_name(f"vit-{vision_data.file_hash(path)[:8]}.npz")
+    right = path.with_name(f"vit-{file_hash(path)[:8]}.npz")
     path.rename(right)
     check_weights(right)
 
 
 def test_weights_are_found_by_timms_name_in_a_folder(tmp_path: Path) -> None:
-    name = vision_data.weights_url("vit_base_patch16_224_in21k").rsplit("/", 1)[1]
+    name = weights_url("vit_base_patch16_224_in21k").rsplit("/", 1)[1]
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("kernel.npy", bytes(10))
     assert find_weights("vit_base_patch16_224_in21k", "", [tmp_path / "none", tmp_path]) == tmp_path / name
@@ -335,7 +351,11 @@ def test_weights_are_found_by_timms_name_in_a_folder(tmp_path: Path) -> None:
         ({"init_cls": 0, "increment": 10}, 100, "upstream.init_cls=0 is out of range"),
         ({"init_cls": 10, "increment": True}, 100, "increment=true is out of range"),
         ({"init_cls": 9, "increment": 1}, 10, "a task of one class"),
-        ({"init_cls": 4, "increment": 4, "general_pos": [0]}, 20, "the 5 likeliest classes after the first task"),
+        (
+            {"init_cls": 4, "increment": 4, "backbone_type": "vit_base_patch16_224_cllora"},
+            20,
+            "the 5 likeliest classes after the first task",
+        ),
         (
             {"init_cls": 20, "increment": 10, "total_sessions": 9},
             100,
@@ -351,14 +371,14 @@ def test_weights_are_found_by_timms_name_in_a_folder(tmp_path: Path) -> None:
 )
 def test_classes_that_do_not_make_tasks_are_refused(config: dict[str, object], classes: int, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        task_classes(config, classes)
+        task_classes(config, classes, CLLORA if "backbone_type" in config else INFLORA)
 
 
 def test_classes_of_the_tasks_follow_upstreams_increments() -> None:
-    assert task_classes({"init_cls": 10, "increment": 5}, 20) == ((0, 9), (10, 14), (15, 19))
+    assert task_classes({"init_cls": 10, "increment": 5}, 20, CLLORA) == ((0, 9), (10, 14), (15, 19))
     # Neither number divides the classes; the second one divides what is left of them.
     threes = [(first, first + 2) for first in range(5, 20, 3)]
-    assert task_classes({"init_cls": 5, "increment": 3}, 20) == ((0, 4), *threes)
+    assert task_classes({"init_cls": 5, "increment": 3}, 20, CLLORA) == ((0, 4), *threes)
 
 
 @pytest.mark.third_party
@@ -384,12 +404,9 @@ def test_key_that_upstream_does_not_know_is_told_the_nearest_one(
 
 @pytest.mark.third_party
 def test_key_in_upstreams_own_spelling_is_taken(upstream: Callable[[str], Path]) -> None:
-    from flatpatch.families.text.planning import make_plan
-    from flatpatch.settings import parse
-
     shipped = json.loads((upstream("CL-LoRA") / "exps/cifar.json").read_text())
     words = ["method=cllora", "profile=upstream", "upstream.specfic_pos=[8,9]", "upstream.print_forget=true"]
-    config = make_plan(parse(words), dry_run=True).config  # type: ignore[attr-defined]
+    config = json.loads(make_plan(parse(words), dry_run=True).files[CONFIG])
     assert {key: config[key] for key in config if config[key] != shipped.get(key)} == {
         "specfic_pos": [8, 9],
         "print_forget": True,

@@ -16,6 +16,7 @@ from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
 from flatpatch.measuring import Request
+from flatpatch.upstreams import cllora
 
 
 class Network(nn.Module):
@@ -42,6 +43,7 @@ def description(folder, sam_on="both", **sam):
         "schema": 1,
         "task_index": None,
         "task": None,
+        "tasks": ["0-2", "3-5"],
         **{name: str(folder / file) for name, file in (("metrics", "metrics.jsonl"), ("progress", "progress.json"))},
         "summary": str(folder / "summary.json"),
         "sam": settings | sam,
@@ -54,17 +56,17 @@ def description(folder, sam_on="both", **sam):
 def started(tmp_path, monkeypatch):
     """Start a run with these settings; a process has only one, so each test begins without."""
     monkeypatch.setattr(loop, "_trainings", [])
-    monkeypatch.setattr(images, "_kept_versions", [])
+    monkeypatch.setattr(cllora, "_kept_versions", [])
 
     def start(more=None, **settings):
         run = description(tmp_path, **settings) | (more or {})
         path = tmp_path / "hook.json"
         path.write_text(json.dumps(run))
         monkeypatch.setenv("FLATPATCH_RUN", str(path))
-        images._read.cache_clear()
+        images.read_run.cache_clear()
 
     yield start
-    images._read.cache_clear()
+    images.read_run.cache_clear()
 
 
 def learner(network, task=0):
@@ -238,7 +240,7 @@ def train_two_steps(network, data, optimizer, *, reweigh=3.0, task=1):
     """The shape of CL-LoRA's loop."""
     hooks.begin_task(learner(network, task), optimizer, data, 1, 2)
     for inputs, targets in data:
-        hooks.keep_versions(optimizer)
+        cllora.keep_versions(optimizer)
         hooks.first_pass()
         loss = cross_entropy(network(inputs)["logits"], targets)
 
@@ -252,7 +254,7 @@ def train_two_steps(network, data, optimizer, *, reweigh=3.0, task=1):
         hooks.second_pass(optimizer, other, distillation, "distillation")
         network.lora_A.weight.grad = reweigh * network.lora_A.weight.grad
         optimizer.step()
-        hooks.forget_the_step()
+        cllora.forget_the_step()
         optimizer.zero_grad()
         loss.backward()
         hooks.second_pass(
@@ -365,7 +367,7 @@ def test_every_step_is_recorded(started, tmp_path, capsys):
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert [line["loss_name"] for line in lines] == ["distillation", "task"] * 12
-    assert {(line["task"], line["seed"], line["learning_rate"]) for line in lines} == {("task 2", 7, 0.25)}
+    assert {(line["task"], line["seed"], line["learning_rate"]) for line in lines} == {("3-5", 7, 0.25)}
     for line in lines:
         assert 0 < line["seconds"] < 60
         perturbed = line["loss_name"] == "distillation"
@@ -376,14 +378,14 @@ def test_every_step_is_recorded(started, tmp_path, capsys):
     about = {"steps": 24, "ascent_fallbacks": 0, "trainable_parameters": 47, "perturbed_parameters": 16}
     assert {name: summary[name] for name in about} == about
     of_process = ("tasks", "threads")
-    of_task = {"task": "task 2", "seed": 7} | {k: v for k, v in summary.items() if k not in of_process}
+    of_task = {"task": "3-5", "seed": 7} | {k: v for k, v in summary.items() if k not in of_process}
     assert (summary["tasks"], summary["threads"]) == ([of_task], torch.get_num_threads())
     progress = json.loads((tmp_path / "progress.json").read_text())
     # What upstream does after the training, features and predictions, is no training.
-    assert progress == {"phase": "predict", "step": 0, "total": None, "loss": None, "task": "task 2"}
+    assert progress == {"phase": "predict", "step": 0, "total": None, "loss": None, "task": "3-5"}
     assert (
         "\nflatpatch: SAM rho=0.1 scope=A sam_on=distillation on 16 of 47 trainable parameters (float32), "
-        "task 2, seed 7\n" in capsys.readouterr().out
+        "3-5, seed 7\n" in capsys.readouterr().out
     )
 
 
@@ -396,10 +398,10 @@ def test_steps_are_counted_in_each_task_and_a_new_run_replaces_an_old_record(sta
         train(network, batches(2, dtype=torch.float32), optimizer, task)
     lines = metrics(tmp_path)
     assert [(line["task"], line["step"]) for line in lines] == [
-        ("task 1", 1),
-        ("task 1", 2),
-        ("task 2", 1),
-        ("task 2", 2),
+        ("0-2", 1),
+        ("0-2", 2),
+        ("3-5", 1),
+        ("3-5", 2),
     ]
     measured = {"loss", "task", "step", "learning_rate", "seconds", "seed", "loss_name"}
     assert {name for name, value in lines[0].items() if value is not None} == measured
@@ -443,7 +445,10 @@ class Batches(list):
 def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_nothing(started, tmp_path):
     request = Request(kinds=("loss",), scopes=("trainable",), samples=4, batch=3).as_dict()
     results = []
-    for measure in (None, {"request": request, "folder": str(tmp_path / "flatness")}):
+    for measure in (
+        None,
+        {"request": request, "folder": str(tmp_path / "flatness"), "by": "flatpatch.measurement.in_run:Measurer"},
+    ):
         loop._trainings.clear()
         torch.manual_seed(4)
         network = Network(dropout=0.3)
@@ -461,7 +466,7 @@ def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_
     items = [Images()[index] for index in indices]
     inputs, targets = torch.stack([image for _, image, _ in items]), torch.tensor([c - 10 for _, _, c in items])
     for model, when in ((start, "before"), (network, "after")):
-        point = json.loads((tmp_path / "flatness" / f"1-10-12-{when}.json").read_text())
+        point = json.loads((tmp_path / "flatness" / f"1-0-2-{when}.json").read_text())
         assert point["error"] is None
         assert (point["indices"], point["batches"]) == (indices, [3, 1])
         expected = cross_entropy(model.eval()(inputs)["logits"], targets).item()
@@ -508,26 +513,26 @@ def test_a_loop_that_leaves_out_a_hook_is_refused(started):
     with pytest.raises(FlatpatchError, match="without flatpatch.hooks.second_pass"):
         optimizer.step()
     with pytest.raises(FlatpatchError, match="without keep_versions"):
-        hooks.forget_the_step()
+        cllora.forget_the_step()
 
 
 def test_without_a_run_no_hook_touches_anything(monkeypatch):
     monkeypatch.delenv("FLATPATCH_RUN", raising=False)
     untouched = object()
     hooks.new_log()
-    for hook in (hooks.place, hooks.load_weights, hooks.keep_versions):
+    for hook in (hooks.redirect_paths, hooks.load_weights, cllora.keep_versions):
         assert hook(untouched) is None
     hooks.resize(untouched, untouched)
-    hooks.forget_the_step()
+    cllora.forget_the_step()
     hooks.begin_task(untouched, untouched, untouched, untouched)
     hooks.first_pass()
     hooks.second_pass(untouched, untouched, untouched)
     hooks.end_task()
-    for hook in (hooks.backbones, hooks.resized, hooks.workers, hooks.width, hooks.data_folder):
+    for hook in (hooks.backbones, hooks.resized, hooks.workers, hooks.embed_dim, hooks.data_folder):
         assert hook(untouched) is untouched
-    assert hooks.fetches(True) is True
-    assert hooks.block_weight(None, untouched) is None
-    assert hooks.serves("flatpatch_quick") is False
+    assert hooks.should_download(True) is True
+    assert cllora.block_weight(None, untouched) is None
+    assert hooks.provides_dataset("flatpatch_quick") is False
 
 
 def test_a_run_of_a_text_repository_is_refused(tmp_path, monkeypatch):

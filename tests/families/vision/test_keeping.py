@@ -15,6 +15,7 @@ from torch import nn
 from flatpatch.contract import read_description
 from flatpatch.errors import UserError
 from flatpatch.families.vision.keeping import keep_model, kept_file
+from flatpatch.upstreams import UPSTREAMS
 
 
 def inflora_network(tasks: int = 12) -> nn.Module:
@@ -29,6 +30,10 @@ def inflora_network(tasks: int = 12) -> nn.Module:
     return network
 
 
+def told(folder: Path) -> dict[str, str]:
+    return {"folder": str(folder), "names": UPSTREAMS["inflora"].kept}
+
+
 def kept(folder: Path, task: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     with safe_open(kept_file(folder, task), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["trained"])  # noqa: SIM118
@@ -39,7 +44,7 @@ def test_a_task_keeps_its_own_adapters_and_classifier_and_says_what_it_trained(t
     network = inflora_network()
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_B_k.1" in name or "lora_B_v.1" in name or "classifier_pool.1" in name)
-    keep_model(tmp_path / "models", network, 1)
+    keep_model(told(tmp_path / "models"), network, 1)
     tensors, trained = kept(tmp_path / "models", 1)
     head = {"classifier_pool.1.weight", "classifier_pool.1.bias"}
     assert set(tensors) == {f"attn.lora_{factor}_{part}.1.weight" for factor in "AB" for part in "kv"} | head
@@ -52,7 +57,7 @@ def test_a_task_keeps_its_own_adapters_and_classifier_and_says_what_it_trained(t
 def test_kept_model_has_the_mode_of_other_files(umask: int, mode: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        keep_model(tmp_path / "models", inflora_network(), 0)
+        keep_model(told(tmp_path / "models"), inflora_network(), 0)
     finally:
         os.umask(before)
     assert kept_file(tmp_path / "models", 0).stat().st_mode & 0o777 == mode
@@ -62,17 +67,22 @@ def test_a_model_that_cannot_be_written_is_said_and_the_training_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "models").write_text("a file where the folder should be")
-    keep_model(tmp_path / "models", inflora_network(), 0)
+    keep_model(told(tmp_path / "models"), inflora_network(), 0)
     assert "FAILED to keep the model after task 1" in capsys.readouterr().out
     blocked = tmp_path / "blocked"
     kept_file(blocked, 0).mkdir(parents=True)
-    keep_model(blocked, inflora_network(), 0)
+    keep_model(told(blocked), inflora_network(), 0)
     assert "FAILED to keep the model after task 1" in capsys.readouterr().out
     assert [path.name for path in blocked.iterdir()] == ["1.safetensors"]
 
 
-@pytest.mark.parametrize(("value", "is_right"), [(None, True), ("/folder", True), (3, False), (["/folder"], False)])
-def test_description_takes_a_folder_to_keep_models_in(value: Any, is_right: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "is_right"),
+    [(None, True), ({"folder": "/folder", "names": "a"}, True), ("/folder", False), ({"folder": "/folder"}, False)],
+)
+def test_description_takes_a_folder_to_keep_models_in_and_their_weights_names(
+    value: Any, is_right: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "hook.json"
     sam = {"kind": "off", "rho": 0, "eta": 0, "scope": "lora", "sync": "local", "ascent_loss": "total"}
     files = {name: f"{name}.json" for name in ("metrics", "progress", "summary")}
@@ -84,5 +94,5 @@ def test_description_takes_a_folder_to_keep_models_in(value: Any, is_right: bool
     if is_right:
         assert read_description(path)["keep"] == value
     else:
-        with pytest.raises(UserError, match="keep=.* is not null or a folder"):
+        with pytest.raises(UserError, match="keep='/folder': Input should be a valid dictionary|keep has no 'names'"):
             read_description(path)

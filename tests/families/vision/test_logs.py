@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flatpatch.errors import UserError
-from flatpatch.families.vision.logs import LoggedRun, read_cllora_log, read_inflora_log
+from flatpatch.families.vision.logs import LoggedRun, read_log
 from flatpatch.report.baselines import load_baseline
 from tests.vision_log_text import ROWS, log_text, run_lines, totals
 
@@ -53,13 +53,13 @@ def assert_equals_baseline(runs: list[LoggedRun], name: str) -> None:
 @pytest.mark.third_party
 @pytest.mark.parametrize("name", INFLORA_LOGS)
 def test_infloras_shipped_log_gives_the_baseline(name: str, upstream: Callable[[str], Path]) -> None:
-    assert_equals_baseline(read_inflora_log(upstream("InfLoRA") / "logs" / INFLORA_LOGS[name]), name)
+    assert_equals_baseline(read_log(upstream("InfLoRA") / "logs" / INFLORA_LOGS[name]), name)
 
 
 @pytest.mark.third_party
 def test_logs_of_infloras_later_seeds_hold_no_run(upstream: Callable[[str], Path]) -> None:
     folder = (upstream("InfLoRA") / "logs" / INFLORA_LOGS["inflora_cifar100"]).parent
-    assert [read_inflora_log(folder / f"{seed}.log") for seed in (1, 2, 3, 4)] == [[], [], [], []]
+    assert [read_log(folder / f"{seed}.log") for seed in (1, 2, 3, 4)] == [[], [], [], []]
 
 
 @pytest.mark.third_party
@@ -73,7 +73,7 @@ def test_clloras_deleted_log_gives_the_baseline(upstream: Callable[[str], Path],
         pytest.skip(f"this checkout of CL-LoRA lacks commit {CLLORA_COMMIT}")
     path = tmp_path / "vtab.log"
     path.write_bytes(shown.stdout)
-    runs = read_cllora_log(path)
+    runs = read_log(path)
     assert [len(run.top1_curve) for run in runs] == [0, 5, 0, 4]
     assert_equals_baseline([run for run in runs if run.complete], "cllora_vtab_5")
     # The author's second start was killed after four tasks that equal the first's.
@@ -82,11 +82,11 @@ def test_clloras_deleted_log_gives_the_baseline(upstream: Callable[[str], Path],
 
 @pytest.mark.third_party
 def test_clloras_placeholder_holds_no_run(upstream: Callable[[str], Path]) -> None:
-    assert read_cllora_log(upstream("CL-LoRA") / "logs" / "log.txt") == []
+    assert read_log(upstream("CL-LoRA") / "logs" / "log.txt") == []
 
 
 def test_inflora_run_is_read_as_printed(write: Callable[[str], Path]) -> None:
-    (run,) = read_inflora_log(write(log_text(run_lines(seed=3))))
+    (run,) = read_log(write(log_text(run_lines(seed=3))))
     assert (run.seed, run.complete, run.first_line) == (3, True, 1)
     assert run.settings["EPSILON"] == "1e-08"
     assert run.settings["prefix"] == ""
@@ -105,7 +105,7 @@ def test_inflora_run_is_read_as_printed(write: Callable[[str], Path]) -> None:
 def test_cllora_run_is_read_with_and_without_its_second_classifier(
     write: Callable[[str], Path], nme: bool, curve: tuple[float, ...]
 ) -> None:
-    (run,) = read_cllora_log(write(log_text(run_lines(cllora=True, nme=nme))))
+    (run,) = read_log(write(log_text(run_lines(cllora=True, nme=nme))))
     assert run.accuracy == tuple(map(tuple, ROWS))
     assert run.top1_curve == tuple(totals(ROWS))
     assert run.nme_top1_curve == curve
@@ -118,7 +118,7 @@ def test_appended_seeds_and_killed_runs_are_told_apart(write: Callable[[str], Pa
     whole = [run_lines(seed=seed) for seed in range(3)]
     only_settings = run_lines(seed=3)[:5]  # stopped before the seed's own line
     text = log_text(whole[0], whole[1][:-12], run_lines(seed=3)[:9], whole[2])
-    runs = read_inflora_log(write(text))
+    runs = read_log(write(text))
     assert [(run.seed, run.complete, len(run.accuracy)) for run in runs] == [
         (0, True, 3),
         (1, False, 2),
@@ -126,17 +126,17 @@ def test_appended_seeds_and_killed_runs_are_told_apart(write: Callable[[str], Pa
         (2, True, 3),
     ]
     with pytest.raises(UserError, match=r"line 1: .* lacks a sound setting"):
-        read_inflora_log(write(log_text(only_settings)))
+        read_log(write(log_text(only_settings)))
 
 
 def test_killed_run_has_a_matrix_with_gaps(write: Callable[[str], Path]) -> None:
-    (run,) = read_inflora_log(write(log_text(run_lines()[:-12])))
+    (run,) = read_log(write(log_text(run_lines()[:-12])))
     assert run.accuracy_matrix() == [[98.0, None, None], [95.5, 90.25, None], [None, None, None]]
 
 
 def test_class_order_is_read(write: Callable[[str], Path]) -> None:
     order = [*range(29, -1, -1)]
-    (run,) = read_inflora_log(write(log_text(run_lines(order=order))))
+    (run,) = read_log(write(log_text(run_lines(order=order))))
     assert run.class_order == tuple(order)
 
 
@@ -162,7 +162,7 @@ def test_groups_of_classes_are_taken_for_tasks_only_where_they_are(
     tasks = 1 + math.ceil((classes - first) / increment)
     rows = [row[: len(groups)] for row in ROWS[:tasks]]
     lines = run_lines(rows, order=range(classes), first=first, increment=increment, groups=groups)
-    (run,) = read_inflora_log(write(log_text(lines)))
+    (run,) = read_log(write(log_text(lines)))
     assert run.complete
     assert run.groups_are_tasks is are_tasks
     assert run.top1_curve == tuple(totals(rows))
@@ -175,18 +175,18 @@ def test_terminal_output_with_progress_bars_and_prints_is_read(write: Callable[[
     lines = run_lines()
     bar = "Task 0, Epoch 1/1: 100%|##########| 1/1 [00:01<00:00]\r"
     noisy = "1000 1000\n" + log_text([bar + line if "Epoch" in line else line for line in lines])
-    assert read_inflora_log(write(noisy))[0].accuracy == tuple(map(tuple, ROWS))
+    assert read_log(write(noisy))[0].accuracy == tuple(map(tuple, ROWS))
 
 
 def test_numbers_of_numpy_2_are_read(write: Callable[[str], Path]) -> None:
     text = log_text(run_lines()).replace("93.0", "np.float64(93.0)")
     assert "np.float64" in text
-    assert read_inflora_log(write(text))[0].accuracy[2] == (93.0, 88.5, 91.0)
+    assert read_log(write(text))[0].accuracy[2] == (93.0, 88.5, 91.0)
 
 
 def test_group_without_images_is_no_number(write: Callable[[str], Path]) -> None:
     text = log_text(run_lines()).replace("'10-19': 88.5", "'10-19': nan")
-    assert read_inflora_log(write(text))[0].accuracy[2] == (93.0, None, 91.0)
+    assert read_log(write(text))[0].accuracy[2] == (93.0, None, 91.0)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_damaged_line_is_named(write: Callable[[str], Path], old: str, new: str,
     damaged = text.replace(old, new, 1)
     assert damaged != text
     with pytest.raises(UserError, match=rf"some\.log, line \d+: .*({message})"):
-        read_inflora_log(write(damaged))
+        read_log(write(damaged))
 
 
 def test_number_of_the_damaged_line_is_right(write: Callable[[str], Path]) -> None:
@@ -214,23 +214,23 @@ def test_number_of_the_damaged_line_is_right(write: Callable[[str], Path]) -> No
     number = next(i for i, line in enumerate(lines, start=1) if "CNN: " in line)
     lines[number - 1] = lines[number - 1].replace("'total'", "total")
     with pytest.raises(UserError, match=rf"line {number}: "):
-        read_inflora_log(write(log_text(lines)))
+        read_log(write(log_text(lines)))
 
 
 def test_damaged_last_line_is_no_cut_when_it_has_its_end(write: Callable[[str], Path]) -> None:
     lines = run_lines()[:-3]
     assert "CNN: {" in lines[-1]
     lines[-1] = lines[-1].replace("}", "")
-    assert len(read_inflora_log(write(log_text(lines)[:-1]))[0].accuracy) == 2
+    assert len(read_log(write(log_text(lines)[:-1]))[0].accuracy) == 2
     with pytest.raises(UserError, match=f"line {len(lines)}: "):
-        read_inflora_log(write(log_text(lines)))
+        read_log(write(log_text(lines)))
 
 
 def test_lost_line_of_results_is_noticed(write: Callable[[str], Path]) -> None:
     lines = [line for line in run_lines() if "'10-19': 90.25, 'old'" not in line]
     assert len(lines) == len(run_lines()) - 1
     with pytest.raises(UserError, match="is not that of the accuracies printed before it"):
-        read_inflora_log(write(log_text(lines)))
+        read_log(write(log_text(lines)))
 
 
 def test_every_cut_of_a_log_gives_a_killed_run_or_none(write: Callable[[str], Path]) -> None:
@@ -238,7 +238,7 @@ def test_every_cut_of_a_log_gives_a_killed_run_or_none(write: Callable[[str], Pa
     text = log_text(run_lines())
     results_of_last = text.index("'20-29': 91.0, 'old'")
     for end in range(text.index("[data_manager.py]"), len(text), 7):
-        (run,) = read_inflora_log(write(text[:end]))
+        (run,) = read_log(write(text[:end]))
         assert len(run.accuracy) < 3 if end <= results_of_last else len(run.accuracy) <= 3
         assert run.complete == (len(run.accuracy) == 3)
 
@@ -247,19 +247,19 @@ def test_file_that_is_not_text_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "some.log"
     path.write_bytes(log_text(run_lines()[:2]).encode() + b"\xff\xfe\n")
     with pytest.raises(UserError, match=r"some\.log, line 3: not text"):
-        read_inflora_log(path)
+        read_log(path)
 
 
 def test_missing_file_and_wrong_upstream_are_users_errors(write: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the log"):
-        read_inflora_log(tmp_path / "absent.log")
+        read_log(tmp_path / "absent.log")
     path = write(log_text(run_lines(cllora=True)))
-    with pytest.raises(UserError, match="a run of model 'cllora'; expected a log of InfLoRA's trainer"):
-        read_inflora_log(path)
-    with pytest.raises(UserError, match="a run of model 'InfLoRA'; expected a log of CL-LoRA's trainer"):
-        read_cllora_log(write(log_text(run_lines())))
+    with pytest.raises(UserError, match="line 1: a run of model 'cllora', expected 'InfLoRA'"):
+        read_log(path, "InfLoRA")
+    with pytest.raises(UserError, match="line 1: a run of model 'InfLoRA', expected 'cllora'"):
+        read_log(write(log_text(run_lines())), "cllora")
 
 
 def test_more_results_than_tasks_are_refused(write: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"results of 3 tasks, but its settings make 2"):
-        read_inflora_log(write(log_text(run_lines(order=range(20)))))
+        read_log(write(log_text(run_lines(order=range(20)))))

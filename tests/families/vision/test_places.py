@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from flatpatch import hooks
 from flatpatch.errors import UserError
 from flatpatch.families.vision import places as images
+from flatpatch.upstreams import cllora
 from tests.families.vision.test_hook import description
 from tests.vision_upstream import SIZES, TinyImages
 
@@ -33,10 +34,10 @@ def started(tmp_path, monkeypatch):
         path = tmp_path / "hook.json"
         path.write_text(json.dumps(run))
         monkeypatch.setenv("FLATPATCH_RUN", str(path))
-        images._read.cache_clear()
+        images.read_run.cache_clear()
 
     yield start
-    images._read.cache_clear()
+    images.read_run.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -46,14 +47,14 @@ def started(tmp_path, monkeypatch):
 def test_the_run_names_the_devices(started, device, expected):
     started(device=device)
     args = {"device": [torch.device("cuda:1")]}
-    hooks.place(args)
+    hooks.redirect_paths(args)
     assert args == {"device": [torch.device(name) for name in expected]}
 
 
 def test_the_run_says_how_many_processes_load_images(started):
     started(workers=0)
     args = {"device": [], "num_workers": 16}
-    hooks.place(args)
+    hooks.redirect_paths(args)
     assert args["num_workers"] == 0
     assert hooks.workers(8) == 0
 
@@ -64,14 +65,14 @@ def test_data_lies_where_the_run_says(started, tmp_path):
     (data / "cifar").write_text("")
     started(data=str(data))
     for _ in range(2):  # each seed
-        hooks.place({"device": []})
+        hooks.redirect_paths({"device": []})
     assert Path("data/cifar").exists()
     for path in ("/data/imagenet-a/train/", "./data/imagenet-a/train/", "data/imagenet-a/train"):
         assert hooks.data_folder(path) == f"{data}/imagenet-a/train"
     (tmp_path / "other").mkdir()
     started(data=str(tmp_path / "other"))
     with pytest.raises(UserError, match="work/data is not .*other, from which the run takes its data"):
-        hooks.place({"device": []})
+        hooks.redirect_paths({"device": []})
 
 
 def test_each_seed_has_its_own_log(started, tmp_path, monkeypatch):
@@ -86,29 +87,29 @@ def test_each_seed_has_its_own_log(started, tmp_path, monkeypatch):
 
 
 def test_the_quick_data_set_is_the_runs_and_others_are_upstreams(started):
-    started(dataset={"class": "vision_upstream:TinyImages", "seed": 5})
-    assert hooks.serves("FlatPatch_Quick")
-    assert not hooks.serves("cifar100")
+    started(dataset={"class": "tests.vision_upstream:TinyImages", "seed": 5})
+    assert hooks.provides_dataset("FlatPatch_Quick")
+    assert not hooks.provides_dataset("cifar100")
     data, same = hooks.dataset(), TinyImages(seed=5)
     data.download_data()
     same.download_data()
     assert (data.train_data == same.train_data).all()
     assert data.train_data.dtype == "uint8"
     started()
-    assert not hooks.serves("flatpatch_quick")
+    assert not hooks.provides_dataset("flatpatch_quick")
 
 
 def test_the_run_gives_the_sizes_of_the_model(started):
     args, sizes = {"embd_dim": 768, "num_heads": 12}, {"embed_dim": 768, "depth": 12, "rank": 10}
     started()
     hooks.resize(args, sizes)
-    assert (args["embd_dim"], sizes["depth"], hooks.width(768), hooks.fetches(True)) == (768, 12, 768, True)
+    assert (args["embd_dim"], sizes["depth"], hooks.embed_dim(768), hooks.should_download(True)) == (768, 12, 768, True)
     started(model=SIZES)
     hooks.resize(args, sizes)
     assert args == {"embd_dim": 16, "num_heads": 2}
     assert sizes == SIZES | {"rank": 10}
-    assert hooks.width(768) == 16
-    assert hooks.fetches(True) is False
+    assert hooks.embed_dim(768) == 16
+    assert hooks.should_download(True) is False
     assert hooks.resized(dict)(embed_dim=768, rank=10) == SIZES | {"rank": 10}
 
 
@@ -122,7 +123,7 @@ def test_weights_are_loaded_except_for_the_head(started, tmp_path, suffix):
     path, source = tmp_path / f"vit.{suffix}", vit(1, num_classes=7)
     (save_file if suffix == "safetensors" else torch.save)(source.state_dict(), path)
     started(weights=str(path))
-    assert hooks.fetches(True) is False
+    assert hooks.should_download(True) is False
     model = vit(2, num_classes=3)
     model.blocks[0].attn.lora_A_k = torch.nn.Linear(2, 2)
     before = model.head.weight.detach().clone()
@@ -167,7 +168,7 @@ def test_a_backbone_of_other_sizes_comes_with_its_attention_split(started, tmp_p
     source = vit(1, num_classes=0).state_dict()
     save_file(source, tmp_path / "vit.safetensors")
     started(model=SIZES, weights=str(tmp_path / "vit.safetensors"))
-    model = hooks.backbones(timm).create_model("vit_base_patch16_224", pretrained=True, num_classes=0)
+    model = cllora.backbones(timm).create_model("vit_base_patch16_224", pretrained=True, num_classes=0)
     weights = model.state_dict()
     for kind in ("weight", "bias"):
         parts = [weights.pop(f"blocks.1.attn.{part}_proj.{kind}") for part in "qkv"]
@@ -178,6 +179,6 @@ def test_a_backbone_of_other_sizes_comes_with_its_attention_split(started, tmp_p
 
 def test_absent_block_weights_are_ones_on_the_device_of_the_inputs(started):
     started()
-    assert torch.equal(hooks.block_weight(None, torch.zeros(2, 3)), torch.ones(3))
+    assert torch.equal(cllora.block_weight(None, torch.zeros(2, 3)), torch.ones(3))
     given = torch.zeros(3)
-    assert hooks.block_weight(given, None) is given
+    assert cllora.block_weight(given, None) is given

@@ -14,32 +14,38 @@ import pytest
 from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.families.text.planning import ROOT, make_plan
+from flatpatch.families.base import Plan
 from flatpatch.families.vision import quick as quick_vision
+from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
 from flatpatch.families.vision.logs import LoggedRun
-from flatpatch.families.vision.planning import REFERENCE_DEFAULTS, VisionPlan, written_config
-from flatpatch.families.vision.results import _check_curve
+from flatpatch.families.vision.results import CONFIG, _check_curve
+from flatpatch.families.vision.upstream import VisionUpstream
+from flatpatch.files import ROOT
 from flatpatch.runner.record import environment
-from flatpatch.settings import parse
-from flatpatch.upstreams import METHODS, conflicts
+from flatpatch.runner.resolve import command_of, make_plan, parse
+from flatpatch.upstreams import UPSTREAMS, _deviations
 
+ROWS: dict[str, VisionUpstream] = {name: row for name, row in UPSTREAMS.items() if isinstance(row, VisionUpstream)}
 SHIPPED = [
     (name, variant, benchmark, file)
-    for name, row in METHODS.items()
+    for name, row in ROWS.items()
     for variant, files in row.configs.items()
     for benchmark, file in files.items()
 ]
 
 
-def plan_of(*words: str) -> VisionPlan:
-    plan = make_plan(parse(words), dry_run=True)
-    assert isinstance(plan, VisionPlan)
-    return plan
+def plan_of(*words: str) -> Plan:
+    return make_plan(parse(words), dry_run=True)
 
 
-def assert_differences_are_recorded(plan: VisionPlan, shipped: Path) -> None:
+def written_config(plan: Plan) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(plan.files[CONFIG])
+    return config
+
+
+def assert_differences_are_recorded(plan: Plan, shipped: Path) -> None:
     """The difference between upstream's JSON and the one that runs is exactly what the deviations say."""
-    theirs, ours = json.loads(shipped.read_text()), json.loads(written_config(plan))
+    theirs, ours = json.loads(shipped.read_text()), written_config(plan)
 
     def shown(config: dict[str, object], key: str) -> str | None:
         return json.dumps(config[key]) if key in config else None
@@ -60,21 +66,21 @@ def assert_differences_are_recorded(plan: VisionPlan, shipped: Path) -> None:
 def test_upstreams_configuration_runs_as_it_is_but_for_one_seed(
     method: str, variant: str, benchmark: str, file: str, upstream: Callable[[str], Path]
 ) -> None:
-    shipped = upstream(str(METHODS[method].repository)) / file
+    shipped = upstream(str(ROWS[method].repository)) / file
     plan = plan_of(f"method={method}", f"variant={variant}", f"benchmark={benchmark}", "profile=upstream", "device=0")
-    theirs, ours = json.loads(shipped.read_text()), json.loads(written_config(plan))
-    assert ours["seed"] == theirs["seed"][:1] == [METHODS[method].seed]
+    theirs, ours = json.loads(shipped.read_text()), written_config(plan)
+    assert ours["seed"] == theirs["seed"][:1] == [ROWS[method].seed]
     assert plan.request.as_record()["seed"]["source"] == f"{file}: the first of {theirs['seed']}"
     assert {**theirs, "seed": None} == {**ours, "seed": None}
     assert_differences_are_recorded(plan, shipped)
     assert plan.labels == ()
-    assert len(plan.task_names) == theirs.get("total_sessions", len(plan.task_names))
+    assert len(plan.tasks) == theirs.get("total_sessions", len(plan.tasks))
 
 
 @pytest.mark.third_party
 def test_every_configuration_upstream_ships_has_a_benchmark(upstream: Callable[[str], Path]) -> None:
     for method, folder in (("inflora", "configs"), ("cllora", "exps")):
-        checkout = upstream(str(METHODS[method].repository))
+        checkout = upstream(str(ROWS[method].repository))
         shipped = {f"{folder}/{path.name}" for path in (checkout / folder).glob("*.json")}
         assert {file for name, _, _, file in SHIPPED if name == method} == shipped
 
@@ -95,11 +101,12 @@ def test_every_configuration_upstream_ships_has_a_benchmark(upstream: Callable[[
 def test_benchmark_has_the_papers_number_of_tasks(
     words: tuple[str, ...], tasks: int, upstream: Callable[[str], Path]
 ) -> None:
-    upstream(str(METHODS[words[0].removeprefix("method=")].repository))
+    upstream(str(ROWS[words[0].removeprefix("method=")].repository))
     plan = plan_of(*words, "profile=upstream")
-    assert len(plan.task_names) == tasks
-    ends = [last for _, last in plan.classes]
-    assert [first for first, _ in plan.classes] == [0, *(end + 1 for end in ends[:-1])]
+    assert len(plan.tasks) == tasks
+    classes = [[int(end) for end in task.split("-")] for task in plan.tasks]
+    ends = [last for _, last in classes]
+    assert [first for first, _ in classes] == [0, *(end + 1 for end in ends[:-1])]
 
 
 @pytest.mark.third_party
@@ -118,32 +125,32 @@ def test_benchmark_has_the_papers_number_of_tasks(
 def test_every_deviation_from_the_configuration_is_recorded(
     words: tuple[str, ...], upstream: Callable[[str], Path]
 ) -> None:
-    row = METHODS[words[0].removeprefix("method=")]
+    row = ROWS[words[0].removeprefix("method=")]
     checkout = upstream(str(row.repository))
     plan = plan_of(*words)
     settings = plan.request.settings
     assert_differences_are_recorded(plan, checkout / str(row.config(settings.variant, settings.benchmark)))
-    assert plan.config != json.loads((checkout / str(row.config("", ""))).read_text())
+    assert written_config(plan) != json.loads((checkout / str(row.config("", ""))).read_text())
 
 
 @pytest.mark.third_party
 def test_paper_profile_follows_every_conflict_that_names_an_argument(upstream: Callable[[str], Path]) -> None:
     files = {file: (name, variant, benchmark) for name, variant, benchmark, file in SHIPPED}
-    for repository in ("InfLoRA", "CL-LoRA"):
-        checkout = upstream(repository)
-        for conflict in conflicts.CONFLICTS[repository]:
+    for row in (ROWS["inflora"], ROWS["cllora"]):
+        checkout = upstream(str(row.repository))
+        for conflict in row.conflicts:
             for argument in conflict.arguments:
                 for file in argument.where:
                     name, variant, benchmark = files[file]
                     words = [f"method={name}", f"variant={variant}", f"benchmark={benchmark}", "profile=paper"]
                     plan = plan_of(*words)
                     assert json.loads((checkout / file).read_text())[argument.argument] != argument.value
-                    assert plan.config[argument.argument] == argument.value
+                    assert written_config(plan)[argument.argument] == argument.value
                     assert conflict.source in next(d.why for d in plan.deviations if d.what == argument.argument)
 
 
 def test_deviations_page_is_written_from_the_conflicts() -> None:
-    assert (ROOT / "DEVIATIONS.md").read_text() == conflicts.render()
+    assert (ROOT / "DEVIATIONS.md").read_text() == _deviations.render()
 
 
 @pytest.mark.third_party
@@ -191,16 +198,16 @@ def test_reference_defaults_are_those_of_the_shipped_configuration(upstream: Cal
 
 
 def test_reference_engine_serves_inflora_where_its_code_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/InfLoRA"))
     plan = plan_of("method=inflora")
     assert plan.labels == ("quick", "reference")
-    assert len(plan.classes) == quick_vision.TASKS
+    assert len(plan.tasks) == quick_vision.TASKS
     assert [d.what for d in plan.deviations] == ["engine"]
 
 
 def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/CL-LoRA"))
     with pytest.raises(UserError) as caught:
         make_plan(parse(["method=cllora"]))
@@ -214,10 +221,10 @@ def test_cllora_without_its_code_says_what_to_run(monkeypatch: pytest.MonkeyPatc
 
 
 def test_sequential_lora_on_a_vit_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     plan = plan_of("method=seqlora_vit", "seed=5")
-    assert (plan.engine, plan.config["seed"]) == ("reference", [5])
-    assert plan.command(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.families.vision.reference.process"]
+    assert (plan.engine, written_config(plan)["seed"]) == ("reference", [5])
+    assert command_of(plan.stages[0], "python", 0)[1:3] == ["-m", "flatpatch.families.vision.reference"]
 
 
 def test_record_holds_the_threads_that_the_training_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +233,7 @@ def test_record_holds_the_threads_that_the_training_was_told(monkeypatch: pytest
     monkeypatch.delenv("OMP_NUM_THREADS")
     made = environment(make_plan(request, dry_run=True))
     assert (made["threads"], made["variables"]["OMP_NUM_THREADS"]) == (1, "1")
-    made = environment(dataclasses.replace(make_plan(request, dry_run=True), profile="upstream"))
+    made = environment(dataclasses.replace(make_plan(request, dry_run=True), threads=None, environment={}))
     assert made["threads"] == 7 and "OMP_NUM_THREADS" not in made["variables"]
 
 

@@ -21,6 +21,7 @@ from flatpatch.families.vision import quick as quick_vision
 from flatpatch.families.vision.quick import build
 from flatpatch.families.vision.quick.generator import PRETRAINING, draw
 from flatpatch.families.vision.reference import VisionReference, run
+from flatpatch.upstreams import UPSTREAMS
 
 PER_TASK = quick_vision.CLASSES // quick_vision.TASKS
 
@@ -64,18 +65,18 @@ def test_shipped_weights_are_timms_in_float32(model: Any) -> None:
 
 def test_model_can_be_halved_into_general_and_specific_blocks() -> None:
     """CL-LoRA lists which blocks share their adapters over tasks and which do not."""
-    own = quick_vision.METHOD_PRESETS["cllora"]
+    own = UPSTREAMS["cllora"].quick
     assert own["general_pos"] + own["specfic_pos"] == list(range(int(quick_vision.MODEL["depth"])))
     assert len(own["general_pos"]) == len(own["specfic_pos"])
 
 
 def test_presets_agree_with_the_model_and_the_benchmark() -> None:
-    inflora = quick_vision.METHOD_PRESETS["inflora"]
+    inflora = UPSTREAMS["inflora"].quick
     assert inflora["embd_dim"] == quick_vision.MODEL["embed_dim"]
     assert inflora["total_sessions"] == quick_vision.TASKS
     assert quick_vision.PRESET["init_cls"] == quick_vision.PRESET["increment"] == PER_TASK
     # CL-LoRA's accuracy over the first task's classes looks at the five likeliest of them.
-    assert quick_vision.METHOD_PRESETS["cllora"]["init_cls"] >= 5
+    assert UPSTREAMS["cllora"].quick["init_cls"] >= 5
 
 
 def test_model_reaches_on_its_own_classes_what_the_provenance_says(model: Any) -> None:
@@ -156,7 +157,7 @@ class Part(quick_vision.QuickImages):
 
 def learn(images: quick_vision.QuickImages, output: Path, method: str, task: int | None = None) -> Any:
     """Train with the preset and return the accuracy matrix, in percent, nan where a task was not yet learned."""
-    preset = {**quick_vision.PRESET, **quick_vision.METHOD_PRESETS[method]}
+    preset = {**quick_vision.PRESET, **UPSTREAMS[{"seqlora": "seqlora_vit"}.get(method, method)].quick}
     run(
         VisionReference(
             method=method,

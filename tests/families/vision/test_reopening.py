@@ -19,22 +19,23 @@ from torch import nn
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.families.text import reopening as trained
-from flatpatch.families.text.planning import make_plan
+from flatpatch.families.text.reopening import TextRun
 from flatpatch.families.vision import reopening as trained_images
-from flatpatch.families.vision.planning import CONFIG
 from flatpatch.families.vision.reference.checkpoints import restore, save
+from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.families.vision.reference.vit import build
+from flatpatch.families.vision.results import CONFIG
 from flatpatch.flatness import Problem, find_scope, model_point, supervised_loss
-from flatpatch.measurement import command as verb
 from flatpatch.measuring import Request
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
-from flatpatch.runner.execute import _hook_settings, prepare_work
+from flatpatch.runner import measure as verb
+from flatpatch.runner.execute import _contract, prepare_work
 from flatpatch.runner.record import new_record, write_record
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
+from flatpatch.upstreams import UPSTREAMS
 from tests.flatness_cases import LoRALinear
-from tests.measurement.test_command import figures, finished_losses, note_hashes, refused
+from tests.runner.test_measure import figures, finished_losses, note_hashes, refused
 
 __all__ = ["figures", "refused"]  # fixtures of the text runs' tests
 pytestmark = pytest.mark.timeout(300)
@@ -53,7 +54,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         prepare_work(plan, plan.folder / "work")
         own = plan.folder / "tasks" / "all"
         own.mkdir(parents=True)
-        (own / "hook.json").write_text(json.dumps(_hook_settings(plan, 0, plan.stages[0], own)))
+        (own / "hook.json").write_text(json.dumps(_contract(plan, plan.stages[0], own)))
         reference = reference_of(plan.folder)
         model = build(reference, [10, 10])
         draw = torch.Generator().manual_seed(seed)
@@ -102,7 +103,7 @@ def test_one_run_is_measured_after_each_task_on_the_images_of_that_task(make_run
         assert set(entry["values"]) == {"slice_mean_rise"}
     # The loss, without the verb: 80 images of each of the task's classes, augmented with the fixed seed.
     reference = reference_of(folder)
-    run = trained.find_run(str(folder))
+    run = verb.find_run(str(folder))
     for task in range(2):
         content = json.loads((folder / entries[3 * task]["file"]).read_text())
         dataset = run._tasks[task].train  # type: ignore[attr-defined]
@@ -158,7 +159,7 @@ def test_whole_run_has_the_same_losses_inside_and_afterwards(tmp_path: Path) -> 
 
 def check_batching(folder: Path) -> None:
     """The loss of upstream's own model does not depend on how the sample is batched."""
-    run = trained.find_run(str(folder))
+    run = verb.find_run(str(folder))
     with run.working():
         model = run.rebuild(1)
         requests = [Request(("loss",), samples=6, batch=batch) for batch in (6, 4, 1)]
@@ -215,8 +216,8 @@ def test_runs_that_do_not_fit_together_are_refused(make_run: MakeRun, refused: C
 
 
 def test_a_run_on_images_and_one_on_texts_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
-    run = trained.find_run(str(make_run("images", 1)))
-    text = trained.TrainedRun(tmp_path, {"name": "texts"}, None)  # type: ignore[arg-type]
+    run = verb.find_run(str(make_run("images", 1)))
+    text = TextRun(tmp_path, {"name": "texts"}, ())
     for first, second in ((run, text), (text, run)):
         with pytest.raises(UserError, match="one learned images and one texts"):
             first.check_companion(second)
@@ -278,7 +279,7 @@ def test_only_what_the_authors_code_raises_is_told_as_theirs(tmp_path: Path) -> 
     (folder / "work").mkdir(parents=True)
     (tree / "their_utils").mkdir(parents=True)
     (tree / "their_utils" / "broken.py").write_text("raise ValueError('no images')")
-    run = trained_images.ImageRun(folder, {"engine": "upstream"}, {}, {})
+    run = trained_images.ImageRun(folder, {"engine": "upstream"}, UPSTREAMS["inflora"], {}, {})
     run.__dict__["_tree"] = tree  # as if it were built
     for module, told in (("broken", "(ValueError: no images)"), ("missing", "(ModuleNotFoundError: ")):
         with pytest.raises(UserError, match="the authors' code stops") as stopped, trained_images._code_of(run):

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from flatpatch.__main__ import main
-from flatpatch.families.text.planning import ROOT, make_plan
-from flatpatch.families.vision import results as vision_run
-from flatpatch.families.vision.logs import read_inflora_log
+from flatpatch.families.vision import planning
+from flatpatch.families.vision.logs import read_log
+from flatpatch.files import ROOT
 from flatpatch.report.records import validate_record
 from flatpatch.runner.record import new_record
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 
 pytestmark = pytest.mark.timeout(600)
 NAMES = ["0-9", "10-19"]
@@ -206,7 +206,7 @@ def test_overrides_reach_the_authors_code_and_its_log_becomes_the_record(
     validate_record(record)
     assert (record["status"], record["tasks"], record["seeds"]) == ("finished", NAMES, [4])
     [log] = (tmp_path / "real/work/logs").rglob("*.log")
-    [run] = read_inflora_log(log)
+    [run] = read_log(log)
     # What upstream itself printed as its settings: the overrides, and the shipped file for everything else.
     shipped = json.loads((upstream("InfLoRA") / "configs/cifar100_inflora.json").read_text())
     assert (run.settings["lamb"], run.settings["rank"], run.settings["epochs"], run.settings["seed"]) == (
@@ -235,7 +235,7 @@ def test_model_that_could_not_be_kept_is_told(
     upstream: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upstream("InfLoRA")
-    monkeypatch.setattr(vision_run, "MODELS", "log.txt")  # a file where the folder should be
+    monkeypatch.setattr(planning, "MODELS", "log.txt")  # a file where the folder should be
     assert main(words(tmp_path, "lost", "engine=upstream", "upstream.init_epoch=2")) == 0
     record = json.loads((tmp_path / "lost/record.json").read_text())
     notes = [note for note in record["notes"] if "was not kept" in note]
@@ -263,7 +263,7 @@ def test_killed_run_of_the_authors_code_ends_as_an_undisturbed_one(
 
     assert main(command("undisturbed")) == 0
     steps = tmp_path / "killed/tasks/all/metrics.jsonl"
-    kill_during(command("killed"), lambda: steps.is_file() and "task 2" in steps.read_text())
+    kill_during(command("killed"), lambda: steps.is_file() and NAMES[1] in steps.read_text())
     assert main(command("killed")) == 0
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
     assert json.loads((tmp_path / "killed/record.json").read_text())["restarts"] == 1

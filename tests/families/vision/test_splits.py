@@ -14,12 +14,15 @@ import torch
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.families.text.planning import make_plan
 from flatpatch.families.vision import data as vision_data
-from flatpatch.families.vision.data import SPLITS, check_images, list_hash
+from flatpatch.families.vision.data import PILOT, SPLITS, check_images, list_hash
 from flatpatch.families.vision.splits import HASHES, LISTED, LOGGED, OTHER, SEED, list_hashes, split_of
 from flatpatch.report.baselines import load_baseline
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
+from flatpatch.upstreams import inflora
+
+IMAGENET_R = inflora.UPSTREAM.datasets["imagenet_r"]
+
 
 pytestmark = pytest.mark.third_party
 Halves = dict[str, set[str]]
@@ -50,7 +53,7 @@ def drawn(checkout: Path, listed: Halves, tmp_path_factory: pytest.TempPathFacto
         (root / "imagenet-r" / path).parent.mkdir(parents=True, exist_ok=True)
         (root / "imagenet-r" / path).touch()
     with pytest.raises(UserError) as caught:
-        check_images("ImageNet_R", root, checkout)
+        check_images(IMAGENET_R, root, checkout)
     command = str(caught.value).split("whether it is that one): ")[1].replace("python -c", f"{sys.executable} -c")
     subprocess.run(["bash", "-c", command], check=True, env={"PYTHONDONTWRITEBYTECODE": "1", "HOME": str(root)})
     yield root
@@ -70,13 +73,13 @@ def move(root: Path, halves: Halves) -> None:
 
 def test_shipped_lists_have_the_known_hash_and_counts(listed: Halves) -> None:
     assert {half: list_hash(sorted(paths)) for half, paths in listed.items()} == HASHES[LISTED]
-    assert tuple(len(listed[half]) for half in SPLITS) == vision_data.IMAGENET_R.files
-    assert len({path.split("/")[0] for path in listed["train"] | listed["test"]}) == vision_data.IMAGENET_R.classes
+    assert tuple(len(listed[half]) for half in SPLITS) == IMAGENET_R.files
+    assert len({path.split("/")[0] for path in listed["train"] | listed["test"]}) == IMAGENET_R.classes
     assert not listed["train"] & listed["test"]
 
 
 def test_upstreams_code_at_the_known_seed_draws_the_known_split(drawn: Path, checkout: Path) -> None:
-    hashes, notes = check_images("ImageNet_R", drawn, checkout)
+    hashes, notes = check_images(IMAGENET_R, drawn, checkout)
     assert split_of(hashes) == LOGGED
     assert list_hashes(hashes) == {f"imagenet-r/{half}": HASHES[LOGGED][half] for half in SPLITS}
     assert notes == []
@@ -174,7 +177,7 @@ def test_run_on_another_split_is_warned_and_recorded_and_told_how_to_get_the_log
         plan = planned(*words)
         assert plan.labels == () and _split_rows(plan) == [(LOGGED, LISTED)]
         [said] = [note for note in plan.notes if note.startswith(f"WARNING: the split of imagenet-r is {LISTED}")]
-        _, notes = check_images("imagenetr", drawn, drawn)
+        _, notes = check_images(PILOT["imagenetr"], drawn, drawn)
         assert notes[0].endswith(f"it is {LISTED}")
         assert "To keep this split, do nothing." in said
         command = said.split("for all who use it: ")[1].replace("python -c", f"{sys.executable} -c")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
 
-from flatpatch.contract import read_description
+from flatpatch.contract import VARIABLE
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.reference import StepRecorder
 from flatpatch.families.vision import reference as vision
 from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
+from flatpatch.families.vision.places import vision_run
 from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.flatness import supervised_loss
 
@@ -23,7 +23,9 @@ def main(words: Sequence[str]) -> int:
     """Train and evaluate all tasks as a configuration says, with the SAM of the hook's settings."""
     config = json.loads(Path(words[0]).read_text(encoding="utf-8"))
     try:
-        run = read_description(Path(os.environ["FLATPATCH_RUN"]))
+        run = vision_run()
+        if run is None:
+            raise FlatpatchError(f"{VARIABLE} names no description of a run: this process is started by flatpatch.")
         reference = read_reference(config, run["vision"])
         names = run["tasks"]
         with StepRecorder(run) as recorder:

@@ -92,7 +92,7 @@ def read_reference(config: Mapping[str, Any], description: Mapping[str, Any]) ->
     images = getattr(importlib.import_module(module), name)
     seed = description["dataset"]["seed"]
     return VisionReference(
-        method=_METHODS[config["method"]],
+        method=_METHODS.get(config["method"], config["method"]),
         dataset=lambda settings: images(settings, seed=seed),
         output_dir=Path("logs"),
         model=description["model"],
