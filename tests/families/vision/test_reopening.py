@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flatpatch.families.vision.reference.process import read_reference
 from safetensors.torch import load_file, save_file
 from torch import nn
 
