@@ -186,7 +186,7 @@ def test_no_code_outside_families_and_upstreams_asks_for_a_method_or_a_family() 
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
-        ("report", ("matplotlib", "numpy", "scipy", "rich", "jinja2", "PIL", "pandas")),
+        ("report", ("matplotlib", "numpy", "scipy", "rich", "jinja2", "PIL")),
         ("measurement", ("torch", "numpy")),
         ("hooks", ()),
         ("contract", ("pydantic",)),

@@ -17,6 +17,7 @@ from flatpatch import hooks, timing
 from flatpatch.families import recording, training
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
+from flatpatch.upstreams import cllora
 from tests import sam_training
 from tests.families.vision.test_hook import TwoSteps, batches, learner, train_two_steps
 
@@ -123,7 +124,7 @@ class Ending(sam_training.TrainerCallback):
 @pytest.fixture
 def image_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_trainings", [])
-    monkeypatch.setattr(images, "_kept_versions", [])
+    monkeypatch.setattr(cllora, "_kept_versions", [])
     images._read.cache_clear()
     places = dict.fromkeys(("device", "data", "weights", "workers", "model", "dataset"))
 
