@@ -105,7 +105,7 @@ def test_givensurvives_its_file() -> None:
         ({**ask().as_dict(), "more": 1}, "here has an unknown key 'more'"),
     ],
 )
-def test_damaged_givenis_refused(request_: object, words: str) -> None:
+def test_damaged_request_is_refused(given: object, words: str) -> None:
     with pytest.raises(UserError) as error:
         read_request(given, "here")
     assert words in str(error.value)
