@@ -92,7 +92,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         ask("wrong", "wrong", samples=0)
 
 
-def test_a_request_survives_its_file() -> None:
+def test_givensurvives_its_file() -> None:
     request = ask("trace,sam", "merged,adapter", when="after", rho=0.1)
     assert read_request(json.loads(json.dumps(request.as_dict())), "here") == request
 
@@ -105,7 +105,7 @@ def test_a_request_survives_its_file() -> None:
         ({**ask().as_dict(), "more": 1}, "here has an unknown key 'more'"),
     ],
 )
-def test_a_damaged_request_is_refused(given: object, words: str) -> None:
+def test_damaged_request_is_refused(given: object, words: str) -> None:
     with pytest.raises(UserError) as error:
         read_request(given, "here")
     assert words in str(error.value)

@@ -30,6 +30,7 @@ from flatpatch.runner.record import new_record, write_record
 from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
 from tests.report_page import Reader
+from tests.report_records import make_quick_record
 from tests.upstream.test_neutrality_text import small_benchmark
 
 pytestmark = pytest.mark.timeout(300)
@@ -80,6 +81,29 @@ def test_note_of_a_task_that_is_damaged_is_as_none(content: str, tmp_path: Path)
     (tmp_path / "tasks" / "1-x" / "done.json").write_text(content)
     run = reopening.TextRun(tmp_path, {}, ())
     assert run.noted_hash("1-x", tmp_path / "some") is None
+
+
+def test_run_of_an_earlier_version_is_reported_but_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tasks' descriptions have no command; the record was written before the families were."""
+    folder = tmp_path / "old"
+    own = folder / "tasks" / "1-amazon"
+    own.mkdir(parents=True)
+    record = make_quick_record(method="seqlora", tasks=["amazon"], accuracy_matrix=[[26.67]], inputs={})
+    (folder / "record.json").write_text(json.dumps(record))
+    sam = {"kind": "off", "rho": 0.05, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    places = {name: str(own / name) for name in ("metrics", "progress", "summary")}
+    old = {"schema": 1, "task_index": 0, "task": "amazon", **places, "sam": sam, "adapters": "upstream"}
+    (own / "hook.json").write_text(json.dumps(old | {"measure": None}))
+    assert main(["report", f"run={folder}"]) == 0
+    assert "26.67" in capsys.readouterr().out
+    assert (folder / "report.html").is_file()
+    assert main(["measure", f"run={folder}", "measure=loss"]) == 2
+    assert capsys.readouterr().err == (
+        f"flatpatch: run=old: {own / 'hook.json'} does not say by which command its task was trained. A run of an "
+        "earlier version is measured with that version.\n"
+    )
 
 
 def test_list_of_a_tasks_data_that_is_damaged_is_refused(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
