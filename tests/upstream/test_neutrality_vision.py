@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 
 from flatpatch.measuring import Request
 from flatpatch.patches import build
+from flatpatch.upstreams import UPSTREAMS
 from tests import vision_upstream
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(900)]
 TESTS = Path(__file__).resolve().parents[1]
+METHODS = {"InfLoRA": "inflora", "CL-LoRA": "cllora"}
 TASKS = {"InfLoRA": 10, "CL-LoRA": 5}
 # Two batches in each of two epochs; CL-LoRA takes two steps a batch from its second task on.
 STEPS = {"InfLoRA": [4] * 10, "CL-LoRA": [8] + [16] * 4}
@@ -51,8 +53,12 @@ def run(
         (folder / config).write_text(json.dumps(vision_upstream.CONFIGS[repo] | {"seed": seeds} | change))
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     if sam:
-        measure = {"request": MEASURED.as_dict(), "folder": str(folder / "flatness")} if measured else None
-        hook = description(repo, **sam) | {"measure": measure, "keep": str(folder / "models") if measured else None}
+        hook = description(repo, **sam)
+        if measured:
+            by = "flatpatch.measurement.in_run:Measurer"
+            hook["measure"] = {"request": MEASURED.as_dict(), "folder": str(folder / "flatness"), "by": by}
+            names = UPSTREAMS[METHODS[repo]].kept
+            hook["keep"] = {"folder": str(folder / "models"), "names": names}
         hook["vision"]["model"] = vision_upstream.SIZES | {"depth": depth}
         (folder / "hook.json").write_text(json.dumps(hook))
         environment["FLATPATCH_RUN"] = str(folder / "hook.json")
@@ -70,12 +76,18 @@ def run(
     return {"folder": folder, **torch.load(folder / "results.pt", weights_only=False)}
 
 
+def names_of_tasks(repo: str) -> list[str]:
+    classes = vision_upstream.CONFIGS[repo]["increment"]
+    return [f"{classes * task}-{classes * (task + 1) - 1}" for task in range(TASKS[repo])]
+
+
 def description(repo: str, **sam: Any) -> dict[str, Any]:
     settings = {"kind": "sam", "rho": 0.0, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
     return {
         "schema": 1,
         "task_index": None,
         "task": None,
+        "tasks": names_of_tasks(repo),
         "metrics": "metrics.jsonl",
         "progress": "progress.json",
         "summary": "summary.json",
@@ -190,10 +202,7 @@ def test_sam_off_with_measuring_on_and_a_seed_of_its_own_equal_the_authors_secon
         adapters = {name: tensor for name, tensor in kept[-1].items() if "cur_adapter.0." in name}
         assert len(adapters) == 4
         assert all(torch.equal(tensor, final[name]) for name, tensor in adapters.items())  # shared ones
-    classes = vision_upstream.CONFIGS[repo]["increment"]
-    assert {point["task"] for point in points} == {
-        f"{classes * task}-{classes * (task + 1) - 1}" for task in range(TASKS[repo])
-    }
+    assert {point["task"] for point in points} == set(names_of_tasks(repo))
 
 
 def test_patched_code_without_a_run_equals_the_authors(repo: str, folder: Path, authors: dict[str, Any]) -> None:
@@ -205,7 +214,7 @@ def test_sam_perturbs_every_step_and_nothing_else(repo: str, folder: Path, autho
     ours = run(folder / "sam", repo, [0], kind="sam", rho=0.2)
     assert any(".weights." in path for path in differences(ours["seeds"], authors["seeds"][:1]))
     lines = [json.loads(line) for line in (ours["folder"] / "metrics.jsonl").read_text().splitlines()]
-    assert [sum(line["task"] == f"task {n + 1}" for line in lines) for n in range(TASKS[repo])] == STEPS[repo]
+    assert [sum(line["task"] == name for line in lines) for name in names_of_tasks(repo)] == STEPS[repo]
     for line in lines:
         assert line["perturbation_norm"] == pytest.approx(0.2, rel=1e-6)
         assert line["effective_perturbation_norm"] == pytest.approx(0.2, rel=1e-4)

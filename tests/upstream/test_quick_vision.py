@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from flatpatch.families.vision import quick as quick_vision
 from flatpatch.patches import build
+from flatpatch.upstreams import UPSTREAMS
 
 pytestmark = pytest.mark.third_party
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ def separated(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_upstreams_code_takes_the_images_and_weights(
     repo: str, upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    preset = {**quick_vision.PRESET, **quick_vision.METHOD_PRESETS[METHODS[repo]]}
+    preset = {**quick_vision.PRESET, **UPSTREAMS[METHODS[repo]].quick}
     shipped = json.loads((upstream(repo) / CONFIGS[repo]).read_text())
     assert set(preset) <= set(shipped), "a key that upstream's configuration does not have"
     (tmp_path / "config.json").write_text(json.dumps(shipped | preset | {"dataset": "flatpatch_quick"}))
@@ -71,6 +72,7 @@ def test_upstreams_code_takes_the_images_and_weights(
         "schema": 1,
         "task_index": None,
         "task": None,
+        "tasks": [],
         **{name: f"{name}.json" for name in ("metrics", "progress", "summary")},
         "sam": {"kind": "off", "rho": 0, "eta": 0, "scope": "lora", "sync": "local", "ascent_loss": "total"},
         "adapters": "upstream",

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flatpatch.families.vision.unread import why_unread
 
 from flatpatch.errors import UserError
 from flatpatch.families.vision.configuration import OURS, ConfigEditor, known_keys, override, task_classes
+from flatpatch.families.vision.results import CONFIG
+from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.runner.resolve import make_plan, parse
-from flatpatch.upstreams import METHODS
+from flatpatch.upstreams import UPSTREAMS
 from tests.upstream.test_neutrality_vision import differences, run
 from tests.vision_upstream import CONFIGS
 
@@ -103,6 +104,12 @@ ELSEWHERE = {
 }
 
 
+def row_of(repo: str) -> VisionUpstream:
+    [row] = [row for row in UPSTREAMS.values() if row.repository == repo]
+    assert isinstance(row, VisionUpstream)
+    return row
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", BASES)
@@ -120,6 +127,7 @@ def test_overrides_change_what_upstream_computes_unless_they_are_refused(
     first, *changed = found["seeds"]
     reaches = {key for key, one in zip(others, changed, strict=True) if differences(first, one)}
     config = CONFIGS[repo] | base
+    why_unread = row_of(repo).why_unread
     taken = {key for key in others if not why_unread(config | {key: others[key]}, key, quick=False)}
     assert reaches == taken & known
 
@@ -143,7 +151,7 @@ def test_values_said_to_stop_upstream_do(repo: str, key: str, upstream: Callable
 @pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
 def test_every_key_that_upstream_knows_is_tried(repo: str, upstream: Callable[[str], Path]) -> None:
     checkout = upstream(repo)
-    files = {f for row in METHODS.values() if row.repository == repo for v in row.configs.values() for f in v.values()}
+    files = {file for variant in row_of(repo).configs.values() for file in variant.values()}
     known = set().union(*(known_keys(checkout, checkout / file) for file in files))
     assert known - set(OURS) == {*OTHERS[repo], *FAILING[repo], *ELSEWHERE[repo]}
 
@@ -184,7 +192,7 @@ def test_every_key_that_upstream_knows_is_tried(repo: str, upstream: Callable[[s
 def test_override_that_cannot_reach_the_run_is_refused_with_the_reason(
     words: tuple[str, ...], expected: str, upstream: Callable[[str], Path]
 ) -> None:
-    upstream(str(METHODS[words[0].removeprefix("method=")].repository))
+    upstream(str(UPSTREAMS[words[0].removeprefix("method=")].repository))
     profile = () if "profile=quick" in words else ("profile=upstream",)
     with pytest.raises(UserError) as caught:
         make_plan(parse([*words, *profile]), dry_run=True)
@@ -196,13 +204,15 @@ def test_weight_decay_of_inflorab5_with_sgd_is_taken(upstream: Callable[[str], P
     upstream("InfLoRA")
     words = ["method=inflora", "variant=inflorab5", "profile=upstream", "device=0"]
     plan = make_plan(parse([*words, "upstream.optim=sgd", "upstream.weight_decay=1e-4"]), dry_run=True)
-    assert plan.config["weight_decay"] == 1e-4  # type: ignore[attr-defined]
+    assert json.loads(plan.files[CONFIG])["weight_decay"] == 1e-4
 
 
 @pytest.mark.parametrize("method", ["inflora", "cllora"])
 def test_every_key_may_be_given_the_value_that_it_has(method: str, upstream: Callable[[str], Path]) -> None:
     """Also one that cannot reach the run with another value, or whose other values stop upstream's code."""
-    shipped = json.loads((upstream(str(METHODS[method].repository)) / str(METHODS[method].config("", ""))).read_text())
+    row = UPSTREAMS[method]
+    assert isinstance(row, VisionUpstream)
+    shipped = json.loads((upstream(str(row.repository)) / str(row.config("", ""))).read_text())
     words = [f"upstream.{key}={json.dumps(value)}" for key, value in shipped.items() if key not in OURS]
     plan = make_plan(parse([f"method={method}", "profile=upstream", "device=0", *words]), dry_run=True)
     assert plan.labels == ()
@@ -212,13 +222,13 @@ def test_every_key_may_be_given_the_value_that_it_has(method: str, upstream: Cal
 
 @pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
 def test_accepted_overrides_are_in_the_configuration_that_runs(repo: str, upstream: Callable[[str], Path]) -> None:
-    [row] = [row for row in METHODS.values() if row.repository == repo]
+    row = row_of(repo)
     checkout = upstream(repo)
     shipped = json.loads((checkout / str(row.config("", ""))).read_text())
     known = known_keys(checkout, checkout / str(row.config("", "")))
     for key, value in OTHERS[repo].items():
-        if key in known and not why_unread(shipped | {key: value}, key, quick=False):
+        if key in known and not row.why_unread(shipped | {key: value}, key, quick=False):
             editor = ConfigEditor(shipped)
-            override(editor, {key: json.dumps(value)}, known)
+            override(editor, {key: json.dumps(value)}, known, row)
             assert editor.current == shipped | {key: value}
-            task_classes(editor.current, 100)
+            task_classes(editor.current, 100, row)

@@ -16,7 +16,6 @@ from timm.models.vision_transformer import VisionTransformer
 from flatpatch import hooks
 from flatpatch.errors import UserError
 from flatpatch.families.vision import places as images
-from flatpatch.upstreams import cllora
 from tests.families.vision.test_hook import description
 from tests.vision_upstream import SIZES, TinyImages
 
@@ -164,21 +163,23 @@ def test_googles_weights_are_loaded_by_the_models_own_code(started, tmp_path):
     assert loaded == [str(path)] * 2
 
 
-def test_a_backbone_of_other_sizes_comes_with_its_attention_split(started, tmp_path):
+def test_a_backbone_of_other_sizes_holds_the_runs_weights(started, tmp_path):
     source = vit(1, num_classes=0).state_dict()
     save_file(source, tmp_path / "vit.safetensors")
     started(model=SIZES, weights=str(tmp_path / "vit.safetensors"))
-    model = cllora.backbones(timm).create_model("vit_base_patch16_224", pretrained=True, num_classes=0)
-    weights = model.state_dict()
-    for kind in ("weight", "bias"):
-        parts = [weights.pop(f"blocks.1.attn.{part}_proj.{kind}") for part in "qkv"]
-        assert torch.equal(torch.cat(parts), source[f"blocks.1.attn.qkv.{kind}"])
-    assert not any("qkv" in name for name in weights)
-    assert torch.equal(weights["patch_embed.proj.weight"], source["patch_embed.proj.weight"])
+    model = hooks.backbones(timm).create_model("vit_base_patch16_224", pretrained=True, num_classes=0)
+    assert isinstance(model, VisionTransformer)
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
 
 
-def test_absent_block_weights_are_ones_on_the_device_of_the_inputs(started):
-    started()
-    assert torch.equal(cllora.block_weight(None, torch.zeros(2, 3)), torch.ones(3))
-    given = torch.zeros(3)
-    assert cllora.block_weight(given, None) is given
+def test_a_file_may_lack_only_what_timms_vit_does_not_have(started, tmp_path):
+    weights = vit(1, num_classes=0).state_dict()
+    save_file(weights, tmp_path / "vit.safetensors")
+    started(weights=str(tmp_path / "vit.safetensors"))
+    model = vit(2, num_classes=3)
+    model.blocks[0].attn.linear_a_q = torch.nn.Linear(2, 2)
+    hooks.load_weights(model)
+    for name in weights:
+        save_file({key: tensor for key, tensor in weights.items() if key != name}, tmp_path / "vit.safetensors")
+        with pytest.raises(UserError, match=f"has no {name}"):
+            hooks.load_weights(model)
