@@ -30,7 +30,7 @@ from flatpatch.settings import (
     explicit_settings,
     given_twice,
     named_runs,
-    once,
+    read_words,
     repeated,
     shown,
     split_word,
@@ -219,10 +219,11 @@ def show(words: Sequence[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(REPORT_USAGE)
         return 0
-    given = once("report", words)
-    unknown = [key for key in given if key not in ("run", "page")]
-    if unknown or not given.get("run"):
-        raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
+    given, problems = read_words("report", words, ("run", "page"))
+    if "run" not in given:
+        problems.append("report needs run=FOLDER, e.g. report run=runs/NAME.")
+    if problems:
+        raise UserError.collect(problems)
     folders, unreadable = _find_runs(named_runs(given["run"]))
     page = _page_file(given.get("page", ""), folders)
     named = [(folder.name, read_record(folder)) for folder in folders]
