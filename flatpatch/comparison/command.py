@@ -14,11 +14,11 @@ from rich.table import Table
 from flatpatch import families, patches
 from flatpatch.comparison.compare import COMPARED, MARGIN, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
-from flatpatch.errors import UserError, did_you_mean, named_path
+from flatpatch.errors import UserError, named_path
 from flatpatch.families.base import LoggedRun
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
-from flatpatch.settings import named_runs, repeated, split_word
+from flatpatch.settings import named_runs, read_words, repeated
 from flatpatch.terminal import say
 from flatpatch.upstreams import UPSTREAMS
 
@@ -142,20 +142,8 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
                 problems.append(f"--require takes the word {REPRODUCED} (got '{value}').")
             required, rest = True, [*words[:i], *words[i + len(used) :]]
             break
-    given: dict[str, str] = {}
-    for word in rest:
-        try:
-            key, value = split_word(word)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if key not in _KEYS:
-            problems.append(f"unknown setting '{key}' of compare.{did_you_mean(key, _KEYS)} Known: {', '.join(_KEYS)}.")
-        elif key in given:
-            problems.append(f"{key}= is given twice. Separate several by commas: {key}=A,B.")
-        elif not value:
-            problems.append(f"{key}= is empty. See compare --help.")
-        given[key] = value
+    given, mistakes = read_words("compare", rest, _KEYS)
+    problems += mistakes
     if ("run" in given) == ("log" in given):
         problems.append("compare takes either run=FOLDER[,FOLDER...] or log=FILE. See compare --help.")
     if problems:

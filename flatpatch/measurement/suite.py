@@ -234,7 +234,9 @@ class _Course:
     def update(self, done: int, total: int, text: str = "") -> None:
         share = self._before + self._plan[self._kind] * min(done / total, 1.0)
         if self._progress is not None:
-            self._progress(self._scope, share, self._total, f"{self._kind} {text}".strip())
+            self._progress(
+                self._scope, share, self._total, text if text.startswith(self._kind) else f"{self._kind} {text}".strip()
+            )
 
     def end(self) -> None:
         self.update(1, 1)

@@ -14,7 +14,7 @@ from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, re
 from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
 from flatpatch.runner.pages import place_of, write_page
-from flatpatch.settings import named_runs, once, repeated
+from flatpatch.settings import named_runs, read_words, repeated
 from flatpatch.terminal import say
 
 USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
@@ -38,10 +38,11 @@ def show(words: Sequence[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(USAGE)
         return 0
-    given = once("report", words)
-    unknown = [key for key in given if key not in ("run", "page")]
-    if unknown or not given.get("run"):
-        raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
+    given, problems = read_words("report", words, ("run", "page"))
+    if "run" not in given:
+        problems.append("report needs run=FOLDER, e.g. report run=runs/NAME.")
+    if problems:
+        raise UserError.collect(problems)
     folders, unreadable = _find_runs(named_runs(given["run"]))
     page = _page_file(given.get("page", ""), folders)
     named = [(folder.name, read_record(folder)) for folder in folders]
