@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from flatpatch import families, metrics, patches
 from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
 from flatpatch.families.base import Plan, Stage
@@ -414,18 +416,16 @@ def _free_port() -> int:
 
 
 def _end_leftovers(hook: Path) -> None:
-    """End processes of this stage that outlived a runner killed with SIGKILL (Linux; elsewhere none are found)."""
-    mark = f"FLATPATCH_RUN={hook}".encode()
+    """End processes of this stage that outlived a runner killed with SIGKILL."""
     for _ in range(50):  # one that is being ended may still have started another
-        found = False
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found = True
-                    os.kill(int(entry.name), signal.SIGKILL)
-        if not found:
+        running = psutil.process_iter(["environ"])
+        left = [process for process in running if (process.info["environ"] or {}).get("FLATPATCH_RUN") == str(hook)]
+        if not left:
             return
-        time.sleep(0.1)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=0.1)
 
 
 def only_runner(folder: Path) -> AbstractContextManager[None]:
