@@ -117,6 +117,7 @@ def _said(problem: Mapping[str, Any], parts: Mapping[str, type[Part]], where: st
     if problem["type"] == "missing":
         return f"{place} has no {last!r}"
     if problem["type"] == "extra_forbidden":
-        known = parts.get(str(outer[-1]) if outer else "", Description).model_fields
-        return f"{place} has an unknown key {last!r}.{did_you_mean(str(last), known)}"
+        part = parts.get(str(outer[-1])) if outer else Description
+        hint = did_you_mean(str(last), part.model_fields) if part is not None else ""  # none inside a part's parts
+        return f"{place} has an unknown key {last!r}.{hint}"
     return f"{place}{'.' if outer else ': '}{last}={problem['input']!r}: {problem['msg']}"

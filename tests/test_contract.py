@@ -67,6 +67,8 @@ def test_a_good_description_is_read_as_it_is_written(tmp_path, path, value):
     [
         (("vision",), [], "vision=[]: Input should be a valid dictionary"),
         (("vision", "devise"), "cpu", "vision has an unknown key 'devise'. Did you mean 'device'?"),
+        (("vision", "model", "tasc"), 3, "vision.model has an unknown key 'tasc'."),
+        (("tasc",), None, "has an unknown key 'tasc'. Did you mean 'task'?"),
         (("vision", "device"), "cuda", "vision.device='cuda': String should match pattern"),
         (("vision", "device"), 0, "vision.device=0: Input should be a valid string"),
         (("vision", "data"), "/no/such/folder", "vision.data='/no/such/folder': Value error, it does not exist"),
