@@ -231,14 +231,14 @@ class Results:
     Attributes:
         accuracy: After task i, on task j, in percent, None where not evaluated.
         sample_weighted: After each task, over all test examples, in percent; None where not measured.
-        train_seconds: Of each finished task; empty where upstream does not say.
+        train_seconds: Of each task, None where it is not known; empty where upstream does not say.
         predict_seconds: Likewise.
     """
 
     accuracy: Sequence[Sequence[float | None]]
     sample_weighted: Sequence[float | None]
-    train_seconds: Sequence[float] = ()
-    predict_seconds: Sequence[float] = ()
+    train_seconds: Sequence[float | None] = ()
+    predict_seconds: Sequence[float | None] = ()
 
 
 @dataclass(frozen=True)

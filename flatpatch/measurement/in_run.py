@@ -1,4 +1,4 @@
-"""Measuring at points of a run, for whatever hook or loop trains: ``Measurer(description).at("before", ...)``."""
+"""Measuring at points of a run, for whatever hook or loop trains: ``Measurer(run).at("before", ...)``."""
 
 from __future__ import annotations
 

@@ -467,7 +467,6 @@ def test_nothing_is_measured_that_was_not_asked_for(tmp_path: Path) -> None:
     model, batches = linear_problem()
     arguments: dict[str, Any] = {"task_index": 0, "task": "a", "model": model, "sample": Sample(batches, 12)}
     assert Measurer({"measure": None}).at("before", **arguments) == []
-    assert Measurer(None).at("before", **arguments) == []
     assert measurer(tmp_path, ask(when="after")).at("before", **arguments) == []
     assert list(tmp_path.iterdir()) == []
 

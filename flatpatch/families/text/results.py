@@ -57,8 +57,8 @@ def collect(plan: Plan, stages: int) -> Results:
     return Results(
         accuracy=metrics.to_lists(found.accuracy),
         sample_weighted=found.sample_weighted,
-        train_seconds=[seconds for seconds in found.train_seconds if seconds is not None],
-        predict_seconds=[seconds for seconds in found.predict_seconds if seconds is not None],
+        train_seconds=found.train_seconds,
+        predict_seconds=found.predict_seconds,
     )
 
 
