@@ -188,9 +188,9 @@ def _compare(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from flatpatch.runner import sweep
+    from flatpatch.runner import report
 
-    return sweep.show(words)
+    return report.show(words)
 
 
 def _measure(words: list[str]) -> int:

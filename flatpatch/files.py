@@ -1,13 +1,15 @@
-"""Files: written whole or not at all, hashed, locked, and found to have room."""
+"""Files and folders: written whole or not at all, hashed, locked, and found to have room."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +25,32 @@ LONGEST_NAME = 240
 _BLOCK = 2**20
 
 
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """Give a place to write to; what is there takes the place of ``path`` when the block ends.
+
+    A reader, or a crash, sees the old file or the new one and nothing between. A block that fails leaves the old one.
+
+    Args:
+        path: The file; its folder is there.
+
+    Yields:
+        Where to write: a new name in the same folder.
+    """
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between.
+    """Write a file as ``written_atomically`` does, and say where the disk is full.
 
     Args:
         path: The file; its folder is there.
@@ -33,22 +59,36 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         DiskFull: If the disk is full.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        with written_atomically(path) as unfinished:
+            unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    except OSError as error:
         if is_disk_full(error):
             raise DiskFull(
                 f"the disk is full: {path} was not written. Free some space and run the same command again."
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill, which becomes ``folder`` when the block ends: that one is whole or not there.
+
+    What a killed process left of an earlier attempt goes away, so no two processes may do this at the same time.
+
+    Args:
+        folder: Not there yet; the folder around it is.
+
+    Yields:
+        The folder to fill.
+    """
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as holder:
+        unfinished = Path(holder) / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.rename(folder)
 
 
 def read_json(path: Path) -> Any:
@@ -104,21 +144,21 @@ def _add(total: hashlib._Hash, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, taken: str) -> Iterator[None]:
+def locked(path: Path, taken: str | None = None) -> Iterator[None]:
     """Hold a lock, which the system lets go when this process ends, however it ends.
 
     Args:
         path: The lock's file; made if it is missing.
-        taken: The message where another process holds it.
+        taken: The message where another process holds it; None to wait until that one lets it go.
 
     Raises:
         UserError: If another process holds it, or it cannot be made.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if taken is None else 0)
     except Timeout:
-        raise UserError(taken) from None
+        raise UserError(str(taken)) from None
     except OSError as error:
         raise UserError(f"the folder {path.parent} cannot be written: {path.name}: {error.strerror}.") from error
     try:

@@ -9,12 +9,14 @@ and say in their names what they are instead. Metrics that compare an old task w
 not exist for one task, and are None there too.
 
 Papers disagree on the meaning of "forgetting" and "average accuracy"; where a paper's own
-formula differs from the one here it has its own function, named for the paper.
+formula differs from the one here it has its own function, named for the paper. ``METRICS`` holds
+for each one its title, its direction and its meaning, which nothing else says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -246,8 +248,198 @@ def averaged_accuracy_inflora(sample_weighted: Sequence[float | None]) -> float 
     return _mean(values)
 
 
+def sample_weighted_accuracy(sample_weighted: Sequence[float | None]) -> float | None:
+    """Return the accuracy over all test samples after the last task, as upstream prints it.
+
+    Args:
+        sample_weighted: (T,) percent, as for ``averaged_accuracy_inflora``.
+
+    Returns:
+        Percent, or None if it was not evaluated.
+    """
+    last = sample_weighted[-1]
+    return None if last is None or np.isnan(last) else float(last)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What readers are told of a metric.
+
+    Attributes:
+        title: Its name, without its unit.
+        meaning: How it is made, in a line.
+        brief: Likewise in the few words that a table on the terminal has room for; empty keeps it off that table.
+        headline: Whether it is among the first numbers of a page.
+    """
+
+    title: str
+    meaning: str
+    brief: str = ""
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: all that is said of it anywhere.
+
+    Attributes:
+        name: In the record.
+        formula: Makes it of what it needs.
+        unit: ``%`` or ``points``.
+        better: Whether ``higher`` or ``lower`` is better.
+        words: For runs whose tasks are data sets.
+        of_classes: For runs whose tasks are groups of one data set's classes; None where the words are the same.
+        needs: The arguments of ``summarise`` that the formula takes.
+        compared: Whether runs are compared by it without being asked to.
+    """
+
+    name: str
+    formula: Callable[..., float | None]
+    unit: str
+    better: str
+    words: Words
+    of_classes: Words | None = None
+    needs: tuple[str, ...] = ("accuracy",)
+    compared: bool = False
+
+    def say(self, classes: bool) -> Words:
+        """Return its words for runs of a kind; ``classes`` where their tasks are groups of classes."""
+        return self.of_classes if classes and self.of_classes else self.words
+
+
+# In the order in which tables have them.
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "average_accuracy",
+            average_accuracy,
+            "%",
+            "higher",
+            Words(
+                "average accuracy",
+                "mean over tasks after the last one; the papers' AA",
+                "mean over tasks; the papers' AA",
+                headline=True,
+            ),
+            Words(
+                "average accuracy",
+                "mean over tasks after the last one; no paper's number",
+                "mean over tasks after the last",
+            ),
+            compared=True,
+        ),
+        Metric(
+            "sample_weighted_accuracy",
+            sample_weighted_accuracy,
+            "%",
+            "higher",
+            Words(
+                "sample-weighted accuracy",
+                "over all test samples after the last task",
+                "upstream's predict_exact_match",
+            ),
+            Words(
+                "final accuracy",
+                "over all test images after the last task; the papers' A_T",
+                "all test images; the papers' A_T",
+                headline=True,
+            ),
+            needs=("sample_weighted",),
+            compared=True,
+        ),
+        Metric(
+            "averaged_accuracy_inflora",
+            averaged_accuracy_inflora,
+            "%",
+            "higher",
+            Words("averaged accuracy", "over all test samples seen, averaged over the training"),
+            Words(
+                "averaged accuracy",
+                "over all test images seen, averaged over the training",
+                "mean of that over the tasks",
+                headline=True,
+            ),
+            needs=("sample_weighted",),
+            compared=True,
+        ),
+        Metric(
+            "forgetting",
+            forgetting,
+            "points",
+            "lower",
+            Words(
+                "forgetting",
+                "best earlier accuracy minus the last, mean over old tasks",
+                "best earlier minus last, old tasks",
+                headline=True,
+            ),
+            compared=True,
+        ),
+        Metric(
+            "backward_transfer",
+            backward_transfer,
+            "points",
+            "higher",
+            Words(
+                "backward transfer",
+                "last accuracy minus that right after training, mean over old tasks (GEM)",
+                "last minus just trained, old tasks",
+                headline=True,
+            ),
+        ),
+        Metric(
+            "forward_transfer",
+            forward_transfer,
+            "points",
+            "higher",
+            Words("forward transfer", "accuracy before training minus chance (GEM)"),
+            needs=("accuracy", "random_accuracy"),
+        ),
+        Metric(
+            "learning_accuracy",
+            learning_accuracy,
+            "%",
+            "higher",
+            Words("learning accuracy", "accuracy right after training a task, mean over tasks", headline=True),
+            Words("learning accuracy", "accuracy right after training a task, mean over tasks"),
+        ),
+        Metric(
+            "average_over_steps",
+            average_over_steps,
+            "%",
+            "higher",
+            Words("average over steps", "mean accuracy of the tasks seen, averaged over the training"),
+        ),
+        Metric(
+            "forgetting_lower_bound",
+            forgetting_lower_bound,
+            "points",
+            "lower",
+            Words("forgetting, lower bound", "forgetting from the evaluations there are, where some are missing"),
+        ),
+        Metric(
+            "forgetting_mehta",
+            forgetting_mehta,
+            "points",
+            "lower",
+            Words("forgetting, Mehta's", "Mehta et al.'s own formula"),
+        ),
+        Metric(
+            "forgetting_cllora",
+            forgetting_cllora,
+            "points",
+            "lower",
+            Words("forgetting, never negative", "best accuracy, the last one too, minus the last, mean over old tasks"),
+        ),
+    )
+}
+# What one line for a run, or for a set of runs, has room for.
+IN_A_LINE = ("average_accuracy", "forgetting")
+
+
 def summarise(
-    accuracy: ArrayLike,
+    accuracy: ArrayLike | None,
     *,
     sample_weighted: Sequence[float | None] | None = None,
     random_accuracy: ArrayLike | None = None,
@@ -255,7 +447,7 @@ def summarise(
     """Return every metric under its own name, as a run's record keeps them.
 
     Args:
-        accuracy: (T, T) percent, NaN where not evaluated.
+        accuracy: (T, T) percent, NaN where not evaluated; None if it is not known.
         sample_weighted: (T,) percent over all test samples after each task (upstream's printed
             ``predict_exact_match``), if known.
         random_accuracy: (T,) percent of the untrained model, if known.
@@ -266,23 +458,15 @@ def summarise(
     Raises:
         ValueError: If a shape or a value does not fit.
     """
-    a = _checked(accuracy)
-    steps = [None] * len(a) if sample_weighted is None else list(sample_weighted)
-    if len(steps) != len(a):
-        raise ValueError(f"sample_weighted must have {len(a)} entries, one per step; got {len(steps)}.")
-    last = steps[-1]
+    a = None if accuracy is None else _checked(accuracy)
+    if a is not None and sample_weighted is not None and len(sample_weighted) != len(a):
+        raise ValueError(f"sample_weighted must have {len(a)} entries, one per step; got {len(sample_weighted)}.")
+    given = {"accuracy": a, "sample_weighted": sample_weighted, "random_accuracy": random_accuracy}
     return {
-        "average_accuracy": average_accuracy(a),
-        "sample_weighted_accuracy": None if last is None or np.isnan(last) else float(last),
-        "forgetting": forgetting(a),
-        "forgetting_lower_bound": forgetting_lower_bound(a),
-        "backward_transfer": backward_transfer(a),
-        "forward_transfer": None if random_accuracy is None else forward_transfer(a, random_accuracy),
-        "learning_accuracy": learning_accuracy(a),
-        "average_over_steps": average_over_steps(a),
-        "averaged_accuracy_inflora": averaged_accuracy_inflora(steps),
-        "forgetting_mehta": forgetting_mehta(a),
-        "forgetting_cllora": forgetting_cllora(a),
+        metric.name: None
+        if any(given[name] is None for name in metric.needs)
+        else metric.formula(*(given[name] for name in metric.needs))
+        for metric in METRICS.values()
     }
 
 

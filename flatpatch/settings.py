@@ -266,8 +266,12 @@ def describe(methods: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def split_word(word: str) -> tuple[str, str]:
+def split_word(word: str, example: str = "rho=0.05") -> tuple[str, str]:
     """Split ``key=value`` at its first ``=``; the value may hold more of them.
+
+    Args:
+        word: The word.
+        example: What a word may be, for the message.
 
     Raises:
         UserError: If the word is not of that form.
@@ -279,21 +283,43 @@ def split_word(word: str) -> tuple[str, str]:
         example = bare if "=" in bare else f"{bare}=VALUE"
         raise UserError(f"'{word}' is not a setting. Settings are written key=value: {example}. See --help.")
     if "=" not in word:
-        raise UserError(f"'{word}' is not a setting. Settings are written key=value, e.g. rho=0.05. See --help.")
+        raise UserError(f"'{word}' is not a setting. Settings are written key=value, e.g. {example}. See --help.")
     key, value = word.split("=", 1)
     return key, value
 
 
-def once(verb: str, words: Sequence[str]) -> dict[str, str]:
-    """Return the values of a verb whose lists stand in one word, so that a key given twice would lose some.
+def read_words(verb: str, words: Sequence[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Read the words of a verb other than run and sweep: all of its lists stand in one word each.
 
-    Raises:
-        UserError: If a word is not of the form ``key=value``, or a key is given twice.
+    Args:
+        verb: Its name, for the messages.
+        words: The words.
+        known: The keys that it takes.
+
+    Returns:
+        The values by their keys, and every mistake: no ``key=value``, unknown, empty, or given twice, by which one of
+        both would be lost.
     """
-    pairs = [split_word(word) for word in words]
-    if twice := repeated([key for key, _ in pairs]):
-        raise UserError(f"{twice}= is given twice. {verb} takes several with commas between them: {twice}=A,B.")
-    return {key: value.strip() for key, value in pairs}
+    given: dict[str, str] = {}
+    problems: list[str] = []
+    for word in words:
+        try:
+            key, value = split_word(word, f"{known[0]}=VALUE")
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        value = value.strip()
+        if key not in known:
+            problems.append(
+                f"unknown setting '{key}' of {verb}.{did_you_mean(key, known)} Known settings: {', '.join(known)}."
+            )
+            continue
+        if key in given:
+            problems.append(f"{key}= is given twice. Several values have commas between them: {key}=A,B.")
+        elif not value:
+            problems.append(f"{key}= is empty. See {verb.split()[0]} --help.")
+        given.setdefault(key, value)
+    return given, problems
 
 
 def named_runs(value: str) -> list[str]:

@@ -6,10 +6,13 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.families.base import LoggedRun
+from flatpatch.families.vision import logs
+from flatpatch.families.vision.comparing import as_logged
 from flatpatch.families.vision.splits import HASHES, LOGGED, list_key
 from flatpatch.metrics import from_lists, summarise, to_lists
 from flatpatch.report.baselines import load_baseline
+from flatpatch.upstreams import UPSTREAMS
 from tests.report_records import make_record
 
 Matrix = Sequence[Sequence[float | None]]
@@ -112,7 +115,7 @@ def logged_runs(change: Callable[[int, Matrix], Matrix] = lambda _, matrix: matr
         rows = [[x for x in row if x is not None] for row in change(run["seed"], run["accuracy_matrix"])]
         same = rows == [[x for x in row if x is not None] for row in run["accuracy_matrix"]]
         runs.append(
-            LoggedRun(
+            logs.LoggedRun(
                 seed=run["seed"],
                 settings={
                     **{
@@ -132,7 +135,7 @@ def logged_runs(change: Callable[[int, Matrix], Matrix] = lambda _, matrix: matr
                 first_line=1 + 144 * number,
             )
         )
-    return runs
+    return [as_logged(run, [UPSTREAMS["inflora"], UPSTREAMS["cllora"]]) for run in runs]
 
 
 def _changed(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

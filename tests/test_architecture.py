@@ -11,11 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from flatpatch.upstreams import UPSTREAMS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flatpatch"
-SUBJECTS = ("patches", "sam", "flatness")
-# What every part may use: messages, and the one formula behind each metric's name.
-GROUND = ("flatpatch.errors", "flatpatch.timing", "flatpatch.metrics")
+# From the ground up. A part may use the layers below its own, and in its own layer what stands before it.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "timing", "terminal", "progress", "files", "measuring", "settings", "contract", "metrics"),
+    ("sam", "flatness", "patches"),
+    ("families",),
+    ("upstreams",),
+    ("measurement", "report", "comparison"),
+    ("runner", "hooks"),
+    ("__main__",),
+)
+# Parts of a layer that know nothing of each other.
+BLIND = ({"sam", "flatness", "patches"}, {"families.text", "families.vision"}, {"measurement", "report"})
 
 
 def files_of(part: str) -> list[Path]:
@@ -54,10 +65,117 @@ def test_imports_are_found_in_every_form(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(imports(path)) == ["a.b", "c", "d.e", "flatpatch.report.g", "flatpatch.sam.f", "i"]
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_subject_imports_nothing_of_flatpatch_but_the_ground(subject: str) -> None:
-    foreign = [breach for breach in breaches(subject, GROUND) if " imports flatpatch" in breach]
-    assert foreign == []
+def part_of(name: str) -> str:
+    """Return the part of the package that a module is of: its first name below ``flatpatch``."""
+    return (name.split(".") + [""])[1]
+
+
+def arrows() -> dict[str, set[str]]:
+    """Return for each module of the package the modules of the package that it imports, type checking included."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = {name for name in imports(path) if name.startswith("flatpatch.")}
+        whole = {name if name in modules else name.rpartition(".")[0] for name in names}
+        found[module] = (whole & modules.keys()) - {module}
+    return found
+
+
+def test_each_part_has_its_layer() -> None:
+    parts = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert parts - {"__init__"} == {part for layer in LAYERS for part in layer}
+
+
+def test_imports_point_down() -> None:
+    print("\n".join(f"{number}  {', '.join(layer)}" for number, layer in enumerate(LAYERS)))
+    height = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+    breaches = [
+        f"{module} (layer {height[part_of(module)]}) imports {name} (layer {height[part_of(name)]})"
+        for module, names in arrows().items()
+        for name in names
+        if module != "flatpatch" and name != "flatpatch" and height[part_of(name)] > height[part_of(module)]
+    ]
+    assert breaches == []
+
+
+@pytest.mark.parametrize("blind", BLIND, ids=lambda blind: "-".join(sorted(blind)))
+def test_parts_that_are_blind_to_each_other_do_not_import_each_other(blind: set[str]) -> None:
+    def of(name: str) -> str:
+        return next((part for part in blind if f"{name}.".startswith(f"flatpatch.{part}.")), "")
+
+    breaches = [
+        f"{module} imports {name}"
+        for module, names in arrows().items()
+        for name in names
+        if of(module) and of(name) and of(module) != of(name)
+    ]
+    assert breaches == []
+
+
+def test_no_import_circle() -> None:
+    """Imports inside functions count, those for type checking alone do not: they are never carried out."""
+    found: list[list[str]] = []
+    graph = {module: sorted(names) for module, names in running_arrows().items()}
+
+    def walk(module: str, path: list[str], done: set[str]) -> None:
+        if module in path:
+            found.append(path[path.index(module) :])
+            return
+        if module not in done:
+            for name in graph[module]:
+                walk(name, [*path, module], done)
+            done.add(module)
+
+    done: set[str] = set()
+    for module in graph:
+        walk(module, [], done)
+    assert found == []
+
+
+def running_arrows() -> dict[str, set[str]]:
+    """As ``arrows``, without imports for type checking, and without a package's own files importing the package."""
+    drawn = arrows()
+    for module in drawn:
+        base = PACKAGE.parent / Path(*module.split("."))
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        checked = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                block = ast.unparse(node.body)  # type: ignore[arg-type]
+                checked |= {
+                    name for name in drawn[module] if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", block)
+                }
+        drawn[module] = {name for name in drawn[module] - checked if not module.startswith(f"{name}.")}
+    return drawn
+
+
+# A formula may be named for the code that defines it; settings say for which family they have a meaning.
+NAMED_ALONE = ("families", "upstreams", "settings.py", "metrics.py")
+
+
+def test_no_code_outside_families_and_upstreams_asks_for_a_method_or_a_family() -> None:
+    """Sentences may mention them, in help and in what a number means; no name is compared, looked up or imported."""
+    families = {path.parent.name for path in (PACKAGE / "families").glob("*/__init__.py")}
+    names = families | set(UPSTREAMS) | {row.repository for row in UPSTREAMS.values() if row.repository}
+    room = re.compile(rf"flatpatch\.families\.({'|'.join(families)})\b")
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] in NAMED_ALONE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in names:
+                found.append(f"{place}:{node.lineno}: {node.value!r}")
+            elif isinstance(node, ast.Name | ast.FunctionDef | ast.ClassDef | ast.arg | ast.Attribute):
+                word = (
+                    getattr(node, "id", None) or getattr(node, "name", None) or getattr(node, "arg", None) or node.attr
+                )
+                if set(re.split(r"_|(?<=[a-z])(?=[A-Z])", word.lower())) & set(UPSTREAMS):
+                    found.append(f"{place}:{node.lineno}: {word}")
+            elif isinstance(node, ast.ImportFrom) and place.parts[0] != "hooks" and room.match(node.module or ""):
+                found.append(f"{place}:{node.lineno}: {node.module}")
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -69,30 +187,25 @@ def test_subject_imports_nothing_of_flatpatch_but_the_ground(subject: str) -> No
         ("flatness", ("torch", "numpy", "scipy")),
         ("patches", ("git", "gitdb")),
         ("report", ("matplotlib", "numpy", "scipy", "rich", "jinja2", "PIL")),
-        ("measurement", ("torch", "numpy", "tqdm", "flatpatch.flatness")),
-        (
-            "hooks",
-            (
-                "torch",
-                "safetensors",
-                "flatpatch.timing",
-                "flatpatch.sam",
-                "flatpatch.flatness",
-                "flatpatch.measurement",
-            ),
-        ),
+        ("measurement", ("torch", "numpy")),
+        ("hooks", ()),
+        ("contract", ("pydantic",)),
     ],
 )
 def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, ...]) -> None:
-    assert breaches(part, (*libraries, *GROUND)) == []
+    assert breaches(part, (*libraries, "flatpatch")) == []
 
 
 @pytest.mark.parametrize(
-    "part", ["errors", "timing", "settings", "methods", "patches", "report", "comparison", "measurement"]
+    "part",
+    [
+        *("errors", "timing", "files", "settings", "contract", "upstreams", "patches", "report", "comparison"),
+        *("measurement", "hooks", "runner.resolve"),
+    ],
 )
 def test_part_does_not_load_torch(part: str) -> None:
     """Loading it takes seconds, which a mistyped setting or a report should not cost."""
-    assert files_of(part), f"there is no flatpatch.{part}"
+    assert files_of(part.replace(".", "/")), f"there is no flatpatch.{part}"
     code = f"import sys, flatpatch.{part}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

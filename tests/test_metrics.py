@@ -225,3 +225,20 @@ def test_random_accuracy_of_the_wrong_length_is_refused():
 def test_sample_weighted_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match="must have 3 entries, one per step; got 1"):
         m.summarise(HAND, sample_weighted=[80])
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_each_metric_has_a_title_of_its_own_and_says_what_it_means(classes):
+    words = {name: metric.say(classes) for name, metric in m.METRICS.items()}
+    assert len({said.title for said in words.values()}) == len(words)
+    assert all(said.meaning for said in words.values())
+    assert {metric.better for metric in m.METRICS.values()} == {"higher", "lower"}
+    assert {metric.unit for metric in m.METRICS.values()} == {"%", "points"}
+    # The first numbers of a page stand in the run's own table too, learning accuracy excepted.
+    shown = {name for name, said in words.items() if said.headline}
+    assert len(shown) == 4 and shown - {"learning_accuracy"} <= {name for name, said in words.items() if said.brief}
+
+
+def test_metrics_of_a_curve_alone_are_those_that_need_no_more():
+    known = {name for name, value in m.summarise(None, sample_weighted=[80, 60]).items() if value is not None}
+    assert known == {name for name, metric in m.METRICS.items() if metric.needs == ("sample_weighted",)}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from flatpatch.__main__ import main
 from flatpatch.errors import UserError
+from flatpatch.runner.resolve import parse
 from flatpatch.runner.sweep import expand
-from flatpatch.settings import CHOICES, Settings, describe, parse, split_word
+from flatpatch.settings import CHOICES, Settings, describe, read_words, split_word
+from flatpatch.upstreams import UPSTREAMS
 
 
 def message(*words: str) -> str:
@@ -18,7 +21,7 @@ def message(*words: str) -> str:
 
 def test_defaults_are_taken_where_nothing_is_said() -> None:
     request = parse([])
-    assert request.settings == Settings()
+    assert request.settings == Settings(method="nlora")
     assert set(request.sources.values()) == {"default"}
 
 
@@ -110,8 +113,31 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert all(part in text for part in ("rho='abc'", "'sed'", "'fast'"))
 
 
+def test_words_of_a_verb_are_read_with_every_mistake_at_once() -> None:
+    known = ("run", "page", "margin")
+    assert read_words("report", ["run= a,b ", "page=x=y"], known) == ({"run": "a,b", "page": "x=y"}, [])
+    given, problems = read_words("report", ["run=a", "run=b", "margin= ", "pge=x", "here"], known)
+    assert given == {"run": "a", "margin": ""}
+    assert problems == [
+        "run= is given twice. Several values have commas between them: run=A,B.",
+        "margin= is empty. See report --help.",
+        "unknown setting 'pge' of report. Did you mean 'page'? Known settings: run, page, margin.",
+        "'here' is not a setting. Settings are written key=value, e.g. run=VALUE. See --help.",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["compare", "report", "measure", "patches verify"])
+def test_every_verb_tells_all_mistakes_in_its_words(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "repo" if verb.startswith("patches") else "run"
+    assert main([*verb.split(), f"{key}=a", f"{key}=b", f"{key[:-1]}=c", "here"]) == 2
+    told = capsys.readouterr().err
+    assert f"{key}= is given twice" in told
+    assert f"unknown setting '{key[:-1]}' of {verb}. Did you mean '{key}'?" in told
+    assert "'here' is not a setting" in told
+
+
 def test_help_names_every_setting_and_its_choices() -> None:
-    text = describe()
+    text = describe(list(UPSTREAMS))
     for name in Settings.__dataclass_fields__:
         assert f"  {name}=" in text
     assert "|".join(CHOICES["scope"]) in text

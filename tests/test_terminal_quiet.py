@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flatpatch import terminal
+from flatpatch import progress, terminal
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
-from flatpatch.runner import pages, progress, sweep
+from flatpatch.progress import Progress
+from flatpatch.runner import pages, report
 from flatpatch.runner.figures import tell_figures
-from flatpatch.runner.progress import Progress
 from tests.report_page import make_four
 
 
@@ -40,7 +40,7 @@ def test_work_that_is_told_of_stays_silent(capsys: pytest.CaptureFixture[str], m
 def test_quiet_report_prints_the_runs_and_no_paths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "leave_figures", lambda folder, record: [folder / "figures" / "loss.png"])
+    monkeypatch.setattr(report, "leave_figures", lambda folder, record: [folder / "figures" / "loss.png"])
     monkeypatch.setattr(pages, "make_page", lambda *_, **__: "the page")
     folders = make_four(tmp_path)
     assert main(["report", f"run={tmp_path}", "--quiet"]) == 0

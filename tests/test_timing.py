@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from flatpatch import hooks, timing
-from flatpatch.families import recording
-from flatpatch.families import training
+from flatpatch.families import recording, training
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
+from flatpatch.upstreams import cllora
 from tests import sam_training
 from tests.families.vision.test_hook import TwoSteps, batches, learner, train_two_steps
 
@@ -124,12 +124,12 @@ class Ending(sam_training.TrainerCallback):
 @pytest.fixture
 def image_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_trainings", [])
-    monkeypatch.setattr(images, "_kept_versions", [])
+    monkeypatch.setattr(cllora, "_kept_versions", [])
     images._read.cache_clear()
     places = dict.fromkeys(("device", "data", "weights", "workers", "model", "dataset"))
 
     def start(**sam):
-        more = {"task_index": None, "task": None, "vision": places | {"sam_on": "both"}}
+        more = {"task_index": None, "task": None, "tasks": ["0-3", "4-7"], "vision": places | {"sam_on": "both"}}
         started(tmp_path, monkeypatch, sam, more.items())
 
     yield start

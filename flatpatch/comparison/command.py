@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flatpatch import patches
-from flatpatch.comparison.compare import MARGIN, METRICS, REPRODUCED, compare_logged, compare_runs, signed
+from flatpatch import families, patches
+from flatpatch.comparison.compare import COMPARED, MARGIN, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
-from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.families.vision.logs import read_log
+from flatpatch.errors import UserError, named_path
+from flatpatch.families.base import LoggedRun
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
-from flatpatch.settings import named_runs, repeated, split_word
+from flatpatch.settings import named_runs, read_words, repeated
 from flatpatch.terminal import say
+from flatpatch.upstreams import UPSTREAMS
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
        python -m flatpatch compare log=FILE [key=value ...] [--require reproduced]
@@ -48,10 +49,10 @@ baselines:
 {baselines}
 
 examples:
-  python -m flatpatch compare run=runs/inflora-0,runs/inflora-1,runs/inflora-2
-  python -m flatpatch compare run=runs/olora-order1 baseline=paper_olora
-  python -m flatpatch compare run=inflora-0 metric=forgetting margin=0.5 --require reproduced
-  python -m flatpatch compare log=third_party/InfLoRA/logs/FOLDERS/0.log baseline=inflora_cifar100
+  python -m flatpatch compare run=runs/NAME-seed0,runs/NAME-seed1,runs/NAME-seed2
+  python -m flatpatch compare run=runs/NAME baseline={baseline}
+  python -m flatpatch compare run=NAME metric=forgetting margin=0.5 --require reproduced
+  python -m flatpatch compare log=third_party/REPOSITORY/logs/FOLDERS/0.log
 """
 
 SAME_FILE = "the same file"
@@ -62,8 +63,9 @@ _WIDTH = 110
 def compare(words: Sequence[str]) -> int:
     """Run the verb and return the exit code: 1 if ``--require reproduced`` was not met."""
     if not words or "--help" in words or "-h" in words:
-        names = textwrap.fill(", ".join(list_baselines()), 100, initial_indent="  ", subsequent_indent="  ")
-        print(USAGE.format(margin=MARGIN, metrics=", ".join(METRICS), baselines=names))
+        known = list_baselines()
+        names = textwrap.fill(", ".join(known), 100, initial_indent="  ", subsequent_indent="  ")
+        print(USAGE.format(margin=MARGIN, metrics=", ".join(COMPARED), baselines=names, baseline=known[-1]))
         return 0
     given, required = _parse(words)
     baseline = given.get("baseline")
@@ -140,20 +142,8 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
                 problems.append(f"--require takes the word {REPRODUCED} (got '{value}').")
             required, rest = True, [*words[:i], *words[i + len(used) :]]
             break
-    given: dict[str, str] = {}
-    for word in rest:
-        try:
-            key, value = split_word(word)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if key not in _KEYS:
-            problems.append(f"unknown setting '{key}' of compare.{did_you_mean(key, _KEYS)} Known: {', '.join(_KEYS)}.")
-        elif key in given:
-            problems.append(f"{key}= is given twice. Separate several by commas: {key}=A,B.")
-        elif not value:
-            problems.append(f"{key}= is empty. See compare --help.")
-        given[key] = value
+    given, mistakes = read_words("compare", rest, _KEYS)
+    problems += mistakes
     if ("run" in given) == ("log" in given):
         problems.append("compare takes either run=FOLDER[,FOLDER...] or log=FILE. See compare --help.")
     if problems:
@@ -184,7 +174,7 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
         raise UserError(f"there is no log {path}. The checkouts are elsewhere here: log={place}")
     runs = read_log(path)
     if not runs:
-        raise UserError(f"{path} holds no run of InfLoRA's or CL-LoRA's trainer. Expected a log of theirs.")
+        raise UserError(f"{path} holds no run that can be read. Expected a log that upstream's own code left.")
     result = compare_logged(runs, baseline, **options)
     if result["metrics"] and is_source(path, result["baseline"]["name"]):
         why = f"{result['baseline']['name']} was read from this very file"
@@ -193,6 +183,19 @@ def _compare_log(path: Path, baseline: str | None, options: Mapping[str, Any]) -
         for entry in result["metrics"]:
             entry |= {"verdict": SAME_FILE, "why": why}
     return result
+
+
+def read_log(path: Path) -> list[LoggedRun]:
+    """Read every run in a log that upstream's code left, in the file's order.
+
+    Raises:
+        UserError: If the file cannot be read, or a line of it is damaged.
+    """
+    return [
+        run
+        for family in families.NAMES
+        for run in families.load(family).read_log(path, [row for row in UPSTREAMS.values() if row.family == family])
+    ]
 
 
 def _in_named_checkout(path: Path) -> Path | None:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatpatch.comparison.differences import Difference, Side, paired_difference, unpaired_difference
-from flatpatch.comparison.images import obstacle_of_images, unchecked_images, unchecked_images_of_log
 from flatpatch.comparison.sides import (
     Matrix,
     Run,
@@ -29,20 +28,21 @@ from flatpatch.comparison.sides import (
     run_of_record,
     runs_of_baseline,
     subject_of,
-    subject_of_log,
 )
 from flatpatch.errors import UserError, did_you_mean
-from flatpatch.families.vision.logs import LoggedRun
-from flatpatch.families.vision.splits import list_hashes
+from flatpatch.families import of_record
+from flatpatch.families.base import LoggedRun
+from flatpatch.metrics import METRICS
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.copies import copied, copied_records
 from flatpatch.report.records import setting
 from flatpatch.report.titles import labels
 from flatpatch.settings import OF_MEASURING, idle_settings
+from flatpatch.upstreams import UPSTREAMS
 
 MARGIN = 1.0
 # Compared unless others are asked for, where both sides have them.
-METRICS = ("average_accuracy", "sample_weighted_accuracy", "averaged_accuracy_inflora", "forgetting")
+COMPARED = tuple(name for name, metric in METRICS.items() if metric.compared)
 REPRODUCED, EQUIVALENT, WITHIN_SPREAD = "reproduced", "equivalent", "within the paper's spread"
 UNDECIDED, OFF, NOT_COMPARABLE = "undecided", "off by", "not comparable because"
 _FROM_BEST = (REPRODUCED, EQUIVALENT, WITHIN_SPREAD, UNDECIDED, OFF, NOT_COMPARABLE)
@@ -65,7 +65,7 @@ def compare_runs(
         baseline: Its name; None takes the first of those that speak of such runs, shipped runs before papers (papers
             first where ``profile=paper`` changed something).
         names: What to call the runs; default: method and seed.
-        metrics: Names as in a record's ``metrics``; default: ``METRICS``, where both sides have them.
+        metrics: Names as in a record's ``metrics``; default: ``COMPARED``, where both sides have them.
         margin: How large a difference still counts as reproduced, in points.
 
     Returns:
@@ -91,10 +91,11 @@ def compare_runs(
     if not obstacle and changed and baseline and load_baseline(baseline)["kind"] != "paper":
         obstacle = f"profile=paper changed {', '.join(changed)}, and {baseline} ran as upstream's code says"
     kind = load_baseline(baseline)["kind"] if baseline else ""
-    obstacle = "; ".join(filter(None, [obstacle, obstacle_of_images(records, names, subject, kind)]))
+    other_data, unchecked = _compare_data(records, names, subject, kind)
+    obstacle = "; ".join(filter(None, [obstacle, other_data]))
     result = _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
     twice = [*copied_records(names, records), *_copied_from(runs, baseline, with_sam)]
-    return result | {"notes": [*twice, *unchecked_images(records, subject, kind)]}
+    return result | {"notes": [*twice, *unchecked]}
 
 
 def compare_logged(
@@ -107,7 +108,7 @@ def compare_logged(
     """Compare the complete runs of an upstream log with a baseline, as ``compare_runs`` does.
 
     Args:
-        runs: What ``read_inflora_log`` or ``read_cllora_log`` gave.
+        runs: What a family's ``read_log`` gave.
         baseline: Its name, or None as for ``compare_runs``.
         metrics: As for ``compare_runs``.
         margin: As for ``compare_runs``.
@@ -121,7 +122,7 @@ def compare_logged(
     complete = [run for run in runs if run.complete]
     if not complete:
         raise UserError(f"the log holds no complete run ({len(runs)} begun). Compare one that reached its last task.")
-    subjects = [subject_of_log(run) for run in complete]
+    subjects = [run.subject for run in complete]
     if any(subject != subjects[0] for subject in subjects):
         raise UserError(
             f"the log holds runs of several kinds: {_words(subjects[0])} and others. Compare one kind at a time."
@@ -135,8 +136,16 @@ def compare_logged(
     result = _compare(sides, subjects[0], chosen, obstacle, metrics, margin, with_sam=False)
     kind = load_baseline(chosen)["kind"] if chosen else ""
     twice = [*copied([_as_copied(side, {"seed": side.seed}) for side in sides]), *_copied_from(sides, chosen, False)]
-    notes = unchecked_images_of_log(_are_shipped(sides, subjects[0]), subjects[0], kind)
-    return result | {"notes": [*twice, *notes]}
+    doubts = complete[0].doubt_data(kind, shipped=_are_shipped(sides, subjects[0]))
+    return result | {"notes": [*twice, *doubts]}
+
+
+def _compare_data(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], subject: Mapping[str, Any], kind: str
+) -> tuple[str, list[str]]:
+    """Compare the runs' data, as their family does; one whose method is not known here has nothing to say."""
+    upstream = UPSTREAMS.get(records[0]["method"])
+    return of_record(records[0]).compare_data(upstream, subject, records, names, kind) if upstream else ("", [])
 
 
 def _as_copied(run: Run, trained_with: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], Matrix]:
@@ -208,7 +217,7 @@ def _compare(
         ]
         known = [row["record_metric"] for _, row in rows]
     else:
-        known = [metric for metric in metrics or METRICS if all(_has(run, metric) for run in [*runs, *theirs])]
+        known = [metric for metric in metrics or COMPARED if all(_has(run, metric) for run in [*runs, *theirs])]
         compared = [_against_runs(runs, theirs, metric, margin) for metric in known]
     for metric in metrics or ():
         if metric not in known:
@@ -422,8 +431,8 @@ def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> No
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     keys = {*one["settings"], *other["settings"]} - set(_OWN) - (idle_settings(one) & idle_settings(other))
-    if all(list_hashes(record.get("inputs", {})) for record in (one, other)):
-        keys -= {"data"}  # the images are compared, not where they lie
+    if all(of_record(record).knows_data(record) for record in (one, other)):
+        keys -= {"data"}  # what they hold is compared, not where they lie
     found = [key for key in keys if setting(one, key) != setting(other, key)]
     found += [key for key in ("benchmark", "profile", "engine", "tasks") if one[key] != other[key]]
     pins = [(record["upstream"] or {}).get("pin") for record in (one, other)]
@@ -442,16 +451,9 @@ def _check_seeds(seeds: Sequence[int | None], names: Sequence[str]) -> None:
 def _check_request(metrics: Sequence[str] | None, margin: float) -> None:
     if not (0 < margin < 100):
         raise UserError(f"margin={margin:g} is out of range (expected points of accuracy, over 0 and under 100).")
-    known = [*METRICS, *_OTHER_METRICS]
     for metric in metrics or ():
-        if metric not in known:
-            raise UserError(f"unknown metric '{metric}'.{did_you_mean(metric, known)} Known: {', '.join(known)}.")
-
-
-_OTHER_METRICS = (
-    *("learning_accuracy", "average_over_steps", "backward_transfer", "forward_transfer"),
-    *("forgetting_lower_bound", "forgetting_mehta", "forgetting_cllora"),
-)
+        if metric not in METRICS:
+            raise UserError(f"unknown metric '{metric}'.{did_you_mean(metric, METRICS)} Known: {', '.join(METRICS)}.")
 
 
 def _has(run: Run, metric: str) -> bool:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, cast
 
 from flatpatch.families.base import Family
+
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg))
 
 
 def load(name: str) -> Family:
     """Return the functions of a family, such as that of an upstream's row."""
     return cast(Family, importlib.import_module(f"{__name__}.{name}"))
+
+
+def family_of(record: Mapping[str, Any]) -> str:
+    """Return the family of a recorded run; records of earlier versions do not name it."""
+    return record.get("family") or ("vision" if "benchmark" in record["settings"] else "text")
+
+
+def of_record(record: Mapping[str, Any]) -> Family:
+    """Return the functions of a recorded run's family."""
+    return load(family_of(record))

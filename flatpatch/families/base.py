@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +89,7 @@ class Upstream:
         seed: What upstream's script or configuration runs with.
         reference: Whether there is a reference implementation.
         conflicts: Where paper and repository disagree.
+        metric_words: By metric of the record: what its paper or its code calls it.
     """
 
     family: ClassVar[str]
@@ -99,6 +100,7 @@ class Upstream:
     seed: int = 42
     reference: bool = True
     conflicts: tuple[Conflict, ...] = ()
+    metric_words: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, settings: Settings) -> list[str]:
         """Return what is wrong with settings for this method, one message each."""
@@ -240,6 +242,39 @@ class Results:
 
 
 @dataclass(frozen=True)
+class LoggedRun:
+    """A run in a log that upstream's own code left.
+
+    Attributes:
+        subject: What it is a run of, as ``Family.subject`` says it of a record.
+        first_line: Where it begins in the file, from 1.
+        complete: Whether it reached its last task.
+        settings: Those printed that say what it computed, beside the seed and the subject.
+        order: What it learned, in the order of learning; None where that is upstream's own for the seed.
+        accuracy: After task i, on task j, in percent; None where the log does not tell it by task.
+        sample_weighted: After each task, over all test examples, in percent.
+    """
+
+    subject: Mapping[str, Any]
+    seed: int
+    first_line: int
+    complete: bool
+    settings: Mapping[str, str]
+    order: tuple[object, ...] | None
+    accuracy: Sequence[Sequence[float | None]] | None
+    sample_weighted: Sequence[float | None]
+
+    def doubt_data(self, kind: str, *, shipped: bool) -> list[str]:
+        """Return, as sentences, what cannot be known of its data.
+
+        Args:
+            kind: The baseline's, such as ``paper``; empty where there is none.
+            shipped: Whether it is a run of a log that upstream ships.
+        """
+        return []
+
+
+@dataclass(frozen=True)
 class FinishedRun(ABC):
     """A finished run, its folder and its record; what follows from these depends on what was learned."""
 
@@ -348,6 +383,9 @@ class FinishedRun(ABC):
 class Family(Protocol):
     """The functions of a family's package."""
 
+    # Whether its tasks are groups of one data set's classes; else each is a data set.
+    LEARNS_CLASSES: bool
+
     def plan(self, upstream: Any, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:
         """Resolve every ``auto``, read upstream's settings, and check whatever can be checked without starting.
 
@@ -373,4 +411,42 @@ class Family(Protocol):
 
         Raises:
             UserError: If it is not one that can be.
+        """
+
+    def subject(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a run is a run of, in the form of a baseline's ``applies_to``."""
+
+    def knows_data(self, record: Mapping[str, Any]) -> bool:
+        """Return whether a record tells runs on other data apart, wherever the data lie."""
+
+    def compare_data(
+        self,
+        upstream: Any,
+        subject: Mapping[str, Any],
+        records: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        kind: str,
+    ) -> tuple[str, list[str]]:
+        """Compare the data of runs with each other's and with those behind a baseline.
+
+        Args:
+            upstream: The method.
+            subject: What they are runs of.
+            records: Theirs.
+            names: What to call the runs.
+            kind: The baseline's, such as ``paper``; empty where there is none.
+
+        Returns:
+            Which difference forbids a comparison, empty if none is known; and, as sentences, what cannot be known.
+        """
+
+    def read_log(self, path: Path, upstreams: Iterable[Any]) -> list[LoggedRun]:
+        """Read every run in a log that the code of this family's repositories left, in the file's order.
+
+        Args:
+            path: The log.
+            upstreams: The family's methods.
+
+        Raises:
+            UserError: If the file cannot be read, or a line of it is damaged.
         """

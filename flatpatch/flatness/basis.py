@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from flatpatch.files import written_atomically
 
 Progress = Callable[[int, int, str], None]
 """Called with the products done, the most that will be needed, and one line on how far it has come."""
@@ -166,14 +166,8 @@ def random_vectors(
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that a kill at any moment leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with written_atomically(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.files import written_atomically
 from flatpatch.flatness.basis import Progress
 from flatpatch.flatness.content import problem_content
 from flatpatch.flatness.directions import Direction
@@ -385,13 +385,8 @@ def save_landscape(result: Landscape, path: Path) -> None:
         **{f"axis_{k}": axis for k, axis in enumerate(result.axes)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_atomically(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_landscape(path: Path) -> Landscape:

@@ -29,16 +29,15 @@ names are relative to the run's folder.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from flatpatch.files import written_atomically
 
 SCHEMA = 1
 FOLDER = "flatness"
@@ -80,31 +79,17 @@ def stem(task_index: int, task: str, when: str) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all; numbers must be finite."""
-    _write(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write an ``.npz`` file whole or not at all."""
-    with tempfile.TemporaryFile() as buffer:
-        np.savez_compressed(buffer, **arrays)
-        buffer.seek(0)
-        _write(path, buffer.read())
-
-
-def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    with written_atomically(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def entries(content: Mapping[str, Any], file: str) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.sample import SEED, Sample
 from flatpatch.flatness import Loss, model_loss
 from flatpatch.flatness.guard import random_states_kept, working_copy
@@ -22,27 +21,6 @@ from flatpatch.measuring import Request, read_request
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
 
-_DESCRIPTION = ("request", "folder", "by")
-
-
-def read_description(values: Any, where: str) -> tuple[Request, Path]:
-    """Check what a run's description says of measuring: what, into which folder, and by which class.
-
-    Raises:
-        UserError: With what is wrong with it.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is not an object or null.")
-    problems = [
-        f"{where} has an unknown key {key!r}.{did_you_mean(key, _DESCRIPTION)}"
-        for key in values
-        if key not in _DESCRIPTION
-    ]
-    problems += [f"{where} has no {key!r}" for key in _DESCRIPTION if key not in values]
-    if problems:
-        raise UserError.collect(problems)
-    return read_request(values["request"], f"{where}.request"), Path(values["folder"])
-
 
 class Measurer:
     """Measures a model that is being trained, without changing anything of the training.
@@ -51,22 +29,21 @@ class Measurer:
     fails is said loudly and written into the measurement's file; the training goes on.
     """
 
-    def __init__(self, description: Mapping[str, Any] | None, *, progress: Progress | None = None) -> None:
+    def __init__(self, run: Mapping[str, Any], *, progress: Progress | None = None) -> None:
         """Read what is asked for.
 
         Args:
-            description: The run's; its ``measure`` is null or ``{"request", "folder"}``.
+            run: The run's description (:mod:`flatpatch.contract`).
             progress: Called during the work.
 
         Raises:
-            UserError: If the description is not valid.
+            UserError: If the request is not valid.
         """
-        asked = (description or {}).get("measure")
         self._progress = progress
         self._note = ""
         self.request: Request | None = None
-        if asked is not None:
-            self.request, self._folder = read_description(asked, "measure")
+        if (asked := run.get("measure")) is not None:
+            self.request, self._folder = read_request(asked["request"], "measure.request"), Path(asked["folder"])
 
     def wants(self, when: str) -> bool:
         """Tell whether anything is measured at this time."""
@@ -134,7 +111,7 @@ class Measurer:
                 loss=loss,
                 title=title,
                 say=self._say,
-                progress=None if self._progress is None else lambda n, of: self._tell(f"measure {when}", n, of),
+                progress=lambda _scope, done, total, _text: self._tell(f"measure {when}", done, total),
             )
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
@@ -159,9 +136,9 @@ class Measurer:
             self._say(f"FAILED {title}: its files were not written: {failure} (the training goes on)")
             return []
 
-    def _tell(self, phase: str, done: int, total: int) -> None:
+    def _tell(self, phase: str, done: float, total: float) -> None:
         if self._progress is not None:
-            self._progress(phase, done, total, self._note)
+            self._progress(phase, round(done), max(1, round(total)), self._note)
 
     def _say(self, text: str) -> None:
         self._note = text

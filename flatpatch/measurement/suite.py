@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flatpatch.errors import UserError
 from flatpatch.flatness import (
@@ -42,8 +40,8 @@ SEED = 0
 ASAM_RHO = 0.5
 _LOUD_SECONDS = 60.0
 Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
-"""Called with the seconds of planned work done and planned in all."""
+Progress = Callable[[str, float, float, str], None]
+"""Called with a scope, the seconds of planned work done and planned in all for it, and what is measured now."""
 
 
 @dataclass
@@ -101,7 +99,6 @@ def measure_model(
     title: str = "",
     say: Say = print,
     progress: Progress | None = None,
-    bar: bool = True,
 ) -> tuple[dict[str, ScopeResult], list[float]]:
     """Measure a model as it is, in evaluation mode. Use a copy of a model that is being trained.
 
@@ -110,10 +107,9 @@ def measure_model(
         batches: The sample.
         request: What to measure.
         loss: Mean loss of a batch.
-        title: What is measured, for the progress bar and the estimate.
+        title: What is measured, for the estimate.
         say: Where the estimate goes.
         progress: Called now and then.
-        bar: Whether a terminal shows a bar.
 
     Returns:
         A result per scope, and the loss terms of each batch. What fails is in the result's ``errors``.
@@ -126,7 +122,7 @@ def measure_model(
         try:
             problem = Problem(model, batches, loss, scope=scope)
             terms = list(problem.num_terms)
-            _measure_scope(problem, request, result, f"{title}, {scope}" if title else scope, say, progress, bar)
+            _measure_scope(problem, request, result, f"{title}, {scope}" if title else scope, say, progress)
         except Exception as error:  # whatever it is: training must go on
             result.errors.setdefault("loss", _reason(error))
         result.seconds = round(time.perf_counter() - started, 3)
@@ -134,7 +130,7 @@ def measure_model(
 
 
 def _measure_scope(
-    problem: Problem, request: Request, result: ScopeResult, title: str, say: Say, progress: Progress | None, bar: bool
+    problem: Problem, request: Request, result: ScopeResult, title: str, say: Say, progress: Progress | None
 ) -> None:
     result.num_parameters = problem.size
     result.loss = problem.loss()
@@ -163,17 +159,16 @@ def _measure_scope(
         "landscape": _landscape,
         "slice": _slice,
     }
-    with _Bar(title, plan, progress, shown=bar) as told:
-        work = _Work(problem, operator, request, effort, result, told)
-        for kind in kinds:
-            told.begin(kind)
-            if kind in ("keskar", "sam", "landscape", "slice"):
-                work.operator = None  # what follows moves the weights: its kept graphs would only take memory
-            try:
-                measures[kind](work)
-            except Exception as error:
-                result.errors[kind] = _reason(error)
-            told.end()
+    work = _Work(problem, operator, request, effort, result, _Course(problem.scope.name, plan, progress))
+    for kind in kinds:
+        work.course.begin(kind)
+        if kind in ("keskar", "sam", "landscape", "slice"):
+            work.operator = None  # what follows moves the weights: its kept graphs would only take memory
+        try:
+            measures[kind](work)
+        except Exception as error:
+            result.errors[kind] = _reason(error)
+        work.course.end()
     result.values = {name: _finite(value) for name, value in result.values.items()}
     result.results = plain(result.results)
 
@@ -221,36 +216,27 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-class _Bar:
-    """A progress bar over planned seconds: each kind fills its share as it goes along, whatever it really takes."""
+class _Course:
+    """Progress over planned seconds: each kind fills its share as it goes along, whatever it really takes."""
 
-    def __init__(self, title: str, plan: Mapping[str, float], progress: Progress | None, *, shown: bool) -> None:
+    def __init__(self, scope: str, plan: Mapping[str, float], progress: Progress | None) -> None:
+        self._scope = scope
         self._plan = plan
         self._total = sum(plan.values()) or 1.0
         self._progress = progress
         self._before = 0.0
         self._kind = ""
-        disable = None if shown else True
-        self._bar = tqdm(total=100, desc=title, unit="%", file=sys.stderr, disable=disable, leave=False)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
     def begin(self, kind: str) -> None:
         self._kind = kind
-        self._bar.set_postfix_str(kind)
         self.update(0, 1)
 
     def update(self, done: int, total: int, text: str = "") -> None:
         share = self._before + self._plan[self._kind] * min(done / total, 1.0)
-        self._bar.n = round(100 * share / self._total)
-        self._bar.set_postfix_str(f"{self._kind} {text}".strip(), refresh=False)
-        self._bar.refresh()
         if self._progress is not None:
-            self._progress(round(share), max(1, round(self._total)))
+            self._progress(
+                self._scope, share, self._total, text if text.startswith(self._kind) else f"{self._kind} {text}".strip()
+            )
 
     def end(self) -> None:
         self.update(1, 1)
@@ -264,7 +250,7 @@ class _Work:
     request: Request
     effort: Effort
     result: ScopeResult
-    bar: _Bar
+    course: _Course
     directions: tuple[Tensor, ...] = ()
     eigenpairs: Eigenpairs | None = None
 
@@ -283,7 +269,7 @@ def _eigenvalues(work: _Work) -> None:
         tol=effort.eigenvalue_tolerance,
         max_products=effort.eigenvalue_products,
         seed=SEED,
-        progress=work.bar.update,
+        progress=work.course.update,
     )
     result = work.result
     result.results["eigenvalues"] = pairs.as_dict()
@@ -304,7 +290,7 @@ def _trace(work: _Work) -> None:
         num_probes=work.effort.trace_probes,
         known=work.eigenpairs,
         seed=SEED + 1,
-        progress=work.bar.update,
+        progress=work.course.update,
     )
     known = len(work.eigenpairs.values) if work.eigenpairs else 0
     work.result.results["trace"] = {**found.as_dict(), "known_eigenvalues": known}
@@ -317,7 +303,7 @@ def _density(work: _Work) -> None:
         num_probes=work.effort.density_probes,
         num_steps=min(work.effort.density_steps, work.problem.size),
         seed=SEED,
-        progress=work.bar.update,
+        progress=work.course.update,
     )
     # A node within a thousandth of the largest is not told from zero by so few steps in float32.
     statistics = spectrum_statistics(found, rounding=1e-3)
@@ -340,7 +326,7 @@ def _batchwise(work: _Work) -> None:
         max_products=work.effort.batch_products,
         restarts=1,
         seed=SEED,
-        progress=work.bar.update,
+        progress=work.course.update,
     )
     work.result.results["batchwise"] = found.as_dict()
     work.result.arrays["batch_eigenvalues"] = found.values.numpy()
@@ -354,7 +340,9 @@ def _batchwise(work: _Work) -> None:
 
 
 def _keskar(work: _Work) -> None:
-    found = keskar_sharpness(work.problem, ascent_steps=work.effort.ascent_steps, seed=SEED, progress=work.bar.update)
+    found = keskar_sharpness(
+        work.problem, ascent_steps=work.effort.ascent_steps, seed=SEED, progress=work.course.update
+    )
     work.result.results["keskar"] = found.as_dict()
     work.result.values |= {"keskar_sharpness": found.phi, "keskar_lower_bound": found.phi_lower_bound}
 
@@ -369,7 +357,7 @@ def _sam(work: _Work) -> None:
             ascent_steps=work.effort.ascent_steps,
             directions=work.directions,
             seed=SEED,
-            progress=work.bar.update,
+            progress=work.course.update,
         )
         work.result.results["sam"][name] = found.as_dict()
         work.result.values |= {f"{name}_sharpness": found.one_step, f"{name}_sharpness_ascent": found.ascent}
@@ -380,7 +368,7 @@ def _landscape(work: _Work) -> None:
     axis = torch.linspace(-1, 1, work.effort.grid_points, dtype=torch.float64).numpy()
     kind = _normalisation(work.problem)
     directions = [random_direction(work.problem, normalisation=kind, seed=seed) for seed in (SEED, SEED + 1)]
-    found = landscape(work.problem, directions, [axis, axis], progress=work.bar.update)
+    found = landscape(work.problem, directions, [axis, axis], progress=work.course.update)
     work.result.results["landscape"] = {**found.about, "shape": list(found.losses.shape)}
     work.result.arrays |= landscape_arrays(found)
     work.result.values["landscape_mean_rise"] = float(found.losses.mean()) - found.origin_loss
@@ -389,7 +377,7 @@ def _landscape(work: _Work) -> None:
 def _slice(work: _Work) -> None:
     axis = torch.linspace(-1, 1, work.effort.slice_points, dtype=torch.float64).numpy()
     direction = random_direction(work.problem, normalisation=_normalisation(work.problem), seed=SEED)
-    found = landscape(work.problem, [direction], [axis], progress=work.bar.update)
+    found = landscape(work.problem, [direction], [axis], progress=work.course.update)
     work.result.results["slice"] = {**found.about, "losses": found.losses.tolist(), "coordinates": axis.tolist()}
     work.result.arrays |= {"slice_coordinates": axis, "slice_losses": found.losses}
     work.result.values["slice_mean_rise"] = float(found.losses.mean()) - found.origin_loss

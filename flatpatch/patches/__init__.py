@@ -3,7 +3,7 @@
 from flatpatch.patches.checks import Verified, fetch_command, inserted_lines, verify, verify_patches
 from flatpatch.patches.cli import cli
 from flatpatch.patches.copies import Built, build, copy_path
-from flatpatch.patches.gitcalls import check_git
+from flatpatch.patches.gitcalls import check_git, in_checkout
 from flatpatch.patches.upkeep import Drift, drift, refresh, show
 from flatpatch.patches.workspace import (
     PROJECT,
@@ -27,6 +27,7 @@ __all__ = [
     "drift",
     "fetch_command",
     "find_checkout",
+    "in_checkout",
     "inserted_lines",
     "is_available",
     "nothing_fetched",

@@ -10,6 +10,7 @@ from flatpatch.patches.checks import verify, verify_patches
 from flatpatch.patches.copies import build
 from flatpatch.patches.upkeep import drift, refresh, show
 from flatpatch.patches.workspace import PROJECT, Workspace, check_name, is_available, skipped_checkouts
+from flatpatch.settings import read_words
 
 HELP = """\
 usage: python -m flatpatch patches <verb> [repo=NAME] [key=value ...]
@@ -52,7 +53,7 @@ def cli(arguments: Sequence[str], *, workspace: Workspace = PROJECT) -> int:
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}.{did_you_mean(verb, VERBS)} Known verbs: {', '.join(VERBS)}.")
     function, keys = VERBS[verb]
-    settings = _settings(verb, words, keys)
+    settings = _read(verb, words, keys)
     if "repo" in settings:
         check_name(settings["repo"], workspace)
     for repo in [settings["repo"]] if "repo" in settings else workspace.repositories():
@@ -62,24 +63,11 @@ def cli(arguments: Sequence[str], *, workspace: Workspace = PROJECT) -> int:
     return 0
 
 
-def _settings(verb: str, words: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
-    settings: dict[str, str] = {}
-    problems = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not value:
-            problems.append(f"{word!r} is not key=value, for instance repo=N-LoRA.")
-        elif key not in keys:
-            problems.append(
-                f"unknown setting {key!r} of patches {verb}.{did_you_mean(key, keys)} "
-                f"Known settings: {', '.join(keys)}."
-            )
-        elif key in settings:
-            problems.append(f"{key}= is given twice. Name one.")
-        settings[key] = value
-    if settings.get("patched", "true") not in ("true", "false"):
+def _read(verb: str, words: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
+    settings, problems = read_words(f"patches {verb}", words, keys)
+    if (settings.get("patched") or "true") not in ("true", "false"):
         problems.append(f"patched={settings['patched']} is neither true nor false.")
-    if not re.fullmatch(r"[0-9a-f]{4,40}", settings.get("commit", "0000")):
+    if not re.fullmatch(r"[0-9a-f]{4,40}", settings.get("commit") or "0000"):
         problems.append(
             f"commit={settings['commit']} is no commit (expected its hash, 40 hex digits, or at least 4 of them)."
         )

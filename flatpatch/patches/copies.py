@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import UserError
+from flatpatch.files import digest, locked, made_whole
 from flatpatch.patches.checks import Verified, apply_series, load_patches, verify
 from flatpatch.patches.gitcalls import scratch
 from flatpatch.patches.workspace import PROJECT, Workspace
@@ -59,13 +55,12 @@ def build(repo: str, *, patched: bool = True, into: Path | None = None, workspac
     path = copy_path(repo, tree, parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        (parent / f".{path.name}.lock").touch()
     except OSError as error:
         raise UserError(
             f"the copies' folder {parent} cannot be written: {error.strerror}. Make it writable."
         ) from error
     set_aside = None
-    with _locked(parent / f".{path.name}.lock"):
+    with locked(parent / f".{path.name}.lock"):
         manifest = read_manifest(path)
         if manifest is None or manifest["absent"] != list(verified.absent) or edited_files(path):
             if path.exists():
@@ -115,11 +110,7 @@ def edited_files(copy: Path) -> list[tuple[str, str]]:
 
 
 def _make(path: Path, verified: Verified, tree: str, workspace: Workspace) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed; we hold the lock
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as holder:
-        copy = Path(holder) / path.name
-        copy.mkdir()
+    with made_whole(path) as copy:
         with scratch(verified.checkout) as git:
             git.read_tree(verified.pin)
             if tree != verified.base_tree:
@@ -139,7 +130,6 @@ def _make(path: Path, verified: Verified, tree: str, workspace: Workspace) -> No
             "files": {name: [*_stamp(copy / name), _sha256(copy / name)] for name in files},
         }
         (copy / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        copy.rename(path)
 
 
 def _stamp(file: Path) -> list[int]:
@@ -148,8 +138,9 @@ def _stamp(file: Path) -> list[int]:
 
 
 def _sha256(file: Path) -> str:
-    content = os.readlink(file).encode() if stat.S_ISLNK(file.lstat().st_mode) else file.read_bytes()
-    return hashlib.sha256(content).hexdigest()
+    if stat.S_ISLNK(file.lstat().st_mode):
+        return hashlib.sha256(os.readlink(file).encode()).hexdigest()
+    return digest(file)
 
 
 def _free_name(path: Path) -> Path:
@@ -157,11 +148,3 @@ def _free_name(path: Path) -> Path:
     while (name := path.with_name(f"{path.name}.edited-{number}")).exists():
         number += 1
     return name
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Let one process at a time make a copy; the lock goes with the process, however it ends."""
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

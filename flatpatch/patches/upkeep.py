@@ -7,11 +7,11 @@ change its header, or an earlier patch, edit the patch file and refresh. After a
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.files import write_atomically
 from flatpatch.patches.checks import (
     apply_series,
     checkout_problems,
@@ -249,12 +249,10 @@ def _take_edits(
 
 
 def _write(path: Path, text: str) -> bool:
-    """Write a file in one step if it would change; say whether it did."""
+    """Write a file if it would change; say whether it did."""
     if path.exists() and path.read_bytes() == text.encode():
         return False
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text.encode())
-    os.replace(temporary, path)
+    write_atomically(path, text)
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatpatch.files import digest
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
 from flatpatch.settings import idle_settings, without_effect
 
@@ -61,7 +61,7 @@ class Spread:
     """Mean and sample standard deviation (n - 1) of a few numbers."""
 
     mean: float
-    deviation: float | None  # None for one number
+    standard_deviation: float | None  # None for one number
     n: int
 
 
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> Run:
         record=record,
         steps=read_step_metrics(folder / "metrics.jsonl"),
         images=tuple(path for path in sorted((folder / "figures").rglob("*.png")) if path.name not in _REDRAWN),
-        digest=hashlib.sha256((folder / RECORD_FILE).read_bytes()).hexdigest(),
+        digest=digest(folder / RECORD_FILE),
     )
 
 
@@ -192,7 +192,7 @@ def gaps(groups: Sequence[Group]) -> list[dict[str, str]]:
                     _gap(group, run.seed, "not counted", f"{why}, with {'the same' if same else 'OTHER'} accuracies")
                 )
         own = {run.seed for run in group.runs}
-        others = [other for other in groups if _family(other) == _family(group)]
+        others = [other for other in groups if _series(other) == _series(group)]
         if lacking := list(dict.fromkeys(run.seed for other in others for run in other.runs if run.seed not in own)):
             holders = [other.letter for other in others if any(run.seed in lacking for run in other.runs)]
             rows.append(_gap(group, ", ".join(lacking), "no run", f"there is one in {', '.join(holders)}"))
@@ -232,7 +232,7 @@ def where(groups: Sequence[Group], holders: Sequence[tuple[Group, Run]]) -> str:
     return "; ".join(parts)
 
 
-def _family(group: Group) -> tuple[str, ...]:
+def _series(group: Group) -> tuple[str, ...]:
     """Return what groups share in which one expects the same seeds."""
     return tuple(group.record[key] for key in ("method", "benchmark", "profile", "engine"))
 

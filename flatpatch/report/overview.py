@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flatpatch.metrics import IN_A_LINE, METRICS
+from flatpatch.report.groups import spread
 from flatpatch.report.titles import short_warning
+from flatpatch.settings import HOW_MEASURED, explicit_settings
 
-_COLUMNS = (("average accuracy", "average_accuracy"), ("forgetting", "forgetting"))
+_COLUMNS = tuple((METRICS[name].words.title, name) for name in IN_A_LINE)
+_NAME_WIDTH, _SPREAD_WIDTH = 60, 18  # of the means over seeds
 
 
 def overview(records: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -27,6 +32,48 @@ def overview(records: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         cells = "".join(f"  {_number(record['metrics'].get(key)):>{len(title)}}" for title, key in _COLUMNS)
         lines.append(f"{name:<{width}}{cells}{_state(record)}")
     return "\n".join(lines)
+
+
+def seeds_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return mean, standard deviation (n - 1) and n over runs that differ by their seed, or by what was measured.
+
+    Measuring changes no training. A seed that was run twice counts once, as on the page.
+    """
+    groups: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
+    for record in records:
+        settings = {key: entry["value"] for key, entry in record["settings"].items()}
+        shown = [
+            record["method"],
+            f"order {settings['order']}" if "order" in settings else record["benchmark"],
+            record["profile"],
+            record["engine"],
+            settings["sam"],
+        ]
+        shown += [f"rho={settings['rho']:g}"] if settings["sam"] != "off" else []
+        shown += [
+            f"{key}={value}"
+            for key, value in explicit_settings(record).items()
+            if key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
+            and key not in ("measure", *HOW_MEASURED)
+        ]
+        groups.setdefault(" ".join(shown), {}).setdefault(tuple(record["seeds"]), record)
+    titles = "".join(f" {title:>{_SPREAD_WIDTH}}" for title, _ in _COLUMNS)
+    lines = [f"{'mean and standard deviation over seeds':<{_NAME_WIDTH}}{titles}   n"]
+    for name, own in groups.items():
+        cells = "".join(
+            f" {_spread([member['metrics'].get(key) for member in own.values()]):>{_SPREAD_WIDTH}}"
+            for _, key in _COLUMNS
+        )
+        first, *more = textwrap.wrap(name, _NAME_WIDTH, subsequent_indent="  ")
+        lines += [f"{first:<{_NAME_WIDTH}}{cells} {len(own):>3}", *more]
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    found = spread(values)
+    if found is None:
+        return "-"
+    return _number(found.mean) + ("" if found.standard_deviation is None else f" ± {found.standard_deviation:.2f}")
 
 
 def _number(value: float | None) -> str:

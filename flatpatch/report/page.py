@@ -11,7 +11,7 @@ import io
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from flatpatch.errors import in_one_line
+from flatpatch.families import family_of, of_record
+from flatpatch.metrics import IN_A_LINE, METRICS
 from flatpatch.report import page_figures as drawing
 from flatpatch.report.drawing import HEAT
 from flatpatch.report.flatness_figures import picture_words
@@ -39,55 +41,10 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.records import setting
-from flatpatch.report.titles import of_images, warning
+from flatpatch.report.titles import warning
 from flatpatch.settings import idle_settings
+from flatpatch.upstreams import UPSTREAMS
 
-# Title, whether more is better, and meaning; the definitions are those of flatpatch.metrics.
-METRICS: Mapping[str, tuple[str, str, str]] = {
-    "average_accuracy": ("average accuracy (%)", "higher", "mean over tasks after the last one; the papers' AA"),
-    "sample_weighted_accuracy": (
-        "sample-weighted accuracy (%)",
-        "higher",
-        "over all test samples after the last task; N-LoRA and O-LoRA print it as predict_exact_match",
-    ),
-    "forgetting": ("forgetting (points)", "lower", "best earlier accuracy minus the last, mean over old tasks"),
-    "backward_transfer": (
-        "backward transfer (points)",
-        "higher",
-        "last accuracy minus that right after training, mean over old tasks (GEM)",
-    ),
-    "forward_transfer": ("forward transfer (points)", "higher", "accuracy before training minus chance (GEM)"),
-    "learning_accuracy": ("learning accuracy (%)", "higher", "accuracy right after training a task, mean over tasks"),
-    "average_over_steps": (
-        "average over steps (%)",
-        "higher",
-        "mean accuracy of the tasks seen, averaged over the training; as InfLoRA's paper defines it",
-    ),
-    "averaged_accuracy_inflora": (
-        "averaged accuracy (%)",
-        "higher",
-        "over all test images seen, averaged over the training; InfLoRA's code prints it, CL-LoRA's average",
-    ),
-    "forgetting_lower_bound": (
-        "forgetting, lower bound (points)",
-        "lower",
-        "forgetting from the evaluations there are, where some are missing",
-    ),
-    "forgetting_mehta": ("forgetting, Mehta's (points)", "lower", "Mehta et al.'s own formula"),
-    "forgetting_cllora": ("forgetting, CL-LoRA's (points)", "lower", "CL-LoRA's own formula"),
-}
-HEADLINE = ("average_accuracy", "forgetting", "backward_transfer", "learning_accuracy")
-# Where the image papers' words are others.
-IMAGE_METRICS: Mapping[str, tuple[str, str, str]] = {
-    **METRICS,
-    "average_accuracy": ("average accuracy (%)", "higher", "mean over tasks after the last one; no paper's number"),
-    "sample_weighted_accuracy": (
-        "final accuracy (%)",
-        "higher",
-        "over all test images after the last task; the papers' A_T",
-    ),
-}
-IMAGE_HEADLINE = ("sample_weighted_accuracy", "averaged_accuracy_inflora", "forgetting", "backward_transfer")
 LARGEST_SVG = 150_000  # bytes
 # Of an embedded picture, in pixels, and of all of them on a page, in bytes.
 LARGEST_SIDE = 1400
@@ -106,7 +63,6 @@ def make_page(
     *,
     comparisons: Mapping[str, Mapping[str, Any]] | None = None,
     unreadable: Sequence[str] = (),
-    methods: Mapping[str, str] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> str:
     """Return the page as HTML.
@@ -116,7 +72,6 @@ def make_page(
         comparisons: By a group's letter: how it stands to published numbers, as ``baseline``, ``verdict``, ``why`` and
             ``metrics``; or ``refused``, the reason why it must not be compared.
         unreadable: One sentence for each run that was asked for and could not be read.
-        methods: What each method is called, by its name in the records.
         advance: Called once for each of ``work(groups)`` pieces of drawing, for a progress bar.
 
     Returns:
@@ -127,7 +82,7 @@ def make_page(
         figures = _figures(groups, advance)
     runs = [run for group in groups for run in group.runs]
     context = {
-        "title": _title(groups, methods or {}),
+        "title": _title(groups),
         "groups": groups,
         "runs": runs,
         "common": _common(groups),
@@ -138,6 +93,8 @@ def make_page(
         "conditions": other_conditions(groups),
         "headline": _metric_rows(groups, _headline(groups)),
         "metrics": _metric_rows(groups, _metric_names(groups)),
+        "in_a_line": [(METRICS[name].words.title, name) for name in IN_A_LINE],
+        "lost": METRICS["forgetting"].words.title,
         "matrices": {group.letter: _matrix(group) for group in groups},
         "finals": {group.letter: _finals(group) for group in groups},
         "ascent": [(group, _ascent(group)) for group in groups],
@@ -192,8 +149,9 @@ def work(groups: Sequence[Group]) -> int:
     return sum(1 for _ in _drawings(groups))
 
 
-def _title(groups: Sequence[Group], called: Mapping[str, str]) -> str:
-    methods = list(dict.fromkeys(called.get(own := group.record["method"], own) for group in groups))
+def _title(groups: Sequence[Group]) -> str:
+    names = dict.fromkeys(group.record["method"] for group in groups)
+    methods = [UPSTREAMS[name].title if name in UPSTREAMS else name for name in names]
     benchmarks = list(dict.fromkeys(group.record["benchmark"] for group in groups))
     return f"{', '.join(methods)} on {'; '.join(benchmarks)}"
 
@@ -256,23 +214,39 @@ def _metric_names(groups: Sequence[Group]) -> list[str]:
     return known + [name for name in present if name not in METRICS]
 
 
-def _all_images(groups: Sequence[Group]) -> bool:
-    return all(of_images(run.record) for group in groups for run in group.runs)
+def _learn_classes(groups: Sequence[Group]) -> bool:
+    return all(of_record(run.record).LEARNS_CLASSES for group in groups for run in group.runs)
 
 
-def _headline(groups: Sequence[Group]) -> tuple[str, ...]:
-    return IMAGE_HEADLINE if _all_images(groups) else HEADLINE
+def _headline(groups: Sequence[Group]) -> list[str]:
+    classes = _learn_classes(groups)
+    return [name for name, metric in METRICS.items() if metric.say(classes).headline]
 
 
 def _metric_rows(groups: Sequence[Group], names: Iterable[str]) -> list[dict[str, Any]]:
     rows = []
-    words = IMAGE_METRICS if _all_images(groups) else METRICS
+    classes, headline = _learn_classes(groups), _headline(groups)
+    families = {family_of(run.record) for group in groups for run in group.runs}
     for name in names:
-        title, better, meaning = words.get(name, (name.replace("_", " "), "", ""))
         cells = [spread(run.record["metrics"].get(name) for run in group.counted) for group in groups]
-        if any(cells) or name in _headline(groups):
-            rows.append({"title": title, "better": better, "meaning": meaning, "cells": cells})
+        if not any(cells) and name not in headline:
+            continue
+        row: dict[str, Any] = {"title": name.replace("_", " "), "better": "", "meaning": "", "cells": cells}
+        if metric := METRICS.get(name):
+            words = metric.say(classes)
+            meaning = "; ".join([words.meaning, *_upstreams_words(name, families)])
+            row |= {"title": f"{words.title} ({metric.unit})", "better": metric.better, "meaning": meaning}
+        rows.append(row)
     return rows
+
+
+def _upstreams_words(metric: str, families: Collection[str]) -> list[str]:
+    """Return what the methods of some families call a metric, those with one word for it together."""
+    titles: dict[str, list[str]] = {}
+    for upstream in UPSTREAMS.values():
+        if upstream.family in families and (word := upstream.metric_words.get(metric)):
+            titles.setdefault(word, []).append(upstream.title)
+    return [f"{' and '.join(own)}: {word}" for word, own in titles.items()]
 
 
 def _matrix(group: Group) -> dict[str, Any]:

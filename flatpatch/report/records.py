@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flatpatch import families
 from flatpatch.errors import UserError, did_you_mean, named_path
 
 RECORD_FILE = "record.json"
@@ -71,6 +72,8 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "status": {"enum": ["running", "finished", "failed", "interrupted"]},
         "method": _TEXT,
         "benchmark": _TEXT,
+        # Left out by earlier versions (families.family_of).
+        "family": {"enum": list(families.NAMES)},
         "profile": {"enum": ["upstream", "paper", "quick"]},
         "profile_reason": _TEXT,
         "engine": {"enum": ["upstream", "reference"]},

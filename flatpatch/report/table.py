@@ -10,23 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flatpatch.families import of_record
+from flatpatch.metrics import METRICS
 from flatpatch.report.flatness_run import flatness_table
-from flatpatch.report.titles import describe, of_images, warning
+from flatpatch.report.titles import describe, warning
 
-# The two averages upstream's readers know, then the transfer measures; names as in the record.
-_METRICS = {
-    "average_accuracy": "average accuracy (mean over tasks; the papers' AA)",
-    "sample_weighted_accuracy": "sample-weighted accuracy (upstream's predict_exact_match)",
-    "forgetting": "forgetting (best earlier minus last, old tasks)",
-    "backward_transfer": "backward transfer (last minus just trained, old tasks)",
-}
-_IMAGE_METRICS = {
-    "average_accuracy": "average accuracy (mean over tasks after the last)",
-    "sample_weighted_accuracy": "final accuracy (all test images; the papers' A_T)",
-    "averaged_accuracy_inflora": "averaged accuracy (mean of that over the tasks)",
-    "forgetting": "forgetting (best earlier minus last, old tasks)",
-    "backward_transfer": "backward transfer (last minus just trained, old tasks)",
-}
 _NUMBER_WIDTH = len("100.00")
 
 
@@ -44,13 +32,15 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
     if label := warning(record):
         lines += ["*" * width, *_wrapped(label, width, "* "), "*" * width]
     lines += _wrapped(describe(record), width)
-    lines += _wrapped("tasks are named by their classes" if of_images(record) else record["benchmark"], width)
+    classes = of_record(record).LEARNS_CLASSES
+    lines += _wrapped("tasks are named by their classes" if classes else record["benchmark"], width)
     lines += _wrapped(_deviations(record), width)
     lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
     for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):
         lines += [*block, ""]
     values = record["metrics"]
-    titles = _IMAGE_METRICS if of_images(record) else _METRICS
+    words = {name: metric.say(classes) for name, metric in METRICS.items()}
+    titles = {name: f"{said.title} ({said.brief})" for name, said in words.items() if said.brief}
     title_width = max(map(len, titles.values()))
     lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in titles.items()]
     if table := flatness_table(record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flatpatch.families import of_record
 from flatpatch.report.records import setting
 
 _LABEL_TEXTS = {
@@ -42,7 +43,7 @@ def describe(record: Mapping[str, Any]) -> str:
     """Return one line that names the run: method, order, optimiser, seed, profile and engine."""
     sam = setting(record, "sam", "off")
     parts = [setting(record, "variant") or record["method"]]
-    if of_images(record):
+    if of_record(record).LEARNS_CLASSES:
         parts.append(record["benchmark"])
     if (order := setting(record, "order")) is not None:
         parts.append(f"order {order}")
@@ -53,11 +54,6 @@ def describe(record: Mapping[str, Any]) -> str:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     parts += [f"profile {record['profile']}", f"engine {record['engine']}"]
     return ", ".join(parts)
-
-
-def of_images(record: Mapping[str, Any]) -> bool:
-    """Tell whether the run is one of an image method, whose tasks are groups of classes."""
-    return "benchmark" in record["settings"]
 
 
 def _capitals(found: Sequence[str]) -> str:

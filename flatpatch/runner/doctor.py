@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flatpatch import patches
-from flatpatch.errors import UserError
+from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import BYTES_NEEDED
 from flatpatch.files import ROOT
 from flatpatch.runner.record import check_continues
@@ -190,11 +189,6 @@ def edited(root: Path, name: str) -> bool:
     if not (root / ".git").exists():
         return False
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "--no-optional-locks", "diff", "--quiet", "HEAD", "--", name],
-            capture_output=True,
-            check=False,
-        )
-    except FileNotFoundError:
+        return bool(patches.in_checkout(root, "diff", "--name-only", "HEAD", "--", name))
+    except FlatpatchError:  # no git, or no commit
         return False
-    return done.returncode == 1

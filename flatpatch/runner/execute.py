@@ -19,17 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from flatpatch import families, metrics, patches
 from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
 from flatpatch.families.base import Plan, Stage
-from flatpatch.files import digest, is_disk_full, locked, read_json, write_atomically
+from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
 from flatpatch.measuring import WHENS
+from flatpatch.progress import Progress, in_words
 from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
-from flatpatch.runner.progress import Progress, in_words
 from flatpatch.runner.record import (
     LOCK,
     check_continues,
@@ -42,7 +40,7 @@ from flatpatch.runner.record import (
 )
 from flatpatch.runner.resolve import command_of, headline
 from flatpatch.runner.supervise import Supervised
-from flatpatch.terminal import is_quiet, say
+from flatpatch.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
@@ -222,10 +220,8 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
         path.symlink_to(target, target_is_directory=target.is_dir())
     for name, fill in plan.made.items():
         if not (work / name).is_dir():
-            partial = work / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            fill(partial)
-            partial.rename(work / name)
+            with made_whole(work / name) as unfinished:
+                fill(unfinished)
 
 
 def _task_folder(plan: Plan, task: Stage) -> Path:
@@ -356,8 +352,7 @@ def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: 
                 state = json.loads(progress.read_text(encoding="utf-8"))
                 if state.get("note", note) != note:
                     note = state["note"]
-                    if not is_quiet():
-                        tqdm.write(f"{title}: {note}", file=sys.stdout)
+                    shown.tell(f"{title}: {note}")
                 task = state.get("task") or ""
                 doing = f"{in_words(state['phase'])} {names.get(task, task)}".strip()
                 loss = "" if state.get("loss") is None else f"loss {state['loss']:.3f}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from flatpatch.flatness.points import Point, loss_at, moving, weights_of
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.suite import ScopeResult, measure_model
 from flatpatch.measuring import EFFORTS, Request
+from flatpatch.progress import Progress
 from flatpatch.report.drawing import SUFFIXES, save
 from flatpatch.report.flatness_figures import (
     make_connectivity_figure,
@@ -54,9 +54,8 @@ from flatpatch.runner.execute import only_runner
 from flatpatch.runner.figures import or_warn, tell_figures
 from flatpatch.runner.measure_words import Asked
 from flatpatch.runner.pages import PAGE, leave_page, place_of
-from flatpatch.runner.progress import Progress
 from flatpatch.runner.record import write_record
-from flatpatch.terminal import is_quiet, say
+from flatpatch.terminal import say
 from flatpatch.upstreams import UPSTREAMS
 
 SCHEMA = 1
@@ -183,11 +182,16 @@ def _measure_run(
         copied, weights = working_copy(run.rebuild(index))
         began = time.perf_counter()
         title = f"{run.name} after task {index + 1} {name}"
-        # On a terminal the measuring shows its own bar.
-        lines = None if sys.stderr.isatty() else _plain_lines(title)
-        results, terms = measure_model(
-            copied, sample.batches, request, loss=run.loss, title=title, say=say, progress=lines, bar=not is_quiet()
-        )
+        with Progress(title, "percent") as shown:
+            results, terms = measure_model(
+                copied,
+                sample.batches,
+                request,
+                loss=run.loss,
+                title=title,
+                say=shown.tell,
+                progress=_in_percent(shown),
+            )
         for scope, result in results.items():
             if result.loss is None:
                 raise FlatpatchError(f"{title}, {scope}: {result.errors.get('loss', 'not measured')}")
@@ -474,9 +478,8 @@ def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, text: shown.update("", done, total, text)
 
 
-def _plain_lines(title: str) -> Callable[[int, int], None]:
-    shown = Progress(title, "percent")
-    return lambda done, total: shown.update("measuring", round(100 * done / total), 100)
+def _in_percent(shown: Progress) -> Callable[[str, float, float, str], None]:
+    return lambda scope, done, total, text: shown.update(f"measuring {scope}", round(100 * done / total), 100, text)
 
 
 def _number(value: float | None) -> str:

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flatpatch.errors import UserError, did_you_mean
+from flatpatch.errors import UserError
 from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request
-from flatpatch.settings import check_folder, named_runs, once, repeated
+from flatpatch.settings import check_folder, named_runs, read_words, repeated
 
 USAGE = """usage: python -m flatpatch measure run=FOLDER[,FOLDER[,FOLDER]] [key=value ...]
 
@@ -74,13 +74,8 @@ def parse_words(words: Sequence[str]) -> Asked:
         **{"run": "", "task": "", "output": "", "measure": "all", "measure_scope": "adapter,merged"},
         **{"measure_samples": "64", "measure_batch": "16", "measure_rho": "0.05", "measure_effort": "quick"},
     }
-    given = once("measure", words)
-    problems = [
-        f"unknown setting '{key}'.{did_you_mean(key, defaults)} Known settings: {', '.join(defaults)}."
-        for key in given
-        if key not in defaults
-    ]
-    values = defaults | {key: value.strip() for key, value in given.items() if key in defaults}
+    given, problems = read_words("measure", words, tuple(defaults))
+    values = defaults | {key: value for key, value in given.items() if value}
     numbers: dict[str, float] = {}
     for key, kind in (("measure_samples", int), ("measure_batch", int), ("measure_rho", float)):
         try:
@@ -91,13 +86,17 @@ def parse_words(words: Sequence[str]) -> Asked:
                 f"{key}='{values[key]}' is not a {'whole ' * (kind is int)}number (expected e.g. {example})."
             )
             numbers[key] = float(defaults[key])
-    runs = tuple(named_runs(values["run"])) if values["run"] else ()
-    if not 1 <= len(runs) <= 3:
+    runs: tuple[str, ...] = ()
+    try:
+        runs = tuple(named_runs(values["run"])) if values["run"] else ()
+    except UserError as error:
+        problems.append(str(error))
+    if "run" not in given or len(runs) > 3:
         problems.append(f"run='{values['run']}' names {len(runs)} runs (expected one to three, e.g. run=runs/NAME).")
     for key in ("run", "task"):
         if twice := repeated([name.strip() for name in values[key].split(",")]):
             problems.append(f"{key}={values[key]} names {twice} twice. Name each once.")
-    problems += check_folder("output", values["output"]) if "output" in given else []
+    problems += check_folder("output", values["output"]) if values["output"] else []
     if values["output"] and len(runs) == 1:
         problems.append("output= is for several runs together; one run's results go into its own folder.")
     if len(runs) > 1 and ("," in values["task"] or values["task"] == "all"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flatpatch import __version__
+from flatpatch import __version__, patches
+from flatpatch.errors import FlatpatchError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -57,15 +57,11 @@ def _commit(root: Path) -> str | None:
     if not (root / ".git").exists():  # an unpacked archive, perhaps inside another project's repository
         return None
     try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=False,
+        return (
+            patches.in_checkout(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip() or None
         )
-    except FileNotFoundError:
+    except FlatpatchError:  # no git, or no commit
         return None
-    return found.stdout.strip() or None
 
 
 @functools.cache

@@ -9,14 +9,12 @@ from typing import Any
 from flatpatch.comparison import compare_runs
 from flatpatch.errors import UserError
 from flatpatch.files import write_atomically
+from flatpatch.progress import Progress
 from flatpatch.report.groups import Group, Run, group_runs, read_run
 from flatpatch.report.page import make_page, work
-from flatpatch.runner.progress import Progress
 from flatpatch.terminal import say
-from flatpatch.upstreams import UPSTREAMS
 
 PAGE = "report.html"
-_TITLES = {name: row.title for name, row in UPSTREAMS.items()}
 
 
 def place_of(folders: Sequence[Path]) -> Path:
@@ -54,9 +52,7 @@ def write_page(folders: Sequence[Path], page: Path, unreadable: Sequence[str] = 
             done += 1
             shown.update("", done, total)
 
-        text = make_page(
-            groups, comparisons=_comparisons(groups), unreadable=problems, methods=_TITLES, advance=advance
-        )
+        text = make_page(groups, comparisons=_comparisons(groups), unreadable=problems, advance=advance)
     replaces = page.exists()
     write_atomically(page, text)
     say(f"page     {page}" + (" (in place of the one that was there)" if replaces else ""))

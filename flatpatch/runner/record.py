@@ -61,6 +61,7 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "schema": SCHEMA,
         "status": "running",
         "method": plan.request.settings.method,
+        "family": plan.upstream.family,
         "benchmark": plan.benchmark,
         "profile": plan.profile,
         "profile_reason": plan.profile_reason,

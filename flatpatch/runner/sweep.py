@@ -1,61 +1,27 @@
-"""Several runs one after another, and finished runs shown again."""
+"""Several runs one after another."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-import statistics
-import textwrap
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from flatpatch.errors import FlatpatchError, UserError, named_path
+from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import Plan
-from flatpatch.files import unwritable
-from flatpatch.report.copies import copied_records
-from flatpatch.report.overview import overview
-from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
-from flatpatch.report.table import summary_table
+from flatpatch.report.overview import seeds_table
 from flatpatch.runner.execute import execute
-from flatpatch.runner.figures import leave_figures, tell_figures
-from flatpatch.runner.pages import leave_page, place_of, write_page
+from flatpatch.runner.pages import leave_page
 from flatpatch.runner.record import check_continues, compared_settings
 from flatpatch.runner.resolve import make_plan, parse, render
-from flatpatch.settings import (
-    HOW_MEASURED,
-    WHOLE,
-    Request,
-    explicit_settings,
-    given_twice,
-    named_runs,
-    once,
-    repeated,
-    shown,
-    split_word,
-)
+from flatpatch.settings import WHOLE, Request, given_twice, repeated, shown, split_word
 from flatpatch.terminal import say
 
 MANY = 1_000  # runs that need a word more
 MOST = 10_000  # runs that are planned at all
 SURE = "yes"
 SHOWN = 20  # runs whose commands a dry run prints
-
-REPORT_USAGE = """usage: python -m flatpatch report run=FOLDER[,FOLDER...] [page=FILE]
-
-Prints one run's table again, or of several the means over seeds and a line each; redraws the figures of finished ones,
-and writes one HTML page about all of them that needs no other file and no network. A folder of runs stands for all runs
-in it. Runs that differ by their seed alone are put together as mean, standard deviation and n; missing, unfinished and
-unreadable ones are named.
-
-The page is FOLDER/report.html for one run, report.html in the folder that holds the first run for several.
-
-examples:
-  python -m flatpatch report run=runs/NAME
-  python -m flatpatch report run=runs/NAME,runs/OTHER page=both.html
-  python -m flatpatch report run=runs
-"""
 
 
 def expand(words: Sequence[str]) -> list[list[str]]:
@@ -171,123 +137,3 @@ def _without_effect(requests: Sequence[Request]) -> list[str]:
         for key, why in request.idle().items():
             values.setdefault((key, why), {})[shown(getattr(request.settings, key))] = None
     return [f"note: {key}={','.join(given)} has no effect where {why}" for (key, why), given in values.items()]
-
-
-def seeds_table(records: Sequence[dict[str, Any]]) -> str:
-    """Return mean, standard deviation (n - 1) and n over runs that differ by their seed, or by what was measured.
-
-    Measuring changes no training. A seed that was run twice counts once, as on the page.
-    """
-    groups: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
-    for record in records:
-        settings = {key: entry["value"] for key, entry in record["settings"].items()}
-        shown = [
-            record["method"],
-            f"order {settings['order']}" if "order" in settings else record["benchmark"],
-            record["profile"],
-            record["engine"],
-            settings["sam"],
-        ]
-        shown += [f"rho={settings['rho']:g}"] if settings["sam"] != "off" else []
-        shown += [
-            f"{key}={value}"
-            for key, value in explicit_settings(record).items()
-            if key not in ("method", "order", "benchmark", "profile", "engine", "sam", "rho", "seed", "run", "output")
-            and key not in ("measure", *HOW_MEASURED)
-        ]
-        groups.setdefault(" ".join(shown), {}).setdefault(tuple(record["seeds"]), record)
-    lines = [f"{'mean and standard deviation over seeds':<60} {'average accuracy':>20} {'forgetting':>18}   n"]
-    for name, own in groups.items():
-        members = own.values()
-        accuracy = _spread([member["metrics"]["average_accuracy"] for member in members])
-        forgetting = _spread([member["metrics"]["forgetting"] for member in members])
-        first, *more = textwrap.wrap(name, 60, subsequent_indent="  ")
-        lines += [f"{first:<60} {accuracy:>20} {forgetting:>18} {len(members):>3}", *more]
-    return "\n".join(lines)
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    if not found:
-        return "-"
-    deviation = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.2f}{deviation}"
-
-
-def show(words: Sequence[str]) -> int:
-    """Print runs' tables again, redraw their figures and write one HTML page about all of them."""
-    if not words or "--help" in words or "-h" in words:
-        print(REPORT_USAGE)
-        return 0
-    given = once("report", words)
-    unknown = [key for key in given if key not in ("run", "page")]
-    if unknown or not given.get("run"):
-        raise UserError(f"report takes run=FOLDER and page=FILE (got {' '.join(words)}), e.g. run=runs/NAME.")
-    folders, unreadable = _find_runs(named_runs(given["run"]))
-    page = _page_file(given.get("page", ""), folders)
-    named = [(folder.name, read_record(folder)) for folder in folders]
-    finished = [(name, record) for name, record in named if record["status"] == "finished"]
-    if len(named) == 1:
-        print(summary_table(named[0][1]))
-    else:
-        names, records = [name for name, _ in finished], [record for _, record in finished]
-        print(f"{seeds_table(records)}\n" if finished else "", end="")
-        print("\n".join([overview(named), *copied_records(names, records)]))
-    for folder, (_, record) in zip(folders, named, strict=True):
-        unreadable += _missing_steps(folder, record)
-    for text in unreadable:
-        print(f"left out {text}")
-    say()
-    for folder, (_, record) in zip(folders, named, strict=True):
-        if record["status"] == "finished":
-            tell_figures(leave_figures(folder, record))
-    write_page(folders, page, unreadable)
-    return 0
-
-
-def _missing_steps(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Say which of a run's steps cannot be shown, for whatever reason."""
-    said: list[str] = []
-    steps = read_step_metrics(folder / "metrics.jsonl", said)
-    if not said and (lack := lacking_steps(record, len(steps))):
-        said.append(f"{lack} ({folder})")
-    return said
-
-
-def _find_runs(names: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the run folders that are meant, and a sentence for each damaged one in a folder of runs."""
-    folders: list[Path] = []
-    unreadable: list[str] = []
-    for name in names:
-        place = run_folder(name).absolute()
-        inside = sorted(path.parent for path in place.glob(f"*/{RECORD_FILE}"))
-        if (place / RECORD_FILE).exists() or not inside:
-            read_record(place)  # a run that is named must be sound
-            folders.append(place)
-            continue
-        for folder in inside:
-            try:
-                read_record(folder)
-            except UserError as error:
-                unreadable.append(str(error))
-            else:
-                folders.append(folder)
-    if not folders:
-        raise UserError.collect(unreadable)
-    if twice := repeated([str(folder.resolve()) for folder in folders]):
-        raise UserError(f"run={','.join(names)} names {twice} twice. Name each run once.")
-    return folders, unreadable
-
-
-def _page_file(name: str, folders: Sequence[Path]) -> Path:
-    """Return where the page goes; checked before anything is drawn."""
-    page = named_path("page", name) if name else place_of(folders)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"page={page}: expected a name that ends in .html, so that no other file is replaced.")
-    if page.is_dir() or not page.parent.is_dir():
-        raise UserError(f"page={page}: expected a file in a folder that exists, e.g. page=report.html.")
-    if problem := unwritable(page.parent):
-        raise UserError(
-            f"the page cannot be written into {page.parent.absolute()}: {problem}. Choose another place with page=FILE."
-        )
-    return page

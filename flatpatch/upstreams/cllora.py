@@ -278,6 +278,9 @@ UPSTREAM = CLLoRA(
     },
     # All that the task's forward pass uses of what is trained.
     kept=r"(backbone\.cur_adapter|backbone\.block_weight|proxy_fc)\b.*",
+    shuffles=True,
+    unlisted_splits=dict.fromkeys(("imagenet_r", "imagenet_a", "vtab"), "LAMDA-PILOT's"),
+    metric_words={"averaged_accuracy_inflora": "its average accuracy", "forgetting_cllora": "as its code prints it"},
     conflicts=(
         Conflict(
             "ImageNet-R: pretrained weights",

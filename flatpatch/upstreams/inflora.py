@@ -271,6 +271,11 @@ UPSTREAM = InfLoRA(
     # The adapters and the classifier of the task; earlier ones stay as they are.
     kept=r"(.*\.lora_[AB]_[kv]\.{task}|classifier_pool\.{task})\b.*",
     kept_by_task=True,
+    logged_splits=("imagenet_r",),
+    metric_words={
+        "averaged_accuracy_inflora": "as its code prints it",
+        "average_over_steps": "averaged accuracy, as its paper defines it",
+    },
     conflicts=(
         Conflict(
             "DomainNet: optimizer, learning rate, rank",

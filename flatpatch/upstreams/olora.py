@@ -20,6 +20,7 @@ UPSTREAM = TextUpstream(
     unused=DECLARED_ALONE,
     # Upstream's own, named for the reference engine, which has no script to read them from.
     quick={"lamda_1": 0.5, "lamda_2": 0.0},
+    metric_words={"sample_weighted_accuracy": "predict_exact_match"},
     conflicts=(
         Conflict(
             "orthogonality loss",

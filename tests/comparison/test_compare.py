@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -430,12 +431,12 @@ def test_log_with_other_settings_is_not_compared():
 
 
 def test_log_of_another_class_order_is_not_compared():
-    runs = [type(run)(**{**vars(run), "class_order": tuple(range(99, -1, -1))}) for run in logged_runs()]
+    runs = [replace(run, order=tuple(range(99, -1, -1))) for run in logged_runs()]
     assert compare_logged(runs)["why"].startswith("its order is another: 99, 98, 97")
 
 
 def test_log_without_a_complete_run_is_a_users_error():
-    runs = [type(run)(**{**vars(run), "complete": False}) for run in logged_runs()]
+    runs = [replace(run, complete=False) for run in logged_runs()]
     with pytest.raises(UserError, match=r"no complete run \(5 begun\)"):
         compare_logged(runs)
     with pytest.raises(UserError, match="have the same seed, 0"):

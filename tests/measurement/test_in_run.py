@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from flatpatch import flatness
 from flatpatch.errors import UserError
-from flatpatch.families.sample import Sample, choose_indices
+from flatpatch.families.sample import Sample, choose_indices, sample_of
 from flatpatch.flatness import supervised_loss
-from flatpatch.measurement import files, suite
 from flatpatch.flatness.guard import random_states_kept, working_copy
-from flatpatch.measurement.in_run import Measurer, read_description, sample_of
-from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request
+from flatpatch.measurement import files, suite
+from flatpatch.measurement.in_run import Measurer
 from flatpatch.measurement.suite import Costs, measure_model
+from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request, read_request
 from flatpatch.report import flatness_run
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
@@ -92,23 +92,22 @@ def test_all_mistakes_are_told_at_once() -> None:
         ask("wrong", "wrong", samples=0)
 
 
-def test_request_survives_its_file(tmp_path: Path) -> None:
+def test_givensurvives_its_file() -> None:
     request = ask("trace,sam", "merged,adapter", when="after", rho=0.1)
-    written = json.loads(json.dumps({"request": request.as_dict(), "folder": str(tmp_path)}))
-    assert read_description(written, "here") == (request, tmp_path)
+    assert read_request(json.loads(json.dumps(request.as_dict())), "here") == request
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("given", "words"),
     [
-        ({"request": None}, "here.request is not an object"),
-        ({"request": {}}, "here.request has no 'kinds'"),
-        ({"more": 1}, "here has an unknown key 'more'"),
+        (None, "here is not an object"),
+        ({}, "here has no 'kinds'"),
+        ({**ask().as_dict(), "more": 1}, "here has an unknown key 'more'"),
     ],
 )
-def test_damaged_description_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_damaged_request_is_refused(given: object, words: str) -> None:
     with pytest.raises(UserError) as error:
-        read_description({"request": ask().as_dict(), "folder": str(tmp_path), **change}, "here")
+        read_request(given, "here")
     assert words in str(error.value)
 
 

@@ -14,13 +14,13 @@ import torch
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
+from flatpatch.families.sample import sample_of
 from flatpatch.families.text import reference
-from flatpatch.families.text.planning import make_plan
 from flatpatch.measurement import files
-from flatpatch.measurement.in_run import Measurer, sample_of
+from flatpatch.measurement.in_run import Measurer
 from flatpatch.measuring import make_request
 from flatpatch.report.records import read_record
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
 from tests.upstream.test_neutrality_text import assert_same, ready, run_patched, small_benchmark
 

@@ -361,7 +361,7 @@ def test_help_shows_examples(project: Project, capsys: pytest.CaptureFixture[str
         (("verfy",), "unknown verb 'verfy'. Did you mean 'verify'?"),
         (("verify", "rep=Toy"), "unknown setting 'rep' of patches verify. Did you mean 'repo'?"),
         (("verify", "repo=Tyo"), "unknown repository 'Tyo'. Did you mean 'Toy'?"),
-        (("verify", "Toy"), "'Toy' is not key=value, for instance repo=N-LoRA."),
+        (("verify", "Toy"), "'Toy' is not a setting. Settings are written key=value, e.g. repo=VALUE."),
         (("verify", "patched=true"), "unknown setting 'patched' of patches verify."),
         (("apply", "patched=maybe"), "patched=maybe is neither true nor false."),
         (("refresh",), "patches refresh needs repo=NAME, one of Toy."),

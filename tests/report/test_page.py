@@ -24,8 +24,9 @@ from flatpatch.report.figures import make_matrix_figure
 from flatpatch.report.groups import forgetting_per_task, gaps, group_runs, mean_accuracies, read_run, spread
 from flatpatch.report.page import make_page, work
 from flatpatch.runner.pages import leave_page
-from flatpatch.runner.sweep import expand, show
-from flatpatch.settings import parse
+from flatpatch.runner.report import show
+from flatpatch.runner.resolve import parse
+from flatpatch.runner.sweep import expand
 from tests.report_page import Reader, flatness_entry, make_four, seeded, small_print, with_average, write_run
 from tests.report_records import LONG, ORDER_1, make_quick_record, make_record, make_steps
 
@@ -90,7 +91,7 @@ def test_a_gap_in_the_matrix_gives_no_mean():
 
 
 def test_spread_of_one_number_has_no_deviation():
-    assert spread([3.0]).deviation is None
+    assert spread([3.0]).standard_deviation is None
     assert spread([None, None]) is None
     assert spread([1.0, None, 3.0]).n == 2
 
@@ -150,7 +151,7 @@ def test_images_are_headed_by_the_numbers_of_their_papers(tmp_path):
         "86.51",
         "over all test images after the last task; the papers' A_T; higher is better",
     ]
-    assert "CL-LoRA's average" in reader.row("All metrics", "averaged accuracy (%)")[2]
+    assert "CL-LoRA: its average accuracy" in reader.row("All metrics", "averaged accuracy (%)")[2]
     assert "CL-LoRA" not in reader.row("All metrics", "average over steps (%)")[2]
     assert "predict_exact_match" not in text
 

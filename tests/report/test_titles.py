@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flatpatch.report.titles import describe, in_one_line, labels, short_warning, warning
+from flatpatch.errors import in_one_line
+from flatpatch.report.titles import describe, labels, short_warning, warning
 from tests.report_records import make_quick_record, make_record
 
 

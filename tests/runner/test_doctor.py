@@ -13,11 +13,11 @@ from flatpatch import patches
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.families.text import quick
-from flatpatch.families.text.planning import ROOT
-from flatpatch.upstreams import METHODS
+from flatpatch.files import ROOT
+from flatpatch.upstreams import UPSTREAMS
 
 Said = Callable[..., tuple[int, str]]
-REPOSITORIES = sorted({row.repository for row in METHODS.values() if row.repository})
+REPOSITORIES = sorted({row.repository for row in UPSTREAMS.values() if row.repository})
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.families import choices
 from flatpatch.families.text import quick
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import parse
 from tests.conftest import third_party_folders
 from tests.report_records import make_quick_record
 
@@ -227,7 +227,7 @@ def test_run_folder_below_one_that_may_not_be_entered_is_refused(
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("flatpatch.families.text.planning.tempfile.mkstemp", denied)
+    monkeypatch.setattr("flatpatch.files.tempfile.mkstemp", denied)
     assert "cannot be written: Permission denied" in refused()
 
 
@@ -282,8 +282,7 @@ def test_damaged_data_is_refused(
 
 
 def test_cuda_where_there_is_none_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "cuda_devices", lambda: 0)
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     text = refused("device=cuda")
     assert "device=cuda needs a CUDA device, and torch sees no CUDA device" in text
     assert "Leave device= out, or use device=cpu." in text and "profile=quick" not in text
@@ -292,7 +291,7 @@ def test_cuda_where_there_is_none_is_refused(refused: Refused, monkeypatch: pyte
 
 
 def test_gpu_that_is_not_there_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 2)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 2)
     assert "GPU 5 is not here (2 found)" in refused("device=0,5")
 
 
@@ -419,7 +418,7 @@ def test_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path: Path, mo
     import os
 
     from flatpatch.errors import DiskFull
-    from flatpatch.runner.record import write_atomically
+    from flatpatch.files import write_atomically
 
     target = tmp_path / "record.json"
     write_atomically(target, "old")

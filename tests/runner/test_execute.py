@@ -22,11 +22,11 @@ import torch
 from flatpatch.__main__ import main
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.text import quick
-from flatpatch.families.text.planning import ROOT, Plan, make_plan
+from flatpatch.files import ROOT
 from flatpatch.report.records import validate_record
 from flatpatch.runner import execute
 from flatpatch.runner.record import check_continues, new_record, write_record
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 
 pytestmark = pytest.mark.timeout(300)
 TASKS = ("dbpedia", "amazon")
@@ -410,7 +410,7 @@ def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that
 ) -> None:
     code = "from pathlib import Path; Path('/dev/full').write_text('x')"
     with monkeypatch.context() as full:
-        full.setattr(Plan, "command", lambda *_: [sys.executable, "-c", code])
+        full.setattr(execute, "command_of", lambda *_: [sys.executable, "-c", code])
         assert main(words(data, tmp_path, "full", "tasks=dbpedia")) == 85
     said = capsys.readouterr().err
     assert "flatpatch: the disk is full: task 1/1 dbpedia failed" in said
@@ -563,7 +563,7 @@ def test_sweep_of_settings_without_effect_says_which(capsys: pytest.CaptureFixtu
 def test_sweep_runs_once_what_comes_to_the_same(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr("flatpatch.patches.is_available", lambda _: (False, "nothing there"))
     words = ["sweep", "method=nlora", f"output={tmp_path}", "--dry-run"]
     assert main([*words, "sam=off", "profile=auto,quick", "engine=reference"]) == 0

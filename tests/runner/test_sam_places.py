@@ -10,8 +10,8 @@ import pytest
 
 from flatpatch import patches
 from flatpatch.__main__ import main
-from flatpatch.families.text.planning import ROOT
-from flatpatch.upstreams import METHODS
+from flatpatch.files import ROOT
+from flatpatch.upstreams import UPSTREAMS
 
 
 @pytest.mark.third_party
@@ -36,7 +36,7 @@ def test_dry_run_names_the_lines_of_the_patched_tree_at_which_sam_enters(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    repo = str(METHODS[words[0].removeprefix("method=")].repository)
+    repo = str(UPSTREAMS[words[0].removeprefix("method=")].repository)
     upstream(repo)
     assert main(["run", *words, "sam=sam", "profile=upstream", "device=0", "--dry-run"]) == 0
     text = capsys.readouterr().out

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flatpatch.families.text.planning import ROOT
+from flatpatch.files import ROOT
 from flatpatch.runner.supervise import Supervised
 
 pytestmark = pytest.mark.timeout(120)

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
+from flatpatch.families.base import Plan
 from flatpatch.families.text import quick
-from flatpatch.families.text.planning import Plan, make_plan
 from flatpatch.runner.execute import execute, prepare_work
-from flatpatch.settings import parse
-from flatpatch.upstreams import METHODS
+from flatpatch.runner.resolve import command_of, make_plan, parse
+from flatpatch.upstreams import UPSTREAMS
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(1500)]
 TASKS = ("dbpedia", "amazon")
@@ -71,8 +71,8 @@ def plan(folder: Path, data: Path, *words: str) -> Plan:
 
 def outcome(plan: Plan, work: Path) -> Outcome:
     found = Outcome([], [], [], [])
-    for task in plan.tasks:
-        output = work / task.invocation.get("output_dir")
+    for stage in plan.stages:
+        output = work / stage.output
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         found.losses.append([row["loss"] for row in history if "loss" in row])
         found.weights.append(torch.load(output / "adapter" / "adapter_model.bin"))
@@ -92,10 +92,10 @@ def run_unpatched(folder: Path, data: Path, *words: str) -> Outcome:
     """Run upstream's own code, as its authors wrote it, with the same arguments and no hook."""
     planned = plan(folder, data, *words)
     prepare_work(planned, folder / "work", patched=False)
-    variables = {**os.environ, **planned.environment()}
+    variables = {**os.environ, **planned.environment}
     variables.pop("FLATPATCH_RUN", None)
-    for task in planned.tasks:
-        command = planned.command(task, sys.executable, 29517)
+    for stage in planned.stages:
+        command = command_of(stage, sys.executable, 29517)
         done = subprocess.run(
             command, cwd=folder / "work", env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
@@ -116,7 +116,7 @@ def assert_same(here: Outcome, there: Outcome) -> None:
 @pytest.fixture
 def ready(upstream: Callable[[str], Path]) -> Callable[[str], None]:
     def check(method: str) -> None:
-        repository = METHODS[method].repository
+        repository = UPSTREAMS[method].repository
         assert repository is not None
         upstream(repository)
 

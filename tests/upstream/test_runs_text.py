@@ -16,7 +16,7 @@ import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.families.text import quick
-from flatpatch.families.text.planning import ROOT
+from flatpatch.files import ROOT
 from flatpatch.report.records import validate_record
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -6,8 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.families.base import FinishedRun, Machine, Plan, Results
+from flatpatch.families.text.comparing import compare_data, knows_data, read_log, subject
 from flatpatch.families.text.upstream import TextUpstream
 from flatpatch.settings import Request
+
+__all__ = [
+    "LEARNS_CLASSES",
+    "collect",
+    "compare_data",
+    "knows_data",
+    "plan",
+    "read_log",
+    "reopen",
+    "subject",
+]
+
+LEARNS_CLASSES = False
 
 
 def plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:

@@ -111,10 +111,10 @@ def _arguments(folder: Path, task: str, index: int) -> dict[str, str]:
         words = json.loads(told.read_text(encoding="utf-8"))["command"]
         first = next(place for place, word in enumerate(words) if word.startswith("--") and word[2:] in _NEEDED)
         return {name: value or "" for name, value in pairs(words[first:])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):  # gone, damaged or older
         raise UserError(
-            f"run={folder.name}: what {told} says of its task cannot be read ({type(error).__name__}: {error}). A run "
-            "of an earlier version is measured with that version."
+            f"run={folder.name}: {told} does not say by which command its task was trained. A run of an earlier "
+            "version is measured with that version."
         ) from None
 
 

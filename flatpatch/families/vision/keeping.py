@@ -6,15 +6,14 @@ weights those are, each method's row says.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flatpatch.families.recording import announce
+from flatpatch.files import written_atomically
 
 
 def kept_file(folder: Path, task: int) -> Path:
@@ -43,13 +42,10 @@ def keep_model(keep: Mapping[str, str], network: Any, task: int) -> None:
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in kept.items()}
     trained = [name for name, parameter in kept.items() if parameter.requires_grad]
     path = kept_file(folder, task)
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Its own writer would make a file that nobody else may read.
-        unfinished.write_bytes(save(tensors, metadata={"trained": json.dumps(trained)}))
-        os.replace(unfinished, path)
+        with written_atomically(path) as unfinished:
+            # Its own writer would make a file that nobody else may read.
+            unfinished.write_bytes(save(tensors, metadata={"trained": json.dumps(trained)}))
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         announce(f"{failure_of(task)} {error} (the training goes on)")

@@ -42,6 +42,9 @@ class VisionUpstream(Upstream):
             for the task's number from 0.
         kept_by_task: Whether what was kept of each task up to one lies in other weights of the network, or that of the
             task alone is put into it.
+        shuffles: Whether its own configurations shuffle the classes.
+        unlisted_splits: By benchmark: whose split into training and test images it takes, of which there is no list.
+        logged_splits: Benchmarks of which it is known which split the shipped logs had.
     """
 
     family: ClassVar[str] = "vision"
@@ -59,6 +62,9 @@ class VisionUpstream(Upstream):
     quick: Mapping[str, Any] = field(default_factory=dict)
     kept: str = ""
     kept_by_task: bool = False
+    shuffles: bool = False
+    unlisted_splits: Mapping[str, str] = field(default_factory=dict)
+    logged_splits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.repository is not None:

@@ -13,6 +13,7 @@ import torch
 
 from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
+from flatpatch.families import recording
 from flatpatch.sam import SAMTrainingStep
 from tests import sam_training
 
@@ -194,16 +195,16 @@ def test_start_is_announced_in_one_line(attached, capsys):
 
 
 def test_progress_follows_training_and_prediction(tmp_path, attached, monkeypatch):
-    monkeypatch.setattr(hooks.recording, "SECONDS_BETWEEN_PROGRESS", 0.0)
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_PROGRESS", 0.0)
     written = []
-    write = hooks.recording.write_atomically
+    write = recording.write_atomically
 
     def writing(path, text):
         if path.name == "progress.json":
             written.append(json.loads(text))
         write(path, text)
 
-    monkeypatch.setattr(hooks.recording, "write_atomically", writing)
+    monkeypatch.setattr(recording, "write_atomically", writing)
     trainer = attached(per_device_eval_batch_size=16)
     trainer.train()
     trainer.predict(sam_training.examples())
@@ -282,12 +283,12 @@ def test_empty_scope_stops_before_the_first_step(tmp_path, attached):
     ("change", "message"),
     [
         ({"schema": 2}, "has schema 2, expected 1"),
-        ({"sam": 3}, "sam is not an object"),
-        ({"sam": {"kind": "sgd"}}, r"sam.kind='sgd' is not one of off, sam, asam"),
-        ({"sam": {"rho": -1}}, r"sam.rho=-1 is not a number >= 0"),
-        ({"sam": {"rho": True}}, r"sam.rho=True is not a number >= 0"),
+        ({"sam": 3}, "sam=3: Input should be a valid dictionary"),
+        ({"sam": {"kind": "sgd"}}, r"sam.kind='sgd': Input should be 'off', 'sam' or 'asam'"),
+        ({"sam": {"rho": -1}}, r"sam.rho=-1: Input should be greater than or equal to 0"),
+        ({"sam": {"rho": True}}, r"sam.rho=True: Input should be a valid number"),
         ({"sam": {"rh": 1}}, r"unknown key 'rh'. Did you mean 'rho'\?"),
-        ({"adapters": "fp16"}, r"adapters='fp16' is not one of upstream, fp32"),
+        ({"adapters": "fp16"}, r"adapters='fp16': Input should be 'upstream' or 'fp32'"),
         ({"metric": "x"}, r"unknown key 'metric'. Did you mean 'metrics'\?"),
     ],
 )

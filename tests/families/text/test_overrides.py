@@ -11,10 +11,11 @@ from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.families.text import overrides
 from flatpatch.families.text.overrides import Kind, Range, problems_of, read
-from flatpatch.families.text.planning import make_plan
 from flatpatch.families.text.reference import ReferenceTask
-from flatpatch.families.text.reference.process import read_task
-from flatpatch.settings import parse
+from flatpatch.families.text.reference.__main__ import read_task
+from flatpatch.families.text.upstream import TextUpstream
+from flatpatch.runner.resolve import make_plan, parse
+from flatpatch.upstreams import UPSTREAMS
 
 
 def refusal(*words: str) -> str:
@@ -81,7 +82,8 @@ def test_value_that_upstreams_parser_cannot_use_is_refused(
 ) -> None:
     known = overrides.upstream_kinds(upstream("N-LoRA") / "src" / "run_N_lora.py")
     name, value = word.split("=", 1)
-    problems = problems_of({name: value}, known, method="nlora", title="N-LoRA", reference=False, device="cpu")
+    unused = UPSTREAMS["nlora"].unused
+    problems = problems_of({name: value}, known, unused=unused, title="N-LoRA", reference=False, device="cpu")
     assert expected in " ".join(problems)
 
 
@@ -92,7 +94,8 @@ def test_values_that_upstreams_parser_takes_are_taken(upstream: Callable[[str], 
     plan = make_plan(
         parse(["method=nlora", "profile=quick", "device=cpu", *(f"upstream.{word}" for word in words)]), dry_run=True
     )
-    assert plan.tasks[0].invocation.get("num_train_epochs") == "0.5"
+    command = plan.stages[0].command
+    assert command[command.index("--num_train_epochs") + 1] == "0.5"
 
 
 @pytest.mark.third_party
@@ -109,10 +112,12 @@ def test_kinds_are_those_of_upstreams_own_fields(repo: str, entry: str, upstream
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("repo", ["N-LoRA", "O-LoRA"])
-def test_arguments_said_to_be_unused_are_read_nowhere(repo: str, upstream: Callable[[str], Path]) -> None:
-    code = "".join(path.read_text(encoding="utf-8") for path in sorted((upstream(repo) / "src").glob("*.py")))
-    for name in overrides._UNUSED[repo.replace("-", "").lower()]:
+@pytest.mark.parametrize("row", [row for row in UPSTREAMS.values() if isinstance(row, TextUpstream) and row.repository])
+def test_arguments_said_to_be_unused_are_read_nowhere(row: TextUpstream, upstream: Callable[[str], Path]) -> None:
+    source = upstream(str(row.repository)) / "src"
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted(source.glob("*.py")))
+    assert row.unused
+    for name in row.unused:
         assert f"{name}:" in code and f"args.{name}" not in code and f"config.{name}" not in code, name
 
 
@@ -162,7 +167,7 @@ def test_words_mean_what_upstreams_parser_makes_of_them() -> None:
 def test_nothing_is_asked_of_transformers_for_the_reference_engine_or_a_gpu() -> None:
     known = {"fp16": Kind(bool)}
     for reference, device in ((True, "cpu"), (False, "cuda")):
-        assert problems_of({"fp16": "1"}, known, method="x", title="x", reference=reference, device=device) == []
+        assert problems_of({"fp16": "1"}, known, unused=(), title="x", reference=reference, device=device) == []
 
 
 IMAGES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from flatpatch.__main__ import main
-from flatpatch.families.text.planning import Plan, make_plan, render, visible_devices
+from flatpatch.families.base import Plan, Stage
+from flatpatch.families.choices import visible_devices
 from flatpatch.runner.execute import prepare_work
 from flatpatch.runner.record import compared_settings, environment
-from flatpatch.settings import Settings, parse
-from flatpatch.upstreams import METHODS
+from flatpatch.runner.resolve import make_plan, parse, render
+from flatpatch.settings import Settings
+from flatpatch.upstreams import UPSTREAMS
 
-ORDERS = [(name, order) for name, row in METHODS.items() if row.repository for order in row.scripts]
+ORDERS = [(name, order) for name, row in UPSTREAMS.items() if row.repository for order in getattr(row, "scripts", ())]
 
 
 def script_arguments(path: Path) -> list[dict[str, str | None]]:
@@ -50,11 +53,18 @@ def printed_commands(text: str) -> list[dict[str, str | None]]:
     return found
 
 
+def given(stage: Stage) -> dict[str, str | None]:
+    """Return what a stage gives the entry script or the reference engine."""
+    named = ("flatpatch.families.text.reference",)
+    start = next(i for i, word in enumerate(stage.command) if word.endswith(".py") or word in named)
+    return arguments(list(stage.command[start + 1 :]))
+
+
 def assert_differences_are_recorded(plan: Plan, script: Path) -> None:
     """The difference between upstream's command and ours is exactly what the deviations say, task by task."""
-    for task, theirs in zip(plan.tasks, script_arguments(script), strict=True):
-        ours = arguments(task.invocation.words())
-        recorded = {d.what: (d.upstream, d.here) for d in plan.deviations if not d.tasks or task.name in d.tasks}
+    for stage, theirs in zip(plan.stages, script_arguments(script), strict=True):
+        ours = given(stage)
+        recorded = {d.what: (d.upstream, d.here) for d in plan.deviations if not d.tasks or stage.name in d.tasks}
         recorded = {name: change for name, change in recorded.items() if name.startswith("--")}
 
         def shown(given: dict[str, str | None], name: str) -> str | None:
@@ -77,18 +87,18 @@ def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkout = upstream(str(METHODS[method].repository))
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 8)
+    checkout = upstream(str(UPSTREAMS[method].repository))
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 8)
     assert main(["run", f"method={method}", f"order={order}", "profile=upstream", "--dry-run"]) == 0
     text = capsys.readouterr().out
     printed = printed_commands(text)
     # As many GPUs as upstream names, no more: the launcher starts one process on each that it sees.
-    script = (checkout / METHODS[method].scripts[order]).read_text()
+    script = (checkout / UPSTREAMS[method].scripts[order]).read_text()
     named = next(line for line in script.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")).split(" ")[0]
     count = named.count(",") + 1
     visible = {line.split(" ")[0] for line in text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")}
     assert visible == {"CUDA_VISIBLE_DEVICES=" + ",".join(str(number) for number in range(count))}
-    theirs = script_arguments(checkout / METHODS[method].scripts[order])
+    theirs = script_arguments(checkout / UPSTREAMS[method].scripts[order])
     assert len(theirs) in (4, 15)
     # `--master_port` belongs to the launcher; all that follows the entry script is upstream's, to the letter.
     assert printed == theirs
@@ -110,10 +120,10 @@ def test_dry_run_prints_upstreams_arguments_where_its_gpus_are(
 def test_every_deviation_from_the_script_is_recorded(
     method: str, order: str, words: list[str], upstream: Callable[[str], Path]
 ) -> None:
-    checkout = upstream(str(METHODS[method].repository))
-    given = [f"method={method}", f"order={order}", "profile=upstream", "sam=sam", *words]
-    plan = make_plan(parse(given), dry_run=True)
-    assert_differences_are_recorded(plan, checkout / METHODS[method].scripts[order])
+    checkout = upstream(str(UPSTREAMS[method].repository))
+    asked = [f"method={method}", f"order={order}", "profile=upstream", "sam=sam", *words]
+    plan = make_plan(parse(asked), dry_run=True)
+    assert_differences_are_recorded(plan, checkout / UPSTREAMS[method].scripts[order])
 
 
 @pytest.mark.third_party
@@ -133,20 +143,19 @@ def test_dry_run_from_the_readme_prints_four_commands_and_starts_nothing(
     assert main(["run", *words]) == 0
     text = capsys.readouterr().out
     assert len(printed_commands(text)) == 4
-    assert "Differences from upstream's own script and requirements:" in text
+    assert "Differences from upstream's own settings and requirements:" in text
     assert "library torch: 2.0.1+cu118 -> " in text
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.third_party
 def test_global_batch_is_kept_on_fewer_gpus_and_the_run_is_off_protocol(upstream: Callable[[str], Path]) -> None:
-    upstream("O-LoRA")
+    checkout = upstream("O-LoRA")
     plan = make_plan(parse(["method=olora", "profile=upstream", "device=0,1"]), dry_run=True)
-    for task in plan.tasks:
-        assert task.upstream is not None
+    for stage, theirs in zip(plan.stages, script_arguments(checkout / "scripts/order_1.sh"), strict=True):
         sizes = [
-            int(i.get("per_device_train_batch_size")) * int(i.get("gradient_accumulation_steps"))
-            for i in (task.upstream, task.invocation)
+            int(words["--per_device_train_batch_size"] or 0) * int(words["--gradient_accumulation_steps"] or 0)
+            for words in (theirs, given(stage))
         ]
         assert sizes[0] * 8 == sizes[1] * 2 == 64
     assert plan.labels == ("off-protocol",)
@@ -172,8 +181,8 @@ def test_run_that_left_upstreams_setup_is_off_protocol(words: list[str], upstrea
 def test_selected_tasks_start_from_the_base_model(upstream: Callable[[str], Path]) -> None:
     upstream("N-LoRA")
     plan = make_plan(parse(["profile=upstream", "tasks=amazon,agnews", "device=0"]), dry_run=True)
-    assert [task.folder for task in plan.tasks] == ["1-amazon", "2-agnews"]
-    models = [task.invocation.get("model_name_or_path") for task in plan.tasks]
+    assert [stage.folder for stage in plan.stages] == ["1-amazon", "2-agnews"]
+    models = [given(stage)["--model_name_or_path"] for stage in plan.stages]
     assert models == ["initial_model/t5-large", "logs_and_outputs/order_1/outputs/1-amazon/adapter"]
 
 
@@ -221,7 +230,7 @@ def test_edited_patch_is_refused_with_exit_code_2(
 def test_auto_says_which_profile_and_engine_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatpatch import patches
 
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     monkeypatch.setattr(patches, "is_available", lambda _: (False, "nothing under third_party/N-LoRA"))
     plan = make_plan(parse(["method=nlora"]))
     assert (plan.profile, plan.profile_reason) == ("quick", "no CUDA device here")
@@ -233,7 +242,7 @@ def test_auto_says_which_profile_and_engine_and_why(monkeypatch: pytest.MonkeyPa
 def test_reason_of_several_lines_is_told_in_one_and_doctor_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatpatch import patches
 
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     block = "N-LoRA is not here. Looked in\n    FLATPATCH_THIRD_PARTY: not set\n    third_party/N-LoRA: empty"
     monkeypatch.setattr(patches, "is_available", lambda repo: (False, block))
     reason = "N-LoRA cannot be had: N-LoRA is not here (details: python -m flatpatch doctor)"
@@ -259,8 +268,8 @@ def test_setting_given_its_default_makes_no_other_run(method: str, sam: str) -> 
     plain = make_plan(parse([f"method={method}", "profile=quick", "engine=reference", f"sam={sam}"]))
     seed = plain.request.settings.seed
     known = {item.name: item.default for item in dataclasses.fields(Settings)} | {"seed": seed}
-    given = known | {"method": method, "profile": "quick", "engine": "reference", "sam": sam}
-    words = [f"{key}={value}" for key, value in given.items() if key != "run"]  # its default is no name at all
+    named = known | {"method": method, "profile": "quick", "engine": "reference", "sam": sam}
+    words = [f"{key}={value}" for key, value in named.items() if key != "run"]  # its default is no name at all
     plan = make_plan(parse(words))
     assert plan.folder == plain.folder
     assert plan.request.settings == plain.request.settings
@@ -316,7 +325,7 @@ def test_how_to_measure_makes_no_other_run_where_nothing_is_measured() -> None:
     plain = ["profile=quick", "engine=reference"]
     words = [*plain, *(f"measure_{key}={value}" for key, value in how.items())]
     for measured in ([], ["measure=loss"]):
-        one, other = (make_plan(parse([*given, *measured])) for given in (plain, words))
+        one, other = (make_plan(parse([*asked, *measured])) for asked in (plain, words))
         assert one.folder == other.folder
         assert (compared_settings(one) == compared_settings(other)) == (not measured)
 
@@ -332,11 +341,15 @@ def test_override_that_names_the_value_there_is_makes_no_other_run() -> None:
 
 
 def test_sequential_lora_runs_by_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     plan = make_plan(parse(["method=seqlora", "order=3"]))
-    assert [task.name for task in plan.tasks] == ["yahoo", "amazon", "agnews", "dbpedia"]
-    assert plan.tasks[2].evaluates == (("TC", "yahoo"), ("SC", "amazon"), ("TC", "agnews"))
-    assert plan.tasks[2].invocation.get("model_name_or_path").endswith("2-amazon/adapter")
+    assert plan.tasks == ("yahoo", "amazon", "agnews", "dbpedia")
+    tested = json.loads(plan.files["task_configs/agnews/test_tasks.json"])
+    assert {kind: [row["dataset name"] for row in rows] for kind, rows in tested.items()} == {
+        "TC": ["yahoo", "agnews"],
+        "SC": ["amazon"],
+    }
+    assert str(given(plan.stages[2])["--model_name_or_path"]).endswith("2-amazon/adapter")
 
 
 @pytest.mark.third_party
@@ -348,7 +361,7 @@ def test_quick_run_of_upstreams_code_has_the_quick_benchmark_in_its_work_folder(
     plan = make_plan(parse(["method=nlora", "profile=quick", "engine=upstream", "device=cpu", f"output={tmp_path}"]))
     prepare_work(plan, tmp_path / "work")
     assert (tmp_path / "work" / "CL_Benchmark").is_dir()
-    assert (tmp_path / "work" / plan.tasks[0].invocation.get("data_dir") / "TC" / "dbpedia" / "train.json").is_file()
+    assert (tmp_path / "work" / str(given(plan.stages[0])["--data_dir"]) / "TC" / "dbpedia" / "train.json").is_file()
 
 
 @pytest.mark.parametrize("method", ["nlora", "seqlora", "inflora", "seqlora_vit"])
@@ -358,12 +371,12 @@ def test_quick_run_takes_one_thread_whatever_the_caller_has_and_threads_sets_ano
     words = [f"method={method}", "engine=reference", "profile=quick", "device=cpu"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     plain = make_plan(parse(words), dry_run=True)
-    assert plain.environment()["OMP_NUM_THREADS"] == plain.environment()["MKL_NUM_THREADS"] == "1"
+    assert plain.environment["OMP_NUM_THREADS"] == plain.environment["MKL_NUM_THREADS"] == "1"
     assert any(note.startswith("OMP_NUM_THREADS=3 has no effect") for note in plain.notes)
     named = make_plan(parse([*words, "threads=1"]), dry_run=True)
-    assert (named.folder, named.environment()) == (plain.folder, plain.environment())
+    assert (named.folder, named.environment) == (plain.folder, plain.environment)
     two = make_plan(parse([*words, "threads=2"]), dry_run=True)
-    assert two.environment()["OMP_NUM_THREADS"] == two.environment()["OPENBLAS_NUM_THREADS"] == "2"
+    assert two.environment["OMP_NUM_THREADS"] == two.environment["OPENBLAS_NUM_THREADS"] == "2"
     assert two.folder.name == plain.folder.name.replace("-seed", "-threads2-seed")
 
 
@@ -372,14 +385,14 @@ def test_quick_run_takes_one_thread_whatever_the_caller_has_and_threads_sets_ano
 def test_real_run_keeps_the_machines_threads_unless_told_otherwise(
     method: str, upstream: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upstream(str(METHODS[method].repository))
+    upstream(str(UPSTREAMS[method].repository))
     words = [f"method={method}", "profile=upstream", "device=0"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     plain = make_plan(parse(words), dry_run=True)
-    assert "OMP_NUM_THREADS" not in plain.environment()
+    assert "OMP_NUM_THREADS" not in plain.environment
     assert environment(plain)["threads"] == 3
     eight = make_plan(parse([*words, "threads=8"]), dry_run=True)
-    assert eight.environment()["MKL_NUM_THREADS"] == "8"
+    assert eight.environment["MKL_NUM_THREADS"] == "8"
     assert environment(eight)["threads"] == 8
     assert "threads8" in eight.folder.name
 
@@ -404,7 +417,7 @@ def test_dry_run_says_which_data_are_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     upstream("N-LoRA")
-    monkeypatch.setattr("flatpatch.families.text.planning.cuda_devices", lambda: 0)
+    monkeypatch.setattr("flatpatch.runner.resolve.cuda_devices", lambda: 0)
     words = ["method=nlora", "profile=upstream", "device=0", "tasks=amazon", f"data={tmp_path}", "--dry-run"]
     assert main(["run", *words]) == 0
     said = capsys.readouterr().out

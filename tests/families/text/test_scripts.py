@@ -10,7 +10,8 @@ import pytest
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.text.changes import Editor, dataset_of
 from flatpatch.families.text.scripts import Invocation, parse_script
-from flatpatch.upstreams import METHODS, STANDARD_ORDERS
+from flatpatch.families.text.upstream import STANDARD_ORDERS, TextUpstream
+from flatpatch.upstreams import UPSTREAMS
 
 SCRIPT = """#!/bin/bash
 set -x
@@ -134,8 +135,8 @@ def test_unknown_task_is_told_the_nearest_one(invocations: list[Invocation]) -> 
 @pytest.mark.third_party
 @pytest.mark.parametrize("method", ["nlora", "olora"])
 def test_real_scripts_parse_for_every_order(method: str, upstream: Callable[[str], Path]) -> None:
-    row = METHODS[method]
-    assert row.repository is not None
+    row = UPSTREAMS[method]
+    assert isinstance(row, TextUpstream) and row.repository is not None
     checkout = upstream(row.repository)
     for order, script in row.scripts.items():
         found = parse_script(checkout / script)

@@ -20,10 +20,9 @@ from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
 from flatpatch.families.vision.logs import LoggedRun
 from flatpatch.families.vision.results import CONFIG, _check_curve
 from flatpatch.families.vision.upstream import VisionUpstream
-from flatpatch.files import ROOT
 from flatpatch.runner.record import environment
 from flatpatch.runner.resolve import command_of, make_plan, parse
-from flatpatch.upstreams import UPSTREAMS, _deviations
+from flatpatch.upstreams import UPSTREAMS
 
 ROWS: dict[str, VisionUpstream] = {name: row for name, row in UPSTREAMS.items() if isinstance(row, VisionUpstream)}
 SHIPPED = [
@@ -147,10 +146,6 @@ def test_paper_profile_follows_every_conflict_that_names_an_argument(upstream: C
                     assert json.loads((checkout / file).read_text())[argument.argument] != argument.value
                     assert written_config(plan)[argument.argument] == argument.value
                     assert conflict.source in next(d.why for d in plan.deviations if d.what == argument.argument)
-
-
-def test_deviations_page_is_written_from_the_conflicts() -> None:
-    assert (ROOT / "DEVIATIONS.md").read_text() == _deviations.render()
 
 
 @pytest.mark.third_party

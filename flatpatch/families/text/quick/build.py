@@ -10,7 +10,6 @@ float sums do. The shipped files took 17 minutes on one thread of a busy machine
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -23,6 +22,8 @@ from typing import Any
 
 from flatpatch.errors import UserError
 from flatpatch.families.text.quick.pretraining import SENTINELS, Document, document
+from flatpatch.files import digest
+from flatpatch.progress import Progress
 
 SEED = 0
 SETTINGS: dict[str, Any] = {
@@ -113,7 +114,6 @@ def build_model(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list[
         The mean loss of each hundred steps, in nats per piece.
     """
     import torch
-    from tqdm import trange
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(SEED)
@@ -146,23 +146,23 @@ def build_model(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list[
     source = documents(f"{SEED}/model")
     losses: list[float] = []
     total = 0.0
-    bar = trange(steps, desc="pre-training", unit="step", mininterval=1.0)
     model.train()
-    for step in bar:
-        batch = [next(source) for _ in range(settings["batch"])]
-        inputs = tokenizer([item.source for item in batch], padding=True, return_tensors="pt")
-        labels = tokenizer([item.target for item in batch], padding=True, return_tensors="pt")["input_ids"]
-        loss = model(**inputs, labels=labels.masked_fill(labels == 0, -100)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-        if step % 100 == 99:
-            losses.append(round(total / 100, 4))
-            total = 0.0
-            bar.set_postfix(loss=losses[-1])
+    with Progress("pre-training", "step") as shown:
+        for step in range(steps):
+            batch = [next(source) for _ in range(settings["batch"])]
+            inputs = tokenizer([item.source for item in batch], padding=True, return_tensors="pt")
+            labels = tokenizer([item.target for item in batch], padding=True, return_tensors="pt")["input_ids"]
+            loss = model(**inputs, labels=labels.masked_fill(labels == 0, -100)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+            if step % 100 == 99:
+                losses.append(round(total / 100, 4))
+                total = 0.0
+            shown.update("", step + 1, steps, f"loss {losses[-1]}" if losses else "")
     # Pre-training is short enough to do without dropout; fine-tuning has T5's usual share, as T5 1.1 does it.
     model.config.dropout_rate = settings["dropout"]
     model.eval()
@@ -208,7 +208,7 @@ def main(arguments: list[str]) -> None:
         "threads": torch.get_num_threads(),
         "seconds": round(time.monotonic() - started),
         "loss_per_100_steps": losses,
-        "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+        "sha256": {name: digest(folder / name) for name in FILES},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 

@@ -9,11 +9,9 @@ its own or not. Methods for images go through the same loop and are in the sub-p
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +31,7 @@ from flatpatch.families.training import (
     plain_gradients,
     train_task,
 )
+from flatpatch.files import write_atomically
 
 __all__ = [
     "METHODS",
@@ -200,7 +199,7 @@ def run_task(
         json.dumps({"task": q.task_type, "dataset": q.dataset, "prompt": q.prompt, "label": q.label, "prediction": a})
         for q, a in zip(questions, answers, strict=True)
     ]
-    _write(task.output_dir / "predictions.jsonl", "\n".join(lines) + "\n")
+    write_atomically(task.output_dir / "predictions.jsonl", "\n".join(lines) + "\n")
     results = {
         "epoch": float(task.num_train_epochs),
         "train_loss": result.mean_loss,
@@ -212,10 +211,4 @@ def run_task(
         "predict_runtime": time.perf_counter() - start,
         "predict_samples": len(questions),
     }
-    _write(task.output_dir / "all_results.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(task.output_dir / "all_results.json", json.dumps(results, indent=2, sort_keys=True) + "\n")

@@ -9,7 +9,6 @@ N-LoRA), so there is one dropout draw per layer.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from flatpatch.errors import UserError
+from flatpatch.files import write_atomically
 
 OLD, NEW = "old", "new"
 ADAPTED = ("q", "v")  # the names of T5's query and value projections
@@ -157,9 +157,8 @@ def save(folder: Path, adapter: Adapter) -> None:
     """Write an adapter into a folder; a reader finds either the whole file or none."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{key}.{part}": value for key, pair in adapter.pairs.items() for part, value in pair._asdict().items()}
-    unfinished = folder / f"{FILE_NAME}.unfinished"
-    save_file(tensors, unfinished, metadata={"made": json.dumps(dict(adapter.made))})
-    os.replace(unfinished, folder / FILE_NAME)
+    # Safetensors' own writer would make a file that nobody else may read.
+    write_atomically(folder / FILE_NAME, to_bytes(tensors, metadata={"made": json.dumps(dict(adapter.made))}))
 
 
 def load(folder: Path) -> Adapter:

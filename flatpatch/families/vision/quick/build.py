@@ -13,7 +13,6 @@ Training stops long before the model is perfect, so that the benchmark's tasks l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -26,6 +25,8 @@ import numpy as np
 from flatpatch.errors import UserError
 from flatpatch.families.vision.quick import MODEL, WEIGHTS
 from flatpatch.families.vision.quick.generator import PRETRAINING, draw
+from flatpatch.files import digest
+from flatpatch.progress import Progress
 
 SEED = 0
 SETTINGS: dict[str, Any] = {"steps": 9000, "batch": 32, "learning_rate": 1e-3, "warmup": 300, "weight_decay": 0.05}
@@ -92,7 +93,6 @@ def pretrain(settings: dict[str, Any]) -> tuple[Any, list[float]]:
     """
     import torch
     import torch.nn.functional as F
-    from tqdm import trange
 
     torch.manual_seed(SEED)
     model = new_model().train()
@@ -106,20 +106,20 @@ def pretrain(settings: dict[str, Any]) -> tuple[Any, list[float]]:
     rng = generator(0)
     losses: list[float] = []
     total = 0.0
-    bar = trange(steps, desc="pre-training", unit="step", mininterval=1.0)
-    for step in bar:
-        images, labels = pretraining_batch(rng, settings["batch"])
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-        if step % 100 == 99:
-            losses.append(round(total / 100, 4))
-            total = 0.0
-            bar.set_postfix(loss=losses[-1])
+    with Progress("pre-training", "step") as shown:
+        for step in range(steps):
+            images, labels = pretraining_batch(rng, settings["batch"])
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+            if step % 100 == 99:
+                losses.append(round(total / 100, 4))
+                total = 0.0
+            shown.update("", step + 1, steps, f"loss {losses[-1]}" if losses else "")
     return model, losses
 
 
@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> None:
         "seconds": seconds,
         "accuracy": reached,
         "loss_per_100_steps": losses,
-        "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "sha256": {weights.name: digest(weights)},
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     print(f"{reached:.1f} % of 5000 new images of the {len(PRETRAINING)} classes of pre-training; {weights}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from flatpatch.families.vision.reference.images import ImageTask, load_tasks
 from flatpatch.families.vision.reference.inflora import InfLoRA
 from flatpatch.families.vision.reference.options import TRAINED, VisionReference
 from flatpatch.families.vision.reference.vit import LoRAViT, build
+from flatpatch.files import write_atomically
 
 __all__ = ["ImageTask", "LoRAViT", "TaskState", "TRAINED", "VisionReference", "restore", "run"]
 
@@ -120,9 +120,7 @@ def run(
         "accuracy_matrix": [row["accuracy"] + [None] * (len(tasks) - len(row["accuracy"])) for row in rows],
         **{name: [row[name] for row in rows] for name in rows[0].keys() - {"accuracy"}},
     }
-    unfinished = done.with_name(f"{done.name}.unfinished")
-    unfinished.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(unfinished, done)
+    write_atomically(done, json.dumps(results, indent=2, sort_keys=True) + "\n")
 
 
 def _call(callback: Callable[[TaskState], None] | None, state: TaskState) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from flatpatch.errors import UserError
 from flatpatch.families.vision.reference.options import TRAINED, VisionReference
 from flatpatch.families.vision.reference.vit import LoRAViT, build
+from flatpatch.files import write_atomically
 
 
 def checkpoint_file(reference: VisionReference, task: int) -> Path:
@@ -36,11 +36,9 @@ def save(reference: VisionReference, model: LoRAViT) -> None:
     """Write the checkpoint of the present task; a reader finds either the whole file or none."""
     path = checkpoint_file(reference, model.task)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
     tensors = {name: value.cpu().contiguous() for name, value in _kept(model, model.task).items()}
     # Safetensors' own writer would make a file that nobody else may read.
-    unfinished.write_bytes(to_bytes(tensors, metadata={"made": json.dumps(_made(reference))}))
-    os.replace(unfinished, path)
+    write_atomically(path, to_bytes(tensors, metadata={"made": json.dumps(_made(reference))}))
 
 
 def restore(reference: VisionReference, task: int, *, joined: bool = False) -> LoRAViT:

@@ -18,19 +18,19 @@ from transformers import AutoModelForSeq2SeqLM
 
 from flatpatch.__main__ import main
 from flatpatch.errors import DiskFull, UserError
-from flatpatch.families.text import reopening as trained
-from flatpatch.families.text.planning import make_plan
+from flatpatch.families.text import reopening
 from flatpatch.families.text.reference import adapters
 from flatpatch.families.text.reference.adapters import Adapter, Pair
-from flatpatch.measurement import command as verb
-from flatpatch.runner.measure_words import parse_words
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
+from flatpatch.runner import measure as verb
 from flatpatch.runner.execute import prepare_work
+from flatpatch.runner.measure_words import parse_words
 from flatpatch.runner.record import new_record, write_record
-from flatpatch.settings import parse
+from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
 from tests.report_page import Reader
+from tests.report_records import make_quick_record
 from tests.upstream.test_neutrality_text import small_benchmark
 
 pytestmark = pytest.mark.timeout(300)
@@ -59,13 +59,16 @@ def make_run(shared: tuple[Path, Path], tmp_path: Path) -> MakeRun:
         adapters.attach(layers, r=rank, alpha=4, dropout=0.0)
         draw = torch.Generator().manual_seed(seed)
         pairs: dict[str, Pair] = {}
-        for task in plan.tasks:
+        for stage in plan.stages:
             for key, pair in adapters.joined(layers).items():
                 A, B = (scale * torch.randn(value.shape, generator=draw) for value in pair)
                 old = pairs.get(key)
                 pairs[key] = Pair(torch.cat([old.A, A]), torch.cat([old.B, B], dim=1)) if old else Pair(A, B)
             made = {"method": "nlora", "lora_r": rank, "lora_alpha": 4}
-            adapters.save(plan.folder / "work" / task.invocation.get("output_dir") / "adapter", Adapter(pairs, made))
+            adapters.save(plan.folder / "work" / stage.output / "adapter", Adapter(pairs, made))
+            (plan.folder / "tasks" / stage.folder).mkdir(parents=True)
+            told = plan.folder / "tasks" / stage.folder / "hook.json"
+            told.write_text(json.dumps({"command": stage.command}))
         write_record(plan.folder, {**new_record(plan), "status": "finished"})
         return plan.folder
 
@@ -76,8 +79,31 @@ def make_run(shared: tuple[Path, Path], tmp_path: Path) -> MakeRun:
 def test_note_of_a_task_that_is_damaged_is_as_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "tasks" / "1-x").mkdir(parents=True)
     (tmp_path / "tasks" / "1-x" / "done.json").write_text(content)
-    run = trained.TrainedRun(tmp_path, {}, None)  # type: ignore[arg-type]
+    run = reopening.TextRun(tmp_path, {}, ())
     assert run.noted_hash("1-x", tmp_path / "some") is None
+
+
+def test_run_of_an_earlier_version_is_reported_but_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tasks' descriptions have no command; the record was written before the families were."""
+    folder = tmp_path / "old"
+    own = folder / "tasks" / "1-amazon"
+    own.mkdir(parents=True)
+    record = make_quick_record(method="seqlora", tasks=["amazon"], accuracy_matrix=[[26.67]], inputs={})
+    (folder / "record.json").write_text(json.dumps(record))
+    sam = {"kind": "off", "rho": 0.05, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    places = {name: str(own / name) for name in ("metrics", "progress", "summary")}
+    old = {"schema": 1, "task_index": 0, "task": "amazon", **places, "sam": sam, "adapters": "upstream"}
+    (own / "hook.json").write_text(json.dumps(old | {"measure": None}))
+    assert main(["report", f"run={folder}"]) == 0
+    assert "26.67" in capsys.readouterr().out
+    assert (folder / "report.html").is_file()
+    assert main(["measure", f"run={folder}", "measure=loss"]) == 2
+    assert capsys.readouterr().err == (
+        f"flatpatch: run=old: {own / 'hook.json'} does not say by which command its task was trained. A run of an "
+        "earlier version is measured with that version.\n"
+    )
 
 
 def test_list_of_a_tasks_data_that_is_damaged_is_refused(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,12 +204,12 @@ def test_one_run_is_measured_after_each_task_and_its_record_updated(make_run: Ma
 
 
 def test_rebuilt_model_is_the_one_its_factors_say(make_run: MakeRun, shared: tuple[Path, Path]) -> None:
-    run = trained.find_run(str(make_run("one", 1)))
-    saved = trained.load_adapter(run, 1)
+    run = verb.find_run(str(make_run("one", 1)))
+    saved = reopening.load_adapter(run, 1)
     assert (saved.rank, saved.total_rank) == (2, 4)
     plain = AutoModelForSeq2SeqLM.from_pretrained(shared[0]).state_dict()
     for joined in (False, True):
-        model = trained.rebuild(run, 1, joined=joined)
+        model = reopening.rebuild(run, 1, joined=joined)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trainable == sum(p.numel() for pair in saved.pairs.values() for p in pair) // (1 if joined else 2)
         for key, pair in saved.pairs.items():
@@ -262,7 +288,7 @@ def test_run_that_is_not_there_or_not_finished_is_refused(make_run: MakeRun, ref
     write_record(folder, {**record, "status": "interrupted"})
     assert "is not finished (interrupted)" in refused(f"run={folder}")
     write_record(folder, {**record, "method": "other"})
-    assert "models can be rebuilt of image runs, and of T5 runs of" in refused(f"run={folder}")
+    assert "is of method other, which this version does not have" in refused(f"run={folder}")
 
 
 @pytest.mark.parametrize(
@@ -270,13 +296,13 @@ def test_run_that_is_not_there_or_not_finished_is_refused(make_run: MakeRun, ref
     [
         (["measure=trase"], "Did you mean 'trace'?"),
         (["measure_scope=mergd"], "Did you mean 'merged'?"),
-        (["measure_sample=3"], "unknown setting 'measure_sample'. Did you mean 'measure_samples'?"),
+        (["measure_sample=3"], "unknown setting 'measure_sample' of measure. Did you mean 'measure_samples'?"),
         (["measure_samples=0"], "measure_samples=0 is an empty sample"),
         (["measure_samples=many"], "measure_samples='many' is not a whole number"),
         (["measure="], "measure= is empty"),
         (["task=amazn"], "Did you mean 'amazon'?"),
         (["output=x"], "output= is for several runs together"),
-        (["run="], "names 0 runs"),
+        (["run="], "run= is empty"),
         (["run=a,b,c,d"], "names 4 runs"),
         (["run=a,b", "task=all"], "several runs are compared after one task"),
     ],
@@ -376,8 +402,8 @@ def test_checkpoint_that_does_not_match_is_refused(
 def test_scope_without_a_trainable_weight_is_refused(
     make_run: MakeRun, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rebuild = trained.rebuild
-    monkeypatch.setattr(trained, "rebuild", lambda *words, **more: rebuild(*words, **more).requires_grad_(False))
+    rebuild = reopening.rebuild
+    monkeypatch.setattr(reopening, "rebuild", lambda *words, **more: rebuild(*words, **more).requires_grad_(False))
     assert "scope=trainable chooses no weight" in refused(
         f"run={make_run('one', 1)}", "measure_scope=trainable", *SMALL
     )
@@ -392,7 +418,7 @@ def test_run_folder_that_cannot_be_written_is_refused_before_the_work(
         (folder / ".lock").mkdir()
     else:
         (folder / blocked).write_text("a file where a folder should be")
-    monkeypatch.setattr(trained, "rebuild", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(reopening, "rebuild", lambda *_, **__: pytest.fail("the work began"))
     text = refused(f"run={folder}", *SMALL)
     assert "cannot be written" in text and blocked in text
 
@@ -402,7 +428,7 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     runs = f"run={make_run('first', 1)},{make_run('second', 2)}"
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(trained, "rebuild", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(reopening, "rebuild", lambda *_, **__: pytest.fail("the work began"))
     assert "the output folder" in (text := refused(runs, f"output={tmp_path / 'file' / 'x'}", *SMALL))
     assert "cannot be made" in text
     assert "cannot be written" in refused(runs, "output=/proc/compared", *SMALL)
@@ -430,11 +456,11 @@ def test_each_task_is_in_the_record_as_soon_as_it_is_measured(
 
 
 def test_sample_of_no_examples_is_refused(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trained, "load_examples", lambda *_: [])
-    run = trained.find_run(str(make_run("one", 1)))
+    monkeypatch.setattr(reopening, "load_examples", lambda *_: [])
+    run = verb.find_run(str(make_run("one", 1)))
     request = parse_words(["run=x"]).request
     with pytest.raises(UserError, match="the sample is empty"):
-        trained.draw_task_sample(run, 1, request)
+        reopening.draw_task_sample(run, 1, request)
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

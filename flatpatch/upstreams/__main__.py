@@ -1,6 +1,6 @@
 """Write ``DEVIATIONS.md``: where papers and their repositories disagree, from the methods' own files.
 
-python -m flatpatch.upstreams._deviations > DEVIATIONS.md
+python -m flatpatch.upstreams > DEVIATIONS.md
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ def render() -> str:
         "was taken from secondary sources and must be held against the papers before it is quoted. The files named are",
         "the repository's. Every run lists its own deviations from upstream in its `record.json`.",
         "",
-        "This page is written from `flatpatch/upstreams/` by "
-        "`python -m flatpatch.upstreams._deviations > DEVIATIONS.md`.",
+        "This page is written from `flatpatch/upstreams/` by `python -m flatpatch.upstreams > DEVIATIONS.md`.",
     ]
     for upstream in UPSTREAMS.values():
         if not upstream.conflicts:

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from flatpatch.families.text.planning import make_plan
+from flatpatch import progress
 from flatpatch.families.reference import StepRecorder
-from flatpatch.runner import execute, progress
-from flatpatch.runner.progress import Progress
-from flatpatch.settings import parse
+from flatpatch.progress import Progress
+from flatpatch.runner import execute
+from flatpatch.runner.resolve import make_plan, parse
+from flatpatch.terminal import quietly
 
 # As the hooks in an image repository, the reference engine on images, and both on text write it.
 STATES = [
     (
         "inflora",
-        {"phase": "train", "step": 3, "total": 40, "loss": 0.5, "task": "task 2"},
+        {"phase": "train", "step": 3, "total": 40, "loss": 0.5, "task": "4-7"},
         "training task 2/5 4-7, step 3/40",
     ),
     (
@@ -97,16 +98,85 @@ def test_lines_of_every_engine_have_one_style(
         assert re.fullmatch(rf"the title: {expected}{loss}, \d+ s", line)
 
 
-def test_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stderr", terminal)
+class Terminal(io.StringIO):
+    """Takes what a terminal would show."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def shown(self) -> list[str]:
+        """What stood in the line, one after the other, without colours."""
+        return re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", self.getvalue()))
+
+
+def make_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Let standard error be a terminal; not a fixture, as pytest puts its own stream there before each test."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    return stream
+
+
+def test_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
     with Progress("tasks 1-5", "step") as shown:
         for step in range(1, 5):
-            shown.update("train task 1/5 0-3", step, 4)
-    assert "tasks 1-5: train task 1/5 0-3: 100%" in terminal.getvalue()
-    assert "step 4/4" not in terminal.getvalue()
+            shown.update("train task 1/5 0-3", step, 4, "loss 0.500")
+    last = terminal.shown[-2]
+    assert last.startswith("tasks 1-5: train task 1/5 0-3: 100% ") and last.endswith(" loss 0.500")
+    assert "step 4/4" not in last and " 4/4 step " in last
+
+
+def test_part_of_unknown_length_shows_no_share_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    with Progress("[1] tasks", "step", leave=True) as shown:
+        shown.update("training", 4, 4)
+        shown.update("predicting", 3, None)
+        shown.end()
+    last = terminal.shown[-2]
+    assert last.startswith("[1] tasks: ended: ") and " 3/? step " in last
+    assert "%" not in last
+
+
+def test_bar_that_is_not_to_stay_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    for leave in (False, True):
+        terminal.truncate(terminal.seek(0))
+        with Progress("page", "figure", leave=leave) as shown:
+            shown.update("", 1, 1)
+        assert terminal.getvalue().endswith("\x1b[1A\x1b[2K") != leave
+
+
+def test_line_that_is_told_beside_a_bar_goes_to_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = make_terminal(monkeypatch)
+    with Progress("tasks 1-5", "step", leave=True) as shown:
+        shown.update("training", 1, 4)
+        shown.tell("a note")
+        assert "\x1b[1A\x1b[2K" in terminal.getvalue(), "the bar has made room for it"
+        shown.update("training", 4, 4)
+    assert capsys.readouterr().out == "a note\n"
+    assert terminal.shown[-2].startswith("tasks 1-5: training: 100% ")
+
+
+def test_terminal_that_can_draw_nothing_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    with Progress("tasks 1-5", "step") as shown:
+        shown.update("training", 1, 4)
+        shown.tell("a note")
+    assert terminal.getvalue() == "tasks 1-5: training, step 1/4, 0 s\n"
+
+
+def test_quiet_terminal_gets_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = make_terminal(monkeypatch)
+    with quietly(True), Progress("tasks 1-5", "step") as shown:
+        shown.update("training", 1, 4)
+        shown.tell("a note")
+    assert (terminal.getvalue(), capsys.readouterr().out) == ("", "")
 
 
 @pytest.mark.parametrize("task", ["", "4-7"])
@@ -127,7 +197,7 @@ def test_reference_engine_tells_training_prediction_and_training_again(task: str
         assert told() == ("predict", 0, None, task)
         recorder.on_predict({"step": 2, "total": 2}, task)
         assert told() == ("predict", 2, 2, task)
-        recorder.measure("before", torch.nn.Linear(1, 1), [], list)
-        assert told() == ("train", 0, None, "")
-        recorder.measure("after", torch.nn.Linear(1, 1), [], list)
-        assert told() == ("predict", 0, None, "")
+        recorder.measure("before", torch.nn.Linear(1, 1), list, 0, task)
+        assert told() == ("train", 0, None, task)
+        recorder.measure("after", torch.nn.Linear(1, 1), list, 0, task)
+        assert told() == ("predict", 0, None, task)
