@@ -125,7 +125,7 @@ class Ending(sam_training.TrainerCallback):
 def image_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_trainings", [])
     monkeypatch.setattr(cllora, "_kept_versions", [])
-    images._read.cache_clear()
+    images.read_run.cache_clear()
     places = dict.fromkeys(("device", "data", "weights", "workers", "model", "dataset"))
 
     def start(**sam):
@@ -133,7 +133,7 @@ def image_run(tmp_path, monkeypatch):
         started(tmp_path, monkeypatch, sam, more.items())
 
     yield start
-    images._read.cache_clear()
+    images.read_run.cache_clear()
 
 
 def test_image_loops_steps_are_timed_whole_and_the_second_begins_where_the_first_ends(tmp_path, device, image_run):
