@@ -16,7 +16,7 @@ types:
 	$(in_environment) mypy
 
 test:
-	bash run_scripts/test.sh
+	bash run_scripts/test.sh all
 
 patches:
 	bash run_scripts/run.sh patches verify

@@ -135,7 +135,8 @@ def test_a_command_of_the_pages_can_be_typed(
 def check_program(words: tuple[str, ...]) -> None:
     """See that a module can be run, or that a script hands its words to pytest."""
     if words[0] == "python":
-        path = ROOT / f"{words[2].replace('.', '/')}.py"
+        folder = ROOT / words[2].replace(".", "/")
+        path = folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")
         assert '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
     else:
         assert "\nexec python -m pytest" in (ROOT / words[1]).read_text(encoding="utf-8")

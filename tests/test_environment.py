@@ -36,6 +36,7 @@ TOOLS = [
     "sleep",
     "tail",
 ]
+FAST = "not slow and not third_party"
 LOCK = "setuptools==1.0\ntiny==2.0\nelsewhere==3.0 ; sys_platform == 'win32'\n"
 
 # What the scripts start. Says what it was given and where it ran.
@@ -143,6 +144,7 @@ def project(tmp_path: Path) -> Project:
     (root / "requirements.lock").write_text(LOCK)
     (root / "flatpatch").mkdir()
     (root / "flatpatch" / "__main__.py").write_text(MAIN)
+    (root / "pytest.py").write_text(MAIN)
     programs = tmp_path / "bin"
     programs.mkdir()
     for tool in TOOLS:
@@ -437,7 +439,24 @@ def test_script_is_executable_and_only_forwards(script: str) -> None:
     assert os.access(path, os.X_OK)
     code = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert code[:2] == ["set -euo pipefail", 'source "$(dirname -- "${BASH_SOURCE[0]}")/_environment.sh"']
-    assert len(code) == 3 and re.fullmatch(r'exec python -m (flatpatch|pytest)\b[\w= -]* "\$@"', code[2])
+    *choice, last = code[2:]
+    assert re.fullmatch(r'exec python -m (flatpatch|pytest)\b[\w= -]* "\$@"', last)
+    assert len(choice) == (script == "test.sh")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["-m", FAST]),
+        (["-k", "two words"], ["-m", FAST, "-k", "two words"]),
+        (["all"], []),
+        (["all", "-x"], ["-x"]),
+    ],
+)
+def test_tests_are_the_fast_ones_or_all(words: list[str], expected: list[str], project: Project) -> None:
+    code, out, err = project.run(*words, script="test.sh")
+    assert code == 0, err
+    assert json.loads(out)["arguments"] == ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", *expected]
 
 
 def read_lock() -> dict[str, tuple[str, str]]:

@@ -74,7 +74,8 @@ class Recorder:
     def write_progress(self, phase: str, step: int, total: int | None, **more: Any) -> None:
         """Say how far the run is."""
         self._progress_written = time.monotonic()
-        progress = {"phase": phase, "step": step, "total": total, "loss": self.last_loss if phase == "train" else None}
+        loss = self.last_loss if phase == "train" and step else None  # at step 0 it would be the task before's
+        progress = {"phase": phase, "step": step, "total": total, "loss": loss}
         write_atomically(self._progress, json.dumps(progress | more) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +11,8 @@ from torch import Tensor
 from flatpatch.errors import UserError
 from flatpatch.families.recording import MEASURED, Recorder, make_measurer
 from flatpatch.families.sample import Sample
-from flatpatch.files import write_atomically
 from flatpatch.measuring import Request
 from flatpatch.sam import SAM
-
-SECONDS_BETWEEN_PROGRESS = 0.5
 
 
 class StepRecorder:
@@ -30,7 +23,6 @@ class StepRecorder:
         self.sam: SAM | None = None
         self.steps = self.trainable = self.perturbed = 0
         self.fallbacks: Tensor | int = 0
-        self._written = 0.0
         self._measurer = make_measurer(run, self._measuring)
         self._recorder = Recorder(run)
         self._recorder.start()
@@ -49,9 +41,8 @@ class StepRecorder:
                 "sam": self.run["sam"]["kind"],
                 "launcher": "plain",
                 "dtype": "float32",
-                "threads": torch.get_num_threads(),
             }
-            write_atomically(Path(self.run["summary"]), json.dumps(summary, indent=2))
+            self._recorder.write_summary(summary)
 
     def make_gradients(self, optimizer: torch.optim.Optimizer) -> Callable[[Callable[..., Tensor]], Tensor]:
         """Return the function that leaves the gradient to descend along in ``.grad``."""
@@ -96,13 +87,14 @@ class StepRecorder:
             measured["perturbed_loss"] = self.sam.perturbed_loss
         record = {"task": task or self.run["task"], **{k: state[k] for k in ("step", "learning_rate", "seconds")}}
         self._recorder.add(record, measured)
-        self._progress("train", state, state["loss"], task)
         if state["step"] == state["total"]:
             self._begin("predict", task)
+        else:
+            self._progress("train", state, task=task)
 
     def on_predict(self, state: dict[str, int], task: str = "") -> None:
         """Say how far the prediction is."""
-        self._progress("predict", state, None, task)
+        self._progress("predict", state, task=task)
 
     def measure(
         self,
@@ -128,16 +120,13 @@ class StepRecorder:
         self._begin("train" if when == "before" else "predict", task)
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
-        self._progress(phase, {"step": step, "total": total}, None, "", note=note)
+        self._progress(phase, {"step": step, "total": total}, task="", note=note)
 
     def _begin(self, phase: str, task: str = "") -> None:
         """Say what comes next, before its first step has been made."""
-        self._written = -math.inf
-        self._progress(phase, {"step": 0, "total": None}, None, task)
+        self._recorder.write_progress(phase, 0, None, task=task)
 
-    def _progress(self, phase: str, state: dict[str, Any], loss: float | None, task: str, **more: str) -> None:
-        step, total = state["step"], state["total"]
-        if step == total or time.monotonic() - self._written > SECONDS_BETWEEN_PROGRESS:
-            self._written = time.monotonic()
-            text = json.dumps({"phase": phase, "step": step, "total": total, "loss": loss, "task": task} | more)
-            write_atomically(Path(self.run["progress"]), text)
+    def _progress(self, phase: str, state: dict[str, Any], **more: str) -> None:
+        if self._recorder.progress_due() or state["step"] == state["total"]:
+            self._recorder.flush()
+            self._recorder.write_progress(phase, state["step"], state["total"], **more)

@@ -1,4 +1,4 @@
-"""Carry out a plan: one subprocess per task, resumable at every task's end."""
+"""Carry out a plan: one subprocess per stage, resumable at every stage's end."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from flatpatch import families, metrics, patches
 from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
@@ -53,14 +55,14 @@ _NONE_KEPT = "No task was finished before: the run starts anew with its first ta
 
 
 def execute(plan: Plan) -> dict[str, Any]:
-    """Run every task of a plan that is not finished yet, then write the record, the table and the figures.
+    """Run every stage of a plan that is not finished yet, then write the record, the table and the figures.
 
     Returns:
         The finished record.
 
     Raises:
         UserError: If the run folder holds another run.
-        FlatpatchError: If a task fails.
+        FlatpatchError: If a stage fails.
         Interrupted: If a signal asks to stop; says what the same command will do then.
         DiskFull: If the disk fills up.
     """
@@ -83,7 +85,7 @@ def execute(plan: Plan) -> dict[str, Any]:
         problem: BaseException | None = None
         try:
             keep_room(plan.folder)
-            _run_tasks(plan, record, kept, stop)
+            _run_stages(plan, record, kept, stop)
         except BaseException as error:
             problem = _with_full_disk_named(plan, error)
         _conclude(plan, record, problem)
@@ -142,50 +144,50 @@ def _kept(plan: Plan) -> int:
     return kept
 
 
-def _run_tasks(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
+def _run_stages(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
     prepare_work(plan, plan.folder / "work")
-    # From the first task that is not whole, later ones started from something else: none of their files may stay.
-    for task in plan.stages[kept:]:
-        _end_leftovers(_task_folder(plan, task) / "hook.json")
-        (_task_folder(plan, task) / "done.json").unlink(missing_ok=True)
-    for task in plan.stages[kept:]:
-        shutil.rmtree(_task_folder(plan, task), ignore_errors=True)
-        shutil.rmtree(_output(plan, task), ignore_errors=True)
-        for path in _measured(plan, task):
+    # From the first stage that is not whole, later ones started from something else: none of their files may stay.
+    for stage in plan.stages[kept:]:
+        _end_leftovers(_stage_folder(plan, stage) / "hook.json")
+        (_stage_folder(plan, stage) / "done.json").unlink(missing_ok=True)
+    for stage in plan.stages[kept:]:
+        shutil.rmtree(_stage_folder(plan, stage), ignore_errors=True)
+        shutil.rmtree(_output(plan, stage), ignore_errors=True)
+        for path in _measured(plan, stage):
             path.unlink(missing_ok=True)
-    for index, task in enumerate(plan.stages):
-        own = _task_folder(plan, task)
+    for index, stage in enumerate(plan.stages):
+        own = _stage_folder(plan, stage)
         if index < kept:
-            say(f"{task.title}: finished before, kept")
+            say(f"{stage.title}: finished before, kept")
         else:
-            _run_task(plan, task, stop)
+            _run_stage(plan, stage, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
-        lost = [*_lost_models(plan, task), *_short_samples(plan, task)]
+        lost = [*_lost_models(plan, stage), *_short_samples(plan, stage)]
         record["notes"] += lost
         write_record(plan.folder, record)
         if index >= kept:
-            _say_failures(plan, task)
+            _say_failures(plan, stage)
             for note in lost:
                 print(f"WARNING: {note}", flush=True)
 
 
-def _say_failures(plan: Plan, task: Stage) -> None:
-    for path in _measured(plan, task):
+def _say_failures(plan: Plan, stage: Stage) -> None:
+    for path in _measured(plan, stage):
         if path.suffix == ".json":
             for failure in measurements.failures(read_json(path)):
                 print(f"WARNING: not measured: {path.stem}: {failure}", flush=True)
 
 
-def _short_samples(plan: Plan, task: Stage) -> list[str]:
+def _short_samples(plan: Plan, stage: Stage) -> list[str]:
     """Say where fewer examples were measured than were asked for."""
-    contents = [read_json(path) for path in _measured(plan, task) if path.suffix == ".json"]
+    contents = [read_json(path) for path in _measured(plan, stage) if path.suffix == ".json"]
     return list(dict.fromkeys(text for content in contents for text in measurements.shortage(content)))
 
 
 def _lost_models(plan: Plan, stage: Stage) -> list[str]:
     """Say which models a process could not keep; its training went on without."""
-    log = (_task_folder(plan, stage) / LOG).relative_to(plan.folder)
+    log = (_stage_folder(plan, stage) / LOG).relative_to(plan.folder)
     return [
         f"the model after task {index + 1} {plan.tasks[index]} was not kept, so that the verb measure cannot rebuild "
         f"it: see {log} in the run's folder"
@@ -224,8 +226,8 @@ def prepare_work(plan: Plan, work: Path, *, patched: bool = True) -> None:
                 fill(unfinished)
 
 
-def _task_folder(plan: Plan, task: Stage) -> Path:
-    return plan.folder / "tasks" / task.folder
+def _stage_folder(plan: Plan, stage: Stage) -> Path:
+    return plan.folder / "tasks" / stage.folder
 
 
 def _output(plan: Plan, stage: Stage) -> Path:
@@ -245,9 +247,9 @@ def _measured(plan: Plan, stage: Stage) -> list[Path]:
     return sorted(path for name in names for path in folder.glob(f"{glob.escape(name)}[.-]*"))
 
 
-def _is_done(plan: Plan, task: Stage) -> bool:
-    """Tell whether a task ended well and what it left is still whole."""
-    marker = _task_folder(plan, task) / "done.json"
+def _is_done(plan: Plan, stage: Stage) -> bool:
+    """Tell whether a process ended well and what it left is still whole."""
+    marker = _stage_folder(plan, stage) / "done.json"
     if not marker.is_file():
         return False
     try:
@@ -257,12 +259,12 @@ def _is_done(plan: Plan, task: Stage) -> bool:
         return False
 
 
-def _run_task(plan: Plan, task: Stage, stop: _Stop) -> None:
-    own = _task_folder(plan, task)
+def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
+    own = _stage_folder(plan, stage)
     hook = own / "hook.json"
     own.mkdir(parents=True)
-    write_atomically(hook, json.dumps(_contract(plan, task, own), indent=2))
-    command = command_of(task, sys.executable, plan.request.settings.port or _free_port())
+    write_atomically(hook, json.dumps(_contract(plan, stage, own), indent=2))
+    command = command_of(stage, sys.executable, plan.request.settings.port or _free_port())
     variables = {**os.environ, **plan.environment, "FLATPATCH_RUN": str(hook)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         variables.pop(name, None)
@@ -270,23 +272,26 @@ def _run_task(plan: Plan, task: Stage, stop: _Stop) -> None:
     with (own / LOG).open("wb") as log:
         process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
         try:
-            _watch(process, task.title, own / "progress.json", stop, _shown_names(plan), _way_on(plan))
+            _watch(process, stage.title, own / "progress.json", stop, _shown_names(plan), _way_on(plan))
         finally:
             process.end()
             _end_leftovers(hook)
     if code := process.poll():
-        said = _failure(plan, task, code, own / LOG)
+        said = _failure(plan, stage, code, own / LOG)
         if _had_no_room(own / LOG):
             raise DiskFull(f"the disk is full: {said}\n{_room_left(plan.folder)}")
         raise FlatpatchError(said)
     if not (own / "summary.json").is_file():
         raise FlatpatchError(
-            f"{task.title} ended, but flatpatch's hook in {plan.upstream.title} never ran: not the run asked for. "
+            f"{stage.title} ended, but flatpatch's hook in {plan.upstream.title} never ran: not the run asked for. "
             f"See {own / 'log.txt'}, and check the patches: python -m flatpatch patches verify"
         )
     seconds = time.monotonic() - started
-    files = [*_results(plan, task), *(path for name in task.models.values() if (path := plan.folder / name).is_file())]
-    files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, task)]
+    files = [
+        *_results(plan, stage),
+        *(path for name in stage.models.values() if (path := plan.folder / name).is_file()),
+    ]
+    files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, stage)]
     kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
@@ -339,7 +344,7 @@ def _shown_names(plan: Plan) -> dict[str, str]:
 
 
 def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str) -> None:
-    """Show the task's progress until it ends; stop it when asked to."""
+    """Show a stage's progress until it ends; stop it when asked to."""
     started = time.monotonic()
     with Progress(title, "step", leave=True) as shown:
         note = ""
@@ -363,11 +368,11 @@ def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: 
     say(f"{title}: {time.monotonic() - started:.0f} s")
 
 
-def _failure(plan: Plan, task: Stage, code: int, log: Path) -> str:
+def _failure(plan: Plan, stage: Stage, code: int, log: Path) -> str:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    return f"{task.title} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+    return f"{stage.title} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
 
 
 def _had_no_room(log: Path) -> bool:
@@ -386,12 +391,12 @@ def _way_on(plan: Plan) -> str:
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     """Put what the first ``count`` tasks measured into the record and into ``metrics.jsonl``."""
     lines = []
-    for task in plan.stages[:count]:
-        path = _task_folder(plan, task) / "metrics.jsonl"
+    for stage in plan.stages[:count]:
+        path = _stage_folder(plan, stage) / "metrics.jsonl"
         if path.is_file():
             lines.append(path.read_text(encoding="utf-8"))
     write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
-    record["training"] = [read_json(_task_folder(plan, task) / "summary.json") for task in plan.stages[:count]]
+    record["training"] = [read_json(_stage_folder(plan, stage) / "summary.json") for stage in plan.stages[:count]]
     names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
     record["flatness"] = measurements.read_entries(plan.folder, names)
     results = families.load(plan.upstream.family).collect(plan, count)
@@ -411,18 +416,16 @@ def _free_port() -> int:
 
 
 def _end_leftovers(hook: Path) -> None:
-    """End processes of this task that outlived a runner killed with SIGKILL (Linux; elsewhere none are found)."""
-    mark = f"FLATPATCH_RUN={hook}".encode()
+    """End processes of this stage that outlived a runner killed with SIGKILL."""
     for _ in range(50):  # one that is being ended may still have started another
-        found = False
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found = True
-                    os.kill(int(entry.name), signal.SIGKILL)
-        if not found:
+        running = psutil.process_iter(["environ"])
+        left = [process for process in running if (process.info["environ"] or {}).get("FLATPATCH_RUN") == str(hook)]
+        if not left:
             return
-        time.sleep(0.1)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=0.1)
 
 
 def only_runner(folder: Path) -> AbstractContextManager[None]:

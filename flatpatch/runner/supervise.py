@@ -4,7 +4,8 @@ Between the two stands this file as a process of its own, which reads from a pip
 holds the pipe's other end, so the system closes it even after ``kill -9``. Orphans of the command become this
 process's children (Linux), so that launchers' workers are found in whatever session they live.
 
-Run as ``python -I -S supervise.py FD COMMAND...``; loads nothing but the standard library.
+Run as ``python -I -S supervise.py FD COMMAND...``; loads nothing but the standard library, so that it starts at once
+and no module of the run's folder can take the place of one of its own. So it reads ``/proc`` itself.
 """
 
 from __future__ import annotations

@@ -223,6 +223,7 @@ def test_doctor_leaves_checkouts_as_they_are(upstream: Callable[[str], Path], sa
     assert {path: path.stat().st_mtime_ns for path in git_folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.third_party
 def test_places_that_were_passed_over_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upstream: Callable[[str], Path], said: Said
 ) -> None:

@@ -440,7 +440,7 @@ def test_record_is_written_in_the_room_that_was_kept_for_it(
         if full and (tmp_path / "full" / ".room").exists():
             raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(execute, "_run_task", fail)
+    monkeypatch.setattr(execute, "_run_stage", fail)
     monkeypatch.setattr(os, "fsync", sync)
     assert main(words(data, tmp_path, "full")) == 85
     assert f"the disk is full: [Errno {number}]" in capsys.readouterr().err
@@ -459,7 +459,7 @@ def test_record_that_cannot_be_written_any_more_is_told(
         monkeypatch.setattr(os, "fsync", sync)
         raise FlatpatchError("the task failed")
 
-    monkeypatch.setattr(execute, "_run_task", fail)
+    monkeypatch.setattr(execute, "_run_stage", fail)
     assert main(words(data, tmp_path, "full")) == 85
     said = capsys.readouterr().err
     assert "the task failed" in said
@@ -471,7 +471,7 @@ def test_sweep_stops_where_the_disk_is_full(data: Path, tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(execute, "_run_task", fail)
+    monkeypatch.setattr(execute, "_run_stage", fail)
     command = [word for word in words(data, tmp_path, "x")[1:] if not word.startswith(("run=", "tasks="))]
     assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1"]) == 85
     assert len(list(tmp_path.glob("*/record.json"))) == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flatpatch.files import ROOT
+from flatpatch.runner import execute
 from flatpatch.runner.supervise import Supervised
 
 pytestmark = pytest.mark.timeout(120)
@@ -174,3 +175,20 @@ def test_command_that_cannot_be_started_raises_and_leaves_nothing(tmp_path: Path
     with pytest.raises(OSError), (tmp_path / "log").open("wb") as log:
         Supervised(["true"], folder=tmp_path / "nowhere", variables=dict(os.environ), output=log)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_processes_that_a_killed_run_left_are_ended_and_no_others(tmp_path: Path, mark: str) -> None:
+    name, _, value = mark.partition("=")
+    code = "import time; print('ready', flush=True); time.sleep(600)"
+    started = []
+    for hook in ("mine", "mine", "another's"):
+        variables = {**os.environ, name: value, "FLATPATCH_RUN": str(tmp_path / hook)}
+        started.append(subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE))
+        stdout = started[-1].stdout
+        assert stdout is not None and stdout.readline() == b"ready\n"
+        stdout.close()
+    execute._end_leftovers(tmp_path / "mine")
+    assert alive(mark) == [started[-1].pid]
+    started[-1].kill()
+    for process in started:
+        process.wait(10)

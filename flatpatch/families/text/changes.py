@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from flatpatch.errors import UserError, did_you_mean
@@ -13,23 +12,8 @@ from flatpatch.families.text.scripts import Invocation
 Datasets = tuple[tuple[str, str], ...]  # (task type, dataset) pairs, such as ("TC", "dbpedia")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task: upstream's invocation, ours, and what it evaluates."""
-
-    name: str
-    upstream: Invocation | None
-    invocation: Invocation
-    evaluates: Datasets
-
-    @property
-    def folder(self) -> str:
-        """The task's folder name, upstream's own, such as ``1-dbpedia``."""
-        return Path(self.invocation.get("output_dir")).name
-
-
 class Editor:
-    """Upstream's invocations under change, with every change written down."""
+    """Upstream's invocations under change, one for each task, with every change written down."""
 
     def __init__(self, originals: Sequence[Invocation]) -> None:
         self.originals: list[Invocation] = list(originals)
@@ -61,14 +45,14 @@ class Editor:
         """Record a difference that is not an argument."""
         self.extra.append(Deviation(what, upstream, here, why))
 
-    def select(
-        self,
-        wanted: str,
-        evaluates: Sequence[Datasets],
-        task_configs: dict[str, dict[str, list[tuple[str, str]]]],
-    ) -> list[Datasets]:
-        """Keep some tasks of the order; each then evaluates the kept ones alone."""
-        names = [dataset_of(inv) for inv in self.originals]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return tuple(dataset_of(inv) for inv in self.originals)
+
+    def select(self, wanted: str, evaluates: Sequence[Datasets]) -> list[Datasets]:
+        """Keep some tasks of the order; each then evaluates the kept ones alone, which are returned."""
+        names = self.names
         asked = [name.strip() for name in wanted.split(",") if name.strip()]
         unknown = [name for name in asked if name not in names]
         if unknown or not asked:
@@ -83,7 +67,7 @@ class Editor:
         self.originals = [self.originals[index] for index in kept]
         self.current = list(self.originals)
         types = dict((dataset, kind) for pairs in evaluates for kind, dataset in pairs)
-        kept_names = [names[index] for index in kept]
+        kept_names = self.names
         why = "setting tasks=: only some tasks of the order"
         outputs = [
             f"{Path(inv.get('output_dir')).parent}/{number}-{name}"
@@ -93,12 +77,7 @@ class Editor:
         self.set_each("output_dir", outputs, why)
         self.set_each("model_name_or_path", models, why)
         self.set_each("task_config_dir", [f"task_configs/{name}" for name in kept_names], why)
-        chosen = []
-        for position, name in enumerate(kept_names):
-            seen = [(types[other], other) for other in kept_names[: position + 1]]
-            chosen.append(tuple(seen))
-            task_configs[name] = {"train": [(types[name], name)], "dev": seen, "test": seen}
-        return chosen
+        return [tuple((types[name], name) for name in kept_names[: count + 1]) for count in range(len(kept_names))]
 
     def fit_world_size(self, world_size: int, launcher: str, profile: str) -> bool:
         """Keep upstream's global batch on another number of processes; tell whether that was needed."""
@@ -171,18 +150,6 @@ class Editor:
     def changes(self, name: str) -> bool:
         """Tell whether an argument differs from upstream's in any task."""
         return any(a.get(name) != b.get(name) for a, b in zip(self.originals, self.current, strict=True))
-
-    def tasks(self, evaluates: Sequence[Datasets]) -> tuple[Task, ...]:
-        """Return the finished tasks."""
-        return tuple(
-            Task(
-                name=dataset_of(original),
-                upstream=original if original.launcher else None,
-                invocation=inv,
-                evaluates=seen,
-            )
-            for original, inv, seen in zip(self.originals, self.current, evaluates, strict=True)
-        )
 
     def deviations(self) -> list[Deviation]:
         """Return every difference between the commands, one entry for all the tasks that share it."""

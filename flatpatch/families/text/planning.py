@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from flatpatch.errors import UserError, named_path
 from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, PORT, Deviation, Machine, Plan, Stage
 from flatpatch.families.text import overrides, quick
-from flatpatch.families.text.changes import Datasets, Editor, Task, dataset_of
+from flatpatch.families.text.changes import Datasets, Editor, dataset_of
 from flatpatch.families.text.data import check_benchmark
 from flatpatch.families.text.launching import choose_launcher, choose_world_size, settle
+from flatpatch.families.text.results import RESULT_FILE
 from flatpatch.families.text.scripts import Invocation, parse_script
 from flatpatch.families.text.upstream import STANDARD_ORDERS, WORDS_IN_PATHS, TextUpstream
 from flatpatch.files import ROOT, folder_problems
@@ -46,16 +47,12 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     originals = _read_invocations(request, upstream, profile, engine, verified)
 
     editor = Editor(originals)
-    task_configs: dict[str, dict[str, list[tuple[str, str]]]] = {}
     evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
     if settings.tasks:
-        evaluates = editor.select(settings.tasks, evaluates, task_configs)
-        request = _in_order(request, [dataset_of(inv) for inv in editor.originals], notes)
+        evaluates = editor.select(settings.tasks, evaluates)
+        request = _in_order(request, editor.names, notes)
     if engine == "reference" and upstream.repository:
         editor.note("engine", f"the authors' {upstream.repository}", "our reference implementation", engine_reason)
-    if engine == "reference" and not settings.tasks:
-        for original, seen in zip(originals, evaluates, strict=True):
-            task_configs[dataset_of(original)] = {"train": [seen[-1]], "dev": list(seen), "test": list(seen)}
     if profile == "quick" and engine == "upstream":
         for name, number in {**quick.PRESET, **upstream.quick}.items():
             editor.set(name, str(number), "profile quick: minutes on two CPU cores")
@@ -93,8 +90,6 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         editor.set(name, value, f"setting upstream.{name}=")
         off_protocol = True
 
-    tasks = editor.tasks(evaluates)
-    names = tuple(task.name for task in tasks)
     threads = choices.choose_threads(request, profile)
     variables = choices.environment(device, devices, threads)
     if device == "cpu" and launcher == "deepspeed":
@@ -112,23 +107,9 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         launcher=launcher,
         verified=verified,
         folder=_run_folder(request, profile, engine),
-        tasks=names,
-        stages=tuple(
-            Stage(
-                name=task.name,
-                title=f"task {index + 1}/{len(tasks)} {task.name}",
-                folder=task.folder,
-                tasks=(index,),
-                command=_command(task.invocation.words(), engine, launcher, device, world_size),
-                contract={"task_index": index, "task": task.name},
-                output=task.invocation.get("output_dir"),
-                results=tuple(
-                    f"work/{task.invocation.get('output_dir')}/{name}" for name in ("adapter/*", "all_results.json")
-                ),
-            )
-            for index, task in enumerate(tasks)
-        ),
-        sequence=f"order {settings.order} ({' > '.join(names)})",
+        tasks=editor.names,
+        stages=_stages(editor, engine, launcher, device, world_size),
+        sequence=f"order {settings.order} ({' > '.join(editor.names)})",
         benchmark=_benchmark_name(request, profile),
         deviations=(*editor.deviations(), *_library_deviations(verified)),
         environment=variables,
@@ -136,19 +117,39 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         threads=threads,
         links=links,
         own_folders=OWN_FOLDERS,
-        files=_written_configs(task_configs),
+        files=_written_configs(evaluates) if settings.tasks or engine == "reference" else {},
         made={QUICK_DATA: quick.write_benchmark} if profile == "quick" and BENCHMARK not in links else {},
         inputs=dict(sorted(links.items())),
         notes=tuple(notes),
         lacks=tuple(lacks),
         off_protocol=off_protocol,
     )
-    problems = _data_problems(plan, tasks)
+    problems = _data_problems(plan, editor.current[0].get("data_dir"), evaluates)
     if dry_run:
         return replace(plan, lacks=(*plan.lacks, *problems))
     if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
         raise UserError.collect(problems)
     return plan
+
+
+def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size: int) -> tuple[Stage, ...]:
+    """Return the processes, one for each task."""
+    stages = []
+    for index, (name, invocation) in enumerate(zip(editor.names, editor.current, strict=True)):
+        output = invocation.get("output_dir")
+        stages.append(
+            Stage(
+                name=name,
+                title=f"task {index + 1}/{len(editor.names)} {name}",
+                folder=Path(output).name,
+                tasks=(index,),
+                command=_command(invocation.words(), engine, launcher, device, world_size),
+                contract={"task_index": index, "task": name},
+                output=output,
+                results=(f"work/{output}/adapter/*", f"work/{output}/{RESULT_FILE}"),
+            )
+        )
+    return tuple(stages)
 
 
 def _command(words: Sequence[str], engine: str, launcher: str, device: str, world_size: int) -> tuple[str, ...]:
@@ -163,15 +164,18 @@ def _command(words: Sequence[str], engine: str, launcher: str, device: str, worl
     return tuple(words)
 
 
-def _written_configs(task_configs: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]]) -> dict[str, str]:
-    """Return the files that tell upstream's code which data sets a task has, by their place in the work folder."""
+def _written_configs(evaluates: Sequence[Datasets]) -> dict[str, str]:
+    """Return the files that tell upstream's code which data sets a task has, by their place in the work folder.
+
+    A task learns the last of those that it evaluates.
+    """
     files = {}
-    for task, splits in task_configs.items():
-        for split, pairs in splits.items():
+    for seen in evaluates:
+        for split, pairs in (("train", seen[-1:]), ("dev", seen), ("test", seen)):
             config: dict[str, list[dict[str, str]]] = {}
             for kind, dataset in pairs:
                 config.setdefault(kind, []).append({"sampling strategy": "full", "dataset name": dataset})
-            files[f"task_configs/{task}/{split}_tasks.json"] = json.dumps(config, indent=2)
+            files[f"task_configs/{seen[-1][1]}/{split}_tasks.json"] = json.dumps(config, indent=2)
     return files
 
 
@@ -377,19 +381,19 @@ def _benchmark_name(request: Request, profile: str) -> str:
     return f"{kind} CL benchmark, order {request.settings.order}"
 
 
-def _data_problems(plan: Plan, tasks: Sequence[Task]) -> list[str]:
+def _data_problems(plan: Plan, folder: str, evaluates: Sequence[Datasets]) -> list[str]:
     """Return which of the plan's data are missing or damaged."""
     problems = []
     data = plan.links.get(BENCHMARK)
     if data is None and plan.profile != "quick":
         assert plan.verified is not None
-        data = plan.verified.checkout / tasks[0].invocation.get("data_dir")
+        data = plan.verified.checkout / folder
     if data is not None:
         wanted = [
             (kind, name, split)
-            for task in tasks
-            for kind, name in task.evaluates
-            for split in (("train", "dev", "test") if name == task.name else ("dev", "test"))
+            for task, seen in zip(plan.tasks, evaluates, strict=True)
+            for kind, name in seen
+            for split in (("train", "dev", "test") if name == task else ("dev", "test"))
         ]
         absent = plan.verified.absent if plan.verified and BENCHMARK not in plan.links else ()
         lacking = [f"{kind}/{name}/{split}.json" for kind, name, split in sorted(set(wanted))]

@@ -184,6 +184,11 @@ def test_selected_tasks_start_from_the_base_model(upstream: Callable[[str], Path
     assert [stage.folder for stage in plan.stages] == ["1-amazon", "2-agnews"]
     models = [given(stage)["--model_name_or_path"] for stage in plan.stages]
     assert models == ["initial_model/t5-large", "logs_and_outputs/order_1/outputs/1-amazon/adapter"]
+    assert {name: list(json.loads(text)) for name, text in plan.files.items()} == {
+        **{f"task_configs/amazon/{split}_tasks.json": ["SC"] for split in ("train", "dev", "test")},
+        "task_configs/agnews/train_tasks.json": ["TC"],
+        **{f"task_configs/agnews/{split}_tasks.json": ["SC", "TC"] for split in ("dev", "test")},
+    }
 
 
 @pytest.mark.third_party

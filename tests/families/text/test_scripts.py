@@ -119,17 +119,15 @@ def test_world_size_that_does_not_divide_the_batch_is_refused(invocations: list[
 
 def test_selected_tasks_start_from_the_base_model_and_follow_each_other(invocations: list[Invocation]) -> None:
     editor = Editor(invocations)
-    configs: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    seen = editor.select("second", [(("TC", "first"),), (("TC", "first"), ("SC", "second"))], configs)
+    seen = editor.select("second", [(("TC", "first"),), (("TC", "first"), ("SC", "second"))])
     assert [inv.get("model_name_or_path") for inv in editor.current] == ["initial_model/t5-large"]
     assert [inv.get("output_dir") for inv in editor.current] == ["out/1-second"]
     assert seen == [(("SC", "second"),)]
-    assert configs["second"]["test"] == [("SC", "second")]
 
 
 def test_unknown_task_is_told_the_nearest_one(invocations: list[Invocation]) -> None:
     with pytest.raises(UserError, match="unknown task 'secnd'. Did you mean 'second'"):
-        Editor(invocations).select("secnd", [(), ()], {})
+        Editor(invocations).select("secnd", [(), ()])
 
 
 @pytest.mark.third_party

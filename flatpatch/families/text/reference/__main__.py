@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatpatch.contract import VARIABLE, read_description
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import sample_of
@@ -27,7 +28,7 @@ def main(words: Sequence[str]) -> int:
     try:
         task = read_task(arguments)
         task.output_dir.mkdir(parents=True, exist_ok=True)
-        run = json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text(encoding="utf-8"))
+        run = read_description(Path(os.environ[VARIABLE]))
         with StepRecorder(run) as recorder:
 
             def measure(when: str, model: nn.Module, examples: Sequence[Any], collate: Callable[..., Any]) -> None:
