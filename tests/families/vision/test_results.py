@@ -160,7 +160,7 @@ def test_killed_run_says_that_it_starts_anew_and_ends_as_an_undisturbed_one(
     assert json.loads((folder / "record.json").read_text())["status"] == "running"
     (folder / "work/logs/left.log").write_text("of the first attempt")
     assert main(command) == 0
-    assert "An image run cannot go on from its middle: it starts anew" in capsys.readouterr().out
+    assert "so it cannot go on from its middle: it starts anew" in capsys.readouterr().out
     assert results(folder) == results(undisturbed)
     assert not (folder / "work/logs/left.log").exists()
     assert json.loads((folder / "record.json").read_text())["restarts"] == 1
