@@ -123,7 +123,6 @@ class Ending(sam_training.TrainerCallback):
 @pytest.fixture
 def image_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_trainings", [])
-    monkeypatch.setattr(images, "_kept_versions", [])
     images._read.cache_clear()
     places = dict.fromkeys(("device", "data", "weights", "workers", "model", "dataset"))
 
