@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flatpatch.families.losses import classification_loss, trainer_loss
 from torch import Tensor, nn
 
 from flatpatch.errors import UserError
+from flatpatch.families.text.hook import trainer_loss
+from flatpatch.families.vision.hook import classification_loss
 from flatpatch.flatness import Problem, WeightedLoss, model_loss, supervised_loss
 from flatpatch.flatness.terms import count_terms, uneven_parts
 from tests.flatness_cases import TinyTransformer, import_file, mlp, rows, token_batches, token_loss
