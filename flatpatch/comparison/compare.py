@@ -91,6 +91,8 @@ def compare_runs(
     if not obstacle and changed and baseline and load_baseline(baseline)["kind"] != "paper":
         obstacle = f"profile=paper changed {', '.join(changed)}, and {baseline} ran as upstream's code says"
     kind = load_baseline(baseline)["kind"] if baseline else ""
+    if not obstacle and baseline and (others := load_baseline(baseline).get("differs_from_configuration")):
+        obstacle = f"{baseline} ran with other settings than upstream's configuration says: {'; '.join(others)}"
     other_data, unchecked = _compare_data(records, names, subject, kind)
     obstacle = "; ".join(filter(None, [obstacle, other_data]))
     result = _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)

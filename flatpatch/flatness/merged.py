@@ -1,10 +1,12 @@
 r"""Layers with LoRA as layers of one matrix each: :math:`M = W + s\,B A`, whatever a code base adds up to get there.
 
-Three structures are known, each by its attributes, not by its class:
+Four structures are known, each by its attributes, not by its class:
 
 - a linear layer with its factors in ``lora_A`` and ``lora_B`` (peft, N-LoRA's copy of it): one matrix;
 - an attention with a joint ``qkv`` and lists ``lora_A_k``, ``lora_B_k``, ... of one factor per task, whose products
   are summed up to the task that the forward is called with (InfLoRA): one matrix for each of those projections;
+- a joint ``qkv`` inside a layer with factors ``linear_a_q``, ``linear_b_q`` for queries and likewise for values, with
+  learned scales and fixed factors of earlier tasks (SD-LoRA): one matrix for queries and one for values;
 - a transformer that hands its blocks' attentions adapters from ``cur_adapter``, scaled by ``block_weight`` where the
   block is one of ``specfic_pos`` (CL-LoRA): one matrix for each projection that ``msa`` marks. Adapters of earlier
   tasks, which only some forwards use, stay as they are.
@@ -65,6 +67,8 @@ def merged_layers(model: nn.Module) -> list[MergedLayer]:
             found.append(_Linear(prefix, module))
         elif _has_tasks(module):
             found.append(_TaskAttention(prefix, module))
+        elif _is_scaled_qkv(module):
+            found.append(_ScaledQkv(prefix, module))
         elif _hands_out_adapters(module):
             found += _adapted_attentions(prefix, module)
     return found
@@ -233,6 +237,49 @@ def _replaced(module: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[No
     finally:
         for name, submodule in saved.items():
             setattr(module, name, submodule)
+
+
+# --- a joint projection with scaled factors of several tasks
+
+
+def _is_scaled_qkv(module: nn.Module) -> bool:
+    factors = [getattr(module, f"linear_{factor}_{name}", None) for factor in "ab" for name in "qv"]
+    return all(isinstance(each, nn.Linear) for each in (getattr(module, "qkv", None), *factors))
+
+
+class _ScaledQkv:
+    def __init__(self, prefix: str, layer: nn.Module) -> None:
+        self.layer = layer
+        self._qkv: Any = layer.get_submodule("qkv")
+        matrices = dict(zip(PROJECTIONS, self._read().chunk(3), strict=True))
+        self._key = matrices.pop("k")
+        self.weights = {f"{prefix}{name}.merged": _trainable(matrix) for name, matrix in matrices.items()}
+        # Earlier tasks' may lie in modules below.
+        self.factors = {
+            f"{prefix}{name}.merged": [
+                p for key, p in layer.named_parameters() if key.endswith((f"_a_{name}.weight", f"_b_{name}.weight"))
+            ]
+            for name in matrices
+        }
+        there = [*self._qkv.parameters(), *(p for factors in self.factors.values() for p in factors)]
+        known = {id(p) for p in there}
+        self.scales: Sequence[nn.Parameter] = [p for p in layer.parameters() if id(p) not in known]
+
+    @torch.no_grad()
+    def _read(self) -> Tensor:
+        """Read the matrix, (3 out, in), off the layer's own output, whatever scales and earlier factors it adds up."""
+        weight, bias = self._qkv.weight, self._qkv.bias
+        unit = torch.eye(self._qkv.in_features, dtype=weight.dtype, device=weight.device)
+        try:
+            self._qkv.bias = None
+            columns: Tensor = self.layer(unit[None])[0]
+        finally:
+            self._qkv.bias = bias
+        return columns.T
+
+    def installed(self) -> Any:
+        query, value = self.weights.values()
+        return _forward(self.layer, lambda x: F.linear(x, torch.cat([query, self._key, value]), self._qkv.bias))
 
 
 # --- a transformer that hands adapters to its attentions

@@ -20,8 +20,8 @@ from flatpatch.flatness.merged import MergedLayer, merged_layers
 
 SCOPES = ("adapter", "merged", "trainable", "model")
 
-# lora_A, loranew_A, lora_A_k, lora_embedding_A: the factor's letter ends its word.
-_FACTOR = re.compile(r"(?:^|[._])lora\w*?_([AB])(?![A-Za-z])", re.IGNORECASE)
+# lora_A, loranew_A, lora_A_k, lora_embedding_A: the factor's letter ends its word. linear_a_q: SD-LoRA's.
+_FACTOR = re.compile(r"(?:^|[._])(?:lora\w*?|linear(?=_[ab]_[qv]\b))_([AB])(?![A-Za-z])", re.IGNORECASE)
 
 
 def adapter_factor(name: str) -> str | None:
@@ -221,9 +221,9 @@ def _merged(model: nn.Module) -> Scope:
     if not found:
         raise UserError(
             "scope=merged needs LoRA layers that are known to be one matrix each: factors in lora_A and lora_B beside "
-            "the weight they change (peft's, N-LoRA's), lists of them beside qkv (InfLoRA's), or a transformer with "
-            "blocks, cur_adapter, adapt_pos and specfic_pos (CL-LoRA's). The model has none. Choose scope=adapter or "
-            "scope=trainable."
+            "the weight they change (peft's, N-LoRA's), lists of them beside qkv (InfLoRA's), linear_a_q and the like "
+            "beside it (SD-LoRA's), or a transformer with blocks, cur_adapter, adapt_pos and specfic_pos (CL-LoRA's). "
+            "The model has none. Choose scope=adapter or scope=trainable."
         )
     named = [pair for layer in found for pair in layer.weights.items()]
     return Scope(model, "merged", named, found)

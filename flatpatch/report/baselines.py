@@ -3,7 +3,7 @@
 Three kinds, told apart by ``kind`` and never mixed in one comparison, because they are different experiments:
 
 - ``shipped run``: derived from the logs and result files an upstream repository ships (``inflora_*``,
-  ``cllora_vtab_5``, ``olora_*``);
+  ``cllora_vtab_5``, ``sdlora_*``, ``olora_*``);
 - ``quoted run``: a run of which an author quoted the curve (``cllora_imagenet_r_40``);
 - ``paper``: rows of a paper's tables (``paper_*``), each with a ``verification`` mark that says how far it was checked.
 
@@ -80,6 +80,8 @@ RUN_SCHEMA: Mapping[str, Any] = {
         },
         "definitions": {"type": "object", "additionalProperties": _TEXT},
         "notes": {"type": "array", "items": _TEXT},
+        # Settings that had an effect on the run and that upstream's configuration has otherwise.
+        "differs_from_configuration": {"type": "array", "minItems": 1, "items": _TEXT},
         "per_seed": {
             "type": "array",
             "minItems": 1,

@@ -11,8 +11,9 @@ from flatpatch.errors import UserError
 
 SCOPES = ("lora", "A", "B", "head", "all")
 
-# lora_A, loranew_A, lora_new_A, lora_A_k, lora_embedding_A, lora_a: the factor's letter ends its word.
-_FACTOR = re.compile(r"(?:^|[._])lora\w*?_([AB])(?![A-Za-z])", re.IGNORECASE)
+# lora_A, loranew_A, lora_new_A, lora_A_k, lora_embedding_A, lora_a: the factor's letter ends its word. linear_a_q:
+# SD-LoRA's.
+_FACTOR = re.compile(r"(?:^|[._])(?:lora\w*?|linear(?=_[ab]_[qv]\b))_([AB])(?![A-Za-z])", re.IGNORECASE)
 
 
 def is_adapter(name: str) -> bool:

@@ -98,9 +98,8 @@ def read_log(path: Path, upstreams: Iterable[VisionUpstream]) -> list[LoggedRun]
 
 def as_logged(run: logs.LoggedRun, upstreams: Iterable[VisionUpstream]) -> LoggedRun:
     """Return a run of a log in the form of all families."""
-    method = run.settings.get("model_name", "").lower()
-    # A variant's name begins with its method's.
-    upstream = next((row for row in upstreams if method.startswith(row.name)), None)
+    found = ((row, method) for row in upstreams if (method := row.method_of_log(run.settings)))
+    upstream, method = next(found, (None, run.settings.get("model_name", "").lower()))
     dataset = run.settings.get("dataset", "").lower()
     subject = {"method": method, "dataset": _DATASETS.get(dataset, dataset), "tasks": len(run.task_ranges)}
     shuffled = run.settings.get("shuffle") == "True" and not (upstream and upstream.shuffles)

@@ -215,6 +215,11 @@ def _checked(
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has "
             f"images and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
         )
+    if profile == "paper" and not any(conflict.arguments for conflict in upstream.conflicts):
+        raise UserError(
+            f"no argument is known here that {upstream.title}'s paper has otherwise than its configurations (its paper "
+            "was not read), so profile=paper has nothing to follow. Use profile=upstream."
+        )
     if upstream.configs:
         variant = settings.variant or next(iter(upstream.configs))
         request = as_default(request, "benchmark", next(iter(upstream.configs[variant])))

@@ -164,6 +164,15 @@ class VisionUpstream(Upstream):
         """
         return [], []
 
+    def method_of_log(self, settings: Mapping[str, str]) -> str | None:
+        """Return the method, or its variant, that a log is of; None if it is not of this repository's trainer.
+
+        Args:
+            settings: As the log prints them.
+        """
+        model = settings.get("model_name", "").lower()
+        return model if model.startswith(self.name) else None  # a variant's name begins with its method's
+
     def pretrained(self, config: Mapping[str, Any]) -> str:
         """Return timm's name of the model whose weights upstream's code loads.
 
