@@ -176,7 +176,7 @@ Settings are key=value. Those that matter most, with their defaults:
   rho=0.05            radius of SAM's perturbation
   profile=auto        upstream: the authors' own settings, on a GPU; quick: small model and data, minutes on the CPU
   engine=auto         upstream: the authors' code, patched; reference: our small implementation
-  seed=42             random seed (InfLoRA: 0, CL-LoRA: 1993)
+  seed=42             random seed (InfLoRA: 0, CL-LoRA: 1993, SD-LoRA: 1993 or 1995)
   order=1             text: task order
   benchmark=          images: cifar100, imagenet_r, ...; default: cifar100
   model=, data=       the pretrained model, the benchmark's folder
