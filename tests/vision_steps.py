@@ -9,6 +9,7 @@ RESULTS holds, for each task, the trained weights before it, after upstream's lo
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import runpy
@@ -58,13 +59,14 @@ def shifted(values: dict, change: dict) -> dict:
     return {name: value + change[name] if name in change else value for name, value in values.items()}
 
 
-def inflora_step(network, batch, learner, rate: float, rho: float) -> dict:
+def step_of_new_classes(network, batch, learner, rate: float, rho: float) -> dict:
     weights = trained(network)
     before = {name: w.detach().clone() for name, w in weights.items()}
     inputs, targets = batch
 
     def loss():
-        return functional.cross_entropy(network(inputs)["logits"], targets - learner._known_classes)
+        # A task has five classes; SD-LoRA's network has logits of the earlier ones before theirs.
+        return functional.cross_entropy(network(inputs)["logits"][:, -5:], targets - learner._known_classes)
 
     put(weights, shifted(before, along(gradient(loss(), weights), rho)))
     found = gradient(loss(), weights)
@@ -121,30 +123,30 @@ def main() -> None:
     rho = json.loads(Path(os.environ["FLATPATCH_RUN"]).read_text())["sam"]["rho"]
     import trainer
 
-    inflora = settings["model_name"] == "InfLoRA"
+    model = settings["model_name"]
+    loops = {"InfLoRA": ["train_function"], "sdlora": ["_init_train", "_update_representation"]}
+    steps = cllora_steps if model == "cllora" else step_of_new_classes
     tasks: list[dict] = []
     get_model = trainer.factory.get_model
 
     def watched(name, args):
         learner = get_model(name, args)
-        loop = "train_function" if inflora else "_init_train"
-        original = getattr(learner, loop)
 
-        def train(loader, *arguments):
+        def train(original, loader, *arguments):
             ((_, inputs, targets),) = list(loader)  # one full batch
             dense = copy.deepcopy(learner._network)
             before = {name: w.detach().clone() for name, w in trained(dense).items()}
-            steps = inflora_step if inflora else cllora_steps
             expected = steps(dense, (inputs, targets), learner, settings["init_lr"], rho)
             original(loader, *arguments)
             after = {name: w.detach().clone() for name, w in trained(learner._network).items()}
             tasks.append({"before": before, "after": after, "expected": expected})
 
-        setattr(learner, loop, train)
+        for loop in loops.get(model, ["_init_train"]):
+            setattr(learner, loop, functools.partial(train, getattr(learner, loop)))
         return learner
 
     trainer.factory.get_model = watched
-    sys.argv = ["main.py", *(["--config", config] if inflora else [config])]
+    sys.argv = ["main.py", *([config] if model == "cllora" else ["--config", config])]
     runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
     torch.save(tasks, output)
 

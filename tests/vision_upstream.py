@@ -8,6 +8,7 @@ replacing attributes of upstream's modules and of torch; none of it comes from f
 
 from __future__ import annotations
 
+import functools
 import logging
 import runpy
 import sys
@@ -22,7 +23,7 @@ import flatpatch.hooks
 
 SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 
-# What the two repositories have in common; one batch too small, so that batches are uneven.
+# What the repositories have in common; one batch too small, so that batches are uneven.
 COMMON = {
     "prefix": "test",
     "dataset": "flatpatch_quick",
@@ -46,6 +47,12 @@ CONFIGS = {
     | {"use_old_data": False, "use_reweight": True, "moni_adam": False, "msa_adapt": True, "pretrained": True}
     | {"use_distillation": True, "use_block_weight": True, "msa": [1, 0, 1], "general_pos": [0], "specfic_pos": [1]}
     | {"print_forget": True},
+    "SD-LoRA": COMMON
+    | {"model_name": "sdlora", "backbone_type": "vit_base_patch16_224", "device": ["0"], "shuffle": True}
+    | {"init_cls": 5, "increment": 5, "fixed_memory": False, "init_epoch": 2, "epochs": 2, "batch_size": 12}
+    | {"init_lr": 0.05, "lrate": 0.05, "min_lr": 0.01, "optimizer": "adam", "scheduler": "cosine", "tuned_epoch": 2}
+    | {"init_milestones": [1], "init_lr_decay": 0.5, "milestones": [1], "lrate_decay": 0.5, "init_weight_decay": 0.001}
+    | {"filepath": "./factors/"},
 }
 
 
@@ -80,7 +87,14 @@ class TwentyImages(TinyImages):
         super().__init__(seed, classes=20)
 
 
-DATA = {"InfLoRA": TwentyImages, "CL-LoRA": TinyImages}
+class FifteenImages(TinyImages):
+    """As many classes as three tasks of five take."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, classes=15)
+
+
+DATA = {"InfLoRA": TwentyImages, "CL-LoRA": TinyImages, "SD-LoRA": FifteenImages}
 
 
 # These can only train under DataParallel, which without a GPU passes its inputs on to the network.
@@ -114,6 +128,9 @@ def emulate(repo: str, depth: int) -> None:
             sinet._create_vision_transformer = lambda variant, pretrained, create=create, **arguments: create(
                 variant, pretrained=False, **arguments | sizes
             )
+        return
+    if repo == "SD-LoRA":
+        emulate_sdlora(sizes)
         return
     import models.cllora
     from backbone import linears, vit_cllora
@@ -152,6 +169,21 @@ def emulate(repo: str, depth: int) -> None:
             return step(optimizer, *arguments)
 
     torch.optim.SGD.step = uncounted
+
+
+def emulate_sdlora(sizes: dict) -> None:
+    """As ``emulate``; its torch loads whole layers unasked and its GPU takes what a bare ``cuda()`` gives it."""
+    import models.sdlora
+    import utils.inc_net
+    from backbone.lora import LoRA_ViT_timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    models.sdlora.num_workers = 0
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda it: it
+    torch.load = functools.partial(torch.load, weights_only=False)
+    LoRA_ViT_timm.out_dim = property(lambda self: SIZES["embed_dim"], lambda self, value: None)
+    small = SimpleNamespace(create_model=lambda name, pretrained, **more: VisionTransformer(**sizes, **more))
+    models.sdlora.timm = utils.inc_net.timm = small
 
 
 def watch() -> list[tuple[object, list]]:
@@ -212,6 +244,13 @@ def results(learner) -> dict:
         found["projections"] = learner.feature_mat
         found["project_types"] = getattr(learner, "project_type", None)  # the variants without DualGPM have none
         found["keys"] = learner.all_keys
+    elif hasattr(network.backbone, "wrapped_param"):
+        layer = network.backbone.lora_vit.blocks[0].attn.qkv
+        found["earlier"] = {
+            name: [module.weight for module in modules]
+            for saved in (layer.saved_A, layer.saved_B)
+            for name, modules in saved.items()
+        }
     else:
         backbone = network.backbone
         found["block_weights"] = [*backbone.block_weight_list, backbone.block_weight]
@@ -221,7 +260,8 @@ def results(learner) -> dict:
 
 def main() -> None:
     tree, config, output, *rest = sys.argv[1:]
-    repo = "CL-LoRA" if (Path(tree) / "exps").exists() else "InfLoRA"
+    models = {"sdlora": "SD-LoRA", "cllora": "CL-LoRA", "base": "InfLoRA"}
+    repo = next(name for file, name in models.items() if any(Path(tree).glob(f"m*/{file}.py")))
     # As for `python main.py`; this file's own folder must stay findable for the data set.
     sys.path.insert(0, tree)
     if rest:
@@ -241,7 +281,7 @@ def main() -> None:
 
         features = watch_features(models.sinet_inflora)
     for path in config.split(","):
-        sys.argv = ["main.py", *(["--config", path] if repo == "InfLoRA" else [path])]
+        sys.argv = ["main.py", *([path] if repo == "CL-LoRA" else ["--config", path])]
         runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
     # Evaluating once more, below, takes more numbers and would write more into the log.
     numbers = [tuple(numbers) for _, numbers in seen]

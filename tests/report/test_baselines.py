@@ -14,14 +14,14 @@ from flatpatch.report.baselines import find_baselines, list_baselines, load_base
 
 NAMES = list_baselines()
 OLORA = [name for name in NAMES if name.startswith("olora_")]
-VISION = [name for name in NAMES if name.startswith(("inflora_", "cllora_"))]
+VISION = [name for name in NAMES if name.startswith(("inflora_", "cllora_", "sdlora_"))]
 PAPERS = [name for name in NAMES if name.startswith("paper_")]
 
 
 def test_all_baselines_are_there():
-    assert (len(OLORA), len(VISION)) == (7, 6)
+    assert (len(OLORA), len(VISION)) == (7, 11)
     assert PAPERS == ["paper_cllora", "paper_inflora", "paper_nlora", "paper_olora"]
-    assert len(NAMES) == 17
+    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,6 +115,8 @@ def test_the_numbers_quoted_most_are_as_printed():
             ["inflora_cifar100_shuffled_seed1993"],
         ),
         ({"method": "cllora", "dataset": "imagenet_r", "tasks": 40}, ["cllora_imagenet_r_40", "paper_cllora"]),
+        ({"method": "sdlora", "dataset": "cifar100", "tasks": 10}, ["sdlora_cifar100"]),
+        ({"method": "sdlora", "dataset": "imagenet_r", "tasks": 20}, ["sdlora_imagenet_r_20"]),
         ({"method": "inflorab5", "dataset": "cifar100", "tasks": 10}, []),
         ({"method": "cllora", "dataset": "cifar100", "tasks": 10}, []),
     ],

@@ -24,6 +24,7 @@ from flatpatch.upstreams import UPSTREAMS
         (("method=cllora",), 2),
         (("method=cllora", "sam_on=task"), 1),
         (("method=cllora", "sam_on=distillation"), 1),
+        (("method=sdlora",), 2),
         (("method=nlora",), 1),
         (("method=olora",), 1),
     ],

@@ -1,7 +1,7 @@
 """Promise P1 for the image repositories: with SAM off, and with rho=0, a patched run equals the authors' bit for bit.
 
-Upstream's own main.py runs ten tasks of InfLoRA and five of CL-LoRA on a tiny model. The unpatched tree is really
-unpatched: what a machine without GPU needs is put in place from outside (vision_upstream.py).
+Upstream's own main.py runs ten tasks of InfLoRA, five of CL-LoRA and three of SD-LoRA on a tiny model. The unpatched
+tree is really unpatched: what a machine without GPU needs is put in place from outside (vision_upstream.py).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tests import vision_upstream
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(900)]
 TESTS = Path(__file__).resolve().parents[1]
-METHODS = {"InfLoRA": "inflora", "CL-LoRA": "cllora"}
-TASKS = {"InfLoRA": 10, "CL-LoRA": 5}
-# Two batches in each of two epochs; CL-LoRA takes two steps a batch from its second task on.
-STEPS = {"InfLoRA": [4] * 10, "CL-LoRA": [8] + [16] * 4}
+METHODS = {"InfLoRA": "inflora", "CL-LoRA": "cllora", "SD-LoRA": "sdlora"}
+TASKS = {"InfLoRA": 10, "CL-LoRA": 5, "SD-LoRA": 3}
+# Two batches, or four, in each of two epochs; CL-LoRA takes two steps a batch from its second task on.
+STEPS = {"InfLoRA": [4] * 10, "CL-LoRA": [8] + [16] * 4, "SD-LoRA": [8] * 3}
 
 MEASURED = Request(kinds=("loss", "eigenvalues", "slice"), scopes=("adapter",), samples=6, batch=4)
 
@@ -134,7 +134,7 @@ def logged(folder: Path, seed: int) -> list[str]:
     return [line for line in lines if re.search("Loss|CNN|Accuracy|Forgetting|correct", line)]
 
 
-@pytest.fixture(scope="module", params=["InfLoRA", "CL-LoRA"])
+@pytest.fixture(scope="module", params=["InfLoRA", "CL-LoRA", "SD-LoRA"])
 def repo(request: pytest.FixtureRequest, upstream: Callable[[str], Path]) -> str:
     upstream(request.param)
     return str(request.param)
@@ -154,9 +154,12 @@ def test_the_authors_run_learns_something_in_every_task(repo: str, authors: dict
     weights = [seed["weights"] for seed in authors["seeds"]]
     assert len(authors["seeds"]) == 2
     changed = [name for name, tensor in weights[0].items() if not torch.equal(tensor, weights[1][name])]
-    heads = {"InfLoRA": "classifier_pool.", "CL-LoRA": "fc_list."}[repo]
-    for task in range(TASKS[repo]):
-        assert f"{heads}{task}.weight" in changed
+    learned = {
+        "InfLoRA": [f"classifier_pool.{task}.weight" for task in range(10)],
+        "CL-LoRA": [f"fc_list.{task}.weight" for task in range(5)],
+        "SD-LoRA": ["fc.weight", *(f"backbone.wrapped_param{name}.param" for name in (".0", "_prev.0", "_prev.1"))],
+    }[repo]
+    assert set(learned) <= set(changed)
     assert sum("Loss" in line for line in logged(authors["folder"], 0)) == TASKS[repo]
 
 
@@ -197,6 +200,12 @@ def test_sam_off_with_measuring_on_and_a_seed_of_its_own_equal_the_authors_secon
     if repo == "InfLoRA":  # what a task trained stays as it was then
         assert all(torch.equal(tensor, final[name]) for file in kept for name, tensor in file.items())
         assert {len(file) for file in kept} == {2 * 2 * 2 + 2}  # two blocks' A and B of keys and values, a classifier
+    elif repo == "SD-LoRA":
+        assert {len(file) for file in kept} == {2 * 4 + 21 + 2}  # two blocks' factors, all magnitudes, the classifier
+        assert all(torch.equal(tensor, final[name]) for name, tensor in kept[-1].items())
+        for task in range(2):
+            *_, last = ours["seeds"][0]["earlier"][f"saved_B_{task}"]
+            assert torch.equal(kept[task]["backbone.lora_vit.blocks.1.attn.qkv.linear_b_v.weight"], last)
     else:
         assert all(torch.equal(kept[task]["proxy_fc.weight"], final[f"fc_list.{task}.weight"]) for task in range(5))
         adapters = {name: tensor for name, tensor in kept[-1].items() if "cur_adapter.0." in name}

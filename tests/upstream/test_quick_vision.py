@@ -21,11 +21,16 @@ from flatpatch.upstreams import UPSTREAMS
 pytestmark = pytest.mark.third_party
 ROOT = Path(__file__).resolve().parents[2]
 
-METHODS = {"InfLoRA": "inflora", "CL-LoRA": "cllora"}
-CONFIGS = {"InfLoRA": "configs/cifar100_inflora.json", "CL-LoRA": "exps/cifar.json"}
+METHODS = {"InfLoRA": "inflora", "CL-LoRA": "cllora", "SD-LoRA": "sdlora"}
+CONFIGS = {
+    "InfLoRA": "configs/cifar100_inflora.json",
+    "CL-LoRA": "exps/cifar.json",
+    "SD-LoRA": "exps/sdlora_c100.json",
+}
 MODELS = {
     "InfLoRA": "from models.sinet_inflora import SiNet; model = SiNet(args).image_encoder",
     "CL-LoRA": "from utils.inc_net import get_backbone; model = get_backbone(args)",
+    "SD-LoRA": "from utils.inc_net import get_backbone; model = get_backbone(args).base_vit",
 }
 SCRIPT = """
 import json, sys, torch

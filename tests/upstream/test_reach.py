@@ -66,6 +66,13 @@ BASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
         2,
     ),
     "CL-LoRA": ("CL-LoRA", "exps/cifar.json", {}, 2),
+    "SD-LoRA": ("SD-LoRA", "exps/sdlora_ina.json", {}, 2),
+    "SD-LoRA without milestones": (
+        "SD-LoRA",
+        "exps/sdlora_c100.json",
+        {"milestones": [2], "init_milestones": [2]},
+        2,
+    ),
 }
 # Another value of each key that upstream's code takes in stride.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -79,6 +86,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     | {"adapter_num": 3, "use_old_data": True, "pretrained": False, "vpt_type": "x", "prompt_token_num": 3}
     | {"msa": [1, 1, 1], "general_pos": [1], "specfic_pos": [0], "nb_tasks": 3, "nb_classes": 7}
     | {"init_milestones": [1], "init_lr_decay": 0.5},
+    "SD-LoRA": {"memory_size": 5, "memory_per_class": 1, "fixed_memory": True, "shuffle": False, "init_epoch": 3}
+    | {"epochs": 3, "init_lr": 0.02, "lrate": 0.02, "batch_size": 8, "init_milestones": [0], "milestones": [0]}
+    | {"init_lr_decay": 0.1, "lrate_decay": 0.1, "init_weight_decay": 0.1, "weight_decay": 0.1, "optimizer": "adamw"}
+    | {"scheduler": "constant", "min_lr": 0.1, "tuned_epoch": 5, "filepath": "./other/", "nb_tasks": 3}
+    | {"nb_classes": 7},
 }
 MORE: dict[str, dict[str, Any]] = {
     "InfLoRA": {"optim": "sgd"},
@@ -101,6 +113,7 @@ FAILING: dict[str, dict[str, tuple[Any, str]]] = {
 ELSEWHERE = {
     "InfLoRA": {"init_cls", "increment", "total_sessions", "optim", "fc_lrate"},
     "CL-LoRA": {"init_cls", "increment", "optimizer", "backbone_type", "print_forget", "prefix"},
+    "SD-LoRA": {"init_cls", "increment", "backbone_type", "prefix"},
 }
 
 
@@ -148,12 +161,12 @@ def test_values_said_to_stop_upstream_do(repo: str, key: str, upstream: Callable
     assert error in str(caught.value)
 
 
-@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
+@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA", "SD-LoRA"])
 def test_every_key_that_upstream_knows_is_tried(repo: str, upstream: Callable[[str], Path]) -> None:
     checkout = upstream(repo)
     files = {file for variant in row_of(repo).configs.values() for file in variant.values()}
     known = set().union(*(known_keys(checkout, checkout / file) for file in files))
-    assert known - set(OURS) == {*OTHERS[repo], *FAILING[repo], *ELSEWHERE[repo]}
+    assert known - set(OURS) == {*OTHERS[repo], *FAILING.get(repo, ()), *ELSEWHERE[repo]}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +199,23 @@ def test_every_key_that_upstream_knows_is_tried(repo: str, upstream: Callable[[s
         (("method=cllora", "upstream.use_init_ptm=False"), "upstream.use_init_ptm='False' is not true or false"),
         (("method=cllora", "upstream.use_block_weight=1"), "upstream.use_block_weight='1' is not true or false"),
         (("method=cllora", "upstream.alpha=much"), "upstream.alpha='much' is not a number"),
+        (
+            ("method=sdlora", "benchmark=imagenet_a", "upstream.optimizer=sgd"),
+            "SD-LoRA's code takes SGD with momentum, whatever it says. Leave it out.",
+        ),
+        (("method=sdlora", "upstream.scheduler=constant"), "whatever it says. Use upstream.milestones"),
+        (("method=sdlora", "upstream.lrate_decay=0.1"), "uses it after the epochs of milestones alone, and epochs=20"),
+        (("method=sdlora", "upstream.weight_decay=0.1"), "SD-LoRA's code decays no weights, and never uses it."),
+        (("method=sdlora", "upstream.filepath=./x/"), "reads them back, in the run's own folder. Leave it out."),
+        (("method=sdlora", "upstream.backbone_type=vit"), "Expected: vit_base_patch16_224."),
+        (("method=sdlora", "upstream.milestones=[x]"), "is not a list (expected e.g. upstream.milestones=[40,70])"),
+        (("method=sdlora", 'upstream.milestones=["x"]'), "expected numbers of epochs, e.g. [10,15]"),
+        (("method=sdlora", "upstream.init_cls=20"), "init_cls=20 and upstream.increment=10 differ, and SD-LoRA's log"),
+        (("method=sdlora", "upstream.init_cls=4", "upstream.increment=4"), "the 5 likeliest classes after the first"),
+        (
+            ("method=sdlora", "benchmark=imagenet_r", "upstream.init_cls=8", "upstream.increment=8"),
+            "25 tasks, and SD-LoRA's code has magnitudes for 21 at most",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -207,7 +237,7 @@ def test_weight_decay_of_inflorab5_with_sgd_is_taken(upstream: Callable[[str], P
     assert json.loads(plan.files[CONFIG])["weight_decay"] == 1e-4
 
 
-@pytest.mark.parametrize("method", ["inflora", "cllora"])
+@pytest.mark.parametrize("method", ["inflora", "cllora", "sdlora"])
 def test_every_key_may_be_given_the_value_that_it_has(method: str, upstream: Callable[[str], Path]) -> None:
     """Also one that cannot reach the run with another value, or whose other values stop upstream's code."""
     row = UPSTREAMS[method]
@@ -220,7 +250,7 @@ def test_every_key_may_be_given_the_value_that_it_has(method: str, upstream: Cal
     assert any("upstream.memory_size" in note and "changes nothing" in note for note in plan.notes)
 
 
-@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
+@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA", "SD-LoRA"])
 def test_accepted_overrides_are_in_the_configuration_that_runs(repo: str, upstream: Callable[[str], Path]) -> None:
     row = row_of(repo)
     checkout = upstream(repo)

@@ -24,10 +24,11 @@ CHANGES = {
     "InfLoRA": {"optim": "sgd", "init_epoch": 1, "epochs": 1, "lrate": 0.3, "init_weight_decay": 0.0}
     | {"total_sessions": 2},
     "CL-LoRA": {"init_epochs": 1, "later_epochs": 1, "later_lr": 0.3},
+    "SD-LoRA": {"init_epoch": 1, "epochs": 1, "lrate": 0.3},
 }
 
 
-@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA"])
+@pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA", "SD-LoRA"])
 def test_one_step_of_each_of_two_tasks_is_that_of_the_formulas(
     repo: str, upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -51,7 +52,7 @@ def test_one_step_of_each_of_two_tasks_is_that_of_the_formulas(
     assert done.returncode == 0, done.stdout[-4000:]
     tasks = torch.load(tmp_path / "results.pt")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    names = {"InfLoRA": ["task", "task"], "CL-LoRA": ["task", "distillation", "task"]}[repo]
+    names = {"CL-LoRA": ["task", "distillation", "task"]}.get(repo, ["task", "task"])
     assert [line["loss_name"] for line in lines] == names
     assert all(line["perturbation_norm"] == pytest.approx(0.3) for line in lines)
     assert len(tasks) == 2

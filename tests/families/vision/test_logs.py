@@ -7,11 +7,15 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from flatpatch import families
+from flatpatch.comparison.sides import is_source, other_settings
 from flatpatch.errors import UserError
 from flatpatch.families.vision.logs import LoggedRun, read_log
 from flatpatch.report.baselines import load_baseline
+from flatpatch.upstreams import sdlora
 from tests.vision_log_text import ROWS, log_text, run_lines, totals
 
 INFLORA_LOGS = {
@@ -19,6 +23,14 @@ INFLORA_LOGS = {
     "inflora_cifar100_shuffled_seed1993": "cifar100/10_10_sip/InfLoRA/adam/10/0.95_1.0-0.0005/1993.log",
     "inflora_imagenet_r_10": "ImageNet_R/20_20_sip/InfLoRA/adam/10/0.98_1.0-0.0005/0.log",
     "inflora_imagenet_r_10_shuffled_seed1993": "ImageNet_R/20_20_sip/InfLoRA/adam/10/0.98_1.0-0.0005/1993.log",
+}
+SDLORA_LOGS = {
+    "sdlora_cifar100": "C100.log",
+    "sdlora_imagenet_a_10": "InA.log",
+    "sdlora_imagenet_r_5": "InR-T5.log",
+    # The two are named the other way round.
+    "sdlora_imagenet_r_10": "InR-T20.log",
+    "sdlora_imagenet_r_20": "InR-T10.log",
 }
 # CL-LoRA's only log was deleted later; a shallow checkout does not have it.
 CLLORA_COMMIT = "60c6acb769a9f80dc4c5989b616bf7c12bf9e0f2"
@@ -44,8 +56,8 @@ def assert_equals_baseline(runs: list[LoggedRun], name: str) -> None:
         assert run.first_line == numbers["log_line_start"]
         assert list(run.top1_curve) == numbers["top1_curve"]
         assert run.accuracy_matrix() == numbers["accuracy_matrix"]
-        assert list(run.with_task_curve) == numbers["with_task_curve"]
-        assert list(run.task_id_curve) == numbers["task_id_accuracy_curve"]
+        assert list(run.with_task_curve) == numbers.get("with_task_curve", [])
+        assert list(run.task_id_curve) == numbers.get("task_id_accuracy_curve", [])
         order = list(run.class_order or ())
         assert order == (sorted(order) if numbers["class_order"] == "identity" else numbers["class_order"])
 
@@ -78,6 +90,32 @@ def test_clloras_deleted_log_gives_the_baseline(upstream: Callable[[str], Path],
     assert_equals_baseline([run for run in runs if run.complete], "cllora_vtab_5")
     # The author's second start was killed after four tasks that equal the first's.
     assert runs[3].top1_curve == runs[1].top1_curve[:4]
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("name", SDLORA_LOGS)
+def test_sdloras_shipped_log_gives_the_baseline(name: str, upstream: Callable[[str], Path]) -> None:
+    path = upstream("SD-LoRA") / "logs" / SDLORA_LOGS[name]
+    assert_equals_baseline(read_log(path), name)
+    assert is_source(path, name)
+    (run,) = families.load("vision").read_log(path, [sdlora.UPSTREAM])
+    assert run.subject == load_baseline(name)["applies_to"]
+    assert other_settings(run, load_baseline(name)) == []
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("name", SDLORA_LOGS)
+def test_sdloras_printed_forgetting_is_of_groups_sorted_as_text(name: str, upstream: Callable[[str], Path]) -> None:
+    (run,) = read_log(upstream("SD-LoRA") / "logs" / SDLORA_LOGS[name])
+    (numbers,) = load_baseline(name)["per_seed"]
+    columns = [f"{first:02}-{last:02}" for first, last in run.groups]
+    size = len(columns)
+    printed = np.zeros((size, size))
+    for task, row in enumerate(run.accuracy):
+        by_name = dict(zip(columns, row, strict=False))
+        printed[task, : task + 1] = [by_name[column] for column in sorted(by_name)]
+    forgetting = np.mean((printed.max(axis=0) - printed[-1])[:-1])
+    assert forgetting == pytest.approx(numbers["forgetting_as_printed"], abs=1e-9)
 
 
 @pytest.mark.third_party

@@ -22,7 +22,7 @@ from flatpatch.families.vision.results import CONFIG, _check_curve
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.runner.record import environment
 from flatpatch.runner.resolve import command_of, make_plan, parse
-from flatpatch.upstreams import UPSTREAMS
+from flatpatch.upstreams import UPSTREAMS, sdlora
 
 ROWS: dict[str, VisionUpstream] = {name: row for name, row in UPSTREAMS.items() if isinstance(row, VisionUpstream)}
 SHIPPED = [
@@ -68,7 +68,9 @@ def test_upstreams_configuration_runs_as_it_is_but_for_one_seed(
     shipped = upstream(str(ROWS[method].repository)) / file
     plan = plan_of(f"method={method}", f"variant={variant}", f"benchmark={benchmark}", "profile=upstream", "device=0")
     theirs, ours = json.loads(shipped.read_text()), written_config(plan)
-    assert ours["seed"] == theirs["seed"][:1] == [ROWS[method].seed]
+    assert ours["seed"] == theirs["seed"][:1]
+    # SD-LoRA's configurations do not agree; the row has the first one's.
+    assert method == "sdlora" and benchmark != "cifar100" or ours["seed"] == [ROWS[method].seed]
     assert plan.request.as_record()["seed"]["source"] == f"{file}: the first of {theirs['seed']}"
     assert {**theirs, "seed": None} == {**ours, "seed": None}
     assert_differences_are_recorded(plan, shipped)
@@ -78,10 +80,20 @@ def test_upstreams_configuration_runs_as_it_is_but_for_one_seed(
 
 @pytest.mark.third_party
 def test_every_configuration_upstream_ships_has_a_benchmark(upstream: Callable[[str], Path]) -> None:
-    for method, folder in (("inflora", "configs"), ("cllora", "exps")):
+    for method, files in (("inflora", "configs/*.json"), ("cllora", "exps/*.json"), ("sdlora", "exps/sdlora_*.json")):
         checkout = upstream(str(ROWS[method].repository))
-        shipped = {f"{folder}/{path.name}" for path in (checkout / folder).glob("*.json")}
-        assert {file for name, _, _, file in SHIPPED if name == method} == shipped
+        shipped = {path.relative_to(checkout).as_posix() for path in checkout.glob(files)}
+        assert {file for name, _, _, file in SHIPPED if name == method} == shipped - set(sdlora.NOT_RUN)
+
+
+@pytest.mark.third_party
+def test_configuration_that_is_not_offered_names_a_data_set_that_upstream_lacks(
+    upstream: Callable[[str], Path],
+) -> None:
+    checkout = upstream("SD-LoRA")
+    (file,) = sdlora.NOT_RUN
+    dataset = json.loads((checkout / file).read_text())["dataset"]
+    assert f'"{dataset}"' not in (checkout / "utils/data_manager.py").read_text()
 
 
 @pytest.mark.third_party
@@ -95,6 +107,10 @@ def test_every_configuration_upstream_ships_has_a_benchmark(upstream: Callable[[
         (("method=cllora", "benchmark=imagenet_r"), 40),
         (("method=cllora", "benchmark=imagenet_a"), 10),
         (("method=cllora", "benchmark=vtab"), 5),
+        (("method=sdlora", "benchmark=cifar100"), 10),
+        (("method=sdlora", "benchmark=imagenet_r"), 10),
+        (("method=sdlora", "benchmark=imagenet_r", "upstream.init_cls=10", "upstream.increment=10"), 20),
+        (("method=sdlora", "benchmark=imagenet_a"), 10),
     ],
 )
 def test_benchmark_has_the_papers_number_of_tasks(
@@ -118,6 +134,8 @@ def test_benchmark_has_the_papers_number_of_tasks(
         ("method=inflora", "profile=quick", "engine=upstream"),
         ("method=cllora", "profile=paper", "benchmark=imagenet_r", "device=0,1"),
         ("method=cllora", "profile=quick", "upstream.specfic_pos=[4,5]"),
+        ("method=sdlora", "profile=quick", "upstream.milestones=[3]"),
+        ("method=sdlora", "profile=upstream", "benchmark=imagenet_a", "device=0,1", "upstream.lrate_decay=0.1"),
     ],
     ids=" ".join,
 )
@@ -176,6 +194,23 @@ def test_dry_run_prints_the_recipe_and_what_differs_from_upstreams(
     assert not any(line.startswith("  num_heads =") for line in lines), "it never reaches the run"
     assert main(["run", "method=inflora", "engine=reference", "profile=quick", "--dry-run"]) == 0
     assert "  epochs = 10  (there: 20)\n" in capsys.readouterr().out
+
+
+@pytest.mark.third_party
+def test_sdlora_is_told_its_configuration_alone_and_asks_for_the_weights_of_its_logs(
+    upstream: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream("SD-LoRA")
+    words = ["method=sdlora", "profile=upstream", "device=0,1", f"output={tmp_path}", f"data={tmp_path}", "--dry-run"]
+    assert main(["run", *words]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "CUDA_VISIBLE_DEVICES=0,1 python main.py --config flatpatch-config.json" in text
+    assert 'device: ["0"] -> ["0", "1"]' in text
+    assert "library timm: 1.0.9 -> 0.6.13" in text and "library numpy: 2.1.1" in text
+    name = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert f"Fetch https://huggingface.co/timm/{name}/resolve/main/model.safetensors and put it there" in text
+    assert f"{name}.safetensors https://" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.third_party

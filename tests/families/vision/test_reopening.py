@@ -294,14 +294,22 @@ def test_only_what_the_authors_code_raises_is_told_as_theirs(tmp_path: Path) -> 
 SCOPES = ("adapter", "merged", "trainable")
 
 
-@pytest.fixture(scope="module", params=["inflora", "cllora"])
+@pytest.fixture(scope="module", params=["inflora", "cllora", "sdlora"])
 def upstream_runs(
     request: pytest.FixtureRequest, upstream: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Return a folder with three runs in the authors' code, all measured inside: without SAM, with it, another seed."""
-    upstream({"inflora": "InfLoRA", "cllora": "CL-LoRA"}[request.param])
+    upstream({"inflora": "InfLoRA", "cllora": "CL-LoRA", "sdlora": "SD-LoRA"}[request.param])
     output = tmp_path_factory.mktemp(request.param)
-    epochs = {"inflora": ("upstream.epochs=2", "upstream.init_epoch=2"), "cllora": ("upstream.init_epochs=2",)}
+    epochs: dict[str, tuple[str, ...]] = {
+        "inflora": ("upstream.epochs=2", "upstream.init_epoch=2"),
+        "cllora": ("upstream.init_epochs=2",),
+        "sdlora": (
+            "upstream.epochs=2",
+            "upstream.init_epoch=2",
+            "upstream.shuffle=false",
+        ),  # or each seed has its order
+    }
     for name, more in {"off": ("sam=off",), "sam": ("sam=sam", "rho=0.5"), "seed": ("sam=off", "seed=1")}.items():
         words = ["run", f"method={request.param}", "engine=upstream", *TWO_TASKS, *epochs[request.param], *more]
         measure = ("measure=loss", f"measure_scope={','.join(SCOPES)}", "measure_when=after", *SMALL)
@@ -365,7 +373,7 @@ def test_what_upstreams_models_need_is_told(upstream_runs: Path, refused: Callab
     done.write_text(json.dumps(noted))
     assert "kept no model of task 2. Runs of earlier versions" in refused(f"run={folder}", *SMALL)
     tensors = load_file(shutil.copy(folder / "tasks/all/models/1.safetensors", second))
-    name = next(name for name in tensors if "lora_A" in name)
+    name = next(name for name in tensors if "lora_A" in name or "linear_a" in name)
     save_file({name: tensors[name][:, :-1].contiguous()}, second, metadata={"trained": json.dumps([name])})
     models = sorted(second.parent.iterdir())
     note_hashes(folder, "all", *models)
