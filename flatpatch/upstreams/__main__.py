@@ -15,9 +15,9 @@ def render() -> str:
         "",
         "flatpatch runs the repositories. Where a paper says something else, the row says what runs here and how to",
         "follow the paper instead. CL-LoRA's paper was read in full; what InfLoRA's, O-LoRA's and N-LoRA's papers say",
-        "was taken from secondary sources and must be held against the papers before it is quoted. Where a paper was not",
-        "read, the row says so. The files named are the repository's. Every run lists its own deviations from upstream in",
-        "its `record.json`.",
+        "was taken from secondary sources and must be held against the papers before it is quoted. Where a paper was",
+        "not read, the row says so. The files named are the repository's. Every run lists its own deviations from",
+        "upstream in its `record.json`.",
         "",
         "This page is written from `flatpatch/upstreams/` by `python -m flatpatch.upstreams > DEVIATIONS.md`.",
     ]
