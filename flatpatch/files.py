@@ -26,13 +26,14 @@ _BLOCK = 2**20
 
 
 @contextlib.contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
+def written_atomically(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a place to write to; what is there takes the place of ``path`` when the block ends.
 
     A reader, or a crash, sees the old file or the new one and nothing between. A block that fails leaves the old one.
 
     Args:
         path: The file; its folder is there.
+        durable: Whether the content is on the disk before the name is, which a busy disk takes its time for.
 
     Yields:
         Where to write: a new name in the same folder.
@@ -40,8 +41,9 @@ def written_atomically(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -49,18 +51,19 @@ def written_atomically(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file as ``written_atomically`` does, and say where the disk is full.
 
     Args:
         path: The file; its folder is there.
         content: Text is written as UTF-8.
+        durable: As for ``written_atomically``.
 
     Raises:
         DiskFull: If the disk is full.
     """
     try:
-        with written_atomically(path) as unfinished:
+        with written_atomically(path, durable=durable) as unfinished:
             unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         if is_disk_full(error):
@@ -154,7 +157,7 @@ def locked(path: Path, taken: str | None = None) -> Iterator[None]:
     Raises:
         UserError: If another process holds it, or it cannot be made.
     """
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=-1 if taken is None else 0)
     except Timeout:

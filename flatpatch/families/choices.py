@@ -64,6 +64,29 @@ def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, st
     )
 
 
+def check_reference(upstream: Upstream, engine: str, asked: str) -> None:
+    """Refuse the reference engine for a method that it does not have.
+
+    Raises:
+        UserError: If that is the engine.
+    """
+    if engine != "reference" or upstream.reference:
+        return
+    raise UserError(
+        f"{upstream.title} has no reference implementation: every profile needs the authors' code. "
+        + (
+            "Leave out engine=reference."
+            if asked == "reference"
+            else f"{patches.is_available(str(upstream.repository))[1]}\nIt comes with: {fetch_command(upstream)}"
+        )
+    )
+
+
+def fetch_command(upstream: Upstream) -> str:
+    """Return the command that fetches a method's code."""
+    return f"git submodule update --init third_party/{upstream.repository}"
+
+
 def find_checkout(upstream: Upstream, engine: str, notes: list[str]) -> patches.Verified | None:
     """Return the verified checkout that the engine needs; notes each folder that was named for it and lacks it.
 

@@ -76,7 +76,8 @@ class Recorder:
         self._progress_written = time.monotonic()
         loss = self.last_loss if phase == "train" and step else None  # at step 0 it would be the task before's
         progress = {"phase": phase, "step": step, "total": total, "loss": loss}
-        write_atomically(self._progress, json.dumps(progress | more) + "\n")
+        # Read while it is fresh alone: the training does not wait for the disk.
+        write_atomically(self._progress, json.dumps(progress | more) + "\n", durable=False)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Say what was done, and with how many threads, on which the numbers depend."""

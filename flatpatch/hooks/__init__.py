@@ -1,6 +1,6 @@
 """All that a patched upstream may call. Without ``FLATPATCH_RUN`` in the environment every hook does nothing.
 
-Importing this package needs the standard library alone; torch is used only once a hook has work to do.
+Importing this package loads neither torch nor numpy; they are used only once a hook has work to do.
 """
 
 from __future__ import annotations

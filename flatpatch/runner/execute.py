@@ -292,6 +292,8 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
         *(path for name in stage.models.values() if (path := plan.folder / name).is_file()),
     ]
     files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, stage)]
+    # What cannot be read would be kept, and fail every later call too.
+    families.load(plan.upstream.family).collect(plan, plan.stages.index(stage) + 1)
     kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 

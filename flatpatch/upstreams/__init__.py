@@ -5,8 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from flatpatch.families.base import Upstream
+
+UPSTREAMS: Mapping[str, Upstream]
+"""By name, those with a repository first; the first of all is what ``method=`` means where it is left out.
+
+Loaded on first use, so that a patch that needs one method's file does not load the others.
+"""
 
 
 def _rows() -> Iterator[Upstream]:
@@ -16,7 +23,9 @@ def _rows() -> Iterator[Upstream]:
             yield row
 
 
-# Those with a repository first; the first one is what ``method=`` means where it is left out.
-UPSTREAMS: Mapping[str, Upstream] = {
-    row.name: row for row in sorted(_rows(), key=lambda row: (row.repository is None, row.family, row.name))
-}
+def __getattr__(name: str) -> Any:
+    if name != "UPSTREAMS":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    rows = sorted(_rows(), key=lambda row: (not row.default, row.repository is None, row.family, row.name))
+    found = globals()[name] = {row.name: row for row in rows}
+    return found

@@ -11,6 +11,7 @@ UPSTREAM = TextUpstream(
     name="nlora",
     title="N-LoRA",
     repository="N-LoRA",
+    default=True,
     scripts={
         **{str(n): f"scripts/order_{n}.sh" for n in range(1, 7)},
         **{f"llama{n}": f"scripts_llama/order_{n}.sh" for n in range(1, 4)},

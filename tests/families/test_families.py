@@ -35,3 +35,7 @@ def test_record_of_an_earlier_version_names_no_family() -> None:
     record["settings"]["benchmark"] = {"value": "", "source": "default"}
     assert families.family_of(record) == "vision"
     assert families.family_of(record | {"family": "text"}) == "text"
+
+
+def test_one_method_is_meant_where_none_is_named() -> None:
+    assert [name for name, row in UPSTREAMS.items() if row.default] == [next(iter(UPSTREAMS))]

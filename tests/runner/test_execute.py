@@ -511,6 +511,17 @@ def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys
     assert "dbpedia" in record["error"]
 
 
+def test_a_stage_whose_results_cannot_be_read_is_not_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> None:
+        raise FlatpatchError("holds 2 logs")
+
+    monkeypatch.setattr("flatpatch.families.text.results.collect", unreadable)
+    assert main(words(data, tmp_path, "two-logs", "tasks=amazon")) == 1
+    assert not list((tmp_path / "two-logs").rglob("done.json"))
+
+
 def test_sweep_runs_every_combination_and_averages_over_seeds(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,7 +168,7 @@ def test_decays_are_read_where_a_milestone_comes_within_the_epochs() -> None:
 @pytest.mark.third_party
 def test_profile_paper_is_refused_as_the_paper_was_not_read(upstream: Callable[[str], Path]) -> None:
     upstream("SD-LoRA")
-    with pytest.raises(UserError, match=r"its paper was not read\), so profile=paper has nothing to follow"):
+    with pytest.raises(UserError, match="so that profile=paper has nothing to follow"):
         make_plan(parse(["method=sdlora", "profile=paper"]), dry_run=True)
 
 

@@ -39,6 +39,7 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     available = machine.cuda_devices
     profile, profile_reason = choices.choose_profile(settings.profile, upstream, available)
     engine, engine_reason = choices.choose_engine(settings.engine, upstream, profile)
+    choices.check_reference(upstream, engine, settings.engine)
     notes = list(request.notes)
     lacks: list[str] = []
     request = choices.own_threads(request, profile, notes)

@@ -54,7 +54,8 @@ def compare_data(
             f"published{here}"
         ]
     if dataset not in upstream.logged_splits:
-        return obstacle, []
+        doubt = f"the split of {dataset} could not be checked: which one {upstream.title} takes is not known here"
+        return obstacle, [doubt] if any(found) else []
     notes = []
     for split in dict.fromkeys(found):
         if split is None:
@@ -98,8 +99,9 @@ def read_log(path: Path, upstreams: Iterable[VisionUpstream]) -> list[LoggedRun]
 
 def as_logged(run: logs.LoggedRun, upstreams: Iterable[VisionUpstream]) -> LoggedRun:
     """Return a run of a log in the form of all families."""
-    found = ((row, method) for row in upstreams if (method := row.method_of_log(run.settings)))
-    upstream, method = next(found, (None, run.settings.get("model_name", "").lower()))
+    found = [(row, method) for row in upstreams if (method := row.method_of_log(run.settings))]
+    unknown = (None, run.settings.get("model_name", "").lower())
+    upstream, method = max(found, key=lambda each: len(each[0].name), default=unknown)
     dataset = run.settings.get("dataset", "").lower()
     subject = {"method": method, "dataset": _DATASETS.get(dataset, dataset), "tasks": len(run.task_ranges)}
     shuffled = run.settings.get("shuffle") == "True" and not (upstream and upstream.shuffles)

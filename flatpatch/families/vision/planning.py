@@ -89,7 +89,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     dataset = None if is_quick else _dataset(upstream, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
     for key, value in upstream.follow(editor.current, request.overrides, classes).items():
-        editor.set(key, value, "follows from what is overridden")
+        editor.set(key, value, "follows from " + ", ".join(f"upstream.{name}=" for name in request.overrides))
     idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
     request = choices.without_idle(request, idle, notes)
     off_protocol |= bool(request.overrides)
@@ -200,16 +200,7 @@ def _checked(
 ) -> Request:
     """Refuse what profile or engine cannot do; return the request with what names a default left out."""
     settings = request.settings
-    fetch = f"git submodule update --init third_party/{upstream.repository}"
-    if engine == "reference" and not upstream.reference:
-        raise UserError(
-            f"{upstream.title} has no reference implementation: every profile needs the authors' code. "
-            + (
-                "Leave out engine=reference."
-                if settings.engine == "reference"
-                else f"{patches.is_available(str(upstream.repository))[1]}\nIt comes with: {fetch}"
-            )
-        )
+    choices.check_reference(upstream, engine, settings.engine)
     if profile == "quick" and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has "
@@ -217,8 +208,8 @@ def _checked(
         )
     if profile == "paper" and not any(conflict.arguments for conflict in upstream.conflicts):
         raise UserError(
-            f"no argument is known here that {upstream.title}'s paper has otherwise than its configurations (its paper "
-            "was not read), so profile=paper has nothing to follow. Use profile=upstream."
+            f"no argument is known here that {upstream.title}'s paper has otherwise than its configurations, so "
+            "that profile=paper has nothing to follow. Use profile=upstream."
         )
     if upstream.configs:
         variant = settings.variant or next(iter(upstream.configs))
@@ -231,7 +222,7 @@ def _checked(
             f"variant={settings.variant} needs the authors' code: the reference engine has {upstream.title} alone. "
             "Leave out variant=, or "
             f"{'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
-            f"The code comes with: {fetch}"
+            f"The code comes with: {choices.fetch_command(upstream)}"
         )
     return request
 

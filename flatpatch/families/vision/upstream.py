@@ -118,6 +118,8 @@ class VisionUpstream(Upstream):
         Returns:
             What upstream's code does instead, to follow "the code"; empty if the value reaches the run.
         """
+        if self.repository is not None:
+            raise NotImplementedError(f"{self.title}: which keys do not reach a run is not said")
         return ""
 
     def value_problems(self, config: Mapping[str, Any], width: int, blocks: int) -> list[str]:

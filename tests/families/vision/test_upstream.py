@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ SAID: dict[str, Any] = {
 }
 
 
+class New(VisionUpstream):
+    """All of whose keys reach a run."""
+
+    def why_unread(self, config: Mapping[str, Any], key: str, *, quick: bool) -> str:
+        """See the base class."""
+        return ""
+
+
 def row(**said: Any) -> VisionUpstream:
-    return VisionUpstream(name="cllora", title="New", repository="CL-LoRA", reference=False, **said)
+    return New(name="cllora", title="New", repository="CL-LoRA", reference=False, **said)
 
 
 @pytest.mark.parametrize("fact", SAID)
@@ -36,6 +44,8 @@ def test_a_row_of_a_repository_says_what_a_run_needs(fact: str) -> None:
 
 def test_what_a_row_does_not_do_is_not_done_in_its_place(tmp_path: Path) -> None:
     new = row(**SAID)
+    with pytest.raises(NotImplementedError, match="New: which keys do not reach a run is not said"):
+        VisionUpstream.why_unread(new, {}, "rank", quick=True)
     with pytest.raises(NotImplementedError, match="New: which pretrained weights"):
         new.pretrained({})
     with pytest.raises(NotImplementedError, match="New: how its network grows"):
