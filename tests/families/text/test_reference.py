@@ -184,11 +184,12 @@ def test_an_interrupted_save_leaves_the_earlier_adapter(tmp_path: Path, monkeypa
     adapter = adapters.Adapter({"q": adapters.Pair(torch.ones(1, 2), torch.zeros(2, 1))}, made)
     adapters.save(tmp_path, adapter)
 
-    def broken(_tensors: object, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
+    def broken(path: Path, _content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "save_file", broken)
+    monkeypatch.setattr(Path, "write_bytes", broken)
     with pytest.raises(KeyboardInterrupt):
         adapters.save(tmp_path, adapter)
     loaded = adapters.load(tmp_path)
