@@ -81,6 +81,7 @@ def test_measured_reference_run_is_bit_for_bit_the_same(places: tuple[Path, Path
     assert all("slice_mean_rise" in entry["values"] for entry in measured["entries"][4:])
 
 
+@pytest.mark.slow
 def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

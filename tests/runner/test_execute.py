@@ -252,6 +252,7 @@ def test_finished_run_is_the_one_asked_for_whatever_has_no_effect(
     assert main([*command, *more, "ascent_loss=task"]) == 2, "what has an effect makes another run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_killed_run_ends_as_an_undisturbed_one(task: str, undisturbed: Path, data: Path, tmp_path: Path) -> None:
     command = words(data, tmp_path, "killed")
@@ -280,6 +281,7 @@ def test_training_ends_within_seconds_of_a_killed_runner(data: Path, tmp_path: P
     assert_nothing_runs_on(tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
 def test_terminated_run_says_it_can_go_on(
     number: signal.Signals, undisturbed: Path, data: Path, tmp_path: Path
@@ -352,6 +354,7 @@ def test_same_settings_give_the_same_numbers_in_another_folder(undisturbed: Path
     assert results(tmp_path / "repeated") == results(undisturbed)
 
 
+@pytest.mark.slow
 def test_damaged_weights_of_a_finished_task_are_made_again(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     command = words(data, tmp_path, "damaged")
     process = start(command)
@@ -378,6 +381,7 @@ def test_second_runner_in_the_same_folder_is_refused(
         process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_half_written_results_of_a_later_task_do_not_block_the_run(
     undisturbed: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_one_run_is_measured_after_each_task_on_the_images_of_that_task(make_run
     assert max(losses[0]) != pytest.approx(max(losses[1]), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures")
 @pytest.mark.parametrize("method", ["inflora", "seqlora_vit"])
 def test_line_between_two_runs_ends_at_their_own_losses(method: str, make_run: MakeRun, tmp_path: Path) -> None:
@@ -149,6 +150,7 @@ def test_plane_through_three_runs_holds_their_own_losses(make_run: MakeRun, tmp_
         assert losses[folder.name] == pytest.approx(finished_losses(folder)["merged"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_whole_run_has_the_same_losses_inside_and_afterwards(tmp_path: Path) -> None:
     words = ["run", "method=inflora", "engine=reference", *TWO_TASKS, "upstream.epochs=2", "upstream.batch_size=400"]
     words += [f"output={tmp_path}", "run=trained", "measure=loss", "measure_scope=adapter,merged", *SMALL]

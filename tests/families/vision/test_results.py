@@ -114,6 +114,7 @@ def test_same_command_on_a_finished_run_does_nothing(undisturbed: Path, capsys: 
     assert (undisturbed / "record.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_of_the_training(undisturbed: Path, tmp_path: Path) -> None:
     assert main(words(tmp_path, "measured", "measure=eigenvalues", "measure_samples=6", "measure_batch=4")) == 0
     assert results(tmp_path / "measured") == results(undisturbed)
@@ -151,6 +152,7 @@ def kill_during(command: list[str], condition: Callable[[], bool]) -> None:
     process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_killed_run_says_that_it_starts_anew_and_ends_as_an_undisturbed_one(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
