@@ -780,8 +780,12 @@ def test_page_in_a_read_only_place_is_refused_before_anything_is_written(tmp_pat
 
 
 def test_report_without_a_run_says_what_it_takes(tmp_path):
-    for words in (["page=x"], ["run="], ["run=x", "seed=1"]):
-        with pytest.raises(UserError, match="report needs run=FOLDER"):
+    for words, said in (
+        (["page=x"], "report needs run=FOLDER"),
+        (["run="], "run= is empty. See report --help"),
+        (["run=x", "seed=1"], "unknown setting 'seed' of report"),
+    ):
+        with pytest.raises(UserError, match=said):
             show(words)
     with pytest.raises(UserError, match="no record"):
         show([f"run={tmp_path}"])

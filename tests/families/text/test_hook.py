@@ -199,10 +199,10 @@ def test_progress_follows_training_and_prediction(tmp_path, attached, monkeypatc
     written = []
     write = recording.write_atomically
 
-    def writing(path, text):
+    def writing(path, text, **options):
         if path.name == "progress.json":
             written.append(json.loads(text))
-        write(path, text)
+        write(path, text, **options)
 
     monkeypatch.setattr(recording, "write_atomically", writing)
     trainer = attached(per_device_eval_batch_size=16)
