@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from flatpatch.upstreams import UPSTREAMS
 from flatpatch.upstreams import __main__ as deviations
 from tests.comparison_cases import inflora_record, olora_record
 from tests.report_records import make_quick_record, make_record
+from tests.vision_log_text import log_text, run_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -172,9 +174,15 @@ def stand_ins(words: list[str], upstream: Callable[[str], Path], folder: Path) -
             word = f"page={folder / value}"
         elif key == "log":
             _, repo, rest = value.split("/", 2)
-            path = upstream(repo) / rest
-            if not path.exists():
-                pytest.skip(f"the checkout of {repo} is partial: no {rest}")
+            checkout = upstream(repo)
+            listed = subprocess.run(
+                ["git", "-C", checkout, "ls-tree", "--name-only", "HEAD", rest], capture_output=True, check=True
+            )
+            assert listed.stdout, f"{repo} has no {rest}"
+            path = checkout / rest
+            if not path.exists():  # a partial checkout
+                path = folder / "stand-in.log"
+                path.write_text(log_text(run_lines()), encoding="utf-8")
             word = f"log={path}"
         found.append(word)
     return found

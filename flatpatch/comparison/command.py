@@ -15,7 +15,7 @@ from flatpatch import families, patches
 from flatpatch.comparison.compare import COMPARED, MARGIN, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
 from flatpatch.errors import UserError, named_path
-from flatpatch.families.base import LoggedRun
+from flatpatch.families.base import Family, LoggedRun
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import named_runs, read_words, repeated
@@ -194,7 +194,7 @@ def read_log(path: Path) -> list[LoggedRun]:
     return [
         run
         for family in families.NAMES
-        for run in families.load(family).read_log(path, [row for row in UPSTREAMS.values() if row.family == family])
+        for run in Family(family).read_log(path, [row for row in UPSTREAMS.values() if row.family == family])
     ]
 
 

@@ -48,7 +48,7 @@ def run_of_record(name: str, record: Mapping[str, Any]) -> Run:
     return Run(
         name,
         seeds[0] if len(seeds) == 1 else None,
-        None if of_record(record).LEARNS_CLASSES else tuple(record["tasks"]),
+        None if of_record(record).learns_classes else tuple(record["tasks"]),
         record["metrics"],
         record["accuracy_matrix"],
     )

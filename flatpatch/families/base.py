@@ -6,18 +6,19 @@ A family turns settings into data, and what a run left into data::
     collect(plan, stages) -> Results
     reopen(upstream, folder, record) -> FinishedRun
 
-:func:`flatpatch.families.load` gives the module with these functions. Loading this file loads no torch.
+:class:`Family` finds them in a family's folder. Loading this file loads no torch.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.files import digest
@@ -382,11 +383,25 @@ class FinishedRun(ABC):
             raise UserError(f"{self.name} and {other.name}: one learned images and one texts. Name runs of one kind.")
 
 
-class Family(Protocol):
-    """The functions of a family's package."""
+class Family:
+    """A family of repositories. What it does stands in its rooms, files of the same names in every family's folder.
 
-    # Whether its tasks are groups of one data set's classes; else each is a data set.
-    LEARNS_CLASSES: bool
+    A room is loaded when it is first asked for something.
+
+    Args:
+        name: Its folder's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _room(self, name: str) -> Any:
+        return importlib.import_module(f"flatpatch.families.{self.name}.{name}")
+
+    @property
+    def learns_classes(self) -> bool:
+        """Whether its tasks are groups of one data set's classes; else each is a data set."""
+        return bool(self._room("comparing").LEARNS_CLASSES)
 
     def plan(self, upstream: Any, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:
         """Resolve every ``auto``, read upstream's settings, and check whatever can be checked without starting.
@@ -400,6 +415,8 @@ class Family(Protocol):
         Raises:
             UserError: With the reasons why this run cannot start as asked.
         """
+        found: Plan = self._room("planning").make_plan(upstream, request, machine, dry_run=dry_run)
+        return found
 
     def collect(self, plan: Plan, stages: int) -> Results:
         """Read what the first stages of a run left.
@@ -407,6 +424,8 @@ class Family(Protocol):
         Raises:
             FlatpatchError: If it is not what the plan's tasks leave.
         """
+        found: Results = self._room("results").collect(plan, stages)
+        return found
 
     def reopen(self, upstream: Any, folder: Path, record: dict[str, Any]) -> FinishedRun:
         """Return a finished run whose models can be rebuilt.
@@ -414,12 +433,18 @@ class Family(Protocol):
         Raises:
             UserError: If it is not one that can be.
         """
+        found: FinishedRun = self._room("reopening").reopen(upstream, folder, record)
+        return found
 
     def subject(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a run is a run of, in the form of a baseline's ``applies_to``."""
+        found: dict[str, Any] = self._room("comparing").subject(record)
+        return found
 
     def knows_data(self, record: Mapping[str, Any]) -> bool:
         """Return whether a record tells runs on other data apart, wherever the data lie."""
+        found: bool = self._room("comparing").knows_data(record)
+        return found
 
     def compare_data(
         self,
@@ -441,6 +466,8 @@ class Family(Protocol):
         Returns:
             Which difference forbids a comparison, empty if none is known; and, as sentences, what cannot be known.
         """
+        found: tuple[str, list[str]] = self._room("comparing").compare_data(upstream, subject, records, names, kind)
+        return found
 
     def read_log(self, path: Path, upstreams: Iterable[Any]) -> list[LoggedRun]:
         """Read every run in a log that the code of this family's repositories left, in the file's order.
@@ -452,3 +479,5 @@ class Family(Protocol):
         Raises:
             UserError: If the file cannot be read, or a line of it is damaged.
         """
+        found: list[LoggedRun] = self._room("comparing").read_log(path, upstreams)
+        return found

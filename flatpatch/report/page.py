@@ -215,7 +215,7 @@ def _metric_names(groups: Sequence[Group]) -> list[str]:
 
 
 def _learn_classes(groups: Sequence[Group]) -> bool:
-    return all(of_record(run.record).LEARNS_CLASSES for group in groups for run in group.runs)
+    return all(of_record(run.record).learns_classes for group in groups for run in group.runs)
 
 
 def _headline(groups: Sequence[Group]) -> list[str]:

@@ -43,7 +43,7 @@ def describe(record: Mapping[str, Any]) -> str:
     """Return one line that names the run: method, order, optimiser, seed, profile and engine."""
     sam = setting(record, "sam", "off")
     parts = [setting(record, "variant") or record["method"]]
-    if of_record(record).LEARNS_CLASSES:
+    if of_record(record).learns_classes:
         parts.append(record["benchmark"])
     if (order := setting(record, "order")) is not None:
         parts.append(f"order {order}")

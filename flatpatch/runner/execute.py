@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from flatpatch import families, metrics, patches
+from flatpatch import metrics, patches
 from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
-from flatpatch.families.base import Plan, Stage
+from flatpatch.families.base import Family, Plan, Stage
 from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
 from flatpatch.measuring import WHENS
@@ -293,7 +293,7 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
     ]
     files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, stage)]
     # What cannot be read would be kept, and fail every later call too.
-    families.load(plan.upstream.family).collect(plan, plan.stages.index(stage) + 1)
+    Family(plan.upstream.family).collect(plan, plan.stages.index(stage) + 1)
     kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
 
@@ -401,7 +401,7 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     record["training"] = [read_json(_stage_folder(plan, stage) / "summary.json") for stage in plan.stages[:count]]
     names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
     record["flatness"] = measurements.read_entries(plan.folder, names)
-    results = families.load(plan.upstream.family).collect(plan, count)
+    results = Family(plan.upstream.family).collect(plan, count)
     record["accuracy_matrix"] = [list(row) for row in results.accuracy]
     for key in ("train_seconds", "predict_seconds"):
         if seconds := getattr(results, key):

@@ -16,9 +16,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flatpatch import families
 from flatpatch.errors import DiskFull, FlatpatchError, UserError, named_path
-from flatpatch.families.base import FinishedRun
+from flatpatch.families.base import Family, FinishedRun
 from flatpatch.families.sample import Sample
 from flatpatch.files import folder_problems, is_disk_full, unwritable, write_atomically
 from flatpatch.flatness import (
@@ -110,7 +109,7 @@ def find_run(name: str) -> FinishedRun:
     upstream = UPSTREAMS.get(record["method"])
     if upstream is None:
         raise UserError(f"run={name} is of method {record['method']}, which this version does not have.")
-    return families.load(upstream.family).reopen(upstream, folder, record)
+    return Family(upstream.family).reopen(upstream, folder, record)
 
 
 def check_against_run(run: FinishedRun, index: int, samples: int, loss: float) -> None:

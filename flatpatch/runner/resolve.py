@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from flatpatch import families, settings
-from flatpatch.families.base import PORT, Machine, Plan, Stage
+from flatpatch import settings
+from flatpatch.families.base import PORT, Family, Machine, Plan, Stage
 from flatpatch.runner.sam_places import where_sam_enters
 from flatpatch.settings import Request
 from flatpatch.upstreams import UPSTREAMS
@@ -33,7 +33,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     """
     upstream = UPSTREAMS[request.settings.method]
     machine = Machine(cuda_devices=cuda_devices())
-    return families.load(upstream.family).plan(upstream, request, machine, dry_run=dry_run)
+    return Family(upstream.family).plan(upstream, request, machine, dry_run=dry_run)
 
 
 def cuda_devices() -> int:

@@ -9,6 +9,8 @@ from typing import Any
 from flatpatch.families.base import LoggedRun
 from flatpatch.families.text.upstream import TextUpstream
 
+LEARNS_CLASSES = False
+
 
 def subject(record: Mapping[str, Any]) -> dict[str, Any]:
     """See :class:`flatpatch.families.base.Family`."""

@@ -14,6 +14,8 @@ from flatpatch.families.vision import logs
 from flatpatch.families.vision.splits import FOLDER, LISTED, LOGGED, list_hashes, split_of
 from flatpatch.families.vision.upstream import VisionUpstream
 
+LEARNS_CLASSES = True
+
 # What configurations call the data sets, where the name differs by more than its case.
 _DATASETS = {"cifar224": "cifar100", "imagenetr": "imagenet_r", "imageneta": "imagenet_a"}
 # Settings in a log that say where and how a run ran, not what it computed; and those compared on their own.

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatpatch import families
 from flatpatch.comparison.sides import is_source, other_settings
 from flatpatch.errors import UserError
+from flatpatch.families.base import Family
 from flatpatch.families.vision.logs import LoggedRun, read_log
 from flatpatch.report.baselines import load_baseline
 from flatpatch.upstreams import sdlora
@@ -98,7 +98,7 @@ def test_sdloras_shipped_log_gives_the_baseline(name: str, upstream: Callable[[s
     path = upstream("SD-LoRA") / "logs" / SDLORA_LOGS[name]
     assert_equals_baseline(read_log(path), name)
     assert is_source(path, name)
-    (run,) = families.load("vision").read_log(path, [sdlora.UPSTREAM])
+    (run,) = Family("vision").read_log(path, [sdlora.UPSTREAM])
     assert run.subject == load_baseline(name)["applies_to"]
     assert other_settings(run, load_baseline(name)) == []
 

@@ -11,8 +11,8 @@ import pytest
 
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.base import Machine
-from flatpatch.families.vision import plan
 from flatpatch.families.vision.data import PILOT
+from flatpatch.families.vision.planning import make_plan
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.runner.resolve import parse
 
@@ -66,11 +66,11 @@ def test_a_row_alone_makes_the_command_and_refuses_images_of_which_it_says_nothi
     """The patched repository is CL-LoRA's; all that is said of it comes from a row that is not."""
     upstream("CL-LoRA")
     request = parse(["method=cllora", "profile=quick", "engine=upstream", "device=cpu", "upstream.init_cls=10"])
-    made = plan(row(**SAID, quick={"increment": 10}), request, Machine(0), dry_run=True)
+    made = make_plan(row(**SAID, quick={"increment": 10}), request, Machine(0), dry_run=True)
     assert made.stages[0].command == ("main.py", "--config", "flatpatch-config.json")
     assert made.stages[0].contract["keep"]["names"] == "fc.*"
     assert made.tasks == ("0-9", "10-19")
     assert json.loads(made.files["flatpatch-config.json"])["general_pos"] != [0, 1, 2], "CL-LoRA's own quick settings"
     request = parse(["method=cllora", "profile=upstream", "device=cpu"])
     with pytest.raises(FlatpatchError, match="New: the row does not say what must be there of the data set 'cifar224'"):
-        plan(row(**{**SAID, "datasets": {"vtab": PILOT["vtab"]}}), request, Machine(0), dry_run=True)
+        make_plan(row(**{**SAID, "datasets": {"vtab": PILOT["vtab"]}}), request, Machine(0), dry_run=True)
