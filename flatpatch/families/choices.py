@@ -7,10 +7,12 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from flatpatch import patches
 from flatpatch.errors import UserError, in_one_line
-from flatpatch.families.base import Deviation, Upstream
+from flatpatch.families.base import Deviation, Machine, Upstream
 from flatpatch.files import ROOT
 from flatpatch.settings import Request, as_default
 
@@ -18,6 +20,77 @@ from flatpatch.settings import Request, as_default
 # the count.
 QUICK_THREADS = 1
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class Draft:
+    """What every plan decides first: :func:`choose_engine_of` makes it, :meth:`find_machine` completes it.
+
+    Attributes:
+        notes: What the user is told of the run.
+        lacks: What a dry run finds missing here.
+    """
+
+    upstream: Upstream
+    request: Request
+    dry_run: bool
+    profile: str
+    profile_reason: str
+    engine: str
+    engine_reason: str
+    device: str = ""
+    devices: tuple[str, ...] = ()
+    threads: int | None = None
+    verified: patches.Verified | None = None
+    notes: list[str] = field(default_factory=list)
+    lacks: list[str] = field(default_factory=list)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the run is on the small models and data of ours."""
+        return self.profile == "quick"
+
+    def find_machine(self, machine: Machine) -> None:
+        """Choose threads and devices, and find the checkout that the engine needs.
+
+        Raises:
+            UserError: If one of them is not here.
+        """
+        available = machine.cuda_devices
+        self.request = own_threads(self.request, self.profile, self.notes)
+        self.threads = self.request.settings.threads or (QUICK_THREADS if self.is_quick else None)
+        self.device, self.devices = choose_device(self.request, self.profile, available, self.dry_run, self.lacks)
+        self.verified = find_checkout(self.upstream, self.engine, self.notes)
+
+    def lack(self, problem: str) -> None:
+        """Note what is missing here, in a dry run.
+
+        Raises:
+            UserError: With the problem, in any other.
+        """
+        if not self.dry_run:
+            raise UserError(problem)
+        self.lacks.append(problem)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a plan says of it."""
+        names = ("upstream", "request", "profile", "profile_reason", "engine", "engine_reason", "device", "devices")
+        kept = {name: getattr(self, name) for name in (*names, "threads", "verified")}
+        return kept | {"notes": tuple(self.notes), "lacks": tuple(self.lacks)}
+
+
+def choose_engine_of(upstream: Upstream, request: Request, machine: Machine, *, dry_run: bool) -> Draft:
+    """Choose profile and engine.
+
+    Raises:
+        UserError: If the method, profile and engine do not go together.
+    """
+    settings = request.settings
+    profile, profile_reason = choose_profile(settings.profile, upstream, machine.cuda_devices)
+    engine, engine_reason = choose_engine(settings.engine, upstream, profile)
+    check_reference(upstream, engine, settings.engine)
+    notes = list(request.notes)
+    return Draft(upstream, request, dry_run, profile, profile_reason, engine, engine_reason, notes=notes)
 
 
 def choose_profile(asked: str, upstream: Upstream, available: int) -> tuple[str, str]:
@@ -136,11 +209,6 @@ def choose_device(
     if profile == "quick":
         return "cuda", ("0",)
     return "cuda", tuple(str(number) for number in range(available))
-
-
-def choose_threads(request: Request, profile: str) -> int | None:
-    """Return how many CPU threads each process is given; None leaves it to the machine and the caller."""
-    return request.settings.threads or (QUICK_THREADS if profile == "quick" else None)
 
 
 def own_threads(request: Request, profile: str, notes: list[str]) -> Request:

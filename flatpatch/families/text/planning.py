@@ -35,94 +35,44 @@ OWN_FOLDERS = ("logs_and_outputs", "logs_and_outputs_llama", "initial_model")
 
 def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:
     """Plan a run; see :class:`flatpatch.families.base.Family`."""
-    settings = request.settings
-    available = machine.cuda_devices
-    profile, profile_reason = choices.choose_profile(settings.profile, upstream, available)
-    engine, engine_reason = choices.choose_engine(settings.engine, upstream, profile)
-    choices.check_reference(upstream, engine, settings.engine)
-    notes = list(request.notes)
-    lacks: list[str] = []
-    request = choices.own_threads(request, profile, notes)
-    device, devices = choices.choose_device(request, profile, available, dry_run, lacks)
-    verified = choices.find_checkout(upstream, engine, notes)
-    originals = _read_invocations(request, upstream, profile, engine, verified)
-
+    draft = choices.choose_engine_of(upstream, request, machine, dry_run=dry_run)
+    draft.find_machine(machine)
+    originals = _read_invocations(draft.request, upstream, draft.profile, draft.engine, draft.verified)
     editor = Editor(originals)
-    evaluates = [_evaluated(inv, index, originals, verified) for index, inv in enumerate(originals)]
-    if settings.tasks:
-        evaluates = editor.select(settings.tasks, evaluates)
-        request = _in_order(request, editor.names, notes)
-    if engine == "reference" and upstream.repository:
-        editor.note("engine", f"the authors' {upstream.repository}", "our reference implementation", engine_reason)
-    if profile == "quick" and engine == "upstream":
-        for name, number in {**quick.PRESET, **upstream.quick}.items():
-            editor.set(name, str(number), "profile quick: minutes on two CPU cores")
-    if profile == "paper":
-        for argument, why in upstream.paper_arguments(settings.order):
-            editor.set(argument.argument, argument.value, why)
-        notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
-    launcher = choose_launcher(settings.launcher, device, engine)
-    world_size = choose_world_size(settings.processes, device, devices, originals[0].world_size, engine)
-    devices = devices[:world_size]
-    request = settle(request, engine, engine_reason, launcher, world_size, notes)
-    settings = request.settings
-    if settings.measuring is not None and world_size > 1:
-        raise UserError(
-            f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
-            "leave measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
-        )
-    off_protocol = editor.fit_world_size(world_size, launcher, profile) or bool(settings.tasks)
-    if settings.adapters != "upstream" and launcher == "deepspeed":
-        editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
-        off_protocol = True
-    if engine == "upstream":
-        left = editor.fit_launcher(launcher, device, world_size, asked=settings.device != "auto")
-        off_protocol |= left and profile != "quick"  # quick runs are not upstream's in any case
+    evaluates = [_evaluated(inv, index, originals, draft.verified) for index, inv in enumerate(originals)]
+    if draft.request.settings.tasks:
+        evaluates = editor.select(draft.request.settings.tasks, evaluates)
+        draft.request = _in_order(draft.request, editor.names, draft.notes)
+    _configure(upstream, draft, editor)
+    launcher, world_size, off_protocol = _launch(draft, editor, originals[0].world_size)
+    settings = draft.request.settings
     if settings.seed != upstream.seed:
-        editor.set(
-            "seed", str(settings.seed), f"setting seed=; upstream's scripts pass none, which means {upstream.seed}"
-        )
-    links = _find_places(request, editor, verified, profile, engine, dry_run, lacks)
+        why = f"setting seed=; upstream's scripts pass none, which means {upstream.seed}"
+        editor.set("seed", str(settings.seed), why)
+    links = _find_places(draft, editor)
     off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
-    _check_overrides(request, upstream, verified, originals[0], device)
-    idle = [name for name, value in request.overrides.items() if not editor.would_change(name, value)]
-    request = choices.without_idle(request, idle, notes)
-    for name, value in request.overrides.items():
-        editor.set(name, value, f"setting upstream.{name}=")
-        off_protocol = True
+    off_protocol |= _override(upstream, draft, editor, originals[0])
 
-    threads = choices.choose_threads(request, profile)
-    variables = choices.environment(device, devices, threads)
-    if device == "cpu" and launcher == "deepspeed":
+    variables = choices.environment(draft.device, draft.devices, draft.threads)
+    if draft.device == "cpu" and launcher == "deepspeed":
         variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size)}
     plan = Plan(
-        request=request,
-        upstream=upstream,
-        profile=profile,
-        profile_reason=profile_reason,
-        engine=engine,
-        engine_reason=engine_reason,
-        device=device,
-        devices=devices,
+        **draft.facts(),
         world_size=world_size,
         launcher=launcher,
-        verified=verified,
-        folder=_run_folder(request, profile, engine),
+        folder=_run_folder(draft.request, draft.profile, draft.engine),
         tasks=editor.names,
-        stages=_stages(editor, engine, launcher, device, world_size),
+        stages=_stages(editor, draft.engine, launcher, draft.device, world_size),
         sequence=f"order {settings.order} ({' > '.join(editor.names)})",
-        benchmark=_benchmark_name(request, profile),
-        deviations=(*editor.deviations(), *_library_deviations(verified)),
+        benchmark=_benchmark_name(draft.request, draft.profile),
+        deviations=(*editor.deviations(), *_library_deviations(draft.verified)),
         environment=variables,
         libraries=LIBRARIES,
-        threads=threads,
         links=links,
         own_folders=OWN_FOLDERS,
-        files=_written_configs(evaluates) if settings.tasks or engine == "reference" else {},
-        made={QUICK_DATA: quick.write_benchmark} if profile == "quick" and BENCHMARK not in links else {},
+        files=_written_configs(evaluates) if settings.tasks or draft.engine == "reference" else {},
+        made={QUICK_DATA: quick.write_benchmark} if draft.is_quick and BENCHMARK not in links else {},
         inputs=dict(sorted(links.items())),
-        notes=tuple(notes),
-        lacks=tuple(lacks),
         off_protocol=off_protocol,
     )
     problems = _data_problems(plan, editor.current[0].get("data_dir"), evaluates)
@@ -131,6 +81,65 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
         raise UserError.collect(problems)
     return plan
+
+
+def _configure(upstream: TextUpstream, draft: choices.Draft, editor: Editor) -> None:
+    """Set what engine and profile ask for."""
+    if draft.engine == "reference" and upstream.repository:
+        theirs = f"the authors' {upstream.repository}"
+        editor.note("engine", theirs, "our reference implementation", draft.engine_reason)
+    if draft.is_quick and draft.engine == "upstream":
+        for name, number in {**quick.PRESET, **upstream.quick}.items():
+            editor.set(name, str(number), "profile quick: minutes on two CPU cores")
+    if draft.profile == "paper":
+        for argument, why in upstream.paper_arguments(draft.request.settings.order):
+            editor.set(argument.argument, argument.value, why)
+        draft.notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
+
+
+def _launch(draft: choices.Draft, editor: Editor, theirs: int) -> tuple[str, int, bool]:
+    """Choose launcher and number of processes, and fit the arguments to them.
+
+    Args:
+        draft: Of the plan.
+        editor: Upstream's invocations under change.
+        theirs: Processes of upstream's own.
+
+    Returns:
+        The launcher, the number of processes, and whether they or ``tasks=`` take the run off upstream's protocol.
+
+    Raises:
+        UserError: If they cannot be had, or cannot measure.
+    """
+    settings, engine = draft.request.settings, draft.engine
+    launcher = choose_launcher(settings.launcher, draft.device, engine)
+    world_size = choose_world_size(settings.processes, draft.device, draft.devices, theirs, engine)
+    draft.devices = draft.devices[:world_size]
+    draft.request = settle(draft.request, engine, draft.engine_reason, launcher, world_size, draft.notes)
+    settings = draft.request.settings
+    if settings.measuring is not None and world_size > 1:
+        raise UserError(
+            f"measure={settings.measure} works in one process, and this run has {world_size}. Use processes=1, or "
+            "leave measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
+        )
+    off_protocol = editor.fit_world_size(world_size, launcher, draft.profile) or bool(settings.tasks)
+    if settings.adapters != "upstream" and launcher == "deepspeed":
+        editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
+        off_protocol = True
+    if engine == "upstream":
+        left = editor.fit_launcher(launcher, draft.device, world_size, asked=settings.device != "auto")
+        off_protocol |= left and not draft.is_quick  # quick runs are not upstream's in any case
+    return launcher, world_size, off_protocol
+
+
+def _override(upstream: TextUpstream, draft: choices.Draft, editor: Editor, invocation: Invocation) -> bool:
+    """Set what ``upstream.<argument>=`` asks for; tell whether anything was changed."""
+    _check_overrides(draft.request, upstream, draft.verified, invocation, draft.device)
+    idle = [name for name, value in draft.request.overrides.items() if not editor.would_change(name, value)]
+    draft.request = choices.without_idle(draft.request, idle, draft.notes)
+    for name, value in draft.request.overrides.items():
+        editor.set(name, value, f"setting upstream.{name}=")
+    return bool(draft.request.overrides)
 
 
 def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size: int) -> tuple[Stage, ...]:
@@ -234,17 +243,9 @@ def _evaluated(
     )
 
 
-def _find_places(
-    request: Request,
-    editor: Editor,
-    verified: patches.Verified | None,
-    profile: str,
-    engine: str,
-    dry_run: bool,
-    lacks: list[str],
-) -> dict[str, Path]:
+def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
     """Find the model and the data; return the links the working directory needs, and set the arguments that differ."""
-    settings = request.settings
+    settings, verified, profile, engine = draft.request.settings, draft.verified, draft.profile, draft.engine
     links: dict[str, Path] = {}
     asked = editor.current[0].get("model_name_or_path") if engine == "upstream" else ""
     if settings.model:
@@ -264,10 +265,7 @@ def _find_places(
             f"e.g. `huggingface-cli download {hub} --local-dir models/{Path(asked).name or model.name}`. "
             f"profile=quick needs none."
         )
-        lack = f"the pretrained model is missing: {model} has no {lacking}. {advice}"
-        if not dry_run:
-            raise UserError(lack)
-        lacks.append(lack)
+        draft.lack(f"the pretrained model is missing: {model} has no {lacking}. {advice}")
     name = model.name.lower()
     misread = [word for word in (*WORDS_IN_PATHS, "codegen", "bloomz", "gpt-neox") if word in name]
     if not settings.order.startswith("llama") and ("t5" not in name or misread):

@@ -33,7 +33,7 @@ from flatpatch.families.vision.keeping import kept_file
 from flatpatch.families.vision.results import CONFIG, LOGS, MODELS, PROCESS, QUICK_DATASET, RESULTS
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.files import ROOT, file_hash, folder_problems
-from flatpatch.settings import Request, Settings, as_default, in_name
+from flatpatch.settings import Request, as_default, in_name
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 QUICK_CLASS = "flatpatch.families.vision.quick:QuickImages"
@@ -43,56 +43,19 @@ BYTES_OF_A_MODEL = 400 * 2**20
 
 def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:
     """Plan a run; see :class:`flatpatch.families.base.Family`."""
-    settings = request.settings
-    available = machine.cuda_devices
-    profile, profile_reason = choices.choose_profile(settings.profile, upstream, available)
-    is_quick = profile == "quick"
-    engine, engine_reason = choices.choose_engine(settings.engine, upstream, profile)
-    request = _checked(upstream, request, profile, profile_reason, engine, engine_reason)
-    notes = list(request.notes)
-    lacks: list[str] = []
-    request = choices.own_threads(request, profile, notes)
-    settings = request.settings
-    device, devices = choices.choose_device(request, profile, available, dry_run, lacks)
-    if device == "cuda" and settings.device.strip() in ("auto", "cuda"):
-        devices = devices[:1]  # as upstream's commands; several only where they are named
-    verified = choices.find_checkout(upstream, engine, notes)
+    draft = choices.choose_engine_of(upstream, request, machine, dry_run=dry_run)
+    draft.request = _checked(upstream, draft)
+    draft.find_machine(machine)
+    settings = draft.request.settings
+    if draft.device == "cuda" and settings.device.strip() in ("auto", "cuda"):
+        draft.devices = draft.devices[:1]  # as upstream's commands; several only where they are named
+    verified, is_quick = draft.verified, draft.is_quick
     file = upstream.config(settings.variant, settings.benchmark) if upstream.configs else None
-    shipped = read_config(verified.checkout / file) if verified and file else {}
-
-    editor = ConfigEditor(shipped or REFERENCE_DEFAULTS)
-    if engine == "reference" and upstream.repository:
-        editor.note("engine", f"the authors' {upstream.repository}", "our reference implementation", engine_reason)
-    if is_quick:
-        for key, value in {"dataset": QUICK_DATASET, **quick.PRESET, **upstream.quick}.items():
-            if verified or key in REFERENCE_DEFAULTS:
-                editor.set(key, value, "profile quick: small images and model of ours, minutes on two CPU cores")
-    if profile == "paper":
-        for argument, why in upstream.paper_arguments(str(file)):
-            editor.set(argument.argument, argument.value, why)
-        notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
-    request = _choose_seed(request, editor, file)
-    if verified and device == "cuda" and "device" in shipped:
-        editor.set("device", _upstream_devices(devices).split(","), "the chosen GPUs, counted from 0")
-    off_protocol = _check_devices(upstream, shipped, file, devices, dry_run, lacks)
-    if verified and device == "cpu":
-        editor.note("device", "cuda:0", "cpu", "setting device=" if settings.device != "auto" else "no GPU here")
-        off_protocol = not is_quick
-        if not is_quick:
-            notes.append(
-                "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or "
-                "ImageNet-R (InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
-            )
-    known = known_keys(verified.checkout, verified.checkout / str(file)) if verified else set(REFERENCE_DEFAULTS)
-    before = dict(editor.current)
-    override(editor, request.overrides, known, upstream, quick=is_quick)
+    editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else REFERENCE_DEFAULTS)
+    off_protocol = _configure(upstream, draft, editor, file)
     dataset = None if is_quick else _dataset(upstream, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
-    for key, value in upstream.follow(editor.current, request.overrides, classes).items():
-        editor.set(key, value, "follows from " + ", ".join(f"upstream.{name}=" for name in request.overrides))
-    idle = [key for key in request.overrides if key in before and editor.current[key] == before[key]]
-    request = choices.without_idle(request, idle, notes)
-    off_protocol |= bool(request.overrides)
+    off_protocol |= _override(upstream, draft, editor, file, classes)
     model = quick.MODEL if is_quick else {"embed_dim": 768, "depth": 12}
     ranges = task_classes(editor.current, classes, upstream, width=int(model["embed_dim"]), blocks=int(model["depth"]))
 
@@ -100,91 +63,39 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     weights: Path | None = quick.WEIGHTS
     inputs = {quick.WEIGHTS.name: file_hash(quick.WEIGHTS)}
     if dataset is not None:
-        assert verified is not None
         timm_name = upstream.pretrained(editor.current)
-        weights, inputs = _find_inputs(request, dataset, timm_name, verified.checkout, root, dry_run, notes, lacks)
+        weights, inputs = _find_inputs(draft, dataset, timm_name, root)
         theirs = data.weights_file(timm_name)
         if settings.model and weights and weights.name != theirs:
             editor.note("pretrained weights", theirs, weights.name, "setting model=")
             off_protocol = True
-    said, differences = upstream.note_images(inputs, root, verified.checkout) if verified else ([], [])
-    more, others = upstream.note_variant(settings)
-    notes += [*said, *more]
-    editor.extra += [*differences, *others]
-    if verified and is_quick:
-        editor.note("model", "ViT-B/16, pretrained", "a small ViT of ours", "profile quick")
-        if "num_workers" not in shipped:
-            editor.note("processes that load images", "8", "0", "profile quick: images in memory")
+    _note_what_is_here(upstream, draft, editor, inputs, root)
 
-    folder = _run_folder(request, profile, engine)
+    folder = _run_folder(draft)
     names = tuple(f"{first}-{last}" for first, last in ranges)
-    contract = {
-        "task_index": None,
-        "task": None,
-        "tasks": names,
-        "vision": {
-            "device": "cpu" if device == "cpu" else f"cuda:{_upstream_devices(devices)}",
-            "data": None if is_quick else str(root),
-            "weights": str(weights) if weights else None,
-            "workers": 0 if is_quick else None,
-            "model": dict(quick.MODEL) if is_quick else None,
-            "dataset": {"class": QUICK_CLASS, "seed": 0} if is_quick else None,
-            "sam_on": settings.sam_on,
-        },
-    }
-    models = Path("tasks") / PROCESS / MODELS
-    if verified:
-        contract["keep"] = {"folder": str(folder / models), "names": upstream.kept}
-    own = {"method": settings.method} if engine == "reference" else {}
-    benchmark = _benchmark_name(upstream, settings, profile)
+    own = {"method": settings.method} if draft.engine == "reference" else {}
+    benchmark = _benchmark_name(upstream, draft)
     shuffled = " in shuffled order" if editor.current.get("shuffle") else ""
-    threads = choices.choose_threads(request, profile)
     saves = len(ranges) if upstream.saves_models and not is_quick else 0
     plan = Plan(
-        request=request,
-        upstream=upstream,
-        profile=profile,
-        profile_reason=profile_reason,
-        engine=engine,
-        engine_reason=engine_reason,
-        device=device,
-        devices=devices,
+        **draft.facts(),
         world_size=1,
         launcher="python",
-        verified=verified,
         folder=folder,
         tasks=names,
-        stages=(
-            Stage(
-                name=f"tasks 1-{len(ranges)}",
-                title=f"tasks 1-{len(ranges)}",
-                folder=PROCESS,
-                tasks=tuple(range(len(ranges))),
-                command=_command(upstream, engine, devices),
-                contract=contract,
-                output=LOGS,
-                results=(f"work/{LOGS}/**/*.log",)
-                if verified
-                else (f"work/{LOGS}/{RESULTS}", f"work/{LOGS}/tasks/*.safetensors"),
-                # The reference engine keeps its own checkpoints.
-                models={task: str(kept_file(models, task)) for task in range(len(ranges))} if verified else {},
-            ),
-        ),
+        stages=(_stage(upstream, draft, folder, names, root, weights),),
         sequence=f"{benchmark}: {len(ranges)} tasks, classes {' '.join(names[:2])} ...{shuffled}",
         benchmark=benchmark,
         deviations=(*editor.deviations(), *_library_deviations(upstream, verified))
         if verified
         else tuple(editor.extra),
-        environment=choices.environment(device, devices, threads),
+        environment=choices.environment(draft.device, draft.devices, draft.threads),
         libraries=LIBRARIES,
-        threads=threads,
         links={} if is_quick else {"data": root},
         own_folders=(LOGS, "data"),
         files={CONFIG: json.dumps({**editor.current, **own}, indent=4) + "\n"},
         inputs=inputs,
         recipe=_recipe(upstream, editor, str(file) if verified and file else "", is_quick),
-        notes=tuple(notes),
-        lacks=tuple(lacks),
         off_protocol=off_protocol,
         bytes_needed=BYTES_NEEDED + saves * BYTES_OF_A_MODEL,
         trained_by=(str(editor.current["model_name"]).lower(),) if verified else (),
@@ -195,18 +106,126 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     return plan
 
 
-def _checked(
-    upstream: VisionUpstream, request: Request, profile: str, profile_reason: str, engine: str, engine_reason: str
-) -> Request:
-    """Refuse what profile or engine cannot do; return the request with what names a default left out."""
-    settings = request.settings
-    choices.check_reference(upstream, engine, settings.engine)
-    if profile == "quick" and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
-        raise UserError(
-            f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({profile_reason}), which has "
-            f"images and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
+def _configure(upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEditor, file: str | None) -> bool:
+    """Set what engine, profile, seed and device ask for; tell whether that takes the run off upstream's protocol."""
+    verified, settings = draft.verified, draft.request.settings
+    if draft.engine == "reference" and upstream.repository:
+        theirs = f"the authors' {upstream.repository}"
+        editor.note("engine", theirs, "our reference implementation", draft.engine_reason)
+    if draft.is_quick:
+        for key, value in {"dataset": QUICK_DATASET, **quick.PRESET, **upstream.quick}.items():
+            if verified or key in REFERENCE_DEFAULTS:
+                editor.set(key, value, "profile quick: small images and model of ours, minutes on two CPU cores")
+    if draft.profile == "paper":
+        for argument, why in upstream.paper_arguments(str(file)):
+            editor.set(argument.argument, argument.value, why)
+        draft.notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
+    draft.request = _choose_seed(draft.request, editor, file)
+    if verified and draft.device == "cuda" and "device" in editor.shipped:
+        editor.set("device", _upstream_devices(draft.devices).split(","), "the chosen GPUs, counted from 0")
+    several = editor.shipped.get("model_name") in upstream.several_gpus
+    if several and len(draft.devices) < 2:
+        draft.lack(
+            f"{upstream.title}'s code of {editor.shipped['model_name']} ({file}) stops on a single device: it needs "
+            "two GPUs or more. Name them with device=0,1, or choose another variant= or benchmark=."
         )
-    if profile == "paper" and not any(conflict.arguments for conflict in upstream.conflicts):
+    if not (verified and draft.device == "cpu"):
+        return len(draft.devices) > 1 and not several
+    editor.note("device", "cuda:0", "cpu", "setting device=" if settings.device != "auto" else "no GPU here")
+    if not draft.is_quick:
+        draft.notes.append(
+            "WARNING: a ViT-B/16 on the CPU. The authors' GPU took over an hour for a seed of CIFAR-100 or "
+            "ImageNet-R (InfLoRA's logs); expect a CPU to take many times that. profile=quick takes minutes."
+        )
+    return not draft.is_quick
+
+
+def _override(
+    upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEditor, file: str | None, classes: int
+) -> bool:
+    """Set what ``upstream.<key>=`` asks for and what follows from it; tell whether anything was changed."""
+    checkout = draft.verified.checkout if draft.verified else None
+    known = known_keys(checkout, checkout / str(file)) if checkout else set(REFERENCE_DEFAULTS)
+    before = dict(editor.current)
+    overrides = draft.request.overrides
+    override(editor, overrides, known, upstream, quick=draft.is_quick)
+    for key, value in upstream.follow(editor.current, overrides, classes).items():
+        editor.set(key, value, "follows from " + ", ".join(f"upstream.{name}=" for name in overrides))
+    idle = [key for key in overrides if key in before and editor.current[key] == before[key]]
+    draft.request = choices.without_idle(draft.request, idle, draft.notes)
+    return bool(draft.request.overrides)
+
+
+def _note_what_is_here(
+    upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEditor, inputs: Mapping[str, str], root: Path
+) -> None:
+    """Note what the row says of images and variant, and what is small in a quick run."""
+    said: tuple[list[str], list[Deviation]] = ([], [])
+    if draft.verified:
+        said = upstream.note_images(inputs, root, draft.verified.checkout)
+    for notes, deviations in (said, upstream.note_variant(draft.request.settings)):
+        draft.notes += notes
+        editor.extra += deviations
+    if draft.verified and draft.is_quick:
+        editor.note("model", "ViT-B/16, pretrained", "a small ViT of ours", "profile quick")
+        if "num_workers" not in editor.shipped:
+            editor.note("processes that load images", "8", "0", "profile quick: images in memory")
+
+
+def _stage(
+    upstream: VisionUpstream,
+    draft: choices.Draft,
+    folder: Path,
+    names: tuple[str, ...],
+    root: Path,
+    weights: Path | None,
+) -> Stage:
+    """Return the one process of the run."""
+    is_quick = draft.is_quick
+    contract: dict[str, Any] = {
+        "task_index": None,
+        "task": None,
+        "tasks": names,
+        "vision": {
+            "device": "cpu" if draft.device == "cpu" else f"cuda:{_upstream_devices(draft.devices)}",
+            "data": None if is_quick else str(root),
+            "weights": str(weights) if weights else None,
+            "workers": 0 if is_quick else None,
+            "model": dict(quick.MODEL) if is_quick else None,
+            "dataset": {"class": QUICK_CLASS, "seed": 0} if is_quick else None,
+            "sam_on": draft.request.settings.sam_on,
+        },
+    }
+    results: tuple[str, ...] = (f"work/{LOGS}/{RESULTS}", f"work/{LOGS}/tasks/*.safetensors")
+    kept: dict[int, str] = {}  # the reference engine keeps its own checkpoints
+    if draft.verified:
+        models = Path("tasks") / PROCESS / MODELS
+        contract["keep"] = {"folder": str(folder / models), "names": upstream.kept}
+        results = (f"work/{LOGS}/**/*.log",)
+        kept = {task: str(kept_file(models, task)) for task in range(len(names))}
+    title = f"tasks 1-{len(names)}"
+    return Stage(
+        name=title,
+        title=title,
+        folder=PROCESS,
+        tasks=tuple(range(len(names))),
+        command=_command(upstream, draft.engine, draft.devices),
+        contract=contract,
+        output=LOGS,
+        results=results,
+        models=kept,
+    )
+
+
+def _checked(upstream: VisionUpstream, draft: choices.Draft) -> Request:
+    """Refuse what profile or engine cannot do; return the request with what names a default left out."""
+    request, settings = draft.request, draft.request.settings
+    if draft.is_quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
+        raise UserError(
+            f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({draft.profile_reason}), which "
+            f"has images and a model of its own. Leave it out, or use profile=upstream (without a GPU also device=cpu)."
+        )
+    if draft.profile == "paper" and not any(conflict.arguments for conflict in upstream.conflicts):
         raise UserError(
             f"no argument is known here that {upstream.title}'s paper has otherwise than its configurations, so "
             "that profile=paper has nothing to follow. Use profile=upstream."
@@ -216,36 +235,15 @@ def _checked(
         request = as_default(request, "benchmark", next(iter(upstream.configs[variant])))
         request = as_default(request, "variant", next(iter(upstream.configs)))
         settings = request.settings
-    if engine == "reference" and settings.variant:
+    if draft.engine == "reference" and settings.variant:
         asked = settings.engine == "reference"
         raise UserError(
             f"variant={settings.variant} needs the authors' code: the reference engine has {upstream.title} alone. "
             "Leave out variant=, or "
-            f"{'leave out engine=reference' if asked else f'fetch the code ({engine_reason})'}.\n"
+            f"{'leave out engine=reference' if asked else f'fetch the code ({draft.engine_reason})'}.\n"
             f"The code comes with: {choices.fetch_command(upstream)}"
         )
     return request
-
-
-def _check_devices(
-    upstream: VisionUpstream,
-    shipped: Mapping[str, Any],
-    file: str | None,
-    devices: tuple[str, ...],
-    dry_run: bool,
-    lacks: list[str],
-) -> bool:
-    """Tell whether several GPUs take the run off upstream's protocol; a model whose code needs several has them."""
-    several = shipped.get("model_name") in upstream.several_gpus
-    if several and len(devices) < 2:
-        lack = (
-            f"{upstream.title}'s code of {shipped['model_name']} ({file}) stops on a single device: it needs two GPUs "
-            "or more. Name them with device=0,1, or choose another variant= or benchmark=."
-        )
-        if not dry_run:
-            raise UserError(lack)
-        lacks.append(lack)
-    return len(devices) > 1 and not several
 
 
 def _command(upstream: VisionUpstream, engine: str, devices: tuple[str, ...]) -> tuple[str, ...]:
@@ -305,34 +303,28 @@ def _dataset(upstream: VisionUpstream, editor: ConfigEditor) -> data.Dataset:
 
 
 def _find_inputs(
-    request: Request,
-    dataset: data.Dataset,
-    timm_name: str,
-    checkout: Path,
-    root: Path,
-    dry_run: bool,
-    notes: list[str],
-    lacks: list[str],
+    draft: choices.Draft, dataset: data.Dataset, timm_name: str, root: Path
 ) -> tuple[Path | None, dict[str, str]]:
     """Find images and weights and check them; what is missing stops a run, and a dry one says it."""
+    assert draft.verified is not None
     problems: list[str] = []
     inputs: dict[str, str] = {}
     weights = None
     try:
-        found, more = data.check_images(dataset, root, checkout)
+        found, notes = data.check_images(dataset, root, draft.verified.checkout)
         inputs |= found
-        notes += more
+        draft.notes += notes
     except UserError as error:
         problems.append(str(error))
     try:
         caches = (ROOT / "models", Path(torch.hub.get_dir()) / "checkpoints")
-        weights = data.find_weights(timm_name, request.settings.model, caches)
+        weights = data.find_weights(timm_name, draft.request.settings.model, caches)
         inputs[weights.name] = file_hash(weights)
     except UserError as error:
         problems.append(str(error))
-    if problems and not dry_run:
+    if problems and not draft.dry_run:
         raise UserError.collect(problems)
-    lacks += problems
+    draft.lacks += problems
     return weights, inputs
 
 
@@ -343,24 +335,26 @@ def _library_deviations(upstream: VisionUpstream, verified: patches.Verified) ->
     return choices.library_deviations(named, "not installed under that name", known)
 
 
-def _run_folder(request: Request, profile: str, engine: str) -> Path:
-    settings = request.settings
+def _run_folder(draft: choices.Draft) -> Path:
+    settings = draft.request.settings
     name = settings.run
     if not name:
-        parts = [settings.variant or settings.method, settings.benchmark, profile, engine, settings.sam]
+        parts = [settings.variant or settings.method, settings.benchmark, draft.profile, draft.engine]
+        parts.append(settings.sam)
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
         parts += [
             f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device", "threads")).items()
         ]
         parts += ["measured"] if settings.measuring is not None else []
-        parts += [f"{key}{value}" for key, value in request.overrides.items()]
+        parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))
     return (named_path("output", settings.output) / name).absolute()
 
 
-def _benchmark_name(upstream: VisionUpstream, settings: Settings, profile: str) -> str:
-    if profile == "quick":
+def _benchmark_name(upstream: VisionUpstream, draft: choices.Draft) -> str:
+    settings = draft.request.settings
+    if draft.is_quick:
         return "quick images"
     files = upstream.configs[settings.variant or next(iter(upstream.configs))]
     return settings.benchmark or next(iter(files))
