@@ -462,7 +462,8 @@ def _settings(run: Run) -> dict[str, str]:
     for key, entry in run.record["settings"].items():
         value = "(empty)" if entry["value"] == "" else entry["value"]
         if key == "threads" and not entry["value"]:
-            value = f"{_threads(run.record)}, left to the machine"
+            chosen_by = "by profile quick" if run.record["profile"] == "quick" else "left to the machine"
+            value = f"{_threads(run.record)}, {chosen_by}"
         if key not in left_out:
             shown[key] = f"{value} ({entry['source']})"
     return shown

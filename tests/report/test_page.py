@@ -541,10 +541,11 @@ def test_settings_that_changed_nothing_are_not_listed(tmp_path):
     assert not {"rho", "eta", "scope", "port", "measure_scope", "measure_samples", "output"} & {*names}
 
 
-def test_threads_are_those_that_ran(tmp_path):
+@pytest.mark.parametrize(("profile", "by"), [("upstream", "left to the machine"), ("quick", "by profile quick")])
+def test_threads_are_those_that_ran_with_who_chose_them(tmp_path, profile, by):
     training = [{"steps": 1, "threads": 3}] * 4
-    _, reader = told_settings(tmp_path, ["method=nlora"], {"threads": 8}, training=training)
-    assert reader.row("Every setting", "threads")[1] == "3, left to the machine (default)"
+    _, reader = told_settings(tmp_path, ["method=nlora"], {"threads": 8}, training=training, profile=profile)
+    assert reader.row("Every setting", "threads")[1] == f"3, {by} (default)"
     assert "3 threads: another number can change results." in reader.words
 
 
