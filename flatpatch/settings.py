@@ -157,7 +157,7 @@ def with_role(role: str) -> tuple[str, ...]:
     return tuple(name for name, item in FIELDS.items() if item.metadata["role"] == role)
 
 
-OF_MEASURING = with_role("measure")
+OF_MEASURING, OF_PLACES, OF_MACHINE = with_role("measure"), with_role("place"), with_role("machine")
 # How is measured, where something is.
 HOW_MEASURED = tuple(name for name in OF_MEASURING if name != "measure")
 # A comma in these is part of the value, not a list of values to sweep over.

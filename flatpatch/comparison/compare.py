@@ -37,7 +37,7 @@ from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.copies import copied, copied_records
 from flatpatch.report.records import setting
 from flatpatch.report.titles import labels
-from flatpatch.settings import OF_MEASURING, idle_settings
+from flatpatch.settings import OF_MEASURING, OF_PLACES, idle_settings
 from flatpatch.upstreams import UPSTREAMS
 
 MARGIN = 1.0
@@ -47,7 +47,7 @@ REPRODUCED, EQUIVALENT, WITHIN_SPREAD = "reproduced", "equivalent", "within the 
 UNDECIDED, OFF, NOT_COMPARABLE = "undecided", "off by", "not comparable because"
 _FROM_BEST = (REPRODUCED, EQUIVALENT, WITHIN_SPREAD, UNDECIDED, OFF, NOT_COMPARABLE)
 # Settings in which runs of one set may differ; measuring leaves the training as it is.
-_OWN = ("seed", "run", "output", "port", "device", *OF_MEASURING)
+_OWN = ("seed", "device", *OF_PLACES, *OF_MEASURING)
 
 
 def compare_runs(

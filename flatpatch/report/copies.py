@@ -7,24 +7,10 @@ from itertools import combinations
 from typing import Any
 
 from flatpatch.report.records import setting
-from flatpatch.settings import HOW_MEASURED, idle_settings
+from flatpatch.settings import OF_MACHINE, OF_MEASURING, OF_PLACES, idle_settings
 
 # What may differ between runs whose accuracies are equal for a good reason: where they lie and ran, and measuring.
-_HARMLESS = frozenset(
-    (
-        *HOW_MEASURED,
-        "measure",
-        "run",
-        "output",
-        "port",
-        "device",
-        "processes",
-        "launcher",
-        "threads",
-        "sync",
-        "adapters",
-    )
-)
+_HARMLESS = frozenset((*OF_MEASURING, *OF_PLACES, *OF_MACHINE, "sync", "adapters"))
 _NAMED = 3  # settings that one sentence names
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from flatpatch.files import digest
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
-from flatpatch.settings import idle_settings, without_effect
+from flatpatch.settings import OF_PLACES, idle_settings, without_effect
 
 # Settings that say where a run lies, or that make the runs of one group different.
-_NOT_COMPARED = frozenset({"seed", "run", "output", "port"})
+_NOT_COMPARED = frozenset({"seed", *OF_PLACES})
 # Measuring leaves the training as it is; all its settings begin with this word.
 _MEASURING = "measure"
 # What mostly follows from the settings: told only where two groups would else have one name.

@@ -42,7 +42,7 @@ from flatpatch.report.groups import (
 )
 from flatpatch.report.records import setting
 from flatpatch.report.titles import warning
-from flatpatch.settings import idle_settings
+from flatpatch.settings import OF_PLACES, idle_settings
 from flatpatch.upstreams import UPSTREAMS
 
 LARGEST_SVG = 150_000  # bytes
@@ -55,7 +55,7 @@ _LONG_WORD = re.compile(r"(\S{24})(?=\S)")  # of a hash or a path
 _MISSING = "–"
 # Variables of the caller, which a rerun must set again; flatpatch sets the others itself.
 _CALLERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
-_NOT_REPEATED = frozenset({"run", "output", "seed", "profile", "engine", "port"})
+_NOT_REPEATED = frozenset({"seed", "profile", "engine", *OF_PLACES})
 
 
 def make_page(

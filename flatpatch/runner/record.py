@@ -18,7 +18,7 @@ from flatpatch.families.choices import installed
 from flatpatch.files import folder_hash, write_atomically
 from flatpatch.report.records import read_record
 from flatpatch.runner.own_code import other_code, own_code
-from flatpatch.settings import without_effect
+from flatpatch.settings import OF_PLACES, without_effect
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -34,7 +34,7 @@ VARIABLES = (
 # What may differ between two calls that continue the same run and yet change its numbers: said, and recorded.
 OF_MACHINE = ("python", "processor", "threads", "gpus", "cuda")
 # What may differ between two calls that continue the same run.
-NOT_COMPARED = ("output", "run", "port", "profile", "engine")  # the last two by what they came to
+NOT_COMPARED = (*OF_PLACES, "profile", "engine")  # the last two by what they came to
 
 
 def keep_room(folder: Path) -> None:
