@@ -152,7 +152,7 @@ def test_page_of_one_run_shows_its_banner(chromium: str, serve: tuple[Path, str,
     assert seen["console"] == []
     assert seen["asked"] == ["/frame.html 200", "/page.html 200"]
     assert seen["broken"] == 0
-    assert "nlora on quick, order 1" in seen["heading"]
+    assert "N-LoRA on quick, order 1" in seen["heading"]
     assert len(seen["warned"]) == 1
     assert "QUICK AND REFERENCE RUN" in seen["warned"][0]
 
