@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.measuring import KINDS, SCOPES, WHENS, check_request
+from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -115,13 +115,23 @@ class Settings:
     run: str = _setting("", "name of the run's folder; default: made from the settings", role="place", whole=True)
     output: str = _setting("runs", "where run folders are made", role="place", whole=True)
     measure: str = _setting(
-        "", f"flatness to measure in the run: all, or some of {', '.join(KINDS)}", role="measure", whole=True
+        "",
+        f"flatness to measure in the run: all (which is correct), recorded (as the experiment record's code does, "
+        f"with its faults), or some of {', '.join(KINDS)}",
+        role="measure",
+        whole=True,
     )
     measure_scope: str = _setting(
         "adapter,merged", f"over which weights: some of {', '.join(SCOPES)}", role="measure", whole=True
     )
     measure_when: str = _setting(
         "before,after", f"at which times of each task: {' and '.join(WHENS)}", role="measure", whole=True
+    )
+    measure_at_loss: float = _setting(
+        0.0,
+        f"measure once more in each task's training, where the mean loss of {LOSSES_AVERAGED} steps is first at or "
+        "below this; 0: not",
+        role="measure",
     )
     measure_samples: int = _setting(64, "training examples to measure on, the same for every run", role="measure")
     measure_batch: int = _setting(16, "examples in a batch of them", role="measure")
@@ -145,6 +155,7 @@ class Settings:
             batch=self.measure_batch,
             rho=self.measure_rho,
             effort=self.measure_effort,
+            at_loss=self.measure_at_loss,
         )
 
 
