@@ -197,3 +197,12 @@ def test_penalty_that_a_method_lacks_cannot_be_left_out_of_the_ascent() -> None:
     assert parse(["method=nlora", "sam=sam", "ascent_loss=task"]).settings.ascent_loss == "task"
     for method in ("seqlora", "inclora"):
         assert "ascent_loss=task has no penalty" in message(f"method={method}", "sam=sam", "ascent_loss=task")
+
+
+def test_random_directions_have_no_use_for_what_shapes_the_ascent() -> None:
+    notes = parse(["sam=random", "eta=0.1", "ascent_loss=task"]).notes
+    assert notes == (
+        "ascent_loss=task has no effect: sam=random. Add sam=sam.",
+        "eta=0.1 has no effect: sam=random. Add sam=asam.",
+    )
+    assert parse(["sam=random", "rho=0.1", "scope=A", "sync=global"]).notes == ()
