@@ -27,6 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "launcher": ("auto", "deepspeed", "python"),
     "sam_on": ("both", "task", "distillation"),
 }
+MOST_BUDGET = 1000
 
 
 class Method(Protocol):
@@ -89,6 +90,9 @@ class Settings:
     )
     adapters: str = _setting(
         "upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16", family="text"
+    )
+    budget: int = _setting(
+        1, "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM"
     )
     seed: int = _setting(42, "random seed; default: upstream's own")
     tasks: str = _setting(
@@ -434,6 +438,11 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
             problems.append(
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
+    if not 1 <= settings.budget <= MOST_BUDGET:
+        problems.append(
+            f"budget={settings.budget} is out of range (expected a whole number from 1 to {MOST_BUDGET}, "
+            "e.g. budget=2)."
+        )
     problems += settings.check_measuring()[1]
     problems += check_name(settings.run) if settings.run else []
     problems += check_folder("output", settings.output)
