@@ -19,7 +19,7 @@ from flatpatch.measuring import Request as MeasureRequest
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", "quick"),
     "engine": ("auto", "upstream", "reference"),
-    "sam": ("off", "sam", "asam"),
+    "sam": ("off", "sam", "asam", "random"),
     "scope": ("lora", "A", "B", "head", "all"),
     "sync": ("local", "global"),
     "ascent_loss": ("total", "task"),
@@ -27,6 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "launcher": ("auto", "deepspeed", "python"),
     "sam_on": ("both", "task", "distillation"),
 }
+MOST_BUDGET = 1000
 
 
 class Method(Protocol):
@@ -74,7 +75,7 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
-    sam: str = _setting("off", "off, sam, or asam (adaptive)")
+    sam: str = _setting("off", "off, sam, asam (adaptive), or random: a control that moves along random directions")
     rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
     scope: str = _setting(
@@ -89,6 +90,9 @@ class Settings:
     )
     adapters: str = _setting(
         "upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16", family="text"
+    )
+    budget: int = _setting(
+        1, "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM"
     )
     seed: int = _setting(42, "random seed; default: upstream's own")
     tasks: str = _setting(
@@ -213,7 +217,7 @@ class Request:
 
 def without_effect(sam: str, measure: str) -> frozenset[str]:
     """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
-    of_sam = {"off": with_role("sam"), "sam": ("eta",)}.get(sam, ())
+    of_sam = {"off": with_role("sam"), "sam": ("eta",), "random": ("eta", "ascent_loss")}.get(sam, ())
     return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
 
 
@@ -445,6 +449,11 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
             problems.append(
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
+    if not 1 <= settings.budget <= MOST_BUDGET:
+        problems.append(
+            f"budget={settings.budget} is out of range (expected a whole number from 1 to {MOST_BUDGET}, "
+            "e.g. budget=2)."
+        )
     problems += settings.check_measuring()[1]
     problems += check_name(settings.run) if settings.run else []
     problems += check_folder("output", settings.output)

@@ -70,6 +70,9 @@ def test_stray_flag_is_told_the_form_to_use() -> None:
         ("rho=0,0.1", "use: python -m flatpatch sweep"),
         ("seed=1.5", "seed='1.5' is not a whole number"),
         ("seed=-1", "seed=-1 is out of range"),
+        ("budget=0", "budget=0 is out of range (expected a whole number from 1 to 1000, e.g. budget=2)"),
+        ("budget=-1", "budget=-1 is out of range"),
+        ("budget=1.5", "budget='1.5' is not a whole number"),
         ("seed=99999999999", "from 0 to 4294967295"),
         ("port=99999", "from 0 to 65535"),
         ("rho=${seed}", "is not a number"),
@@ -197,3 +200,12 @@ def test_penalty_that_a_method_lacks_cannot_be_left_out_of_the_ascent() -> None:
     assert parse(["method=nlora", "sam=sam", "ascent_loss=task"]).settings.ascent_loss == "task"
     for method in ("seqlora", "inclora"):
         assert "ascent_loss=task has no penalty" in message(f"method={method}", "sam=sam", "ascent_loss=task")
+
+
+def test_random_directions_have_no_use_for_what_shapes_the_ascent() -> None:
+    notes = parse(["sam=random", "eta=0.1", "ascent_loss=task"]).notes
+    assert notes == (
+        "ascent_loss=task has no effect: sam=random. Add sam=sam.",
+        "eta=0.1 has no effect: sam=random. Add sam=asam.",
+    )
+    assert parse(["sam=random", "rho=0.1", "scope=A", "sync=global"]).notes == ()

@@ -13,7 +13,7 @@ from flatpatch.errors import UserError
 from flatpatch.families.recording import MEASURED, Recorder, make_measurer
 from flatpatch.families.sample import Sample
 from flatpatch.measuring import AT_LOSS, Request
-from flatpatch.sam import SAM
+from flatpatch.sam import SAM, mixed_seed
 
 
 class StepRecorder:
@@ -22,7 +22,7 @@ class StepRecorder:
     def __init__(self, run: dict[str, Any]) -> None:
         self.run = run
         self.sam: SAM | None = None
-        self.steps = self.trainable = self.perturbed = 0
+        self.steps = self.trainable = self.perturbed = self._trainings = 0
         self.fallbacks: Tensor | int = 0
         self._measurer = make_measurer(run, self._measuring)
         self._measure_at: Callable[[str], Any] = lambda when: None
@@ -61,8 +61,18 @@ class StepRecorder:
         adapters = [parameter for name, group in groups.items() if name != "head" for parameter in group]
         chosen = {"all": everything, "lora": adapters, **groups}[scope]
         self.perturbed = sum(parameter.numel() for parameter in chosen)
-        adaptive = settings["kind"] == "asam"
-        self.sam = SAM(optimizer, rho=settings["rho"], adaptive=adaptive, eta=settings["eta"], parameters=chosen)
+        # A process learns one task, which it is told, or all of them in turn.
+        task = self.run["task_index"]
+        place = mixed_seed(settings["seed"], self._trainings if task is None else task)
+        self._trainings += 1
+        self.sam = SAM(
+            optimizer,
+            rho=settings["rho"],
+            adaptive=settings["kind"] == "asam",
+            eta=settings["eta"],
+            parameters=chosen,
+            random_seed=place if settings["kind"] == "random" else None,
+        )
         task_only = settings["ascent_loss"] == "task"
 
         def gradients(closure: Callable[..., Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from flatpatch import settings
+from flatpatch.contract import TITLES
 from flatpatch.families.base import PORT, Family, Machine, Plan, Stage
 from flatpatch.runner.sam_places import where_sam_enters
 from flatpatch.settings import Request
@@ -77,7 +78,7 @@ def headline(plan: Plan) -> str:
     sam = (
         "without SAM"
         if settings.sam == "off"
-        else f"with {settings.sam.upper()} rho={settings.rho:g} scope={settings.scope}"
+        else f"with {TITLES[settings.sam]} rho={settings.rho:g} scope={settings.scope}"
     )
     lines = [
         f"{plan.upstream.title}, {plan.sequence}, {sam}, seed {settings.seed}",

@@ -27,6 +27,7 @@ UPSTREAM = SequentialLoRA(
     name="seqlora_vit",
     title="sequential LoRA on a ViT",
     seed=0,
+    epochs=("epochs",),
     counts=("rank",),
     words={"optim": OPTIMIZERS},
     training_keys=("optim", "lamb", "lame", "rank"),

@@ -52,6 +52,7 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     links = _find_places(draft, editor)
     off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     off_protocol |= _override(upstream, draft, editor, originals[0])
+    off_protocol |= _lengthen(settings.budget, editor)
 
     variables = choices.environment(draft.device, draft.devices, draft.threads)
     if draft.device == "cpu" and launcher == "deepspeed":
@@ -140,6 +141,20 @@ def _override(upstream: TextUpstream, draft: choices.Draft, editor: Editor, invo
     for name, value in draft.request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
     return bool(draft.request.overrides)
+
+
+def _lengthen(budget: int, editor: Editor) -> bool:
+    """Train every task as many times as long; tell whether that changed anything."""
+    if budget == 1:
+        return False
+    # Where steps are counted, the Trainer passes over the epochs.
+    counted = any(float(inv.get("max_steps", "-1")) > 0 for inv in editor.current)
+    name = "max_steps" if counted else "num_train_epochs"
+    lengths = [budget * float(inv.get(name)) for inv in editor.current]
+    words = [str(int(length) if length == int(length) else length) for length in lengths]
+    editor.set_each(name, words, f"setting budget={budget}")
+    editor.note("budget", "1", str(budget), f"setting budget=: {budget} times as many epochs of every task")
+    return True
 
 
 def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size: int) -> tuple[Stage, ...]:
@@ -358,6 +373,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
             "sync",
             "ascent_loss",
             "adapters",
+            "budget",
             "tasks",
             "processes",
             "device",

@@ -56,6 +56,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     dataset = None if is_quick else _dataset(upstream, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
     off_protocol |= _override(upstream, draft, editor, file, classes)
+    off_protocol |= _lengthen(upstream, draft, editor)
     model = quick.MODEL if is_quick else {"embed_dim": 768, "depth": 12}
     ranges = task_classes(editor.current, classes, upstream, width=int(model["embed_dim"]), blocks=int(model["depth"]))
 
@@ -154,6 +155,21 @@ def _override(
     idle = [key for key in overrides if key in before and editor.current[key] == before[key]]
     draft.request = choices.without_idle(draft.request, idle, draft.notes)
     return bool(draft.request.overrides)
+
+
+def _lengthen(upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEditor) -> bool:
+    """Train every task as many times as long; tell whether that changed anything."""
+    budget = draft.request.settings.budget
+    if budget == 1:
+        return False
+    for key in upstream.epochs:
+        value = editor.current.get(key)
+        if value and not upstream.why_unread(editor.current, key, quick=draft.is_quick):
+            longer = [budget * epoch for epoch in value] if isinstance(value, list) else budget * value
+            editor.set(key, longer, f"setting budget={budget}")
+    editor.note("budget", "1", str(budget), f"setting budget=: {budget} times as many epochs of every task")
+    draft.notes += upstream.note_budget(editor.current)
+    return True
 
 
 def _note_what_is_here(
@@ -343,9 +359,8 @@ def _run_folder(draft: choices.Draft) -> Path:
         parts.append(settings.sam)
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        parts += [
-            f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "sam_on", "device", "threads")).items()
-        ]
+        keys = ("eta", "scope", "sam_on", "budget", "device", "threads")
+        parts += [f"{key}{value}" for key, value in in_name(settings, keys).items()]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))

@@ -431,3 +431,42 @@ def test_dry_run_says_which_data_are_missing(
     assert any(line.startswith("  - the pretrained model is missing: ") for line in lines)
     assert "huggingface-cli download" in said
     assert str(tmp_path / "SC" / "amazon") in said
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "order"), ORDERS)
+def test_budget_multiplies_the_epochs_of_every_task_and_nothing_else(
+    method: str, order: str, upstream: Callable[[str], Path]
+) -> None:
+    row = UPSTREAMS[method]
+    script = upstream(str(row.repository)) / row.scripts[order]  # type: ignore[attr-defined]
+    words = [f"method={method}", f"order={order}", "profile=upstream", "device=0"]
+    plain, plan = (make_plan(parse([*words, *more]), dry_run=True) for more in ([], ["budget=2"]))
+    for stage, longer, theirs in zip(plain.stages, plan.stages, script_arguments(script), strict=True):
+        ours = given(longer)
+        assert float(ours.pop("--num_train_epochs") or 0) == 2 * float(theirs["--num_train_epochs"] or 0)
+        assert ours.items() <= given(stage).items()
+    assert_differences_are_recorded(plan, script)
+    assert "off-protocol" in plan.labels
+    assert [d.here for d in plan.deviations if d.what == "budget"] == ["2"]
+
+
+def test_budget_multiplies_an_overridden_length_and_steps_where_these_are_counted() -> None:
+    def lengths(*words: str) -> set[tuple[str | None, str | None]]:
+        plan = make_plan(parse(["method=nlora", "profile=quick", "engine=upstream", *words]), dry_run=True)
+        return {(given(stage).get("--num_train_epochs"), given(stage).get("--max_steps")) for stage in plan.stages}
+
+    assert lengths() == {("10", None)}
+    assert lengths("budget=3") == {("30", None)}
+    assert lengths("budget=2", "upstream.num_train_epochs=0.25") == {("0.5", None)}
+    assert lengths("budget=2", "upstream.max_steps=7") == {("10", "14")}
+
+
+def test_budget_of_the_reference_engine_is_recorded_and_in_the_runs_name() -> None:
+    plan = make_plan(parse(["method=seqlora", "budget=2"]), dry_run=True)
+    assert {given(stage)["--num_train_epochs"] for stage in plan.stages} == {"20"}
+    assert [(d.what, d.upstream, d.here) for d in plan.deviations] == [("budget", "1", "2")]
+    assert "-budget2-" in plan.folder.name
+    assert "off-protocol" in plan.labels
+    plain = make_plan(parse(["method=seqlora"]), dry_run=True)
+    assert "budget" not in plain.folder.name and "off-protocol" not in plain.labels

@@ -323,3 +323,40 @@ def test_shuffled_classes_are_said_beside_the_tasks() -> None:
     words = ["method=inflora", "profile=quick", "engine=reference"]
     assert make_plan(parse(words), dry_run=True).sequence.endswith(" ...")
     assert make_plan(parse([*words, "upstream.shuffle=true"]), dry_run=True).sequence.endswith("... in shuffled order")
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "variant", "benchmark", "file"), SHIPPED)
+def test_budget_multiplies_what_counts_in_epochs_and_nothing_else(
+    method: str, variant: str, benchmark: str, file: str, upstream: Callable[[str], Path]
+) -> None:
+    shipped = upstream(str(ROWS[method].repository)) / file
+    words = (f"method={method}", f"variant={variant}", f"benchmark={benchmark}", "profile=upstream", "device=0")
+    plan = plan_of(*words, "budget=3")
+    theirs, ours = json.loads(shipped.read_text()), written_config(plan)
+    changed = {key for key in theirs if theirs[key] != ours[key]} - {"seed"}
+    assert changed <= {"epochs", "init_epoch", "init_epochs", "later_epochs", "milestones", "init_milestones"}
+    assert changed & {"epochs", "init_epochs"}
+    for key in changed:
+        longer = [3 * epoch for epoch in theirs[key]] if isinstance(theirs[key], list) else 3 * theirs[key]
+        assert ours[key] == longer
+    assert_differences_are_recorded(plan, shipped)
+    assert "off-protocol" in plan.labels
+    assert [d.here for d in plan.deviations if d.what == "budget"] == ["3"]
+
+
+@pytest.mark.third_party
+def test_milestone_that_upstreams_code_has_written_in_it_stays_and_is_told(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    words = ("method=inflora", "variant=infloraca", "profile=upstream", "device=0,1", "budget=2")
+    told = "the learning rate falls after epoch 18 however many there are: the code has it written in it"
+    assert told in plan_of(*words).notes
+    assert told not in plan_of(*words, "upstream.optim=adam").notes
+
+
+def test_budget_of_the_reference_engine_is_recorded_and_in_the_runs_name() -> None:
+    plan = plan_of("method=seqlora_vit", "budget=2", "upstream.epochs=3")
+    assert written_config(plan)["epochs"] == 6
+    assert [(d.what, d.upstream, d.here) for d in plan.deviations] == [("budget", "1", "2")]
+    assert "-budget2-" in plan.folder.name
+    assert "off-protocol" in plan.labels
