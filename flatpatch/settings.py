@@ -19,7 +19,7 @@ from flatpatch.measuring import Request as MeasureRequest
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", "quick"),
     "engine": ("auto", "upstream", "reference"),
-    "sam": ("off", "sam", "asam", "random"),
+    "sam": ("off", "sam", "asam", "random", "recorded"),
     "scope": ("lora", "A", "B", "head", "all"),
     "sync": ("local", "global"),
     "ascent_loss": ("total", "task"),
@@ -75,7 +75,11 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
-    sam: str = _setting("off", "off, sam, asam (adaptive), or random: a control that moves along random directions")
+    sam: str = _setting(
+        "off",
+        "off, sam, asam (adaptive), random: a control that moves along random directions, or recorded: the experiment "
+        "record's step, which is not SAM (text, quick, engine=reference alone)",
+    )
     rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
     scope: str = _setting(
@@ -217,7 +221,12 @@ class Request:
 
 def without_effect(sam: str, measure: str) -> frozenset[str]:
     """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
-    of_sam = {"off": with_role("sam"), "sam": ("eta",), "random": ("eta", "ascent_loss")}.get(sam, ())
+    of_sam = {
+        "off": with_role("sam"),
+        "sam": ("eta",),
+        "random": ("eta", "ascent_loss"),
+        "recorded": ("eta", "ascent_loss"),
+    }.get(sam, ())
     return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
 
 

@@ -74,6 +74,7 @@ class StepRecorder:
             random_seed=place if settings["kind"] == "random" else None,
         )
         task_only = settings["ascent_loss"] == "task"
+        recorded = settings["kind"] == "recorded"
 
         def gradients(closure: Callable[..., Tensor]) -> Tensor:
             assert self.sam is not None
@@ -82,6 +83,8 @@ class StepRecorder:
             def one_pass() -> Tensor:
                 nonlocal passes
                 passes += 1
+                if recorded:  # it clips what it climbs along, which does not matter to a step of a given length
+                    return closure(recorded="all" if passes == 1 else "last")
                 return closure(penalised=passes == 2 or not task_only)
 
             result: Tensor = self.sam.gradients(one_pass)
