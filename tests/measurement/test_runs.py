@@ -17,12 +17,16 @@ from flatpatch.errors import UserError
 from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import sample_of
 from flatpatch.families.text import reference
+from flatpatch.families.vision import reference as vision
+from flatpatch.families.vision.measuring import images_sample_of
+from flatpatch.flatness import supervised_loss
 from flatpatch.measurement import files
 from flatpatch.measurement.in_run import Measurer
 from flatpatch.measuring import make_request
 from flatpatch.report.records import read_record
 from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
+from tests.reference_images import make_reference
 from tests.upstream.test_neutrality_text import assert_same, ready, run_patched, small_benchmark
 
 __all__ = ["ready"]  # the fixture
@@ -121,6 +125,52 @@ def test_measuring_at_a_loss_is_done_at_its_step_and_leaves_the_training_bit_for
     assert json.loads((folder / "1-topics-after.json").read_text())["step"] is None
     assert record_run(places, tmp_path / "never", 1e-3) == (losses, weights)
     assert [path.name for path in (tmp_path / "never" / files.FOLDER).iterdir()] == ["1-topics-after.json"]
+
+
+def record_images(output: Path, at_loss: float) -> tuple[list[float], list[bytes]]:
+    """Train two tasks of the reference engine for images, as its process does, and return losses and weights."""
+    output.mkdir()
+    asked = make_request("loss", "trainable", "after", samples=6, batch=4, rho=0.05, effort="quick", at_loss=at_loss)
+    assert asked is not None
+    by = "flatpatch.measurement.in_run:Measurer"
+    run = {
+        **{"task": None, "task_index": None, "metrics": output / "metrics.jsonl"},
+        **{"progress": output / "progress.json", "summary": output / "summary.json"},
+        "sam": {"kind": "off"},
+        "measure": {"request": asked.as_dict(), "folder": output / files.FOLDER, "by": by},
+    }
+    images = make_reference(output / "logs", method="seqlora", init_cls=4, increment=4, epochs=4)
+    with StepRecorder(run) as recorder:
+
+        def measure(when: str, state: vision.TaskState) -> None:
+            task = state.tasks[state.index]
+            sample = images_sample_of(task.train, task.classes.start)
+            loss = supervised_loss(torch.nn.functional.cross_entropy)
+            recorder.measure(when, state.model, sample, state.index, f"task{state.index}", loss=loss)
+
+        vision.run(
+            images,
+            make_gradients=recorder.make_gradients,
+            on_step=lambda state: recorder.on_step(state, f"task{state['task']}"),
+            before_task=lambda state: measure("before", state),
+            after_task=lambda state: measure("after", state),
+        )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    weights = sorted((output / "logs" / "tasks").glob("*.safetensors"))
+    return [line["loss"] for line in lines], [path.read_bytes() for path in weights]
+
+
+def test_image_run_is_measured_at_the_loss_in_each_task_and_trains_as_without(tmp_path: Path) -> None:
+    plain = record_images(tmp_path / "plain", 0.0)
+    assert len(plain[0]) == 48 and len(plain[1]) == 2
+    assert record_images(tmp_path / "measured", 1e9) == plain
+    points = {path.name: json.loads(path.read_text()) for path in (tmp_path / "measured" / files.FOLDER).glob("*.json")}
+    steps = {name: point["step"] for name, point in points.items()}
+    assert steps == {
+        **{"1-task0-at_loss.json": 10, "1-task0-after.json": None},
+        **{"2-task1-at_loss.json": 10, "2-task1-after.json": None},
+    }
+    assert all(point["error"] is None for point in points.values())
 
 
 @pytest.mark.slow
