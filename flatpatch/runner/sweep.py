@@ -42,7 +42,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
         elif key in WHOLE or key.startswith("upstream."):
             last[key] = [value]
         else:
-            last[key] = _values(word, key, value)
+            last[key] = listed(word, key, value)
     count = math.prod(map(len, last.values()))
     if count > MOST or (count > MANY and not sure):
         longest = max(last, key=lambda key: len(last[key]))
@@ -52,7 +52,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*chosen)]
 
 
-def _values(word: str, key: str, value: str) -> Sequence[str]:
+def listed(word: str, key: str, value: str) -> Sequence[str]:
     """Return the values that a word lists; of a long range no more than shows that it is too long."""
     match = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", value)
     if match is None:
