@@ -185,12 +185,11 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
     which Holm's method would next be asked: 5 % over the hypotheses that it has not found yet.
     """
     adjusted = holm([1.0 if found.p is None else found.p for found in differences])
-    judged = [
-        _judged(replace(found, adjusted_p=None if found.p is None else p), 1 - found.confidence)
+    left = sum(p >= 1 - found.confidence for p, found in zip(adjusted, differences, strict=True))
+    return [
+        _judged(replace(found, adjusted_p=None if found.p is None else p), (1 - found.confidence) / max(left, 1))
         for found, p in zip(differences, adjusted, strict=True)
     ]
-    left = sum(p >= 1 - found.confidence for p, found in zip(adjusted, differences, strict=True))
-    return [_judged(found, (1 - found.confidence) / max(left, 1)) for found in judged]
 
 
 def seeds_that_decide(
