@@ -83,9 +83,7 @@ GIVEN_BY: Mapping[str, tuple[str, ...]] = {
         "batches_unconverged",
     ),
     "keskar": ("keskar_sharpness", "keskar_lower_bound"),
-    "sam": (
-        *("sam_sharpness", "sam_sharpness_ascent", "asam_sharpness", "asam_sharpness_ascent", "gradient_norm"),
-    ),
+    "sam": (*("sam_sharpness", "sam_sharpness_ascent", "asam_sharpness", "asam_sharpness_ascent", "gradient_norm"),),
     "landscape": ("landscape_mean_rise",),
     "slice": ("slice_mean_rise",),
 }

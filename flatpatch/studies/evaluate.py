@@ -65,16 +65,16 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
     """
     form = study.forms[asked.form]  # type: ignore[index]
     where = WHERE[asked.form]
-    hypotheses = [
-        one for each in study.hypotheses if each.id not in form.without for one in each_of(each, cells)
-    ]
+    hypotheses = [one for each in study.hypotheses if each.id not in form.without for one in each_of(each, cells)]
     records = Records()
     results: list[HypothesisResult] = []
     for arm in (CORRECT, AS_RECORDED):
         own = [each for each in hypotheses if arm in arms_of(each)]
         results += _judged(own, _Tests(cells, records, arm), where)
     runs = folders_of(cells)
-    left_out = [f"{each.id}: {each.statement} ({form.why_without})" for each in study.hypotheses if each.id in form.without]
+    left_out = [
+        f"{each.id}: {each.statement} ({form.why_without})" for each in study.hypotheses if each.id in form.without
+    ]
     return StudyResult(
         study=study.name,
         title=study.title,
@@ -113,7 +113,8 @@ class _Tests:
 def _test(comparison: Comparison, reader: Recorded) -> _Test:
     hypothesis = comparison.hypothesis
     couples = comparison.couples(reader)
-    pairs, points = as_pairs(comparison, couples), ()
+    pairs = as_pairs(comparison, couples)
+    points: tuple[Point, ...] = ()
     if hypothesis.slope is not None:
         lines = comparison.points(reader, hypothesis.slope)
         points = tuple(point for line in lines.values() for point in line)
@@ -134,7 +135,7 @@ def _slope_of(line: Sequence[Point]) -> float:
 
 
 def _by_seed(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """Return the means over each seed's pairs, of both sides; what stands alone is compared with nothing, which is 0."""
+    """Return the means over each seed's pairs, of both sides; what stands alone is compared with 0."""
     seeds: dict[int, list[Pair]] = {}
     for pair in pairs:
         seeds.setdefault(pair.seed, []).append(pair)
@@ -206,7 +207,7 @@ def _conclude(conclusion: Conclusion, results: Sequence[HypothesisResult], where
     outcome = _outcome(conclusion, results, CORRECT) or UNTOLD
     recorded = _outcome(conclusion, results, AS_RECORDED)
     subject = "The record's question" if conclusion.open else "The record's conclusion"
-    sentence = f"{subject} \"{conclusion.text}\" {_VERBS[outcome]}{f' {where}' if where else ''}"
+    sentence = f'{subject} "{conclusion.text}" {_VERBS[outcome]}{f" {where}" if where else ""}'
     if recorded is not None:
         sentence += f", and measured as recorded it {_VERBS[recorded]}"
     if outcome in (SURVIVES, YES) and (short := _short_of_controls(conclusion, results)):
@@ -231,9 +232,7 @@ _VERBS = {
 
 
 def _of(conclusion: Conclusion, results: Sequence[HypothesisResult], arm: str) -> list[HypothesisResult]:
-    return [
-        each for each in results if each.arm == arm and each.hypothesis.partition("[")[0] in conclusion.hypotheses
-    ]
+    return [each for each in results if each.arm == arm and each.hypothesis.partition("[")[0] in conclusion.hypotheses]
 
 
 def _short_of_controls(conclusion: Conclusion, results: Sequence[HypothesisResult]) -> list[str]:

@@ -82,7 +82,7 @@ def typed(key: str, text: str) -> Value:
     if key in FIELDS:
         kind = type(DEFAULTS[key])
         try:
-            return text if kind is str else kind(text)  # type: ignore[no-any-return]
+            return text if kind is str else kind(text)
         except ValueError:
             return text
     try:
@@ -102,7 +102,7 @@ def plan_study(study: Study, asked: Asked, *, dry_run: bool = False) -> list[Cel
     Raises:
         UserError: With every mistake; nothing was started.
     """
-    form = study.forms[asked.form]  # type: ignore[index]
+    form = study.forms[asked.form]
     cells: list[Cell] = []
     problems = _wrong_settings(study)
     if problems:

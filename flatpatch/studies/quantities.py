@@ -175,7 +175,9 @@ class Planned:
                 asked.kinds
             )
         if quantity.scope not in asked.scopes:
-            return f"runs {cell.name!r} do not measure over scope {quantity.scope!r}: expected {', '.join(asked.scopes)}"
+            return (
+                f"runs {cell.name!r} do not measure over scope {quantity.scope!r}: expected {', '.join(asked.scopes)}"
+            )
         if quantity.when not in asked.when:
             return f"runs {cell.name!r} do not measure at the time {quantity.when!r}: expected {', '.join(asked.when)}"
         return ""
@@ -190,9 +192,8 @@ def wrong_names(quantity: Quantity) -> list[str]:
     """Return which of the names in a quantity nothing has."""
     problems = []
     if quantity.metric is not None and quantity.metric not in METRICS:
-        problems.append(
-            f"unknown metric {quantity.metric!r}.{did_you_mean(quantity.metric, METRICS)} Expected: {', '.join(METRICS)}"
-        )
+        hint = did_you_mean(quantity.metric, METRICS)
+        problems.append(f"unknown metric {quantity.metric!r}.{hint} Expected: {', '.join(METRICS)}")
     for name in (quantity.value, quantity.as_recorded):
         if name is not None and not kind_of(name):
             names = [each for given in GIVEN_BY.values() for each in given]

@@ -277,7 +277,7 @@ class Study(Part):
     figures: tuple[Figure, ...] = ()
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     """Reads every scalar as text, and refuses a key that stands twice, of which one would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -286,7 +286,8 @@ class _Loader(yaml.BaseLoader):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def library() -> dict[str, Path]:
@@ -431,4 +432,5 @@ def _wrong_in(hypothesis: Hypothesis, runs: list[str]) -> Iterator[str]:
     sides = [("side", hypothesis.side), ("against", hypothesis.against), *hypothesis.controls.items()]
     for name, side in sides:
         if side is not None and side.run is not None and side.run not in runs:
-            yield f"{where}: {name} names runs {side.run!r}, which the study does not have.{did_you_mean(side.run, runs)}"
+            hint = did_you_mean(side.run, runs)
+            yield f"{where}: {name} names runs {side.run!r}, which the study does not have.{hint}"
