@@ -14,6 +14,7 @@ USAGE = """usage: python -m flatpatch <verb> key=value ...
 verbs:
   run      train one method over its tasks; the same command continues a stopped run (with images: starts it anew)
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
+  study    an experiment: its runs, what is measured, and a verdict on each of its hypotheses; alone: lists them
   compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
   report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
@@ -27,6 +28,7 @@ examples:
   python -m flatpatch run method=inflora sam=sam rho=0.05
   python -m flatpatch run method=olora order=2 profile=upstream model=models/t5-large --dry-run
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
+  python -m flatpatch study name=exp4
   python -m flatpatch run --help
 """
 
@@ -110,6 +112,7 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "sweep": _sweep,
+        "study": _study,
         "compare": _compare,
         "report": _report,
         "measure": _measure,
@@ -179,6 +182,12 @@ def _sweep(words: list[str]) -> int:
     from flatpatch.runner import sweep
 
     return sweep.sweep(words)
+
+
+def _study(words: list[str]) -> int:
+    from flatpatch.studies import command
+
+    return command.study(words)
 
 
 def _compare(words: list[str]) -> int:

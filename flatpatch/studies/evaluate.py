@@ -63,7 +63,7 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
         cells: Its runs; those that are missing or unfinished are said.
         output: The folder that holds the runs.
     """
-    form = study.forms[asked.form]  # type: ignore[index]
+    form = study.forms[asked.form]
     where = WHERE[asked.form]
     hypotheses = [one for each in study.hypotheses if each.id not in form.without for one in each_of(each, cells)]
     records = Records()
@@ -185,8 +185,12 @@ def _told(statement: str, test: _Test, difference: Difference | None, place: str
     hypothesis, against = test.comparison.hypothesis, test.comparison.against
     words = "no slope" if against is None else side_words(against, hypothesis.quantity)
     if difference is None:
-        sentence = f"{statement}: {f'{UNDECIDED} {place}'.strip()}: no pair of finished runs tells it"
-        return Tested(words, None, None, None, 0, None, None, UNDECIDED, None, sentence, (), test.missing)
+        finding = f"{f'{UNDECIDED} {place}'.strip()}: no pair of finished runs tells it"
+        return Tested(
+            *(words, None, None, None, 0, None, None, UNDECIDED, None, finding, f"{statement}: {finding}", ()),
+            missing=test.missing,
+        )
+    finding = difference.sentence(hypothesis.unit, place)
     return Tested(
         against=words,
         effect=difference.effect,
@@ -197,7 +201,8 @@ def _told(statement: str, test: _Test, difference: Difference | None, place: str
         adjusted_p=difference.adjusted_p,
         verdict=difference.verdict,
         more_seeds=difference.more_seeds,
-        sentence=f"{statement}: {difference.sentence(hypothesis.unit, place)}",
+        finding=finding,
+        sentence=f"{statement}: {finding}",
         pairs=test.pairs,
         missing=test.missing,
     )

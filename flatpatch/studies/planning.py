@@ -15,7 +15,7 @@ from flatpatch.families.base import Plan
 from flatpatch.runner.record import compared_settings
 from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.settings import DEFAULTS, FIELDS, OF_MACHINE, OF_MEASURING, OF_PLACES, Request, shown, without_effect
-from flatpatch.studies.schema import Form, Runs, RunsOfForm, Study
+from flatpatch.studies.schema import Form, FormName, Runs, RunsOfForm, Study
 
 # What somebody who runs a study may say of all its runs: where they run, and on which files.
 PASSED_ON = (*(key for key in OF_MACHINE), "model", "data")
@@ -33,11 +33,13 @@ class Cell:
         name: What the study calls the runs that it is one of.
         seed: Its seed.
         plan: What will be done.
+        words: What asks for it, but for its folder's name.
     """
 
     name: str
     seed: int
     plan: Plan
+    words: tuple[str, ...]
 
     @cached_property
     def settings(self) -> Mapping[str, Value]:
@@ -67,7 +69,7 @@ class Asked:
         passed: Words for all runs.
     """
 
-    form: str
+    form: FormName
     seeds: tuple[str, ...]
     full: bool = False
     passed: tuple[str, ...] = ()
@@ -160,7 +162,7 @@ def _planned(name: str, words: Sequence[str], dry_run: bool) -> Cell:
     plan = make_plan(request, dry_run=dry_run)
     if plan.request.settings.measuring is not None:
         plan = make_plan(_named_by_measuring(request, plan), dry_run=dry_run)
-    return Cell(name, plan.request.settings.seed, plan)
+    return Cell(name, plan.request.settings.seed, plan, tuple(words))
 
 
 def _named_by_measuring(request: Request, plan: Plan) -> Request:

@@ -60,7 +60,8 @@ class Tested:
         adjusted_p: By Holm over the study's hypotheses of one arm; None for a control.
         verdict: What follows.
         more_seeds: How many seeds in all would decide it at this spread; None where it is decided or cannot be said.
-        sentence: All of it in words, with where it holds.
+        finding: The verdict and its numbers in words, with where it holds.
+        sentence: The same behind the statement.
         pairs: What it was made of.
         missing: Why it has no numbers, or fewer than planned; empty where it has all.
     """
@@ -74,6 +75,7 @@ class Tested:
     adjusted_p: float | None
     verdict: str
     more_seeds: int | None
+    finding: str
     sentence: str
     pairs: tuple[Pair, ...]
     missing: tuple[str, ...] = ()

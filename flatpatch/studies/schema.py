@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -19,7 +19,8 @@ from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.runner.sweep import listed
 
 LIBRARY = Path(__file__).parent / "library"
-FORMS = ("quick", "small", "record")
+FormName = Literal["quick", "small", "record"]
+FORMS: tuple[FormName, ...] = get_args(FormName)
 EACH, OTHERS = "each", "others"  # of a run's tasks
 
 
@@ -270,7 +271,7 @@ class Study(Part):
     record: str = ""
     settings: Settings = {}
     measure: Measure = Measure()
-    forms: dict[Literal["quick", "small", "record"], Form]
+    forms: dict[FormName, Form]
     runs: Annotated[tuple[Runs, ...], Field(min_length=1)]
     hypotheses: Annotated[tuple[Hypothesis, ...], Field(min_length=1)]
     conclusions: tuple[Conclusion, ...] = ()
