@@ -6,31 +6,46 @@ from collections.abc import Iterator, Sequence
 
 from flatpatch.errors import UserError
 from flatpatch.studies.pairing import Comparison, each_of, side_words
-from flatpatch.studies.planning import Cell
+from flatpatch.studies.planning import Asked, Cell
 from flatpatch.studies.quantities import Planned, of_side, wrong_names
 from flatpatch.studies.result import AS_RECORDED, CORRECT
-from flatpatch.studies.schema import Form, Hypothesis, Side, Study
+from flatpatch.studies.schema import Hypothesis, Side, Study, left_out_runs
 
 
-def check_hypotheses(study: Study, form: Form, cells: Sequence[Cell]) -> None:
+def check_hypotheses(study: Study, asked: Asked, cells: Sequence[Cell]) -> None:
     """Refuse a study whose hypotheses its runs cannot answer.
 
     Args:
         study: The study.
-        form: Its form.
+        asked: What of it is run.
         cells: Its planned runs.
 
     Raises:
         UserError: With every mistake.
     """
     problems = []
-    for hypothesis in study.hypotheses:
-        if hypothesis.id in form.without:
-            continue
+    for hypothesis in hypotheses_of(study, asked, cells):
         found = list(dict.fromkeys(_wrong(hypothesis, cells)))
         problems += [f"hypothesis {hypothesis.id!r}: {problem}" for problem in found]
     if problems:
         raise UserError.collect(problems)
+
+
+def hypotheses_of(study: Study, asked: Asked, cells: Sequence[Cell]) -> list[Hypothesis]:
+    """Return the hypotheses that a form tests, without the controls of which it leaves out the runs."""
+    form = study.forms[asked.form]
+    found = []
+    for hypothesis in study.hypotheses:
+        if hypothesis.id not in form.without:
+            controls = hypothesis.controls
+            if left_out_runs(form, full=asked.full):
+                controls = {
+                    name: side
+                    for name, side in controls.items()
+                    if Comparison(cells, hypothesis, side, CORRECT).fitting(side)
+                }
+            found.append(hypothesis.model_copy(update={"controls": controls}))
+    return found
 
 
 def arms_of(hypothesis: Hypothesis) -> tuple[str, ...]:

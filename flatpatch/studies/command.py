@@ -78,7 +78,7 @@ def study(words: Sequence[str]) -> int:
     found = read_study(asked_for.path)
     asked = _choose(found, asked_for)
     cells = plan_study(found, asked, dry_run=dry_run)
-    check_hypotheses(found, found.forms[asked.form], cells)
+    check_hypotheses(found, asked, cells)
     output = named_path("output", asked_for.output).absolute()
     runs = folders_of(cells)
     if dry_run:

@@ -21,7 +21,7 @@ from flatpatch.statistics import (
     corrected,
     paired_difference,
 )
-from flatpatch.studies.checks import arms_of
+from flatpatch.studies.checks import arms_of, hypotheses_of
 from flatpatch.studies.pairing import Comparison, as_pairs, each_of, side_words
 from flatpatch.studies.planning import Asked, Cell, folders_of, measure_words, varying
 from flatpatch.studies.quantities import Recorded, Records, in_words
@@ -65,7 +65,8 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
     """
     form = study.forms[asked.form]
     where = WHERE[asked.form]
-    hypotheses = [one for each in study.hypotheses if each.id not in form.without for one in each_of(each, cells)]
+    tested = hypotheses_of(study, asked, cells)
+    hypotheses = [one for each in tested for one in each_of(each, cells)]
     records = Records()
     results: list[HypothesisResult] = []
     for arm in (CORRECT, AS_RECORDED):
@@ -75,6 +76,13 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
     left_out = [
         f"{each.id}: {each.statement} ({form.why_without})" for each in study.hypotheses if each.id in form.without
     ]
+    with_controls = {each.id: each.controls for each in study.hypotheses}
+    for each in tested:
+        left_out += [
+            f"{each.id} against its control {name} (its runs are made with grid=full)"
+            for name in with_controls[each.id]
+            if name not in each.controls
+        ]
     return StudyResult(
         study=study.name,
         title=study.title,

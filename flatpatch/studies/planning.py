@@ -15,7 +15,7 @@ from flatpatch.families.base import Plan
 from flatpatch.runner.record import compared_settings
 from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.settings import DEFAULTS, FIELDS, OF_MACHINE, OF_MEASURING, OF_PLACES, Request, shown, without_effect
-from flatpatch.studies.schema import Form, FormName, Runs, RunsOfForm, Study
+from flatpatch.studies.schema import Form, FormName, Runs, RunsOfForm, Study, left_out_runs
 
 # What somebody who runs a study may say of all its runs: where they run, and on which files.
 PASSED_ON = (*(key for key in OF_MACHINE), "model", "data")
@@ -109,8 +109,9 @@ def plan_study(study: Study, asked: Asked, *, dry_run: bool = False) -> list[Cel
     problems = _wrong_settings(study)
     if problems:
         raise UserError.collect(problems)
+    left_out = left_out_runs(form, full=asked.full)
     for runs in study.runs:
-        if runs.name in form.without_runs:
+        if runs.name in left_out:
             continue
         for words in _expanded(study, form, runs, full=asked.full):
             for seed in asked.seeds:

@@ -108,6 +108,7 @@ class Form(RunsOfForm):
         minutes: What it may take with them on two CPU cores; None where that is not known.
         runs: Changes for some runs alone.
         without_runs: Names of runs that this form cannot make.
+        full_alone: Names of runs that it makes only where the whole grid is asked for. Controls may be among them.
         without: Hypotheses that this form cannot test.
         why_without: The reason for both.
         ours: What is this project's own choice, where the record does not say.
@@ -117,6 +118,7 @@ class Form(RunsOfForm):
     minutes: Annotated[float, Field(gt=0)] | None = None
     runs: dict[str, RunsOfForm] = {}
     without_runs: Texts = ()
+    full_alone: Texts = ()
     without: Texts = ()
     why_without: str = ""
     ours: tuple[str, ...] = ()
@@ -291,6 +293,11 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
         return found
 
 
+def left_out_runs(form: Form, *, full: bool) -> frozenset[str]:
+    """Return the names of the runs that a form does not make."""
+    return frozenset((*form.without_runs, *(() if full else form.full_alone)))
+
+
 def library() -> dict[str, Path]:
     """Return the files of the studies that come with this project, by their names."""
     return {path.stem: path for path in sorted(LIBRARY.glob("*.yaml"))}
@@ -387,7 +394,7 @@ def _inconsistencies(study: Study) -> Iterator[str]:
         yield f"forms is empty. Expected one or more of {', '.join(FORMS)}."
     runs = [each.name for each in study.runs]
     for name, form in study.forms.items():
-        for key in (*form.runs, *form.without_runs):
+        for key in (*form.runs, *form.without_runs, *form.full_alone):
             if key not in runs:
                 yield f"forms.{name} names runs {key!r}, which the study does not have.{did_you_mean(key, runs)}"
         for key in form.without:
