@@ -10,6 +10,8 @@ from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import Plan
+from flatpatch.report.effects import effects_of_sam, effects_text
+from flatpatch.report.groups import Run, group_runs
 from flatpatch.report.overview import seeds_table
 from flatpatch.runner.execute import execute
 from flatpatch.runner.pages import leave_page
@@ -113,17 +115,20 @@ def sweep(words: Sequence[str]) -> int:
         return 0
     for plan in plans:
         check_continues(plan.folder, plan)
-    records, failures = [], []
+    ended, failures = [], []
     for number, plan in enumerate(plans, 1):
         say(f"\nrun {number}/{len(plans)}: {plan.folder.name}")
         try:
-            records.append(execute(plan))
+            ended.append((plan, execute(plan)))
         except FlatpatchError as error:
             if error.exit_code != 1:
                 raise
             print(f"flatpatch: {error}")
             failures.append(plan.folder.name)
-    print("\n" + seeds_table(records))
+    print("\n" + seeds_table([record for _, record in ended]))
+    finished = [Run(plan.folder, record) for plan, record in ended]
+    if effects := effects_of_sam(group_runs(finished)):
+        print(f"\n{effects_text(effects)}")
     if failures:
         print(f"failed: {', '.join(failures)}")
     leave_page(folders)
