@@ -436,6 +436,7 @@ METRICS: Mapping[str, Metric] = {
 }
 # What one line for a run, or for a set of runs, has room for.
 IN_A_LINE = ("average_accuracy", "forgetting")
+MARGIN = 1.0  # points: a smaller difference does not count, unless somebody says otherwise
 
 
 def summarise(

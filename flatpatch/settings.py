@@ -346,8 +346,8 @@ def read_words(verb: str, words: Sequence[str], known: Sequence[str]) -> tuple[d
     return given, problems
 
 
-def named_runs(value: str) -> list[str]:
-    """Return the runs that ``run=A,B`` names.
+def named_runs(value: str, word: str = "run") -> list[str]:
+    """Return the runs that ``run=A,B``, or another word, names.
 
     Raises:
         UserError: If one of them is empty.
@@ -355,7 +355,7 @@ def named_runs(value: str) -> list[str]:
     names = [name.strip() for name in value.split(",")]
     if not all(names):
         raise UserError(
-            f"run={value} has an empty name. Name folders with commas between them, e.g. run=runs/A,runs/B."
+            f"{word}={value} has an empty name. Name folders with commas between them, e.g. {word}=runs/A,runs/B."
         )
     return names
 

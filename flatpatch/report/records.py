@@ -236,17 +236,21 @@ def validate_record(record: Any) -> None:
         raise ValueError("\n".join(problems))
 
 
-def run_folder(name: str) -> Path:
+def run_folder(name: str, word: str = "run") -> Path:
     """Return the place that a word names: a path, or one inside ``runs/``.
+
+    Args:
+        name: What stands behind the word.
+        word: Which word it is, for messages.
 
     Raises:
         UserError: If nothing is at either, with the path that was meant.
     """
-    place, inside = named_path("run", name), Path("runs") / name
+    place, inside = named_path(word, name), Path("runs") / name
     if not os.path.exists(place) and (os.path.exists(inside) or place.name == name):
         place = inside
     if not os.path.exists(place):  # False, too, for a name that is too long
-        raise UserError(f"run={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
+        raise UserError(f"{word}={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
     return place
 
 
