@@ -38,7 +38,7 @@ TYPES: Final[Mapping[str, str]] = MappingProxyType(
 REPLACEMENT: Final = "SST-2"
 """Stands in for one task of an order whose texts are not there."""
 
-SAMPLES: Final[Mapping[str, int]] = MappingProxyType({"max_train_samples": 1000, "max_test_samples": 400})
+SAMPLES: Final[Mapping[str, int]] = MappingProxyType({"max_train_samples": 500, "max_test_samples": 400})
 PRESETS: Final[Mapping[str, Mapping[str, int | float]]] = MappingProxyType(
     {
         ENCODER: {
@@ -46,7 +46,7 @@ PRESETS: Final[Mapping[str, Mapping[str, int | float]]] = MappingProxyType(
             "per_device_train_batch_size": 16,
             "per_device_eval_batch_size": 64,
             "learning_rate": 2e-3,
-            "max_source_length": 64,
+            "max_source_length": 48,
             **SAMPLES,
         },
         # The batch and the learning rate with which the record trained T5-small.
@@ -256,7 +256,7 @@ def draw_texts(benchmark: Path, tasks: Sequence[Task], *, train: int, test: int)
     """Draw each task's texts, and return them as files in the benchmark's layout.
 
     Texts are drawn without replacement; a smaller number draws the first of those that a larger one does. Where one
-    split serves for both, the training texts are drawn from what the test leaves.
+    split serves for both, the test gets half of it at most, and the training texts are drawn from the rest.
 
     Args:
         benchmark: The folder.
@@ -268,19 +268,20 @@ def draw_texts(benchmark: Path, tasks: Sequence[Task], *, train: int, test: int)
         The files' text, by their place below the benchmark's folder.
 
     Raises:
-        UserError: If a file is damaged, or a split too small to be divided.
+        UserError: If a file is damaged, or cannot be divided.
     """
     files = {}
     for task in tasks:
         here = (benchmark, task.kind, task.dataset)
-        tested, left = _draw(read_split(*here, task.test), test)
-        trained = left[:train] if task.train == task.test else _draw(read_split(*here, task.train), train)[0]
-        if not trained:
-            raise UserError(
-                f"{benchmark / task.kind / task.dataset / task.test}.json has {len(tested)} instances, all of which "
-                "are drawn for the test, and there is no other file to train on. Ask for fewer with "
-                "upstream.max_test_samples=."
-            )
+        instances = read_split(*here, task.test)
+        if task.train != task.test:
+            tested, trained = _shuffled(instances)[:test], _shuffled(read_split(*here, task.train))[:train]
+        else:
+            count = min(test, len(instances) // 2)
+            tested, trained = _shuffled(instances)[:count], _shuffled(instances)[count : count + train]
+        if not tested:
+            place = benchmark / task.kind / task.dataset / f"{task.test}.json"
+            raise UserError(f"{place} has one instance, and is to be both trained and tested on. Complete it.")
         labels = read_labels(*here)
         if strange := next((each["label"] for each in trained if each["label"] not in labels), None):
             raise UserError(f"{benchmark / task.kind / task.dataset}: '{strange}' is not one of its labels.json.")
@@ -291,12 +292,10 @@ def draw_texts(benchmark: Path, tasks: Sequence[Task], *, train: int, test: int)
     return files
 
 
-def _draw(instances: list[dict[str, str]], count: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return the drawn instances, and the others, each in the order of drawing."""
+def _shuffled(instances: list[dict[str, str]]) -> list[dict[str, str]]:
     order = list(range(len(instances)))
     random.Random(SEED).shuffle(order)
-    drawn = [instances[index] for index in order]
-    return drawn[:count], drawn[count:]
+    return [instances[index] for index in order]
 
 
 def hash_of(files: Mapping[str, str]) -> str:
