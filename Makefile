@@ -23,5 +23,5 @@ patches:
 
 # Needs uv. Keeps what is locked already where it still fits; one version of each package for every Python.
 lock:
-	uv pip compile --quiet --universal --python-version 3.10 --fork-strategy fewest --all-extras --no-annotate \
+	uv pip compile --quiet --universal --python-version 3.10 --fork-strategy fewest --extra dev --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml

@@ -16,8 +16,9 @@ from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
+MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "profile": ("auto", "upstream", "paper", "quick"),
+    "profile": ("auto", "upstream", "paper", *MINIATURES),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam", "random", "recorded"),
     "scope": ("lora", "A", "B", "head", "all"),
@@ -73,7 +74,11 @@ class Settings:
         "", "vision: cifar100, imagenet_r_10, ...; default: the method's first (a wrong one lists all)", family="vision"
     )
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
-    profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
+    profile: str = _setting(
+        "auto",
+        "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU; small: a pretrained encoder on "
+        "some of the real texts, CPU (text)",
+    )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(
         "off",
@@ -114,7 +119,9 @@ class Settings:
     )
     port: int = _setting(0, "port of the launcher; 0: a free one", role="place", family="text")
     threads: int = _setting(
-        0, "CPU threads of each process; 0: one in profile quick, else what the machine gives", role="machine"
+        0,
+        "CPU threads of each process; 0: one in profile quick or small, else what the machine gives",
+        role="machine",
     )
     model: str = _setting(
         "", "pretrained model: its folder, or for images its file; default: what the profile needs", whole=True

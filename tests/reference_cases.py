@@ -1,4 +1,4 @@
-"""A T5 of 20,000 weights, its word tokenizer and two small tasks, made on the spot in upstream's formats."""
+"""A T5 of 20,000 weights, a BERT of as many, their word tokenizer and two small tasks, made on the spot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from flatpatch.families.text.reference import ReferenceTask
 from flatpatch.families.text.reference.data import INSTRUCTIONS
@@ -39,6 +39,44 @@ def make_data(folder: Path, instances: int = 22) -> Path:
 
 def make_model(folder: Path, *, extra_text: str = "", dropout: float = 0.1, d_kv: int = 8) -> Path:
     """Write a random T5 and a tokenizer that knows the tasks' words and those of ``extra_text``."""
+    words = _write_tokenizer(folder, extra_text)
+    torch.manual_seed(7)
+    config = T5Config(
+        vocab_size=words + 5,  # a T5 has more words than its tokenizer
+        d_model=32,
+        d_kv=d_kv,
+        num_heads=4,
+        d_ff=48,
+        num_layers=2,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        initializer_factor=0.5,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_encoder(folder: Path, *, extra_text: str = "", dropout: float = 0.1) -> Path:
+    """Write a random BERT, with the pooler that is not used, and the same tokenizer."""
+    words = _write_tokenizer(folder, extra_text)
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path, extra_text: str) -> int:
+    """Write the tokenizer; return how many words it knows."""
     text = [*INSTRUCTIONS.values(), extra_text, "Task:TC Dataset:topics Task:SC Dataset:moods Option: , Answer:"]
     text += [*TOPICS, *MOODS, *FILLERS, *sum(TOPICS.values(), []), *sum(MOODS.values(), [])]
     splitter = pre_tokenizers.Whitespace()
@@ -54,20 +92,7 @@ def make_model(folder: Path, *, extra_text: str = "", dropout: float = 0.1, d_kv
         unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
-    torch.manual_seed(7)
-    config = T5Config(
-        vocab_size=len(vocabulary) + 5,  # a T5 has more words than its tokenizer
-        d_model=32,
-        d_kv=d_kv,
-        num_heads=4,
-        d_ff=48,
-        num_layers=2,
-        dropout_rate=dropout,
-        decoder_start_token_id=0,
-        initializer_factor=0.5,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return len(vocabulary)
 
 
 def make_task(model: Path, data: Path, output: Path, index: int = 0, **changes: object) -> ReferenceTask:

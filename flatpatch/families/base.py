@@ -95,6 +95,7 @@ class Upstream:
     """
 
     family: ClassVar[str]
+    miniatures: ClassVar[tuple[str, ...]] = ("quick",)  # the profiles with models for a CPU that it has
 
     name: str
     title: str
@@ -107,9 +108,12 @@ class Upstream:
 
     def check(self, settings: Settings) -> list[str]:
         """Return what is wrong with settings for this method, one message each."""
+        problems = []
         if settings.engine == "upstream" and self.repository is None:
-            return [f"method {self.name} has no repository of its own: use engine=reference."]
-        return []
+            problems.append(f"method {self.name} has no repository of its own: use engine=reference.")
+        if settings.profile == "small" and "small" not in self.miniatures:
+            problems.append(f"profile=small is for text methods; {self.title} is a {self.family} method. Use another.")
+        return problems
 
     def paper_arguments(self, where: str) -> list[tuple[Argument, str]]:
         """Return what ``profile=paper`` sets for an order or a configuration file, each with its reason."""
@@ -221,6 +225,7 @@ class Plan:
         """Why this run's numbers must not stand beside a paper's; empty if they may."""
         found = {
             "quick": self.profile == "quick",
+            "small": self.profile == "small",
             "reference": self.engine == "reference",
             "off-protocol": self.off_protocol,
         }

@@ -14,7 +14,7 @@ from flatpatch import patches
 from flatpatch.errors import UserError, in_one_line
 from flatpatch.families.base import Deviation, Machine, Upstream
 from flatpatch.files import ROOT
-from flatpatch.settings import Request, as_default
+from flatpatch.settings import MINIATURES, Request, as_default
 
 # The small models are no faster with more threads, much slower where these wait for cores, and their numbers depend on
 # the count.
@@ -50,6 +50,11 @@ class Draft:
         """Whether the run is on the small models and data of ours."""
         return self.profile == "quick"
 
+    @property
+    def is_small(self) -> bool:
+        """Whether the run is of a small pretrained model on some of the real data."""
+        return self.profile == "small"
+
     def find_machine(self, machine: Machine) -> None:
         """Choose threads and devices, and find the checkout that the engine needs.
 
@@ -58,7 +63,7 @@ class Draft:
         """
         available = machine.cuda_devices
         self.request = own_threads(self.request, self.profile, self.notes)
-        self.threads = self.request.settings.threads or (QUICK_THREADS if self.is_quick else None)
+        self.threads = self.request.settings.threads or (QUICK_THREADS if self.profile in MINIATURES else None)
         self.device, self.devices = choose_device(self.request, self.profile, available, self.dry_run, self.lacks)
         self.verified = find_checkout(self.upstream, self.engine, self.notes)
 
@@ -117,16 +122,24 @@ def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, st
         UserError: If the method, profile and engine do not go together.
     """
     if upstream.repository is None:
-        if profile != "quick":
+        if profile not in MINIATURES:
             raise UserError(
-                f"{upstream.title} is a reference implementation and runs in profile quick alone, not {profile}. "
-                "Use profile=quick, or a method with a repository."
+                f"{upstream.title} is a reference implementation and runs in profile "
+                f"{' or '.join(upstream.miniatures)} alone, not {profile}. Use profile=quick, or a method with a "
+                "repository."
             )
         return "reference", f"{upstream.title} has no repository of its own"
+    if profile == "small":
+        if asked == "upstream":
+            raise UserError(
+                "profile small runs our reference implementation alone (got engine=upstream). Leave engine= out, or "
+                "use profile=quick."
+            )
+        return "reference", "as asked" if asked == "reference" else "profile small runs our reference implementation"
     if asked == "reference":
         if profile != "quick":
             raise UserError(
-                f"engine=reference runs in profile quick alone (got profile={profile}). "
+                f"engine=reference runs in profile {' or '.join(upstream.miniatures)} alone (got profile={profile}). "
                 "Use profile=quick or engine=upstream."
             )
         return "reference", "as asked"
@@ -195,7 +208,7 @@ def choose_device(
         raise UserError(
             f"device='{asked}' is not a device (expected auto, cpu, cuda, or GPU numbers such as 0 or 0,1)."
         )
-    if asked == "auto" and (profile == "quick" and not available):
+    if asked == "auto" and (profile in MINIATURES and not available):
         return "cpu", ()
     missing = [number for number in numbers if int(number) >= available]
     if not available or missing:
@@ -204,7 +217,7 @@ def choose_device(
             lacks.append(f"{lack}, which this run needs. device=cpu takes the CPU.")
             return "cuda", numbers or ("0",)
         advice = "Add device=cpu to run on the CPU, or use profile=quick."
-        if profile == "quick":
+        if profile in MINIATURES:
             advice = "Leave device= out, or use device=cpu."
         raise UserError(
             f"{'device=' + asked if asked != 'auto' else 'profile=' + profile} needs a CUDA device, and {lack}. "
@@ -212,18 +225,18 @@ def choose_device(
         )
     if numbers:
         return "cuda", numbers
-    if profile == "quick":
+    if profile in MINIATURES:
         return "cuda", ("0",)
     return "cuda", tuple(str(number) for number in range(available))
 
 
 def own_threads(request: Request, profile: str, notes: list[str]) -> Request:
-    """Let ``threads=`` of a quick run that names the default be no other run, and say what the caller's count does."""
-    if profile != "quick":
+    """Let ``threads=`` that names a miniature's default be no other run, and say what the caller's count does."""
+    if profile not in MINIATURES:
         return request
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given not in ("", str(request.settings.threads or QUICK_THREADS)):
-        notes.append(f"OMP_NUM_THREADS={given} has no effect in profile quick, which takes threads={QUICK_THREADS}")
+        notes.append(f"OMP_NUM_THREADS={given} has no effect in profile {profile}, which takes threads={QUICK_THREADS}")
     return as_default(request, "threads", QUICK_THREADS)
 
 

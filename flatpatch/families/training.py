@@ -80,12 +80,12 @@ def train_task(
     accumulated batch.
 
     Args:
-        model: A sequence-to-sequence model with its adapters attached.
+        model: A sequence-to-sequence model, or a classifier, with its adapters attached.
         examples: What to learn from.
         collate: Makes a batch of the model's inputs, with labels, from some examples.
         task: Epochs, batch size, learning rate and device are read from here.
         penalty: The method's penalty at the present weights, a scalar.
-        make_gradients: See `descend`. The optimizer's two groups are named "A" and "B".
+        make_gradients: See `descend`. The optimizer's groups are named "A", "B" and, where a head is trained, "head".
         on_step: See `descend`.
 
     Returns:
@@ -97,11 +97,12 @@ def train_task(
     from flatpatch.families.text.reference.adapters import layer_matrices
 
     layers = layer_matrices(model)
+    groups: dict[str, list[Tensor]] = {"A": [layer.A for layer in layers], "B": [layer.B for layer in layers]}
+    factors = {id(factor) for group in groups.values() for factor in group}
+    if others := [each for each in model.parameters() if each.requires_grad and id(each) not in factors]:
+        groups["head"] = [*others]
     optimizer = AdamW(
-        [
-            {"params": [layer.A for layer in layers], "name": "A"},
-            {"params": [layer.B for layer in layers], "name": "B"},
-        ],
+        [{"params": group, "name": name} for name, group in groups.items()],
         lr=task.learning_rate,
         eps=1e-8,
         no_deprecation_warning=True,

@@ -42,7 +42,7 @@ from flatpatch.report.groups import (
 )
 from flatpatch.report.records import setting
 from flatpatch.report.titles import sam_title, warning
-from flatpatch.settings import OF_PLACES, idle_settings
+from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings
 from flatpatch.upstreams import UPSTREAMS
 
 LARGEST_SVG = 150_000  # bytes
@@ -463,7 +463,8 @@ def _settings(run: Run) -> dict[str, str]:
     for key, entry in run.record["settings"].items():
         value = "(empty)" if entry["value"] == "" else entry["value"]
         if key == "threads" and not entry["value"]:
-            chosen_by = "by profile quick" if run.record["profile"] == "quick" else "left to the machine"
+            profile = run.record["profile"]
+            chosen_by = f"by profile {profile}" if profile in MINIATURES else "left to the machine"
             value = f"{_threads(run.record)}, {chosen_by}"
         if key not in left_out:
             shown[key] = f"{value} ({entry['source']})"
@@ -534,7 +535,7 @@ def _rerun(group: Group) -> dict[str, Any]:
     verb = "sweep" if len(seeds) > 1 else "run"
     words += [f"seed={','.join(seeds)}"] if seeds else []
     variables = environment.get("variables", {})
-    of_run = "threads" in record["settings"] and (record["profile"] == "quick" or setting(record, "threads"))
+    of_run = "threads" in record["settings"] and (record["profile"] in MINIATURES or setting(record, "threads"))
     callers = [
         f"{name}={shlex.quote(str(variables[name]))} "
         for name in _CALLERS

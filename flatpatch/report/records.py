@@ -74,12 +74,12 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "benchmark": _TEXT,
         # Left out by earlier versions (families.family_of).
         "family": {"enum": list(families.NAMES)},
-        "profile": {"enum": ["upstream", "paper", "quick"]},
+        "profile": {"enum": ["upstream", "paper", "quick", "small"]},
         "profile_reason": _TEXT,
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
         # Why the numbers must not stand beside a paper's; empty if they may.
-        "labels": {"type": "array", "items": {"enum": ["quick", "reference", "off-protocol"]}},
+        "labels": {"type": "array", "items": {"enum": ["quick", "small", "reference", "off-protocol"]}},
         "notes": _TEXTS,
         "error": _TEXT,
         "settings": {

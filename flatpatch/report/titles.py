@@ -11,6 +11,7 @@ from flatpatch.report.records import setting
 
 _LABEL_TEXTS = {
     "quick": "small model and data",
+    "small": "a small pretrained model on some of the texts, in our own training loop",
     "reference": "our own small implementation, not upstream's code",
     "off-protocol": "not upstream's own set-up; the deviations are in record.json",
 }

@@ -54,6 +54,7 @@ from flatpatch.runner.figures import or_warn, tell_figures
 from flatpatch.runner.measure_words import Asked
 from flatpatch.runner.pages import PAGE, leave_page, place_of
 from flatpatch.runner.record import write_record
+from flatpatch.settings import MINIATURES
 from flatpatch.terminal import say
 from flatpatch.upstreams import UPSTREAMS
 
@@ -138,7 +139,7 @@ def names_of(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _choose_threads(runs: Sequence[FinishedRun]) -> None:
     """Take one thread for small models on the CPU: more are no faster, and much slower where they wait for cores."""
-    quick = all(run.record["profile"] == "quick" for run in runs)
+    quick = all(run.record["profile"] in MINIATURES for run in runs)
     if quick and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

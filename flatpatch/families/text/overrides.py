@@ -77,6 +77,7 @@ RANGES: Mapping[str, Range] = {
             *("per_gpu_train_batch_size", "per_gpu_eval_batch_size", "eval_accumulation_steps"),
             *("lora_r", "lora_dim", "max_source_length", "max_target_length", "generation_max_length"),
             *("num_beams", "generation_num_beams", "max_train_samples", "max_eval_samples", "max_predict_samples"),
+            "max_test_samples",
             *("logging_steps", "save_steps", "eval_steps", "save_total_limit", "preprocessing_num_workers"),
         ),
         COUNT,

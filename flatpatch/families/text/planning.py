@@ -16,15 +16,16 @@ from flatpatch import patches
 from flatpatch.errors import UserError, named_path
 from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, PORT, Deviation, Machine, Plan, Stage
-from flatpatch.families.text import overrides, quick
+from flatpatch.families.text import overrides, quick, small
 from flatpatch.families.text.changes import Datasets, Editor, dataset_of
 from flatpatch.families.text.data import check_benchmark
 from flatpatch.families.text.launching import choose_launcher, choose_world_size, settle
+from flatpatch.families.text.models import lacks
 from flatpatch.families.text.results import RESULT_FILE
 from flatpatch.families.text.scripts import Invocation, parse_script
 from flatpatch.families.text.upstream import STANDARD_ORDERS, WORDS_IN_PATHS, TextUpstream
 from flatpatch.files import ROOT, folder_problems
-from flatpatch.settings import Request, in_name
+from flatpatch.settings import MINIATURES, Request, in_name
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 QUICK_DATA = "quick_benchmark"
@@ -38,22 +39,26 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     """Plan a run; see :class:`flatpatch.families.base.Family`."""
     draft = choices.choose_engine_of(upstream, request, machine, dry_run=dry_run)
     draft.find_machine(machine)
-    originals = _read_invocations(draft.request, upstream, draft.profile, draft.engine, draft.verified)
+    chosen = small.choose(draft) if draft.is_small else None
+    originals = _read_invocations(draft, upstream, chosen)
     editor = Editor(originals)
     evaluates = [_evaluated(inv, index, originals, draft.verified) for index, inv in enumerate(originals)]
     if draft.request.settings.tasks:
         evaluates = editor.select(draft.request.settings.tasks, evaluates)
         draft.request = _in_order(draft.request, editor.names, draft.notes)
     _configure(upstream, draft, editor)
+    if chosen is not None:
+        small.declare(chosen, draft, editor)
     launcher, world_size, off_protocol = _launch(draft, editor, originals[0].world_size)
     settings = draft.request.settings
     if settings.seed != upstream.seed:
         why = f"setting seed=; upstream's scripts pass none, which means {upstream.seed}"
         editor.set("seed", str(settings.seed), why)
-    links = _find_places(draft, editor)
+    links = {f"initial_model/{chosen.name}": chosen.model} if chosen else _find_places(draft, editor)
     off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     off_protocol |= _override(upstream, draft, editor, originals[0])
     off_protocol |= _lengthen(settings.budget, editor)
+    texts = small.texts_of(chosen, draft, editor) if chosen is not None else {}
 
     variables = choices.environment(draft.device, draft.devices, draft.threads)
     if draft.device == "cpu" and launcher == "deepspeed":
@@ -72,9 +77,10 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         libraries=LIBRARIES,
         links=links,
         own_folders=OWN_FOLDERS,
-        files=_written_configs(evaluates) if settings.tasks or draft.engine == "reference" else {},
+        files=(_written_configs(evaluates) if settings.tasks or draft.engine == "reference" else {})
+        | {f"{small.DATA}/{name}": text for name, text in texts.items()},
         made={QUICK_DATA: quick.write_benchmark} if draft.is_quick and BENCHMARK not in links else {},
-        inputs=dict(sorted(links.items())),
+        inputs=dict(sorted(links.items())) | ({small.DATA: small.hash_of(texts)} if texts else {}),
         off_protocol=off_protocol,
     )
     problems = _data_problems(plan, editor.current[0].get("data_dir"), evaluates)
@@ -235,29 +241,29 @@ def _in_order(request: Request, kept: Sequence[str], notes: list[str]) -> Reques
     return replace(request, settings=replace(request.settings, tasks=",".join(kept)))
 
 
-def _read_invocations(
-    request: Request, upstream: TextUpstream, profile: str, engine: str, verified: patches.Verified | None
-) -> list[Invocation]:
-    order = request.settings.order
-    if profile == "quick" and order not in STANDARD_ORDERS:
+def _read_invocations(draft: choices.Draft, upstream: TextUpstream, chosen: small.Chosen | None) -> list[Invocation]:
+    order, verified = draft.request.settings.order, draft.verified
+    if draft.profile in MINIATURES and order not in STANDARD_ORDERS:
         raise UserError(
-            f"profile quick has the four tasks of orders {', '.join(STANDARD_ORDERS)} (got order={order}). "
+            f"profile {draft.profile} has the four tasks of orders {', '.join(STANDARD_ORDERS)} (got order={order}). "
             f"Use one of those, or profile=upstream."
         )
-    if engine == "upstream":
+    if draft.engine == "upstream":
         assert verified is not None
         return parse_script(verified.checkout / upstream.scripts[order])
-    preset = {**quick.PRESET, **upstream.quick}
-    tasks = STANDARD_ORDERS[order]
+    tasks, preset = STANDARD_ORDERS[order], {**quick.PRESET, **upstream.quick}
+    first, data = f"initial_model/{quick.MODEL_FOLDER.name}", QUICK_DATA
+    if chosen is not None:
+        tasks, preset = tuple(task.dataset for task in chosen.tasks), {**chosen.preset, **upstream.quick}
+        first, data = f"initial_model/{chosen.name}", small.DATA
     invocations = []
     for index, name in enumerate(tasks):
         outputs = f"logs_and_outputs/order_{order}/outputs"
-        model = f"{outputs}/{index}-{tasks[index - 1]}/adapter" if index else f"initial_model/{quick.MODEL_FOLDER.name}"
         arguments = {
-            "method": request.settings.method,
-            "base_model": f"initial_model/{quick.MODEL_FOLDER.name}",
-            "model_name_or_path": model,
-            "data_dir": QUICK_DATA,
+            "method": upstream.name,
+            "base_model": first,
+            "model_name_or_path": f"{outputs}/{index}-{tasks[index - 1]}/adapter" if index else first,
+            "data_dir": data,
             "task_config_dir": f"task_configs/{name}",
             "output_dir": f"{outputs}/{index + 1}-{name}",
             **{key: str(value) for key, value in preset.items()},
@@ -271,7 +277,7 @@ def _evaluated(
 ) -> Datasets:
     """Return the (type, dataset) pairs that a task tests, in the order of training."""
     if verified is None:
-        return tuple((quick.TASKS[dataset_of(inv)], dataset_of(inv)) for inv in invocations[: index + 1])
+        return tuple((small.TYPES[dataset_of(inv)], dataset_of(inv)) for inv in invocations[: index + 1])
     config = verified.checkout / invocation.get("task_config_dir") / "test_tasks.json"
     content = json.loads(config.read_text(encoding="utf-8"))
     types = {entry["dataset name"]: kind for kind, entries in content.items() for entry in entries}
@@ -294,7 +300,7 @@ def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
         assert verified is not None
         places = (ROOT / "models" / Path(asked).name, verified.checkout / asked)
         model = next((place for place in places if (place / "config.json").is_file()), places[0])
-    if lacking := _lacking(model):
+    if lacking := lacks(model):
         hub = "huggyllama/llama-7b" if settings.order.startswith("llama") else "google-t5/t5-large"
         advice = (
             "Leave model= out: profile quick has a small model of its own."
@@ -329,17 +335,6 @@ def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
     elif profile == "quick":
         editor.set("data_dir", QUICK_DATA, "profile quick's own data, made by a seeded generator")
     return links
-
-
-def _lacking(model: Path) -> str:
-    """Return what a model folder lacks, or an empty string."""
-    if not (model / "config.json").is_file():
-        return "config.json"
-    if not any((model / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")):
-        return "tokenizer (tokenizer.json or spiece.model)"
-    if not any(model.glob("*.safetensors")) and not any(model.glob("pytorch_model*.bin")):
-        return "weights (*.safetensors or pytorch_model*.bin)"
-    return ""
 
 
 def _check_overrides(
@@ -413,8 +408,8 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
 
 
 def _benchmark_name(request: Request, profile: str) -> str:
-    if profile == "quick":
-        return f"quick, order {request.settings.order}"
+    if profile in MINIATURES:
+        return f"{profile}, order {request.settings.order}"
     kind = "standard" if request.settings.order in ("1", "2", "3") or "llama" in request.settings.order else "long"
     return f"{kind} CL benchmark, order {request.settings.order}"
 
@@ -423,7 +418,7 @@ def _data_problems(plan: Plan, folder: str, evaluates: Sequence[Datasets]) -> li
     """Return which of the plan's data are missing or damaged."""
     problems = []
     data = plan.links.get(BENCHMARK)
-    if data is None and plan.profile != "quick":
+    if data is None and plan.profile not in MINIATURES:
         assert plan.verified is not None
         data = plan.verified.checkout / folder
     if data is not None:

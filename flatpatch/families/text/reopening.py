@@ -21,9 +21,11 @@ from flatpatch.errors import UserError
 from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample, draw_sample
 from flatpatch.families.text import reference
-from flatpatch.families.text.reference import adapters
+from flatpatch.families.text.models import is_encoder
+from flatpatch.families.text.reference import adapters, classifier
 from flatpatch.families.text.reference.adapters import Pair
-from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
+from flatpatch.families.text.reference.classifier import Classifier, load_heads
+from flatpatch.families.text.reference.data import load_examples
 from flatpatch.families.text.scripts import pairs
 from flatpatch.families.text.upstream import TextUpstream
 from flatpatch.files import folder_hash
@@ -124,7 +126,7 @@ def load_adapter(run: TextRun, index: int) -> SavedAdapter:
     Raises:
         UserError: If it is missing, damaged, or of other ranks than the run's.
     """
-    folder = run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
+    folder = _adapter_folder(run, index)
     for path in sorted(folder.glob("*")):
         run.check_file(_process(index, run.record["tasks"][index]), path)
     if run.record["engine"] == "reference":
@@ -172,7 +174,12 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
             f"{run.name}: the adapter after task {index + 1} has rank {saved.total_rank} in all, and {saved.rank} a "
             "task: it is not that task's."
         )
-    model = AutoModelForSeq2SeqLM.from_pretrained(_base_model(run))
+    base, task = _base_model(run), run.record["tasks"][index]
+    model: reference.Model = (
+        classifier.load(base, load_heads(_adapter_folder(run, index)), task)
+        if is_encoder(base)
+        else AutoModelForSeq2SeqLM.from_pretrained(base)
+    )
     old = {key: Pair(pair.A[:earlier], pair.B[:, :earlier]) for key, pair in saved.pairs.items()} if earlier else None
     new = {key: Pair(pair.A[earlier:], pair.B[:, earlier:]) for key, pair in saved.pairs.items()}
     rank = saved.total_rank - earlier
@@ -181,10 +188,13 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
         adapters.attach(model, r=rank, alpha=saved.alpha * rank // saved.rank, dropout=0.0, old=old, new=new)
     except ValueError as error:
         raise UserError(f"{run.name}: the adapter after task {index + 1} is of another model: {error}.") from None
-    model.resize_token_embeddings(len(_tokenizer(run))).requires_grad_(False)
+    if not isinstance(model, Classifier):
+        model.resize_token_embeddings(len(_tokenizer(run))).requires_grad_(False)
     # A parameter that holds the whole vocabulary is not an adapter; resizing makes a new one.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{adapters.NEW}." in name)
+    if isinstance(model, Classifier):
+        model.let_head_learn()
     return run.ready(index, model)
 
 
@@ -203,14 +213,19 @@ def draw_task_sample(run: TextRun, index: int, request: Request) -> Sample:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.name}: {told}, which names the task's data, cannot be read ({error}).") from None
     file = arguments.get("instruction_file")
-    instructions = read_instructions(work / file if file else None)
+    base = _base_model(run)
+    instructions = reference.wording(base, work / file if file else None)
     limit = arguments.get("max_train_samples")
     data = work / arguments["data_dir"]
     examples = load_examples(data, tasks, "train", instructions, int(limit) if limit else None)
     source = int(arguments.get("max_source_length", "512"))
     target = int(arguments.get("max_target_length", "50"))
-    collate = make_collate(_tokenizer(run), source, target)
+    collate = reference.collate_for(base, _tokenizer(run), data, tasks, source, target)
     return draw_sample(examples, collate, samples=request.samples, batch=request.batch)
+
+
+def _adapter_folder(run: TextRun, index: int) -> Path:
+    return run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
 
 
 def _base_model(run: TextRun) -> Path:

@@ -38,6 +38,7 @@ class TextUpstream(Upstream):
     """
 
     family: ClassVar[str] = "text"
+    miniatures: ClassVar[tuple[str, ...]] = ("quick", "small")
 
     scripts: Mapping[str, str] = field(default_factory=dict)
     orders_note: str = ""
@@ -58,7 +59,7 @@ class TextUpstream(Upstream):
                 f"unknown order '{settings.order}' for method {self.name}. Expected: {', '.join(self.orders)}."
                 + (f" {self.orders_note}" if self.orders_note else "")
             )
-        if settings.sam != "off" and settings.scope == "head":
+        if settings.sam != "off" and settings.scope == "head" and settings.profile != "small":
             problems.append(
                 f"scope=head has nothing to perturb: {self.title} trains LoRA weights alone. Use scope=lora."
             )

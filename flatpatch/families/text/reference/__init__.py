@@ -12,15 +12,18 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.text.data import check_benchmark
-from flatpatch.families.text.reference import adapters, inclora, nlora, olora, seqlora
+from flatpatch.families.text.models import is_encoder
+from flatpatch.families.text.reference import adapters, classifier, inclora, nlora, olora, seqlora
 from flatpatch.families.text.reference.adapters import Adapter, LayerMatrices
+from flatpatch.families.text.reference.classifier import Classifier
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.families.text.reference.evaluate import exact_match, predict
 from flatpatch.families.text.reference.task import ReferenceTask
@@ -48,7 +51,8 @@ __all__ = [
 ]
 
 
-AtTrainingsEnds = Callable[[str, PreTrainedModel, Sequence[Any], Callable[[Sequence[Any]], dict[str, Tensor]]], None]
+Model: TypeAlias = "PreTrainedModel | Classifier"
+AtTrainingsEnds = Callable[[str, Model, Sequence[Any], Callable[[Sequence[Any]], dict[str, Tensor]]], None]
 """Called with "before" or "after", the model, the training examples and what collates them."""
 
 
@@ -70,7 +74,7 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def prepare(task: ReferenceTask) -> tuple[PreTrainedModel, Any]:
+def prepare(task: ReferenceTask) -> tuple[Model, Any]:
     """Load the model and give it the adapters with which the task begins.
 
     Returns:
@@ -80,10 +84,12 @@ def prepare(task: ReferenceTask) -> tuple[PreTrainedModel, Any]:
         UserError: If the model or the previous adapter is missing or does not fit.
     """
     if not (task.model / "config.json").is_file():
-        raise UserError(f"no model at {task.model}: it has no config.json. Give the folder of a pretrained T5.")
+        raise UserError(f"no model at {task.model}: it has no config.json. Give the folder of a pretrained T5 or BERT.")
     earlier = _load_previous(task)
     set_seed(task.seed)
-    model = AutoModelForSeq2SeqLM.from_pretrained(task.model)
+    model: Model = (
+        classifier.begin(task) if is_encoder(task.model) else AutoModelForSeq2SeqLM.from_pretrained(task.model)
+    )
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     path = "old" if METHODS[task.method].keeps_old else "new"
     try:
@@ -96,8 +102,11 @@ def prepare(task: ReferenceTask) -> tuple[PreTrainedModel, Any]:
         )
     except ValueError as error:
         raise UserError(f"the adapter in {task.previous} is of another model than {task.model}: {error}.") from None
-    # As upstream: T5 has more words than its tokenizer, and the loss is taken over the tokenizer's.
-    model.resize_token_embeddings(len(tokenizer)).requires_grad_(False)
+    if isinstance(model, Classifier):
+        model.let_head_learn()
+    else:
+        # As upstream: T5 has more words than its tokenizer, and the loss is taken over the tokenizer's.
+        model.resize_token_embeddings(len(tokenizer)).requires_grad_(False)
     return model.to(task.device), tokenizer
 
 
@@ -117,8 +126,27 @@ def _load_previous(task: ReferenceTask) -> Adapter | None:
     return earlier
 
 
+def wording(model: Path, instruction_file: Path | None) -> Mapping[str, str] | None:
+    """Return the instructions that stand in a model's prompts; None where it reads the bare sentences."""
+    return None if is_encoder(model) else read_instructions(instruction_file)
+
+
+def collate_for(
+    model: Path,
+    tokenizer: Any,
+    data_dir: Path,
+    datasets: Sequence[tuple[str, str]],
+    max_source_length: int,
+    max_target_length: int,
+) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """Return what makes a batch of examples of some data sets for a model, which is named by its folder."""
+    if is_encoder(model):
+        return classifier.make_collate(tokenizer, data_dir, datasets, max_source_length)
+    return make_collate(tokenizer, max_source_length, max_target_length)
+
+
 def learn(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Any,
     task: ReferenceTask,
     *,
@@ -133,13 +161,14 @@ def learn(
     Returns:
         The training's result and the number of training examples.
     """
-    instructions = read_instructions(task.instruction_file)
+    instructions = wording(task.model, task.instruction_file)
     examples = load_examples(task.data_dir, [task.task], "train", instructions, task.max_train_samples)
     layers = adapters.layer_matrices(model)
     method = METHODS[task.method]
     # As the Trainer does when it is made: batches and dropout do not depend on how the weights were drawn.
     set_seed(task.seed)
-    collate = make_collate(tokenizer, task.max_source_length, task.max_target_length)
+    lengths = (task.max_source_length, task.max_target_length)
+    collate = collate_for(task.model, tokenizer, task.data_dir, [task.task], *lengths)
     if at is not None:
         at("before", model, examples, collate)
     result = train_task(
@@ -191,10 +220,15 @@ def run_task(
     result, train_samples = learn(model, tokenizer, task, make_gradients=make_gradients, on_step=on_step, at=at)
     adapters.save(task.output_dir / "adapter", Adapter(adapters.joined(model), _made(task)))
 
-    instructions = read_instructions(task.instruction_file)
-    questions = load_examples(task.data_dir, task.eval_tasks, "test", instructions, task.max_predict_samples)
+    instructions = wording(task.model, task.instruction_file)
+    limits = (task.max_predict_samples, task.max_test_samples)
+    questions = load_examples(task.data_dir, task.eval_tasks, "test", instructions, *limits)
     start = time.perf_counter()
-    answers = predict(model, tokenizer, questions, task, on_predict)
+    if isinstance(model, Classifier):
+        classifier.save_heads(task.output_dir / "adapter", model)
+        answers = classifier.predict(model, tokenizer, questions, task, on_predict)
+    else:
+        answers = predict(model, tokenizer, questions, task, on_predict)
     lines = [
         json.dumps({"task": q.task_type, "dataset": q.dataset, "prompt": q.prompt, "label": q.label, "prediction": a})
         for q, a in zip(questions, answers, strict=True)

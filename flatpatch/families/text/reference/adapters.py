@@ -24,7 +24,7 @@ from flatpatch.errors import UserError
 from flatpatch.files import write_atomically
 
 OLD, NEW = "old", "new"
-ADAPTED = ("q", "v")  # the names of T5's query and value projections
+ADAPTED = ("q", "v", "query", "value")  # the names of T5's and of BERT's query and value projections
 FILE_NAME = "adapter.safetensors"
 
 
@@ -82,7 +82,7 @@ def attach(
     seed gives their new adapter and ours the same start.
 
     Args:
-        model: A T5; its attention's query and value projections are adapted, as in both papers.
+        model: A T5 or a BERT; its attention's query and value projections are adapted, as in both papers.
         r: Rank of the new adapter.
         alpha: LoRA's alpha; both paths are scaled by alpha / r.
         dropout: Probability of dropping an entry of an adapter's input.
@@ -105,7 +105,7 @@ def attach(
             layer.lora_A[OLD] = nn.Linear(size[0], rank_old, bias=False)
             layer.lora_B[OLD] = nn.Linear(rank_old, size[1], bias=False)
         layer.reset_lora_parameters(NEW)
-        layer.weight = linear.weight
+        layer.weight, layer.bias = linear.weight, linear.bias
         setattr(model.get_submodule(parent), last, layer)
     for path, pairs in ((OLD, old), (NEW, new)):
         if pairs is not None:

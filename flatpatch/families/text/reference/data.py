@@ -76,8 +76,9 @@ def load_examples(
     data_dir: Path,
     tasks: Sequence[tuple[str, str]],
     split: str,
-    instructions: Mapping[str, str] = INSTRUCTIONS,
+    instructions: Mapping[str, str] | None = INSTRUCTIONS,
     limit: int | None = None,
+    limit_each: int | None = None,
 ) -> list[Example]:
     """Read a split of some datasets, one after the other, in the files' order.
 
@@ -85,19 +86,24 @@ def load_examples(
         data_dir: The benchmark's folder.
         tasks: (task type, dataset) of each.
         split: ``train``, ``dev`` or ``test``.
-        instructions: Instruction by task type.
+        instructions: Instruction by task type; None for prompts that are the bare sentences.
         limit: Keep only so many of the examples, the first ones.
+        limit_each: Keep only so many of each dataset, the first ones.
 
     Raises:
         UserError: If the data is bad, or a task type has no instruction.
     """
     examples: list[Example] = []
     for task_type, dataset in tasks:
+        instances = read_split(data_dir, task_type, dataset, split)[:limit_each]
+        if instructions is None:
+            examples += [Example(task_type, dataset, each["sentence"], each["label"]) for each in instances]
+            continue
         options = f"Option: {', '.join(read_labels(data_dir, task_type, dataset))} \n"
         if task_type not in BARE_TYPES and task_type not in instructions:
             raise UserError(f"no instruction for task type '{task_type}'; known: {', '.join(instructions)}.")
         question = "" if task_type in BARE_TYPES else instructions[task_type] + options
-        for instance in read_split(data_dir, task_type, dataset, split):
+        for instance in instances:
             prompt = f"Task:{task_type}\nDataset:{dataset}\n{question}{instance['sentence']}\nAnswer:"
             examples.append(Example(task_type, dataset, prompt, instance["label"]))
     return examples[:limit]

@@ -13,7 +13,7 @@ class ReferenceTask:
     method: str
     """nlora, olora, inclora or seqlora."""
     model: Path
-    """Folder of the pretrained T5 and its tokenizer."""
+    """Folder of the pretrained model and its tokenizer: a T5, or a BERT, which gets a head for each task."""
     data_dir: Path
     """Folder of the benchmark."""
     task: tuple[str, str]
@@ -46,3 +46,5 @@ class ReferenceTask:
     """Keep only the first of the training instances."""
     max_predict_samples: int | None = None
     """Keep only the first of the instances to predict."""
+    max_test_samples: int | None = None
+    """Keep only the first of each test set."""
