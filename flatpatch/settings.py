@@ -17,7 +17,7 @@ from flatpatch.measuring import KINDS, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "profile": ("auto", "upstream", "paper", "quick"),
+    "profile": ("auto", "upstream", "paper", "record", "quick"),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam"),
     "scope": ("lora", "A", "B", "head", "all"),
@@ -72,7 +72,10 @@ class Settings:
         "", "vision: cifar100, imagenet_r_10, ...; default: the method's first (a wrong one lists all)", family="vision"
     )
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
-    profile: str = _setting("auto", "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU")
+    profile: str = _setting(
+        "auto",
+        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU",
+    )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting("off", "off, sam, or asam (adaptive)")
     rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")

@@ -111,10 +111,11 @@ def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, st
         UserError: If the method, profile and engine do not go together.
     """
     if upstream.repository is None:
-        if profile != "quick":
+        if profile not in upstream.profiles:
             raise UserError(
-                f"{upstream.title} is a reference implementation and runs in profile quick alone, not {profile}. "
-                "Use profile=quick, or a method with a repository."
+                f"{upstream.title} is a reference implementation and runs in profile {' and '.join(upstream.profiles)} "
+                f"alone, not {profile}. Use profile={' or profile='.join(upstream.profiles)}, or a method with a "
+                "repository."
             )
         return "reference", f"{upstream.title} has no repository of its own"
     if asked == "reference":
