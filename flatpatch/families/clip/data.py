@@ -98,8 +98,8 @@ def check_pictures(name: str, root: Path) -> Checked:
             problems.append(f"{len(lost)} of its {len(pictures)} {split} images are missing, e.g. {shown}")
         if found.classes and pictures.classes != found.classes:
             problems.append(_other_classes(found, pictures.classes, split))
-        labels = {label for label, _ in enumerate(pictures.classes)} - _labels_of(pictures)
-        if labels:
+        labels = set(range(len(pictures.classes))) - _labels_of(pictures)
+        if labels and (split == "train" or _OPENERS[name] is not _caltech101):  # chance may leave one out of a test
             names = ", ".join(pictures.classes[label] for label in sorted(labels)[:SHOWN])
             problems.append(f"no {split} image is of class {names}")
         hashes[f"{found.folder}/{split}"] = _hash_of(pictures, root)

@@ -64,7 +64,7 @@ def restore(reference: ClipReference, task: int, *, joined: bool = False) -> Pro
         many = len(files)
         wide = replace(arguments, rank=arguments.rank * many, alpha=arguments.alpha * many)  # the scale stays
         model = build(reference.model, wide, seed=reference.seed, device=reference.device)
-        _fill(model, {name: torch.cat([f[name] for f in files], dim=name.endswith(".B")) for name in files[0]})
+        _fill(model, {name: torch.cat([f[name] for f in files], dim=int(name.endswith(".B"))) for name in files[0]})
     else:
         model = build(reference.model, arguments, seed=reference.seed, device=reference.device)
         for index, file in enumerate(files):
