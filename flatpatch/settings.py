@@ -18,7 +18,7 @@ from flatpatch.measuring import Request as MeasureRequest
 
 MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "profile": ("auto", "upstream", "paper", *MINIATURES),
+    "profile": ("auto", "upstream", "paper", "record", *MINIATURES),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam", "random", "recorded"),
     "scope": ("lora", "A", "B", "head", "all"),
@@ -76,8 +76,8 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting(
         "auto",
-        "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU; small: a pretrained encoder on "
-        "some of the real texts, CPU (text)",
+        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU; "
+        "small: a pretrained encoder on some of the real texts, CPU (text)",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(

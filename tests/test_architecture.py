@@ -26,7 +26,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # Parts of a layer that know nothing of each other.
-BLIND = ({"sam", "flatness", "patches"}, {"families.text", "families.vision"}, {"measurement", "report"})
+BLIND = (
+    {"sam", "flatness", "patches"},
+    {"families.text", "families.vision", "families.clip"},
+    {"measurement", "report"},
+)
 
 
 def files_of(part: str) -> list[Path]:

@@ -74,7 +74,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "benchmark": _TEXT,
         # Left out by earlier versions (families.family_of).
         "family": {"enum": list(families.NAMES)},
-        "profile": {"enum": ["upstream", "paper", "quick", "small"]},
+        "profile": {"enum": ["upstream", "paper", "record", "quick", "small"]},
         "profile_reason": _TEXT,
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
@@ -127,6 +127,8 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "inputs": {"type": "object", "additionalProperties": _MAYBE_TEXT},
         # [after task i][on task j], percent, null where not evaluated.
         "accuracy_matrix": {"type": "array", "items": {"type": "array", "items": _PERCENT}},
+        # [on task j], percent, before the first one is learned; left out where not evaluated.
+        "accuracy_before_training": {"type": "array", "items": _PERCENT},
         "metrics": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
         # What was measured, by task, time and scope; flatpatch/measurement/files.py says what the names mean. The loss
         # is null, and values are missing or null, where the file tells why they could not be measured.

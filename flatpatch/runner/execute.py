@@ -428,6 +428,8 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     for key in ("train_seconds", "predict_seconds"):
         if seconds := getattr(results, key):
             record["timing"][key] = list(seconds)
+    if results.before_training:
+        record["accuracy_before_training"] = list(results.before_training)
     if count == len(plan.stages):
         accuracy = metrics.from_lists(results.accuracy)
         record["metrics"] = metrics.summarise(accuracy, sample_weighted=results.sample_weighted)
