@@ -197,7 +197,8 @@ def wrong_names(quantity: Quantity) -> list[str]:
     for name in (quantity.value, quantity.as_recorded):
         if name is not None and not kind_of(name):
             names = [each for given in GIVEN_BY.values() for each in given]
-            problems.append(f"unknown measured value {name!r}.{did_you_mean(name, names)} Expected: {', '.join(names)}")
+            hint = did_you_mean(name, names)
+            problems.append(f"unknown measured value {name!r}.{hint} docs/studies.md lists them all.")
     return problems
 
 

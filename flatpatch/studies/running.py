@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -9,17 +10,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.families.base import Plan
-from flatpatch.files import ROOT
 from flatpatch.progress import Progress
 from flatpatch.runner.execute import SIGNALS, execute
 from flatpatch.runner.record import check_continues
-from flatpatch.runner.supervise import Supervised
+from flatpatch.runner.supervise import end_with_parent
 from flatpatch.studies.planning import Cell
 from flatpatch.terminal import say
 
@@ -91,7 +92,7 @@ def carry_out(title: str, cells: Sequence[Cell], *, parallel: int, logs: Path) -
         Interrupted: If a signal asks to stop, or a disk is full.
     """
     if parallel > 1:
-        return _side_by_side(title, cells, parallel, logs)
+        return _side_by_side(title, [cell.plan for cell in cells], parallel, logs)
     failures = []
     began = time.monotonic()
     for number, plan in enumerate([cell.plan for cell in cells], 1):
@@ -117,15 +118,20 @@ def _time_left(began: float, done: int, total: int) -> str:
 
 @dataclass
 class _Worker:
-    cell: Cell
+    plan: Plan
     log: Path
-    process: Supervised
+    process: BaseProcess
     began: float = field(default_factory=time.monotonic)
 
+    def end(self) -> None:
+        """Ask it to end, which ends its training too."""
+        self.process.terminate()
+        self.process.join()
 
-def _side_by_side(title: str, cells: Sequence[Cell], parallel: int, logs: Path) -> list[str]:
+
+def _side_by_side(title: str, plans: Sequence[Plan], parallel: int, logs: Path) -> list[str]:
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, working, failures = list(cells), list[_Worker](), list[str]()
+    waiting, working, failures = list(plans), list[_Worker](), list[str]()
     began, done = time.monotonic(), 0
     with _asked_to_stop() as asked, Progress(title, "run", leave=True) as bar:
         try:
@@ -134,31 +140,48 @@ def _side_by_side(title: str, cells: Sequence[Cell], parallel: int, logs: Path) 
                     raise Interrupted(f"stopped by {asked[0]} during {title}. {AGAIN}")
                 while waiting and len(working) < parallel:
                     working.append(_start(waiting.pop(0), logs))
-                for worker in [each for each in working if each.process.poll() is not None]:
+                for worker in [each for each in working if each.process.exitcode is not None]:
                     working.remove(worker)
                     done += 1
                     failures += _ended(worker)
                     bar.tell(
-                        f"{title}: run {done} of {len(cells)}: {worker.cell.plan.folder.name}, "
+                        f"{title}: run {done} of {len(plans)}: {worker.plan.folder.name}, "
                         f"{time.monotonic() - worker.began:.0f} s"
                     )
-                bar.update("", done, len(cells), _time_left(began, done, len(cells)))
+                bar.update("", done, len(plans), _time_left(began, done, len(plans)))
                 time.sleep(0.2)
         finally:
             for worker in working:
-                worker.process.end()
+                worker.end()
         bar.end()
     return failures
 
 
-def _start(cell: Cell, logs: Path) -> _Worker:
-    folder = cell.plan.folder
-    words = [*cell.words, f"run={folder.name}", f"output={folder.parent}"]
-    command = [sys.executable, "-m", "flatpatch.studies.one_run", *words]
-    log = logs / f"{folder.name}.txt"
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+def _start(plan: Plan, logs: Path) -> _Worker:
+    """Start a run in a copy of this process, which has loaded and planned what the run needs."""
+    log = logs / f"{plan.folder.name}.txt"
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(plan, log, os.getpid()))
+    process.start()
+    return _Worker(plan, log, process)
+
+
+def _run(plan: Plan, log: Path, parent: int) -> None:
+    """Carry out a run whose words go into a file; a FlatpatchError becomes its message and its exit code."""
+    end_with_parent(signal.SIGTERM)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    if os.getppid() != parent:  # it ended before it could be asked
+        sys.exit(Interrupted.exit_code)
     with log.open("wb") as output:
-        return _Worker(cell, log, Supervised(command, folder=Path.cwd(), variables=variables, output=output))
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    try:
+        execute(plan, show=False)
+    except FlatpatchError as error:
+        print(f"flatpatch: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
 
 
 def _ended(worker: _Worker) -> list[str]:
@@ -168,11 +191,11 @@ def _ended(worker: _Worker) -> list[str]:
         Interrupted: If it was stopped, or had no room.
         UserError: If it could not start, though its plan was sound.
     """
-    code = worker.process.poll()
+    code = worker.process.exitcode
     if code == 0:
         return []
     said = _last_words(worker.log)
-    name = worker.cell.plan.folder.name
+    name = worker.plan.folder.name
     if code == Interrupted.exit_code:
         raise (DiskFull if "disk is full" in said else Interrupted)(f"{name}: {said} {AGAIN}")
     if code == UserError.exit_code:
