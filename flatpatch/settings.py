@@ -152,7 +152,9 @@ class Settings:
     measure_batch: int = _setting(16, "examples in a batch of them", role="measure")
     measure_rho: float = _setting(0.05, "radius of SAM's ball to measure in, whatever rho= trains with", role="measure")
     measure_effort: str = _setting(
-        "quick", "quick: seconds to some tens of them with a small model; full: finer", role="measure"
+        "quick",
+        "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
+        role="measure",
     )
 
     @property

@@ -74,6 +74,9 @@ def _wrong(hypothesis: Hypothesis, cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _without_pairs(hypothesis: Hypothesis, against: Side | None, cells: Sequence[Cell]) -> Iterator[str]:
+    # One seed has no spread, which makes a hypothesis undecided and no mistake.
+    hypothesis = hypothesis.model_copy(update={"side": _with_a_spread(hypothesis.side)})
+    against = against and _with_a_spread(against)
     for arm in arms_of(hypothesis):
         reader = Planned()
         comparison = Comparison(cells, hypothesis, against, arm)
@@ -85,6 +88,10 @@ def _without_pairs(hypothesis: Hypothesis, against: Side | None, cells: Sequence
         # Of plans every number is 1, so that a slope over another quantity has no two places yet.
         elif slope and slope.over and not comparison.points(reader, slope):
             yield f"its slope over {slope.over!r} has no two values of it in the grid. Add them to runs."
+
+
+def _with_a_spread(side: Side) -> Side:
+    return side.model_copy(update={"reduce": "spread"}) if side.reduce == "seed_spread" else side
 
 
 def _why_no_couples(comparison: Comparison) -> Iterator[str]:

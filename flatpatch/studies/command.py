@@ -168,7 +168,7 @@ def _headline(found: Study, asked: Asked, runs: Sequence[Cell], missing: int, at
         f"study {found.name}: {found.title}",
         f"  {found.question}",
         f"  form {asked.form}, seeds {', '.join(asked.seeds)}: {len(runs)} runs, {missing} of them missing"
-        + (f", {at_once} at once" if missing > 1 else ""),
+        + (f", {at_once} at once" if at_once > 1 else ""),
     ]
     if form.minutes:
         lines.append(f"  with seeds {', '.join(form.seeds)} and the short grid about {form.minutes:g} min on two cores")

@@ -89,7 +89,9 @@ class Comparison:
         for couple in self.couples(reader):
             x = over(couple)
             if x is not None:
-                label = self.label(couple, without=(slope.over or "",))
+                # A line over another quantity goes through all runs of its seed, whatever their settings.
+                without = varying(self.cells) if slope.over is None else (slope.over,)
+                label = self.label(couple, without=without)
                 lines.setdefault(label, []).append(Point(label, couple.cell.seed, x, couple.difference))
         return {label: line for label, line in lines.items() if len({point.x for point in line}) > 1}
 
@@ -121,7 +123,7 @@ class Comparison:
         return [
             cell
             for cell in self.cells
-            if side.run in (None, cell.name)
+            if (side.run is None or cell.name in side.run)
             and all(cell.value(key) == value or (key in cell.idle) for key, value in wanted.items())
         ]
 
@@ -151,7 +153,7 @@ class Comparison:
         left_out = {*self.hypothesis.ignore, *side.settings, *against.settings}
         keys: tuple[str, ...] = varying(self.cells)
         if side.run and against.run and side.run != against.run:
-            groups = [[cell for cell in self.cells if cell.name == name] for name in (side.run, against.run)]
+            groups = [[cell for cell in self.cells if cell.name in names] for names in (side.run, against.run)]
             keys = tuple(dict.fromkeys(key for group in groups for key in varying(group)))
         return tuple(key for key in keys if key not in left_out)
 
@@ -159,7 +161,7 @@ class Comparison:
         """Return what a pair shares: its seed, its task, and what else varies."""
         left_out = {*self.hypothesis.side.settings, *(self.against.settings if self.against else ()), *without}
         if self.hypothesis.side.run:  # what all its runs have needs no telling
-            keys = varying([cell for cell in self.cells if cell.name == self.hypothesis.side.run])
+            keys = varying([cell for cell in self.cells if cell.name in self.hypothesis.side.run])
         else:
             keys = varying(self.fitting(self.hypothesis.side))
         cell = couple.cell
@@ -177,7 +179,7 @@ def side_words(side: Side, quantity: Quantity) -> str:
     """Return a side in words: its runs, and what of the quantity it has for itself."""
     if side.constant is not None:
         return f"{side.constant:g}"
-    parts = [f"runs {side.run}" if side.run else "", told(dict(side.settings)) if side.settings else ""]
+    parts = [f"runs {', '.join(side.run)}" if side.run else "", told(dict(side.settings)) if side.settings else ""]
     parts += [f"scope {side.scope}" if side.scope else "", f"{side.when} training" if side.when else ""]
     parts += [f"task {side.task}" if side.task else ""]
     parts += [{"spread": "spread over tasks", "seed_spread": "spread over seeds"}.get(side.reduce or "", "")]

@@ -43,10 +43,12 @@ class Cell:
 
     @cached_property
     def settings(self) -> Mapping[str, Value]:
-        """All of its settings, with those of upstream's arguments that were changed."""
-        request = self.plan.request
-        changed = {f"{UPSTREAM}{key}": typed(f"{UPSTREAM}{key}", text) for key, text in request.overrides.items()}
-        return {**dataclasses.asdict(request.settings), **changed}
+        """All of its settings, with those of upstream's arguments that were asked for.
+
+        An argument that is given the value which it has anyway is no override, and yet has a place on an axis.
+        """
+        named = (word.split("=", 1) for word in self.words if word.startswith(UPSTREAM))
+        return {**dataclasses.asdict(self.plan.request.settings), **{key: typed(key, text) for key, text in named}}
 
     @cached_property
     def idle(self) -> frozenset[str]:
@@ -54,7 +56,7 @@ class Cell:
         return without_effect(str(self.settings["sam"]), str(self.settings["measure"]))
 
     def value(self, key: str) -> Value:
-        """Return a setting's value; that of an argument of upstream's which was left alone is empty."""
+        """Return a setting's value; that of an argument of upstream's which was not asked for is empty."""
         return self.settings.get(key, "")
 
 

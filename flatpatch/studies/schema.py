@@ -157,12 +157,12 @@ class Side(Part):
     """Which runs stand on one side of a comparison, and what of the quantity is another than there.
 
     Attributes:
-        run: The name of the runs; None for any.
+        run: The names of the runs; None for any.
         settings: What they must have; a setting that the opposite side names and this one does not is at its default.
         constant: A number instead of runs.
     """
 
-    run: str | None = None
+    run: Texts | None = None
     settings: Settings = {}
     constant: float | None = None
     value: str | None = None
@@ -274,8 +274,8 @@ class Study(Part):
     settings: Settings = {}
     measure: Measure = Measure()
     forms: dict[FormName, Form]
-    runs: Annotated[tuple[Runs, ...], Field(min_length=1)]
-    hypotheses: Annotated[tuple[Hypothesis, ...], Field(min_length=1)]
+    runs: tuple[Runs, ...]
+    hypotheses: tuple[Hypothesis, ...]
     conclusions: tuple[Conclusion, ...] = ()
     figures: tuple[Figure, ...] = ()
 
@@ -390,8 +390,9 @@ def _inconsistencies(study: Study) -> Iterator[str]:
     for what, names in (("runs", [each.name for each in study.runs]), ("hypotheses", _ids(study))):
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"{what} has {name!r} twice. Name each once."
-    if not study.forms:
-        yield f"forms is empty. Expected one or more of {', '.join(FORMS)}."
+    for what, expected in (("forms", f"some of {', '.join(FORMS)}"), ("runs", "a list"), ("hypotheses", "a list")):
+        if not getattr(study, what):
+            yield f"{what} is empty. Expected {expected}."
     runs = [each.name for each in study.runs]
     for name, form in study.forms.items():
         for key in (*form.runs, *form.without_runs, *form.full_alone):
@@ -439,6 +440,7 @@ def _wrong_in(hypothesis: Hypothesis, runs: list[str]) -> Iterator[str]:
         yield f"{where} has controls and no 'against'."
     sides = [("side", hypothesis.side), ("against", hypothesis.against), *hypothesis.controls.items()]
     for name, side in sides:
-        if side is not None and side.run is not None and side.run not in runs:
-            hint = did_you_mean(side.run, runs)
-            yield f"{where}: {name} names runs {side.run!r}, which the study does not have.{hint}"
+        for key in side.run or () if side is not None else ():
+            if key not in runs:
+                hint = did_you_mean(key, runs)
+                yield f"{where}: {name} names runs {key!r}, which the study does not have.{hint}"
