@@ -177,6 +177,7 @@ def _run(plan: Plan, log: Path, parent: int) -> None:
             stream.flush()
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     try:
         execute(plan, show=False)
     except FlatpatchError as error:

@@ -80,7 +80,7 @@ def test_a_slope_over_a_setting_is_that_of_the_line_through_each_seed(tmp_path: 
 
 
 def test_a_slope_of_a_difference_says_where_sam_helps_most(tmp_path: Path) -> None:
-    """SAM adds 4 points at 1 epoch and 1 at 10: -3 for ten times as many, give or take the seed."""
+    """SAM adds 4 points at 1 epoch and 1 at 10, the number that the quick form has anyway: -3 for ten times as many."""
     slope = HYPOTHESIS.replace("    unit:", "    slope: {over: upstream.num_train_epochs, scale: log10}\n    unit:")
     path = write_study(
         tmp_path,
@@ -90,18 +90,12 @@ def test_a_slope_of_a_difference_says_where_sam_helps_most(tmp_path: Path) -> No
     three = planned(path, tmp_path)
 
     def accuracy(cell: Cell) -> tuple[float, float]:
-        # Ten epochs are what the quick form has anyway.
         gain = 8 + 0.2 * cell.seed if cell.value("upstream.num_train_epochs") == 1 else 2
         return (30 + (gain if cell.value("sam") == "sam" else 0), 50)
 
     leave_each(three[2], accuracy)
     found = only(judged(tmp_path, tmp_path, three)).tested
-    assert found.n == 0 and found.verdict == "undecided", "an argument left at its own value has no place on the axis"
-    path.write_text(path.read_text().replace("[1, 10]", "[1, 100]").replace("log10", "plain"))
-    three = planned(path, tmp_path)
-    leave_each(three[2], accuracy)
-    found = only(judged(tmp_path, tmp_path, three)).tested
-    assert found.effect == pytest.approx(-(3 + 0.1) / 99)
+    assert found.effect == pytest.approx(-(3 + 0.1))
     assert found.verdict == "supported"
 
 
@@ -183,8 +177,8 @@ def test_a_hypothesis_is_told_against_its_controls_too(tmp_path: Path) -> None:
     assert control.against == "sam=off upstream.num_train_epochs=20"
     (conclusion,) = result.conclusions
     assert conclusion.outcome == "survives"
-    assert conclusion.sentence == (
-        'The record\'s conclusion "SAM helps" survives in the miniature; against the control longer it is not supported.'
+    assert conclusion.sentence.endswith(
+        '"SAM helps" survives in the miniature; against the control longer it is not supported.'
     )
     assert "control longer" in verdict_table(result)
 
