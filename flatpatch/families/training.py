@@ -66,26 +66,27 @@ def train_task(
     examples: Sequence[Item],
     collate: Callable[[list[Item]], Batch],
     task: ReferenceTask,
-    penalty: Callable[[], Tensor],
+    penalty: Callable[[], Tensor | None],
     *,
     make_gradients: MakeGradients = plain_gradients,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
-    """Train a model's adapter on one task, in place.
+    """Train a model's adapter, or where it has none all that requires a gradient, on one task, in place.
 
     It does what transformers 4.28.1's Trainer does with upstream's arguments: AdamW (the library's own, whose
-    epsilon enters before the bias correction), constant learning rate, no weight decay, the norm of the final
-    gradient clipped, the examples in a new random order each epoch, the last batch as small as it comes. With
-    upstream under DeepSpeed the penalty also counts once per step; its plain loop would add it once per
-    accumulated batch.
+    epsilon enters before the bias correction), or plain SGD where ``optim`` says so; constant learning rate, no
+    weight decay, the norm of the final gradient clipped, the examples in a new random order each epoch, the last
+    batch as small as it comes. With upstream under DeepSpeed the penalty also counts once per step; its plain loop
+    would add it once per accumulated batch.
 
     Args:
-        model: A sequence-to-sequence model with its adapters attached.
+        model: A sequence-to-sequence model, with its adapters attached where it has any.
         examples: What to learn from.
         collate: Makes a batch of the model's inputs, with labels, from some examples.
-        task: Epochs, batch size, learning rate and device are read from here.
-        penalty: The method's penalty at the present weights, a scalar.
-        make_gradients: See `descend`. The optimizer's two groups are named "A" and "B".
+        task: Epochs, batch size, optimizer, learning rate and device are read from here.
+        penalty: The method's penalty at the present weights, a scalar, or None without one.
+        make_gradients: See `descend`. The optimizer's two groups are named "A" and "B"; without adapters the one
+            is named "body".
         on_step: See `descend`.
 
     Returns:
@@ -97,15 +98,17 @@ def train_task(
     from flatpatch.families.text.reference.adapters import layer_matrices
 
     layers = layer_matrices(model)
-    optimizer = AdamW(
-        [
-            {"params": [layer.A for layer in layers], "name": "A"},
-            {"params": [layer.B for layer in layers], "name": "B"},
-        ],
-        lr=task.learning_rate,
-        eps=1e-8,
-        no_deprecation_warning=True,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.A for layer in layers], "name": "A"},
+        {"params": [layer.B for layer in layers], "name": "B"},
+    ]
+    if not layers:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "name": "body"}]
+    optimizer: torch.optim.Optimizer
+    if task.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=task.learning_rate)
+    else:
+        optimizer = AdamW(groups, lr=task.learning_rate, eps=1e-8, no_deprecation_warning=True)
     batches_per_epoch = math.ceil(len(examples) / task.per_device_train_batch_size)
     accumulated = min(task.gradient_accumulation_steps, batches_per_epoch)
     model.train()

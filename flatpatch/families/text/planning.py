@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, PORT, Deviation, Machine, Plan, Stage
 from flatpatch.families.text import overrides, quick
 from flatpatch.families.text.changes import Datasets, Editor, dataset_of
-from flatpatch.families.text.data import check_benchmark
+from flatpatch.families.text.data import check_benchmark, thin_benchmark
 from flatpatch.families.text.launching import choose_launcher, choose_world_size, settle
 from flatpatch.families.text.results import RESULT_FILE
 from flatpatch.families.text.scripts import Invocation, parse_script
@@ -28,7 +28,9 @@ from flatpatch.settings import Request, in_name
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 QUICK_DATA = "quick_benchmark"
+THINNED_DATA = "thinned_benchmark"
 BENCHMARK = "CL_Benchmark"
+RANKS = ("lora_r", "lora_dim")  # what the reference engine and upstream's code call LoRA's rank
 # What the processes of a run make in the work folder, where upstream's tree has folders of the same names.
 OWN_FOLDERS = ("logs_and_outputs", "logs_and_outputs_llama", "initial_model")
 
@@ -50,8 +52,16 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         why = f"setting seed=; upstream's scripts pass none, which means {upstream.seed}"
         editor.set("seed", str(settings.seed), why)
     links = _find_places(draft, editor)
+    folder = editor.current[0].get("data_dir")
+    made: dict[str, Callable[[Path], None]] = {}
+    if draft.is_quick and BENCHMARK not in links:
+        made = {QUICK_DATA: quick.write_benchmark}
+    if settings.fraction < 1:
+        made = _thin(draft, editor, links, evaluates)
+        off_protocol = True
     off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     off_protocol |= _override(upstream, draft, editor, originals[0])
+    _check_rank(draft, links)
     off_protocol |= _lengthen(settings.budget, editor)
 
     variables = choices.environment(draft.device, draft.devices, draft.threads)
@@ -72,14 +82,15 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         links=links,
         own_folders=OWN_FOLDERS,
         files=_written_configs(evaluates) if settings.tasks or draft.engine == "reference" else {},
-        made={QUICK_DATA: quick.write_benchmark} if draft.is_quick and BENCHMARK not in links else {},
+        made=made,
         inputs=dict(sorted(links.items())),
         off_protocol=off_protocol,
+        bytes_needed=BYTES_NEEDED + (len(editor.names) * _bytes_of(links) if settings.tuning == "full" else 0),
     )
-    problems = _data_problems(plan, editor.current[0].get("data_dir"), evaluates)
+    problems = _data_problems(plan, folder, evaluates)
     if dry_run:
         return replace(plan, lacks=(*plan.lacks, *problems))
-    if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
+    if problems := [*problems, *folder_problems(plan.folder, plan.bytes_needed)]:
         raise UserError.collect(problems)
     return plan
 
@@ -141,6 +152,27 @@ def _override(upstream: TextUpstream, draft: choices.Draft, editor: Editor, invo
     for name, value in draft.request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
     return bool(draft.request.overrides)
+
+
+def _check_rank(draft: choices.Draft, links: Mapping[str, Path]) -> None:
+    """Refuse a rank that is larger than the matrices it is to change.
+
+    Raises:
+        UserError: If it is.
+    """
+    models = [target for name, target in links.items() if name.startswith("initial_model/")]
+    given = {name: int(draft.request.overrides[name]) for name in RANKS if name in draft.request.overrides}
+    if not given or not (models[0] / "config.json").is_file():
+        return
+    config = json.loads((models[0] / "config.json").read_text(encoding="utf-8"))
+    width = config.get("d_model") or config.get("hidden_size")
+    inner = config.get("num_heads", 1) * config.get("d_kv", width) if "d_kv" in config else width
+    for name, rank in given.items():
+        if width and rank > min(width, inner):
+            raise UserError(
+                f"upstream.{name}={rank} is more than the width of the matrices that LoRA changes in {models[0].name} "
+                f"(expected at most {min(width, inner)})."
+            )
 
 
 def _lengthen(budget: int, editor: Editor) -> bool:
@@ -225,7 +257,7 @@ def _read_invocations(
         assert verified is not None
         return parse_script(verified.checkout / upstream.scripts[order])
     preset = {**quick.PRESET, **upstream.quick}
-    tasks = STANDARD_ORDERS[order]
+    tasks, tuning = STANDARD_ORDERS[order], request.settings.tuning
     invocations = []
     for index, name in enumerate(tasks):
         outputs = f"logs_and_outputs/order_{order}/outputs"
@@ -237,6 +269,7 @@ def _read_invocations(
             "data_dir": QUICK_DATA,
             "task_config_dir": f"task_configs/{name}",
             "output_dir": f"{outputs}/{index + 1}-{name}",
+            **({} if tuning == "lora" else {"tuning": tuning}),
             **{key: str(value) for key, value in preset.items()},
         }
         invocations.append(Invocation((), (), "reference", tuple(arguments.items())))
@@ -308,6 +341,33 @@ def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
     return links
 
 
+def _thin(
+    draft: choices.Draft, editor: Editor, links: Mapping[str, Path], evaluates: Sequence[Datasets]
+) -> dict[str, Callable[[Path], None]]:
+    """Let the run read a benchmark with a part of the training examples; return what makes it."""
+    settings = draft.request.settings
+    source = links.get(BENCHMARK)
+    if source is None and draft.verified is not None and not draft.is_quick:
+        source = draft.verified.checkout / editor.current[0].get("data_dir")
+    pairs = sorted({pair for seen in evaluates for pair in seen})
+    why = f"setting fraction=: drawn by seed {settings.seed}, the labels in their proportions"
+    editor.set("data_dir", THINNED_DATA, why)
+    editor.note("training examples of each task", "all", f"a share of {settings.fraction:g}", why)
+
+    def fill(folder: Path) -> None:
+        if source is None:
+            quick.write_benchmark(folder)
+        thin_benchmark(source or folder, folder, pairs, settings.fraction, settings.seed)
+
+    return {THINNED_DATA: fill}
+
+
+def _bytes_of(links: Mapping[str, Path]) -> int:
+    """Return how large the model's files are, all of which may be saved again after a task."""
+    models = [target for name, target in links.items() if name.startswith("initial_model/")]
+    return sum(file.stat().st_size for model in models for file in model.glob("*") if file.is_file())
+
+
 def _lacking(model: Path) -> str:
     """Return what a model folder lacks, or an empty string."""
     if not (model / "config.json").is_file():
@@ -373,7 +433,9 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
             "sync",
             "ascent_loss",
             "adapters",
+            "tuning",
             "budget",
+            "fraction",
             "tasks",
             "processes",
             "device",

@@ -21,7 +21,7 @@ from flatpatch.errors import UserError
 from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample, draw_sample
 from flatpatch.families.text import reference
-from flatpatch.families.text.reference import adapters
+from flatpatch.families.text.reference import adapters, whole
 from flatpatch.families.text.reference.adapters import Pair
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.families.text.scripts import pairs
@@ -118,15 +118,21 @@ def _arguments(folder: Path, task: str, index: int) -> dict[str, str]:
         ) from None
 
 
+def _saved_folder(run: TextRun, index: int) -> Path:
+    """Return the folder of what was saved after a task, with its files checked."""
+    folder = run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
+    for path in sorted(folder.glob("*")):
+        run.check_file(_process(index, run.record["tasks"][index]), path)
+    return folder
+
+
 def load_adapter(run: TextRun, index: int) -> SavedAdapter:
     """Read the adapter that was saved after a task.
 
     Raises:
         UserError: If it is missing, damaged, or of other ranks than the run's.
     """
-    folder = run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
-    for path in sorted(folder.glob("*")):
-        run.check_file(_process(index, run.record["tasks"][index]), path)
+    folder = _saved_folder(run, index)
     if run.record["engine"] == "reference":
         saved = adapters.load(folder)
         return SavedAdapter(saved.pairs, int(saved.made["lora_r"]), int(saved.made["lora_alpha"]))
@@ -154,7 +160,7 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
         run: The run.
         index: The task.
         joined: False: the newest task's factors vary and the earlier ones are frozen, as when it was trained. True:
-            the factors of all tasks vary, as one pair of matrices per layer.
+            the factors of all tasks vary, as one pair of matrices per layer. Where every weight was trained, all vary.
 
     Returns:
         The model on the CPU, or on a GPU where there is one.
@@ -164,6 +170,12 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
     """
     from transformers import AutoModelForSeq2SeqLM
 
+    if run.arguments[index].get("tuning") == "full":
+        folder = _saved_folder(run, index)
+        model = AutoModelForSeq2SeqLM.from_pretrained(_base_model(run))
+        model.resize_token_embeddings(len(_tokenizer(run)))
+        whole.load(folder, model)
+        return run.ready(index, model.requires_grad_(True))
     saved = load_adapter(run, index)
     keeps_old = reference.METHODS[run.record["method"]].keeps_old
     earlier = 0 if joined else saved.total_rank - saved.rank

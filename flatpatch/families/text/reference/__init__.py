@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.text.data import check_benchmark
-from flatpatch.families.text.reference import adapters, inclora, nlora, olora, seqlora
+from flatpatch.families.text.reference import adapters, inclora, nlora, olora, seqlora, whole
 from flatpatch.families.text.reference.adapters import Adapter, LayerMatrices
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
 from flatpatch.families.text.reference.evaluate import exact_match, predict
@@ -71,7 +71,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def prepare(task: ReferenceTask) -> tuple[PreTrainedModel, Any]:
-    """Load the model and give it the adapters with which the task begins.
+    """Load the model as the task begins with it: with its adapters, or all of it trained up to here.
 
     Returns:
         The model on its device, and its tokenizer.
@@ -81,10 +81,15 @@ def prepare(task: ReferenceTask) -> tuple[PreTrainedModel, Any]:
     """
     if not (task.model / "config.json").is_file():
         raise UserError(f"no model at {task.model}: it has no config.json. Give the folder of a pretrained T5.")
-    earlier = _load_previous(task)
+    earlier = _load_previous(task) if task.tuning == "lora" else None
     set_seed(task.seed)
     model = AutoModelForSeq2SeqLM.from_pretrained(task.model)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
+    if task.tuning == "full":
+        model.resize_token_embeddings(len(tokenizer))
+        if task.previous is not None:
+            whole.load(task.previous, model)
+        return model.requires_grad_(True).to(task.device), tokenizer
     path = "old" if METHODS[task.method].keeps_old else "new"
     try:
         adapters.attach(
@@ -147,7 +152,7 @@ def learn(
         examples,
         collate,
         task,
-        lambda: method.penalty(layers, task.lamda_1, task.lamda_2),
+        lambda: method.penalty(layers, task.lamda_1, task.lamda_2) if layers else None,
         make_gradients=make_gradients or plain_gradients,
         on_step=on_step,
     )
@@ -164,7 +169,7 @@ def run_task(
     on_predict: Callable[[dict[str, int]], None] | None = None,
     at: AtTrainingsEnds | None = None,
 ) -> None:
-    """Train on one task, save its adapter, answer the test sets and write the results.
+    """Train on one task, save its adapter or the whole model, answer the test sets and write the results.
 
     Writes into ``output_dir``: ``adapter/`` (the next task's ``previous``), ``predictions.jsonl`` and,
     last, ``all_results.json`` with upstream's names, so that its presence means the task is done. On one
@@ -189,7 +194,10 @@ def run_task(
     check_benchmark(task.data_dir, [(*task.task, "train"), *((*each, "test") for each in task.eval_tasks)])
     model, tokenizer = prepare(task)
     result, train_samples = learn(model, tokenizer, task, make_gradients=make_gradients, on_step=on_step, at=at)
-    adapters.save(task.output_dir / "adapter", Adapter(adapters.joined(model), _made(task)))
+    if task.tuning == "full":
+        whole.save(task.output_dir / "adapter", model)
+    else:
+        adapters.save(task.output_dir / "adapter", Adapter(adapters.joined(model), _made(task)))
 
     instructions = read_instructions(task.instruction_file)
     questions = load_examples(task.data_dir, task.eval_tasks, "test", instructions, task.max_predict_samples)
