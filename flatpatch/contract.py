@@ -26,14 +26,15 @@ class Part(BaseModel):
 
 
 class Sam(Part):
-    """The SAM of the run; ``kind`` is off where there is none."""
+    """The SAM of the run; ``kind`` is off where there is none. ``seed`` is the run's, for random directions."""
 
-    kind: Literal["off", "sam", "asam"]
+    kind: Literal["off", "sam", "asam", "random"]
     rho: float = Field(ge=0, allow_inf_nan=False)
     eta: float = Field(ge=0, allow_inf_nan=False)
     scope: Literal["lora", "A", "B", "head", "all"]
     sync: Literal["local", "global"]
     ascent_loss: Literal["total", "task"]
+    seed: int = Field(ge=0)
 
 
 class Measure(Part):
@@ -74,6 +75,9 @@ class Description(Part):
     measure: Measure | None = None
     keep: Keep | None = None
 
+
+TITLES: Mapping[str, str] = {"off": "SAM off", "sam": "SAM", "asam": "ASAM", "random": "random directions"}
+"""By ``kind``: what it is called."""
 
 PARTS: Mapping[str, type[Part]] = {"sam": Sam, "measure": Measure, "keep": Keep}
 

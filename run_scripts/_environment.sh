@@ -172,7 +172,7 @@ MESSAGE
   cat <<'MESSAGE'
 
 Settings are key=value. Those that matter most, with their defaults:
-  sam=off             off, sam, or asam; the scripts called ..._sam.sh set sam=sam
+  sam=off             off, sam, asam, or random (a control); the scripts called ..._sam.sh set sam=sam
   rho=0.05            radius of SAM's perturbation
   profile=auto        upstream: the authors' own settings, on a GPU; quick: small model and data, minutes on the CPU
   engine=auto         upstream: the authors' code, patched; reference: our small implementation

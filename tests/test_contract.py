@@ -18,7 +18,15 @@ GOOD = {
     "metrics": "metrics.jsonl",
     "progress": "progress.json",
     "summary": "summary.json",
-    "sam": {"kind": "sam", "rho": 0.05, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"},
+    "sam": {
+        "kind": "sam",
+        "rho": 0.05,
+        "eta": 0.01,
+        "scope": "lora",
+        "sync": "local",
+        "ascent_loss": "total",
+        "seed": 0,
+    },
     "adapters": "upstream",
     "vision": {
         "device": "cuda:0,1",

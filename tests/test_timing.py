@@ -72,7 +72,15 @@ def device(monkeypatch):
 
 
 def started(folder, monkeypatch, sam, more=()):
-    settings = {"kind": "sam", "rho": 0.1, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    settings = {
+        "kind": "sam",
+        "rho": 0.1,
+        "eta": 0.01,
+        "scope": "lora",
+        "sync": "local",
+        "ascent_loss": "total",
+        "seed": 0,
+    }
     run = {
         "schema": 1,
         "task_index": 1,

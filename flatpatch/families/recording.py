@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flatpatch.contract import TITLES
 from flatpatch.files import write_atomically
 
 BUFFERED_STEPS = 10
@@ -90,9 +91,9 @@ class Recorder:
 def describe(settings: Mapping[str, Any]) -> str:
     """Name the kind of SAM, its radius and its scope."""
     if settings["kind"] == "off":
-        return "SAM off"
+        return TITLES["off"]
     eta = f" eta={settings['eta']:g}" if settings["kind"] == "asam" else ""
-    return f"{settings['kind'].upper()} rho={settings['rho']:g}{eta} scope={settings['scope']}"
+    return f"{TITLES[settings['kind']]} rho={settings['rho']:g}{eta} scope={settings['scope']}"
 
 
 def counts(trainable: Sequence[Any], perturbed: Sequence[Any]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from flatpatch.errors import UserError
 from flatpatch.families.recording import MEASURED, Recorder, make_measurer
 from flatpatch.families.sample import Sample
 from flatpatch.measuring import Request
-from flatpatch.sam import SAM
+from flatpatch.sam import SAM, mixed_seed
 
 
 class StepRecorder:
@@ -21,7 +21,7 @@ class StepRecorder:
     def __init__(self, run: dict[str, Any]) -> None:
         self.run = run
         self.sam: SAM | None = None
-        self.steps = self.trainable = self.perturbed = 0
+        self.steps = self.trainable = self.perturbed = self._trainings = 0
         self.fallbacks: Tensor | int = 0
         self._measurer = make_measurer(run, self._measuring)
         self._recorder = Recorder(run)
@@ -53,13 +53,24 @@ class StepRecorder:
         if settings["kind"] == "off":
             return lambda closure: closure()
         scope = settings["scope"]
-        if scope not in ("lora", "all", *groups):
-            raise UserError(f"scope={scope}: this model trains no such weights. It has: lora, {', '.join(groups)}.")
-        adapters = [parameter for name, group in groups.items() if name != "head" for parameter in group]
-        chosen = {"all": everything, "lora": adapters, **groups}[scope]
+        adapters = [parameter for name in ("A", "B") for parameter in groups.get(name, ())]
+        choices = {**({"lora": adapters} if adapters else {}), **groups, "all": everything}
+        if scope not in choices:
+            raise UserError(f"scope={scope}: this model trains no such weights. It has: {', '.join(choices)}.")
+        chosen = choices[scope]
         self.perturbed = sum(parameter.numel() for parameter in chosen)
-        adaptive = settings["kind"] == "asam"
-        self.sam = SAM(optimizer, rho=settings["rho"], adaptive=adaptive, eta=settings["eta"], parameters=chosen)
+        # A process learns one task, which it is told, or all of them in turn.
+        task = self.run["task_index"]
+        place = mixed_seed(settings["seed"], self._trainings if task is None else task)
+        self._trainings += 1
+        self.sam = SAM(
+            optimizer,
+            rho=settings["rho"],
+            adaptive=settings["kind"] == "asam",
+            eta=settings["eta"],
+            parameters=chosen,
+            random_seed=place if settings["kind"] == "random" else None,
+        )
         task_only = settings["ascent_loss"] == "task"
 
         def gradients(closure: Callable[..., Tensor]) -> Tensor:

@@ -66,6 +66,7 @@ VALUES: Mapping[str, str] = {
     "asam_sharpness": "loss rise at ASAM's one step",
     "asam_sharpness_ascent": "highest loss rise found in ASAM's ball",
     "gradient_norm": "L2 norm of the gradient",
+    "distance_moved": "L2 norm of the change of the scope's weights since before the task's training",
     "landscape_mean_rise": "mean over the plane of the loss above that at the weights",
     "slice_mean_rise": "mean over the line of the loss above that at the weights",
 }

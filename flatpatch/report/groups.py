@@ -11,6 +11,7 @@ from typing import Any
 
 from flatpatch.files import digest
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
+from flatpatch.report.titles import sam_title
 from flatpatch.settings import OF_PLACES, idle_settings, without_effect
 
 # Settings that say where a run lies, or that make the runs of one group different.
@@ -301,7 +302,7 @@ def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[s
     titles = []
     for key in keys:
         parts = [key["method"]] if "method" in differing else []
-        parts.append("SAM off" if key["sam"] == "off" else f"{key['sam'].upper()} rho={key.get('rho', '?')}")
+        parts.append(sam_title(key["sam"], key.get("rho", "?")))
         titles.append(", ".join([*parts, *(_named(key, name) for name in asked if name in key)]))
     for name in _FOLLOWING:
         same = [k for k in range(len(keys)) if titles.count(titles[k]) > 1]

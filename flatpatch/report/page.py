@@ -41,7 +41,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.records import setting
-from flatpatch.report.titles import warning
+from flatpatch.report.titles import sam_title, warning
 from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings
 from flatpatch.upstreams import UPSTREAMS
 
@@ -171,7 +171,7 @@ def _common(groups: Sequence[Group]) -> list[tuple[str, str]]:
     optimisers = []
     for record in records:
         sam = setting(record, "sam", "off")
-        text = "SAM off" if sam == "off" else f"{str(sam).upper()} rho={setting(record, 'rho')}"
+        text = sam_title(sam, setting(record, "rho"))
         if sam != "off" and (scope := setting(record, "scope")) is not None:
             text += f" on {scope}"
         optimisers.append(text)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flatpatch.contract import TITLES
 from flatpatch.families import of_record
 from flatpatch.report.records import setting
+from flatpatch.settings import DEFAULTS
 
 _LABEL_TEXTS = {
     "quick": "small model and data",
@@ -48,13 +50,24 @@ def describe(record: Mapping[str, Any]) -> str:
         parts.append(record["benchmark"])
     if (order := setting(record, "order")) is not None:
         parts.append(f"order {order}")
-    parts.append("SAM off" if sam == "off" else f"{str(sam).upper()} rho={setting(record, 'rho')}")
+    parts.append(sam_title(sam, setting(record, "rho")))
     if sam != "off" and setting(record, "sam_on", "both") != "both":
         parts.append(f"on the {setting(record, 'sam_on')} step alone")
+    parts += [
+        f"{key}={setting(record, key)}"
+        for key in ("tuning", "budget", "fraction")
+        if setting(record, key, DEFAULTS[key]) != DEFAULTS[key]
+    ]
     if seeds := record["seeds"]:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     parts += [f"profile {record['profile']}", f"engine {record['engine']}"]
     return ", ".join(parts)
+
+
+def sam_title(sam: Any, rho: Any) -> str:
+    """Return what a run's ``sam=`` and ``rho=`` are called."""
+    named = TITLES.get(str(sam), str(sam).upper())  # one of a later version is shown as it is written
+    return named if sam == "off" else f"{named} rho={rho}"
 
 
 def _capitals(found: Sequence[str]) -> str:

@@ -333,6 +333,7 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
             "scope": settings.scope,
             "sync": settings.sync,
             "ascent_loss": settings.ascent_loss,
+            "seed": settings.seed,
         },
         "adapters": settings.adapters,
         "measure": measure,

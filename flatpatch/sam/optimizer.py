@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from flatpatch.errors import UserError
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
-from flatpatch.sam.perturbation import AscentStep, check_settings, perturbed
+from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, check_settings, mixed_seed, perturbed
 from flatpatch.sam.radii import group_radii
 
 Loss = Any  # what a closure returns: a Tensor, a float, or nothing
@@ -101,6 +101,7 @@ class SAM(Optimizer):
         parameters: Iterable[Tensor] | None = None,
         sync: str = "local",
         model: nn.Module | None = None,
+        random_seed: int | None = None,
         diagnostics: bool = True,
     ) -> None:
         """Wrap ``base_optimizer``.
@@ -117,10 +118,13 @@ class SAM(Optimizer):
                 gradient anyway; give ``model`` to keep it local.
             model: If given, its BatchNorm statistics come from the unperturbed pass alone; and if it is a
                 DistributedDataParallel, the ascent pass runs under its ``no_sync``.
+            random_seed: Move along a random direction instead of the gradient's, another in each step: a control
+                that costs as much and differs in the direction alone. The directions follow from this seed and
+                from ``steps``, which is in no checkpoint: set it to go on with those that would have come.
             diagnostics: Whether to measure the effective perturbation.
 
         Raises:
-            ValueError: If a setting is out of range.
+            ValueError: If a setting is out of range, or a random direction is to be adaptive.
             TypeError: If ``base_optimizer`` is not an optimizer instance.
             UserError: If it is one that SAM cannot step, or a group has an option that only a whole step can have.
         """
@@ -130,6 +134,8 @@ class SAM(Optimizer):
                 f"base_optimizer must be an optimizer instance such as torch.optim.AdamW(...), got {base_optimizer!r}"
             )
         check_settings(rho, eta, sync)
+        if adaptive and random_seed is not None:
+            raise ValueError(ADAPTIVE_AT_RANDOM)
         _refuse_unsupported(base_optimizer)
         self.base_optimizer = base_optimizer
         self.rho = rho
@@ -137,6 +143,8 @@ class SAM(Optimizer):
         self.eta = eta
         self.sync = sync
         self.model = model
+        self.random_seed = random_seed
+        self.steps = 0
         self.diagnostics = diagnostics
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Loss = None
@@ -173,11 +181,13 @@ class SAM(Optimizer):
             adaptive=self.adaptive,
             eta=self.eta,
             sync=self.sync,
+            random_seed=None if self.random_seed is None else mixed_seed(self.random_seed, self.steps),
             diagnostics=self.diagnostics,
         )
         del gradients
         with ascent as self.last_step, batch_norm_statistics_kept(self.model):
             self.perturbed_loss = self._one_pass(closure, parameters)
+        self.steps += 1
         self._left = next((weakref.ref(p.grad) for p in parameters if p.grad is not None), None)
         return loss
 
@@ -291,6 +301,8 @@ class SAM(Optimizer):
 
     def __repr__(self) -> str:
         kind = f"ASAM(rho={self.rho}, eta={self.eta})" if self.adaptive else f"SAM(rho={self.rho})"
+        if self.random_seed is not None:
+            kind = f"SAM(rho={self.rho}, random_seed={self.random_seed})"
         return f"{kind} around {self.base_optimizer!r}"
 
 

@@ -7,6 +7,9 @@ With the weights :math:`w`, the gradient :math:`g` and the radius :math:`\rho`,
   :math:`\epsilon = \rho\, T^2 g / \lVert T g \rVert_2`, element by element, with
   :math:`T = \lvert w \rvert + \eta`.
 
+In the place of the gradient a control may have a random direction (``random_seed``): then
+:math:`\epsilon = \rho\, z / \lVert z \rVert_2` with :math:`z` normal, of the same norm over the same weights.
+
 The norms run over all the given parameters together, also where parameters have radii of their own: then
 the step of parameter k is :math:`\rho_k\, g_k / \lVert g \rVert_2`. A complex parameter counts as its real
 and imaginary parts, and its :math:`\lvert w \rvert` is the modulus. ASAM's radius is on another scale than
@@ -15,6 +18,7 @@ SAM's. Nothing here waits for a GPU: guards and measurements stay on the device.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +31,7 @@ from torch import Tensor
 from flatpatch.errors import UserError
 
 SYNCS = ("local", "global")
+ADAPTIVE_AT_RANDOM = "a random direction has no adaptive form: give adaptive=True or random_seed, not both"
 
 # float64 work areas hold at most this many elements (8 MiB), whatever the model's size.
 _CHUNK = 2**20
@@ -113,6 +118,7 @@ def perturbed(
     adaptive: bool = False,
     eta: float = 0.01,
     sync: str = "local",
+    random_seed: int | None = None,
     diagnostics: bool = True,
 ) -> Iterator[AscentStep]:
     """Hold the weights at ``w + epsilon`` inside the block; leaving it always restores them, bit for bit.
@@ -134,6 +140,10 @@ def perturbed(
             weights that are zero (a new LoRA B) then never move.
         sync: "local": this process's own gradient (m-sharpness, the paper's choice); "global": the
             gradient is averaged over all processes of ``torch.distributed`` first.
+        random_seed: Take a normal direction drawn from this seed instead of the gradient's: a control, of the same
+            norm over the same weights. The gradients then say only which weights have one, and whether to move.
+            No global random generator is touched. Of several processes each has a direction of its own, and with
+            ``sync="global"`` all have one.
         diagnostics: Whether to measure the effective perturbation; else those fields are NaN.
 
     Yields:
@@ -141,13 +151,15 @@ def perturbed(
 
     Raises:
         ValueError: If rho or eta is negative or not finite, sync is unknown, or the numbers of parameters,
-            gradients and radii differ.
+            gradients and radii differ, or a random direction is to be adaptive.
         UserError: If a parameter is itself sparse.
     """
     parameters = list(parameters)
     radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(parameters)
     for radius in {0.0, *radii}:
         check_settings(radius, eta, sync)
+    if adaptive and random_seed is not None:
+        raise ValueError(ADAPTIVE_AT_RANDOM)
     with torch.no_grad():
         groups = _grouped(parameters, gradients, radii, keep_missing=sync == "global")
         del parameters, gradients
@@ -155,7 +167,9 @@ def perturbed(
             for group in groups:
                 dist.all_reduce(group.step)
                 group.step.div_(dist.get_world_size())
-        grad_norm, finite = _scale_to_steps(groups, eta if adaptive else None)
+        if random_seed is not None and sync == "local" and dist.is_available() and dist.is_initialized():
+            random_seed = mixed_seed(random_seed, dist.get_rank())
+        grad_norm, finite = _scale_to_steps(groups, eta if adaptive else None, random_seed)
     try:
         with torch.no_grad():
             for group in groups:
@@ -171,6 +185,11 @@ def perturbed(
             for group in groups:
                 group.restore()
             torch.clear_autocast_cache()
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return one seed for some numbers: equal for equal ones, and unrelated for others, however near they are."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1  # torch takes 63 bits
 
 
 def check_settings(rho: float, eta: float, sync: str) -> None:
@@ -224,7 +243,7 @@ def _norm(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _scale_to_steps(groups: list[_Group], eta: float | None) -> tuple[Tensor, Tensor]:
+def _scale_to_steps(groups: list[_Group], eta: float | None, random_seed: int | None) -> tuple[Tensor, Tensor]:
     """Save the weights, turn the gradients into perturbations; return the gradient's norm and whether finite."""
     if not groups:
         return torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.bool)
@@ -238,6 +257,11 @@ def _scale_to_steps(groups: list[_Group], eta: float | None) -> tuple[Tensor, Te
             group.step.mul_(scale)
         norm = _norm([group.step for group in groups])
     finite = norm.isfinite()
+    if random_seed is not None:
+        for place, group in enumerate(groups):
+            generator = torch.Generator(group.step.device).manual_seed(mixed_seed(random_seed, place))
+            group.step.normal_(generator=generator)
+        norm = _norm([group.step for group in groups])
     usable = finite & (norm > 0)
     divisor = torch.where(usable, norm, 1.0)
     for group in groups:

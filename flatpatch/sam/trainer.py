@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from flatpatch.errors import UserError
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
-from flatpatch.sam.perturbation import AscentStep, check_settings, perturbed
+from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, check_settings, mixed_seed, perturbed
 from flatpatch.sam.radii import group_radii
 from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
 
@@ -60,6 +60,7 @@ class SAMTrainingStep:
         scope: str = "lora",
         sync: str = "local",
         ascent_loss: str = "total",
+        random_seed: int | None = None,
     ) -> None:
         """Wrap ``trainer.training_step``, without assigning it.
 
@@ -73,11 +74,16 @@ class SAMTrainingStep:
             sync: "local": each process perturbs along its own gradient; "global": along the average.
             ascent_loss: "total": ascend the loss that ``training_step`` descends; "task": only what
                 ``compute_loss`` returns, without the penalties added inside ``training_step``.
+            random_seed: Move along a random direction instead, another for each micro-batch: a control. The
+                directions follow from this seed, the trainer's step and the place in it, so that a training that
+                was resumed has those that it would have had.
 
         Raises:
-            ValueError: If a setting is out of range.
+            ValueError: If a setting is out of range, or a random direction is to be adaptive.
         """
         check_settings(rho, eta, sync)
+        if adaptive and random_seed is not None:
+            raise ValueError(ADAPTIVE_AT_RANDOM)
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         if ascent_loss not in ASCENT_LOSSES:
@@ -89,10 +95,12 @@ class SAMTrainingStep:
         self.scope = scope
         self.sync = sync
         self.ascent_loss = ascent_loss
+        self.random_seed = random_seed
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Tensor | None = None
         self.fallbacks: Tensor | None = None
         self._plain_step = trainer.training_step
+        self._place = (-1, 0)  # the latest step, and how many of its micro-batches came before
         self._prepared: tuple[nn.Module, list[Tensor]] | None = None
 
     def parameters(self) -> list[Tensor]:
@@ -136,11 +144,20 @@ class SAMTrainingStep:
             adaptive=self.adaptive,
             eta=self.eta,
             sync=self.sync,
+            random_seed=self._direction(),
         )
         with step as report, batch_norm_statistics_kept(self.trainer.model):
             self.perturbed_loss = self._plain_step(model, inputs)
         self._keep(report, ascent.scale)
         return loss
+
+    def _direction(self) -> int | None:
+        """Return the seed of this micro-batch's random direction, None where it is the gradient's."""
+        if self.random_seed is None:
+            return None
+        step = self.trainer.state.global_step
+        self._place = (step, self._place[1] + 1 if step == self._place[0] else 0)
+        return mixed_seed(self.random_seed, *self._place)
 
     def _radii(self, parameters: list[Tensor]) -> list[float]:
         optimizer = getattr(self.trainer, "optimizer", None)

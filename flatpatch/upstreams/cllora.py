@@ -266,6 +266,7 @@ UPSTREAM = CLLoRA(
     training_keys=("optimizer", "scheduler", "init_epochs", "later_epochs", "later_lr", "min_lr", "ffn_num"),
     seed=1993,
     reference=False,
+    epochs=("init_epochs", "later_epochs"),
     losses=("task", "distillation"),
     quick={
         # Its code asks for the five likeliest classes after the first task already. It shuffles the classes anyway, so

@@ -107,6 +107,15 @@ class InfLoRA(VisionUpstream):
         off = settings.sam == "off"
         return [note], [] if off else [Deviation("SAM", None, "in the first stage of a task alone", stage)]
 
+    def note_budget(self, config: Mapping[str, Any]) -> list[str]:
+        """Say that a milestone stays where the code has it; see the base class."""
+        milestone = _MILESTONES.get(config.get("model_name", ""))
+        if milestone is None or config.get("optim") == "adam":
+            return []
+        return [
+            f"the learning rate falls after epoch {milestone} however many there are: the code has it written in it"
+        ]
+
     def note_images(self, inputs: Mapping[str, str], root: Path, checkout: Path) -> tuple[list[str], list[Deviation]]:
         """Say which split of ImageNet-R is here; see the base class."""
         split = splits.split_of(inputs)
@@ -248,6 +257,7 @@ UPSTREAM = InfLoRA(
             lists=tuple(f"dataloaders/splits/domainnet_{split}.yaml" for split in SPLITS),
         ),
     },
+    epochs=("init_epoch", "epochs"),
     counts=("rank", "total_sessions"),
     not_negative=("fc_lrate",),
     words={"optim": OPTIMIZERS, "net_type": ("sip",)},

@@ -231,6 +231,7 @@ UPSTREAM = SDLoRA(
     },
     command=("main.py", "--config", "{config}"),
     datasets=PILOT,
+    epochs=("init_epoch", "epochs", "init_milestones", "milestones"),
     words={"backbone_type": ("vit_base_patch16_224",)},
     # filepath: where it keeps earlier tasks' factors.
     training_keys=("milestones", "tuned_epoch", "filepath"),

@@ -92,7 +92,7 @@ def test_run_of_an_earlier_version_is_reported_but_not_measured(
     own.mkdir(parents=True)
     record = make_quick_record(method="seqlora", tasks=["amazon"], accuracy_matrix=[[26.67]], inputs={})
     (folder / "record.json").write_text(json.dumps(record))
-    sam = {"kind": "off", "rho": 0.05, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    sam = {"kind": "off", "rho": 0.05, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total", "seed": 0}
     places = {name: str(own / name) for name in ("metrics", "progress", "summary")}
     old = {"schema": 1, "task_index": 0, "task": "amazon", **places, "sam": sam, "adapters": "upstream"}
     (own / "hook.json").write_text(json.dumps(old | {"measure": None}))

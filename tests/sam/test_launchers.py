@@ -43,6 +43,8 @@ TWO_RANKS = {
     "zero 2, accumulating, rho 0": {"deepspeed": zero(2), "gas": 2, "sam": {"rho": 0.0}},
     "zero 2, global": GLOBAL | {"deepspeed": zero(2)},
     "zero 2, local": LOCAL | {"deepspeed": zero(2)},
+    "ddp, random, global": COMPARED | {"sam": {"rho": 0.5, "sync": "global", "random_seed": 1}},
+    "ddp, random, local": COMPARED | {"sam": {"rho": 0.5, "sync": "local", "random_seed": 1}},
 }
 
 # After the others, which start the processes' communication.
@@ -86,6 +88,17 @@ def test_local_and_global_perturbations_differ(two_ranks):
     assert local[0]["report"]["grad_norm"] != local[1]["report"]["grad_norm"]
     assert together[0]["report"] == together[1]["report"]
     assert local[0]["losses"] != together[0]["losses"]
+
+
+def test_random_direction_is_one_for_synchronised_ranks_and_each_ranks_own_otherwise(two_ranks, tmp_path):
+    whole = sam_training.train(tmp_path, batch=8, **COMPARED, sam={"rho": 0.5, "sync": "global", "random_seed": 1})
+    assert_close_weights(two_ranks["ddp, random, global"], whole)
+    local = two_ranks["ddp, random, local"]
+    assert not torch.allclose(
+        *(next(iter(ranks[0]["weights"].values())) for ranks in (local, two_ranks["ddp, random, global"])), rtol=1e-4
+    )
+    for rank in local:
+        assert rank["report"]["perturbation_norm"] == pytest.approx(0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["closure, global", "closure, model not given"])

@@ -82,7 +82,15 @@ def names_of_tasks(repo: str) -> list[str]:
 
 
 def description(repo: str, **sam: Any) -> dict[str, Any]:
-    settings = {"kind": "sam", "rho": 0.0, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    settings = {
+        "kind": "sam",
+        "rho": 0.0,
+        "eta": 0.01,
+        "scope": "lora",
+        "sync": "local",
+        "ascent_loss": "total",
+        "seed": 0,
+    }
     return {
         "schema": 1,
         "task_index": None,

@@ -79,7 +79,7 @@ def test_upstreams_code_takes_the_images_and_weights(
         "task": None,
         "tasks": [],
         **{name: f"{name}.json" for name in ("metrics", "progress", "summary")},
-        "sam": {"kind": "off", "rho": 0, "eta": 0, "scope": "lora", "sync": "local", "ascent_loss": "total"},
+        "sam": {"kind": "off", "rho": 0, "eta": 0, "scope": "lora", "sync": "local", "ascent_loss": "total", "seed": 0},
         "adapters": "upstream",
         "vision": {
             "device": "cpu",

@@ -128,7 +128,15 @@ class Upstream:
         return losses, torch.load(place / "start.pt"), [json.loads(row)["Prediction"] for row in rows]
 
     def hook_settings(self, place: Path, index: int) -> Path:
-        sam = {"kind": "sam", "rho": RHO, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+        sam = {
+            "kind": "sam",
+            "rho": RHO,
+            "eta": 0.01,
+            "scope": "lora",
+            "sync": "local",
+            "ascent_loss": "total",
+            "seed": 0,
+        }
         settings = {"schema": 1, "task_index": index, "task": TASKS[index][1], "sam": sam, "adapters": "upstream"}
         outputs = {name: str(place / file) for name, file in OUTPUTS.items()}
         path = place / "hook.json"

@@ -48,7 +48,9 @@ def attach_trainer(trainer: Any) -> None:
     if run["adapters"] == "fp32":
         sam.keep_adapters_fp32(trainer.model)
     settings = dict(run["sam"])
-    kind = settings.pop("kind")
+    kind, seed = settings.pop("kind"), settings.pop("seed")
+    if kind == "random":
+        settings["random_seed"] = sam.mixed_seed(seed, run["task_index"])
     step = None if kind == "off" else sam.SAMTrainingStep(trainer, adaptive=kind == "asam", **settings)
     recording = _RecordedTraining(trainer, run, step)
     trainer.training_step = recording.training_step

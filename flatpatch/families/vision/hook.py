@@ -154,7 +154,7 @@ class _Training:
         self._pending = (name, measured)
 
     def _sharpen(self, optimizer: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
-        from flatpatch.sam import RandomState, group_radii, perturbed
+        from flatpatch.sam import RandomState, group_radii, mixed_seed, perturbed
 
         gradients = [weight.grad for weight in self._perturbed]
         if all(gradient is None for gradient in gradients):
@@ -173,6 +173,9 @@ class _Training:
             rho=group_radii(optimizer, self._perturbed, self._settings["rho"]),
             adaptive=self._settings["kind"] == "asam",
             eta=self._settings["eta"],
+            random_seed=mixed_seed(self._settings["seed"], self._learner._cur_task, self._step)
+            if self._settings["kind"] == "random"
+            else None,
         )
         with step as report:
             optimizer.zero_grad()

@@ -30,6 +30,8 @@ class VisionUpstream(Upstream):
         configs: By variant and benchmark: the file.
         command: What Python is given, with ``{devices}`` and ``{config}`` where they go.
         datasets: By the repository's name of a data set, in lower case: what must be there.
+        epochs: Keys that count in epochs, numbers or lists of them: ``budget=`` multiplies these, so that a schedule
+            of milestones is stretched as a cosine is.
         losses: What the losses are called that a batch takes a step for, in their order.
         counts: Keys of its own whose values are whole numbers of at least 1, beside those that all such code has.
         not_negative: Keys of its own whose values are numbers of at least 0.
@@ -52,6 +54,7 @@ class VisionUpstream(Upstream):
     configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     datasets: Mapping[str, Dataset] = field(default_factory=dict)
+    epochs: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("task",)
     counts: tuple[str, ...] = ()
     not_negative: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ class VisionUpstream(Upstream):
 
     def __post_init__(self) -> None:
         if self.repository is not None:
-            unsaid = [name for name in ("configs", "command", "datasets", "kept") if not getattr(self, name)]
+            unsaid = [name for name in ("configs", "command", "datasets", "epochs", "kept") if not getattr(self, name)]
             if unsaid:
                 raise NotImplementedError(f"{self.title}: its row does not say {', '.join(unsaid)}")
 
@@ -155,6 +158,14 @@ class VisionUpstream(Upstream):
     def note_variant(self, settings: Settings) -> tuple[list[str], list[Deviation]]:
         """Return notes and deviations of the variant chosen."""
         return [], []
+
+    def note_budget(self, config: Mapping[str, Any]) -> list[str]:
+        """Return what does not follow where every task is trained longer.
+
+        Args:
+            config: The configuration that is to run.
+        """
+        return []
 
     def note_images(self, inputs: Mapping[str, str], root: Path, checkout: Path) -> tuple[list[str], list[Deviation]]:
         """Return notes and deviations of the images that are here.

@@ -14,7 +14,7 @@ import torch
 from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families import recording
-from flatpatch.sam import SAMTrainingStep
+from flatpatch.sam import SAMTrainingStep, mixed_seed
 from tests import sam_training
 
 KEYS = {
@@ -32,7 +32,15 @@ KEYS = {
 
 
 def description(folder, **sam):
-    settings = {"kind": "sam", "rho": 0.5, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    settings = {
+        "kind": "sam",
+        "rho": 0.5,
+        "eta": 0.01,
+        "scope": "lora",
+        "sync": "local",
+        "ascent_loss": "total",
+        "seed": 0,
+    }
     return {
         "schema": 1,
         "task_index": 1,
@@ -99,7 +107,7 @@ def test_training_with_sam_off_is_bit_for_bit_the_same_and_recorded(tmp_path, at
     assert sum(line["loss"] for line in lines) / 3 == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sam", "asam"])
+@pytest.mark.parametrize("kind", ["sam", "asam", "random"])
 def test_rho_zero_is_bit_for_bit_the_same(tmp_path, attached, kind):
     plain = sam_training.make_trainer(tmp_path / "plain")
     plain.train()
@@ -118,6 +126,20 @@ def test_hook_trains_as_the_wrapped_step_does(tmp_path, attached, kind, settings
     hooked = attached({"kind": kind} | settings)
     hooked.train()
     assert same(hooked, direct)
+
+
+def test_random_directions_follow_from_the_runs_seed_and_the_task(tmp_path, attached):
+    direct = sam_training.make_trainer(tmp_path / "direct")
+    direct.training_step = SAMTrainingStep(direct, rho=0.5, random_seed=mixed_seed(4, 1))
+    direct.train()
+    hooked = attached({"kind": "random", "seed": 4})
+    hooked.train()
+    assert same(hooked, direct)
+    assert json.loads((tmp_path / "summary.json").read_text())["sam"].startswith("random directions rho=0.5")
+    assert [line["perturbation_norm"] for line in metrics(tmp_path)] == pytest.approx([0.5] * 3, rel=1e-6)
+    other = attached({"kind": "random", "seed": 4}, {"task_index": 0})
+    other.train()
+    assert not same(other, direct)
 
 
 def test_every_step_is_measured(tmp_path, attached):
@@ -284,7 +306,7 @@ def test_empty_scope_stops_before_the_first_step(tmp_path, attached):
     [
         ({"schema": 2}, "has schema 2, expected 1"),
         ({"sam": 3}, "sam=3: Input should be a valid dictionary"),
-        ({"sam": {"kind": "sgd"}}, r"sam.kind='sgd': Input should be 'off', 'sam' or 'asam'"),
+        ({"sam": {"kind": "sgd"}}, r"sam.kind='sgd': Input should be 'off', 'sam', 'asam' or 'random'"),
         ({"sam": {"rho": -1}}, r"sam.rho=-1: Input should be greater than or equal to 0"),
         ({"sam": {"rho": True}}, r"sam.rho=True: Input should be a valid number"),
         ({"sam": {"rh": 1}}, r"unknown key 'rh'. Did you mean 'rho'\?"),

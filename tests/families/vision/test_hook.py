@@ -16,6 +16,7 @@ from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.vision import hook as loop
 from flatpatch.families.vision import places as images
 from flatpatch.measuring import Request
+from flatpatch.sam import mixed_seed
 from flatpatch.upstreams import cllora
 
 
@@ -37,7 +38,15 @@ class Network(nn.Module):
 
 
 def description(folder, sam_on="both", **sam):
-    settings = {"kind": "sam", "rho": 0.1, "eta": 0.01, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    settings = {
+        "kind": "sam",
+        "rho": 0.1,
+        "eta": 0.01,
+        "scope": "lora",
+        "sync": "local",
+        "ascent_loss": "total",
+        "seed": 0,
+    }
     vision = {"device": None, "data": None, "weights": None, "workers": None, "model": None, "dataset": None}
     return {
         "schema": 1,
@@ -143,6 +152,25 @@ def test_a_step_descends_with_the_gradient_at_the_perturbed_weights(started, sco
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("scope", ["lora", "all"])
+def test_a_step_along_a_random_direction_descends_with_the_gradient_found_there(started, scope):
+    """The direction is the normal one of the run's seed, the task and the step; its norm is SAM's."""
+    network = Network().double()
+    data = batches(1)
+    chosen = [p for name, p in network.named_parameters() if in_scope(name, scope) and p.requires_grad]
+    chosen = [p for p in chosen if all(p is not unused for unused in network.unused.parameters())]
+    generator = torch.Generator().manual_seed(mixed_seed(mixed_seed(8, 1, 0), 0))
+    sizes = [p.numel() for p in chosen]
+    z = torch.empty(sum(sizes), dtype=torch.float64).normal_(generator=generator)
+    step = [part.view(p.shape) for part, p in zip((0.1 * z / z.norm()).split(sizes), chosen, strict=True)]
+    moved = dense_gradient(network, chosen, data[0], step)
+    expected = [p.detach() if g is None else p.detach() - 0.5 * g for p, g in zip(trained(network), moved, strict=True)]
+    started(kind="random", scope=scope, seed=8)
+    train(network, data, torch.optim.SGD(network.parameters(), lr=0.5), task=1)
+    for ours, theirs in zip(trained(network), expected, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-14)
+
+
 def in_scope(name, scope):
     factor = name[5] if name.startswith("lora_") else "head"
     return {"lora": factor != "head", "all": True}.get(scope, factor == scope)
@@ -162,7 +190,9 @@ def test_groups_own_rho_scales_its_part_of_one_perturbation(started, tmp_path):
     assert metrics(tmp_path)[0]["perturbation_norm"] == pytest.approx(expected.item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("settings", [{"kind": "off"}, {"rho": 0.0}, {"kind": "asam", "rho": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{"kind": "off"}, *({"kind": kind, "rho": 0.0} for kind in ("sam", "asam", "random"))]
+)
 def test_training_without_a_perturbation_is_bit_for_bit_the_same_with_dropout_on(started, monkeypatch, settings):
     def run(hooked):
         torch.manual_seed(3)

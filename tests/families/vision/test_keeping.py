@@ -84,7 +84,7 @@ def test_description_takes_a_folder_to_keep_models_in_and_their_weights_names(
     value: Any, is_right: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "hook.json"
-    sam = {"kind": "off", "rho": 0, "eta": 0, "scope": "lora", "sync": "local", "ascent_loss": "total"}
+    sam = {"kind": "off", "rho": 0, "eta": 0, "scope": "lora", "sync": "local", "ascent_loss": "total", "seed": 0}
     files = {name: f"{name}.json" for name in ("metrics", "progress", "summary")}
     path.write_text(
         json.dumps(

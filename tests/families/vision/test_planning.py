@@ -18,6 +18,7 @@ from flatpatch.families.base import Plan
 from flatpatch.families.vision import quick as quick_vision
 from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
 from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.families.vision.results import CONFIG, _check_curve
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.runner.record import environment
@@ -323,3 +324,79 @@ def test_shuffled_classes_are_said_beside_the_tasks() -> None:
     words = ["method=inflora", "profile=quick", "engine=reference"]
     assert make_plan(parse(words), dry_run=True).sequence.endswith(" ...")
     assert make_plan(parse([*words, "upstream.shuffle=true"]), dry_run=True).sequence.endswith("... in shuffled order")
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(("method", "variant", "benchmark", "file"), SHIPPED)
+def test_budget_multiplies_what_counts_in_epochs_and_nothing_else(
+    method: str, variant: str, benchmark: str, file: str, upstream: Callable[[str], Path]
+) -> None:
+    shipped = upstream(str(ROWS[method].repository)) / file
+    words = (f"method={method}", f"variant={variant}", f"benchmark={benchmark}", "profile=upstream", "device=0")
+    plan = plan_of(*words, "budget=3")
+    theirs, ours = json.loads(shipped.read_text()), written_config(plan)
+    changed = {key for key in theirs if theirs[key] != ours[key]} - {"seed"}
+    assert changed <= {"epochs", "init_epoch", "init_epochs", "later_epochs", "milestones", "init_milestones"}
+    assert changed & {"epochs", "init_epochs"}
+    for key in changed:
+        longer = [3 * epoch for epoch in theirs[key]] if isinstance(theirs[key], list) else 3 * theirs[key]
+        assert ours[key] == longer
+    assert_differences_are_recorded(plan, shipped)
+    assert "off-protocol" in plan.labels
+    assert [d.here for d in plan.deviations if d.what == "budget"] == ["3"]
+
+
+@pytest.mark.third_party
+def test_milestone_that_upstreams_code_has_written_in_it_stays_and_is_told(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    words = ("method=inflora", "variant=infloraca", "profile=upstream", "device=0,1", "budget=2")
+    told = "the learning rate falls after epoch 18 however many there are: the code has it written in it"
+    assert told in plan_of(*words).notes
+    assert told not in plan_of(*words, "upstream.optim=adam").notes
+
+
+def test_budget_of_the_reference_engine_is_recorded_and_in_the_runs_name() -> None:
+    plan = plan_of("method=seqlora_vit", "budget=2", "upstream.epochs=3")
+    assert written_config(plan)["epochs"] == 6
+    assert [(d.what, d.upstream, d.here) for d in plan.deviations] == [("budget", "1", "2")]
+    assert "-budget2-" in plan.folder.name
+    assert "off-protocol" in plan.labels
+
+
+def test_what_is_trained_of_which_images_reaches_the_reference_engine() -> None:
+    plan = plan_of("method=seqlora_vit", "tuning=full", "fraction=0.5", "tasks=1")
+    config = written_config(plan)
+    assert (config["tuning"], config["fraction"], config["tasks"]) == ("full", 0.5, 1)
+    assert plan.tasks == ("0-3",)
+    assert "-tuningfull-fraction0.5-tasks1-" in plan.folder.name
+    assert {d.what for d in plan.deviations} == {"tasks", "training examples of each task"}
+    assert "off-protocol" in plan.labels
+    reference = read_reference(config, dict(plan.stages[0].contract["vision"]))
+    assert (reference.tuning, reference.fraction, reference.tasks) == ("full", 0.5, 1)
+
+
+def test_all_tasks_by_their_number_are_no_other_run() -> None:
+    plain, numbered = plan_of("method=seqlora_vit"), plan_of("method=seqlora_vit", "tasks=05")
+    assert plain.folder == numbered.folder and plain.tasks == numbered.tasks and plain.files == numbered.files
+    assert plain.labels == numbered.labels
+
+
+@pytest.mark.parametrize("tasks", ["0", "6", "0-3", "1,2", "-1", "1.5"])
+def test_number_of_tasks_that_cannot_be_is_refused(tasks: str) -> None:
+    with pytest.raises(UserError, match=rf"^tasks={tasks}: expected how many of the first to learn, from 1 to 5"):
+        plan_of("method=seqlora_vit", f"tasks={tasks}")
+
+
+@pytest.mark.parametrize("rank", ["0", "-1", "65"])
+def test_rank_that_cannot_be_is_one_message(rank: str) -> None:
+    with pytest.raises(UserError, match=rf"^upstream.rank={rank} is ") as caught:
+        plan_of("method=seqlora_vit", f"upstream.rank={rank}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("method", ["inflora", "cllora", "sdlora"])
+def test_authors_code_learns_every_task_from_all_its_images(method: str, upstream: Callable[[str], Path]) -> None:
+    upstream(str(ROWS[method].repository))
+    with pytest.raises(UserError, match="^tasks=1, fraction=0.5: the authors' code learns every task"):
+        plan_of(f"method={method}", "profile=quick", "engine=upstream", "tasks=1", "fraction=0.5")

@@ -20,6 +20,7 @@ SAID: dict[str, Any] = {
     "configs": {"new": {"cifar100": "exps/cifar.json"}},
     "command": ("main.py", "--config", "{config}"),
     "datasets": PILOT,
+    "epochs": ("epochs",),
     "kept": "fc.*",
 }
 
