@@ -19,7 +19,7 @@ need it.
 
 This page is written by `python -m flatpatch.runner.settings_page > docs/settings.md`.
 
-The column "for" says which methods have the setting: all, or those of some families. Another family's setting is refused.
+The column "for" says which methods have the setting: all, or those of some families. Another family's is refused.
 The column "role" says what the setting does for a run:
 
 | role | meaning |
