@@ -98,15 +98,17 @@ def train_task(
     from flatpatch.families.text.reference.adapters import layer_matrices
 
     layers = layer_matrices(model)
-    groups: dict[str, list[Tensor]] = {"A": [layer.A for layer in layers], "B": [layer.B for layer in layers]}
-    factors = {id(factor) for group in groups.values() for factor in group}
-    groups["body"] = [each for each in model.parameters() if each.requires_grad and id(each) not in factors]
-    named = [{"params": group, "name": name} for name, group in groups.items() if group]
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.A for layer in layers], "name": "A"},
+        {"params": [layer.B for layer in layers], "name": "B"},
+    ]
+    if not layers:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "name": "body"}]
     optimizer: torch.optim.Optimizer
     if task.optim == "sgd":
-        optimizer = torch.optim.SGD(named, lr=task.learning_rate)
+        optimizer = torch.optim.SGD(groups, lr=task.learning_rate)
     else:
-        optimizer = AdamW(named, lr=task.learning_rate, eps=1e-8, no_deprecation_warning=True)
+        optimizer = AdamW(groups, lr=task.learning_rate, eps=1e-8, no_deprecation_warning=True)
     batches_per_epoch = math.ceil(len(examples) / task.per_device_train_batch_size)
     accumulated = min(task.gradient_accumulation_steps, batches_per_epoch)
     model.train()
