@@ -63,7 +63,7 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
             on what it runs, ``place`` where its files are, ``measure`` what is measured in it.
-        family: The one family for which it has a meaning; empty for all.
+        family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
     return field(default=default, metadata={"help": text, "role": role, "family": family, "whole": whole})
@@ -105,17 +105,22 @@ class Settings:
         "lora", "what is trained: LoRA (a ViT's with its head), the head alone, or every weight; reference engine"
     )
     budget: int = _setting(
-        1, "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM"
+        1,
+        "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM",
+        family="text vision",
     )
     seed: int = _setting(42, "random seed; default: upstream's own")
     tasks: str = _setting(
         "",
         "run only these tasks of the order, e.g. amazon,agnews; vision: so many of the first, e.g. 1, by the reference "
         "engine (off-protocol)",
+        family="text vision",
         whole=True,
     )
     fraction: float = _setting(
-        1.0, "share of each task's training examples, drawn by the seed; vision: reference engine (off-protocol)"
+        1.0,
+        "share of each task's training examples, drawn by the seed; vision: reference engine (off-protocol)",
+        family="text vision",
     )
     device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1", role="machine", whole=True)
     processes: int = _setting(
@@ -191,7 +196,8 @@ WHOLE = tuple(name for name, item in FIELDS.items() if item.metadata["whole"])
 
 def foreign(family: str) -> tuple[str, ...]:
     """Return the settings that have no meaning for a family."""
-    return tuple(name for name, item in FIELDS.items() if item.metadata["family"] not in ("", family))
+    families = {name: item.metadata["family"].split() for name, item in FIELDS.items()}
+    return tuple(name for name, own in families.items() if own and family not in own)
 
 
 @dataclass(frozen=True)
