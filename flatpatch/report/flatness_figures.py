@@ -543,7 +543,7 @@ def make_recorded_eigenvalues_figure(
     how = "as recorded: basis not orthogonal, so values are repeated and too large; loss over padding too"
     return finish(
         figure,
-        "As recorded, faults included",
+        "As recorded, faults included: eigenvalues",
         [describe_variation({"scope": scope, "note": how})],
         record=record,
     )
