@@ -4,7 +4,7 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
 
     {"schema": 1,
      "task": "dbpedia", "task_index": 0, "when": "before" | "after" | "at_loss" | "finished",
-     "step": the step after which it was measured, at_loss alone; else null,
+     "step": after how many steps of the task's own loss it was measured, at_loss alone; else null,
      "samples": 64, "batches": [16, ...] (loss terms of each), "sample_seed": 0, "indices": [...] or null,
      "weights": "float32" | "float32 copy of bfloat16 weights" | ..., "loss": what is measured, in words,
      "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss},
