@@ -28,7 +28,7 @@ class Part(BaseModel):
 class Sam(Part):
     """The SAM of the run; ``kind`` is off where there is none. ``seed`` is the run's, for random directions."""
 
-    kind: Literal["off", "sam", "asam", "random"]
+    kind: Literal["off", "sam", "asam", "random", "recorded"]
     rho: float = Field(ge=0, allow_inf_nan=False)
     eta: float = Field(ge=0, allow_inf_nan=False)
     scope: Literal["lora", "A", "B", "head", "all"]
@@ -76,7 +76,13 @@ class Description(Part):
     keep: Keep | None = None
 
 
-TITLES: Mapping[str, str] = {"off": "SAM off", "sam": "SAM", "asam": "ASAM", "random": "random directions"}
+TITLES: Mapping[str, str] = {
+    "off": "SAM off",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "random": "random directions",
+    "recorded": "as recorded (not SAM)",
+}
 """By ``kind``: what it is called."""
 
 PARTS: Mapping[str, type[Part]] = {"sam": Sam, "measure": Measure, "keep": Keep}

@@ -10,7 +10,7 @@ from typing import Any
 
 from flatpatch.errors import UserError, did_you_mean
 
-KINDS: Mapping[str, str] = {
+CORRECT_KINDS: Mapping[str, str] = {
     "loss": "the loss of the sample (always)",
     "eigenvalues": "largest eigenvalues of the Hessian, each with its residual",
     "trace": "trace of the Hessian with its standard error (Hutchinson)",
@@ -21,8 +21,18 @@ KINDS: Mapping[str, str] = {
     "landscape": "loss on a plane of two random filter-normalised directions",
     "slice": "loss along the first of them, more finely",
 }
+# With the faults of the experiment record's code, for comparison alone: flatpatch/flatness/as_recorded.py.
+RECORDED_KINDS: Mapping[str, str] = {
+    "recorded_eigenvalues": "as recorded: block Lanczos on a basis that is not orthogonal, pooled over batches",
+    "recorded_landscape": "as recorded: loss on a plane of directions scaled tensor by tensor",
+    "recorded_keskar": "as recorded: the highest loss on a random walk",
+}
+KINDS: Mapping[str, str] = {**CORRECT_KINDS, **RECORDED_KINDS}
+GROUPS: Mapping[str, Mapping[str, str]] = {"all": CORRECT_KINDS, "recorded": RECORDED_KINDS}
 SCOPES = ("adapter", "merged", "trainable", "model")
 WHENS = ("before", "after")
+AT_LOSS = "at_loss"
+LOSSES_AVERAGED = 10
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,15 @@ class Effort:
     ascent_steps: int
     grid_points: int
     slice_points: int
+    recorded_batches: int
+    recorded_points: int
+    recorded_landscape_batches: int
+    recorded_vectors: int
 
 
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(5, 40, 1e-2, 16, 2, 16, 20, 5e-2, 4, 9, 17),
-    "full": Effort(10, 300, 1e-3, 100, 4, 50, 100, 1e-2, 20, 25, 51),
+    "quick": Effort(5, 40, 1e-2, 16, 2, 16, 20, 5e-2, 4, 9, 17, 2, 9, 2, 25),
+    "full": Effort(10, 300, 1e-3, 100, 4, 50, 100, 1e-2, 20, 25, 51, 10, 20, 5, 100),
 }
 
 
@@ -60,6 +74,8 @@ class Request:
         batch: Examples in a batch of the sample.
         rho: Radius of SAM's ball, in weight units, whatever the run trains with: so runs can be compared.
         effort: Of ``EFFORTS``.
+        at_loss: Where over 0, measure also at the step of each task's training from which on the mean recorded loss
+            over ``LOSSES_AVERAGED`` steps is first at or below it, so that runs can be compared at equal loss.
     """
 
     kinds: tuple[str, ...]
@@ -69,6 +85,7 @@ class Request:
     batch: int = 16
     rho: float = 0.05
     effort: str = "quick"
+    at_loss: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for a JSON file."""
@@ -76,18 +93,27 @@ class Request:
 
 
 def make_request(
-    kinds: str, scopes: str, when: str = "before,after", *, samples: int, batch: int, rho: float, effort: str
+    kinds: str,
+    scopes: str,
+    when: str = "before,after",
+    *,
+    samples: int,
+    batch: int,
+    rho: float,
+    effort: str,
+    at_loss: float = 0.0,
 ) -> Request | None:
     """Turn the texts of the settings into a request.
 
     Args:
-        kinds: Names of kinds with commas between them, or "all"; empty for no measuring.
+        kinds: Names of kinds or of ``GROUPS`` with commas between them; empty for no measuring.
         scopes: Names of scopes likewise.
         when: "before", "after" or both.
         samples: As in :class:`Request`.
         batch: As in :class:`Request`.
         rho: As in :class:`Request`.
         effort: As in :class:`Request`.
+        at_loss: As in :class:`Request`.
 
     Returns:
         The request; None where nothing is to be measured.
@@ -95,20 +121,21 @@ def make_request(
     Raises:
         UserError: With every mistake.
     """
-    request, problems = check_request(kinds, scopes, when, samples=samples, batch=batch, rho=rho, effort=effort)
+    request, problems = check_request(
+        kinds, scopes, when, samples=samples, batch=batch, rho=rho, effort=effort, at_loss=at_loss
+    )
     if problems:
         raise UserError.collect(problems)
     return request
 
 
 def check_request(
-    kinds: str, scopes: str, when: str, *, samples: int, batch: int, rho: float, effort: str
+    kinds: str, scopes: str, when: str, *, samples: int, batch: int, rho: float, effort: str, at_loss: float = 0.0
 ) -> tuple[Request | None, list[str]]:
     """Return what ``make_request`` does, and the mistakes instead of raising them."""
     problems: list[str] = []
-    chosen = _names("measure", kinds, (*KINDS, "all"), problems)
-    if "all" in chosen:
-        chosen = tuple(KINDS)
+    chosen = _names("measure", kinds, (*KINDS, *GROUPS), problems)
+    chosen = tuple(kind for name in chosen for kind in GROUPS.get(name, (name,)))
     scope_names = _names("measure_scope", scopes, SCOPES, problems)
     whens = _names("measure_when", when, WHENS, problems)
     for key, value in (("measure_samples", samples), ("measure_batch", batch)):
@@ -116,6 +143,10 @@ def check_request(
             problems.append(f"{key}={value} is an empty sample (expected at least 1, e.g. {key}=16).")
     if not (math.isfinite(rho) and rho > 0):
         problems.append(f"measure_rho={rho:g} is out of range (expected a number > 0, e.g. measure_rho=0.05).")
+    if not (math.isfinite(at_loss) and at_loss >= 0):
+        problems.append(
+            f"measure_at_loss={at_loss:g} is out of range (expected a loss > 0, e.g. measure_at_loss=0.5; 0: none)."
+        )
     if effort not in EFFORTS:
         problems.append(
             f"unknown measure_effort '{effort}'.{did_you_mean(effort, EFFORTS)} Expected: {', '.join(EFFORTS)}."
@@ -127,7 +158,7 @@ def check_request(
     if problems or not chosen:
         return None, problems
     ordered = tuple(kind for kind in KINDS if kind == "loss" or kind in chosen)
-    return Request(ordered, scope_names, whens, samples, batch, rho, effort), []
+    return Request(ordered, scope_names, whens, samples, batch, rho, effort, at_loss), []
 
 
 def read_request(values: Any, where: str) -> Request:
@@ -156,6 +187,7 @@ def read_request(values: Any, where: str) -> Request:
             batch=int(values["batch"]),
             rho=float(values["rho"]),
             effort=values["effort"],
+            at_loss=float(values["at_loss"]),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} has a value of the wrong kind: {error}") from None

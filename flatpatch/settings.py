@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.measuring import KINDS, SCOPES, WHENS, check_request
+from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
 MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", *MINIATURES),
     "engine": ("auto", "upstream", "reference"),
-    "sam": ("off", "sam", "asam", "random"),
+    "sam": ("off", "sam", "asam", "random", "recorded"),
     "tuning": ("lora", "head", "full"),
     "scope": ("lora", "A", "B", "head", "all"),
     "sync": ("local", "global"),
@@ -85,7 +85,11 @@ class Settings:
         "some of the real texts, CPU (text)",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
-    sam: str = _setting("off", "off, sam, asam (adaptive), or random: a control that moves along random directions")
+    sam: str = _setting(
+        "off",
+        "off, sam, asam (adaptive), random: a control that moves along random directions, or recorded: the experiment "
+        "record's step, which is not SAM (text, quick, engine=reference alone)",
+    )
     rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
     scope: str = _setting(
@@ -145,13 +149,23 @@ class Settings:
     run: str = _setting("", "name of the run's folder; default: made from the settings", role="place", whole=True)
     output: str = _setting("runs", "where run folders are made", role="place", whole=True)
     measure: str = _setting(
-        "", f"flatness to measure in the run: all, or some of {', '.join(KINDS)}", role="measure", whole=True
+        "",
+        f"flatness to measure in the run: all (which is correct), recorded (as the experiment record's code does, "
+        f"with its faults), or some of {', '.join(KINDS)}",
+        role="measure",
+        whole=True,
     )
     measure_scope: str = _setting(
         "adapter,merged", f"over which weights: some of {', '.join(SCOPES)}", role="measure", whole=True
     )
     measure_when: str = _setting(
         "before,after", f"at which times of each task: {' and '.join(WHENS)}", role="measure", whole=True
+    )
+    measure_at_loss: float = _setting(
+        0.0,
+        f"measure once more in each task's training, where the mean loss of {LOSSES_AVERAGED} steps is first at or "
+        "below this; 0: not",
+        role="measure",
     )
     measure_samples: int = _setting(64, "training examples to measure on, the same for every run", role="measure")
     measure_batch: int = _setting(16, "examples in a batch of them", role="measure")
@@ -175,6 +189,7 @@ class Settings:
             batch=self.measure_batch,
             rho=self.measure_rho,
             effort=self.measure_effort,
+            at_loss=self.measure_at_loss,
         )
 
 
@@ -233,7 +248,12 @@ class Request:
 
 def without_effect(sam: str, measure: str) -> frozenset[str]:
     """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
-    of_sam = {"off": with_role("sam"), "sam": ("eta",), "random": ("eta", "ascent_loss")}.get(sam, ())
+    of_sam = {
+        "off": with_role("sam"),
+        "sam": ("eta",),
+        "random": ("eta", "ascent_loss"),
+        "recorded": ("eta", "ascent_loss"),
+    }.get(sam, ())
     return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
 
 

@@ -94,6 +94,12 @@ def choose_engine_of(upstream: Upstream, request: Request, machine: Machine, *, 
     profile, profile_reason = choose_profile(settings.profile, upstream, machine.cuda_devices)
     engine, engine_reason = choose_engine(settings.engine, upstream, profile)
     check_reference(upstream, engine, settings.engine)
+    if settings.sam == "recorded" and (upstream.family, profile, engine) != ("text", "quick", "reference"):
+        raise UserError(
+            f"sam=recorded repeats the fault of one training loop on text, in our small copy of it alone, and this run "
+            f"is of {upstream.title} ({upstream.family}), profile {profile}, engine {engine}. Use a text method with "
+            "profile=quick engine=reference, or sam=sam."
+        )
     notes = list(request.notes)
     return Draft(upstream, request, dry_run, profile, profile_reason, engine, engine_reason, notes=notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from flatpatch.errors import UserError
 from flatpatch.families.recording import MEASURED, Recorder, make_measurer
 from flatpatch.families.sample import Sample
-from flatpatch.measuring import Request
+from flatpatch.measuring import AT_LOSS, Request
 from flatpatch.sam import SAM, mixed_seed
 
 
@@ -24,6 +25,8 @@ class StepRecorder:
         self.steps = self.trainable = self.perturbed = self._trainings = 0
         self.fallbacks: Tensor | int = 0
         self._measurer = make_measurer(run, self._measuring)
+        self._measure_at: Callable[[str], Any] = lambda when: None
+        self._task_index = 0
         self._recorder = Recorder(run)
         self._recorder.start()
 
@@ -72,6 +75,7 @@ class StepRecorder:
             random_seed=place if settings["kind"] == "random" else None,
         )
         task_only = settings["ascent_loss"] == "task"
+        recorded = settings["kind"] == "recorded"
 
         def gradients(closure: Callable[..., Tensor]) -> Tensor:
             assert self.sam is not None
@@ -80,6 +84,8 @@ class StepRecorder:
             def one_pass() -> Tensor:
                 nonlocal passes
                 passes += 1
+                if recorded:  # it clips what it climbs along, which does not matter to a step of a given length
+                    return closure(recorded="all" if passes == 1 else "last")
                 return closure(penalised=passes == 2 or not task_only)
 
             result: Tensor = self.sam.gradients(one_pass)
@@ -96,6 +102,8 @@ class StepRecorder:
             self.fallbacks = self.fallbacks + ~report.finite
             measured |= {name: getattr(report, name) for name in MEASURED if hasattr(report, name)}
             measured["perturbed_loss"] = self.sam.perturbed_loss
+        if self._measurer is not None and self._measurer.reaches(self._task_index, state["loss"]):
+            self._measure_at(AT_LOSS)
         record = {"task": task or self.run["task"], **{k: state[k] for k in ("step", "learning_rate", "seconds")}}
         self._recorder.add(record, measured)
         if state["step"] == state["total"]:
@@ -119,7 +127,7 @@ class StepRecorder:
         """Measure a loss on a fixed sample of a task's training data, if asked to at this time.
 
         Args:
-            when: ``before`` or ``after`` the task's training.
+            when: ``before`` or ``after`` the task's training; what is measured in it takes the same.
             model: As it is trained.
             sample: Draws the sample.
             task_index: The task, counted from 0.
@@ -127,7 +135,11 @@ class StepRecorder:
             loss: ``loss`` and ``loss_name`` where the loss is not the model's own.
         """
         if self._measurer is not None:
-            self._measurer.at(when, task_index=task_index, task=task, model=model, sample=sample, **loss)
+            self._task_index, self._measure_at = (
+                task_index,
+                partial(self._measurer.at, task_index=task_index, task=task, model=model, sample=sample, **loss),
+            )
+            self._measure_at(when)
         self._begin("train" if when == "before" else "predict", task)
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:

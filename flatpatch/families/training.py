@@ -146,7 +146,9 @@ def descend(
 
     The closure given to the gradients clears the gradients, computes the mean over the step's batches of
     (task loss + penalty) and its gradient, and returns it; ``closure(penalised=False)`` leaves the penalty
-    out of the gradient alone.
+    out of the gradient alone. ``closure(recorded="all")`` and ``closure(recorded="last")`` take the gradients of the
+    experiment record's step, which is not SAM: the sum over the step's batches, or that of the last one alone, of
+    (task loss / number of batches + penalty).
 
     Args:
         model: What is trained, in place: those of its parameters that require a gradient, all on one device.
@@ -179,14 +181,18 @@ def descend(
         began = timing.Moment(device)
         inputs += itertools.islice(stream, accumulated - 1)
 
-        def closure(*, penalised: bool = True, inputs: list[Batch] = inputs) -> Tensor:
+        def closure(*, penalised: bool = True, recorded: str = "", inputs: list[Batch] = inputs) -> Tensor:
             optimizer.zero_grad()
             loss_sum = torch.zeros((), device=device)
-            for batch in inputs:
+            taken = inputs[-1:] if recorded == "last" else inputs
+            for batch in taken:
                 task_loss, penalty = objective(batch)
                 loss = task_loss if penalty is None else task_loss + penalty
-                ((loss if penalised else task_loss) / len(inputs)).backward()  # type: ignore[no-untyped-call]
-                loss_sum = loss_sum + loss.detach() / len(inputs)
+                descended = (loss if penalised else task_loss) / len(inputs)
+                if recorded and penalty is not None:
+                    descended = task_loss / len(inputs) + penalty
+                descended.backward()  # type: ignore[no-untyped-call]
+                loss_sum = loss_sum + loss.detach() / len(taken)
             return loss_sum
 
         loss = gradients(closure).item()

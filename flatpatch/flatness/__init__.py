@@ -6,6 +6,7 @@ For example, the five largest eigenvalues of the loss over the LoRA factors of a
     print(lanczos(HessianOperator(problem), k=5))
 """
 
+from flatpatch.flatness.as_recorded import recorded_eigenvalues, recorded_keskar, recorded_landscape
 from flatpatch.flatness.batchwise import BatchEigenvalues, batch_eigenvalues
 from flatpatch.flatness.connectivity import Connectivity, checkpoint_point, linear_connectivity, model_point
 from flatpatch.flatness.density import Quadrature, kernel_width, quadrature, spectral_density, spectral_distribution
@@ -74,6 +75,9 @@ __all__ = [
     "power_iteration",
     "quadrature",
     "random_direction",
+    "recorded_eigenvalues",
+    "recorded_keskar",
+    "recorded_landscape",
     "spectral_density",
     "spectral_distribution",
     "spectrum_statistics",

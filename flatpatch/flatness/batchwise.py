@@ -52,6 +52,16 @@ class BatchEigenvalues:
         return self.quartiles[1]
 
     @property
+    def mean(self) -> float:
+        """Over batches, signs included."""
+        return float(self.values.mean())
+
+    @property
+    def largest(self) -> float:
+        """Over batches, signs included."""
+        return float(self.values.max())
+
+    @property
     def num_negative(self) -> int:
         """Batches whose eigenvalue of largest magnitude is negative."""
         return int((self.values < 0).sum())

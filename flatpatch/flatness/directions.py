@@ -36,7 +36,7 @@ class Direction:
     Attributes:
         vector: (n,), float64.
         label: A few words for an axis of a figure.
-        normalisation: One of ``NORMALISATIONS``, or "as given".
+        normalisation: One of ``NORMALISATIONS``, or other words.
         seed: Of a random direction; else None.
         zero_units: Units (rows, columns) by variable whose weights are zero, so that the direction is zero there.
         skipped: Variables left alone because they have no filters: biases and the weights of norms.

@@ -3,10 +3,11 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
 ``flatness/<n>-<task>-<when>.json`` holds one measuring point::
 
     {"schema": 1,
-     "task": "dbpedia", "task_index": 0, "when": "before" | "after" | "finished",
+     "task": "dbpedia", "task_index": 0, "when": "before" | "after" | "at_loss" | "finished",
+     "step": after how many steps of the task's own loss it was measured, at_loss alone; else null,
      "samples": 64, "batches": [16, ...] (loss terms of each), "sample_seed": 0, "indices": [...] or null,
      "weights": "float32" | "float32 copy of bfloat16 weights" | ..., "loss": what is measured, in words,
-     "request": {kinds, scopes, when, samples, batch, rho, effort},
+     "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss},
      "error": null, or why nothing could be measured,
      "scopes": {scope: {"num_parameters": n, "loss": 0.7, "values": {name: number or null},
                         "results": {kind: all that the kind found, its settings with it},
@@ -16,7 +17,9 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
 The values' names are those of :data:`VALUES`. ``flatness/<n>-<task>-<when>-<scope>.npz`` holds arrays: the
 landscape's, as :mod:`flatpatch.flatness.landscape` describes them (such a file can be read as a landscape), and besides
 ``eigenvalues``, ``residuals``, ``density_nodes``, ``density_weights`` (probes, steps), ``batch_eigenvalues``,
-``slice_coordinates`` and ``slice_losses``, as far as they were measured.
+``slice_coordinates`` and ``slice_losses``, as far as they were measured. Arrays of the measurements that repeat the
+record's faults are called ``as_recorded_...``: its ``as_recorded_eigenvalues`` (batches, 4), and its landscape's under
+the landscape's names.
 
 A run's record has one entry per task, time and scope::
 
@@ -55,7 +58,9 @@ VALUES: Mapping[str, str] = {
     "negative_weight": "their share in the sum of all magnitudes",
     "effective_rank": "(sum of magnitudes)^2 over the sum of squares",
     "outliers": "eigenvalues above a tenth of the largest magnitude, estimated",
+    "batch_eigenvalue_mean": "mean over batches of the dominant eigenvalue",
     "batch_eigenvalue_median": "median over batches of the dominant eigenvalue",
+    "batch_eigenvalue_max": "its largest over batches",
     "batch_eigenvalue_lower_quartile": "its lower quartile over batches",
     "batch_eigenvalue_upper_quartile": "its upper quartile over batches",
     "batches_unconverged": "batches whose residual missed the tolerance",
@@ -69,6 +74,13 @@ VALUES: Mapping[str, str] = {
     "distance_moved": "L2 norm of the change of the scope's weights since before the task's training",
     "landscape_mean_rise": "mean over the plane of the loss above that at the weights",
     "slice_mean_rise": "mean over the line of the loss above that at the weights",
+    "as_recorded_eigenvalue_mean": "as recorded: mean of block Lanczos's four largest values of each batch",
+    "as_recorded_eigenvalue_median": "as recorded: median of them",
+    "as_recorded_eigenvalue_max": "as recorded: the largest of them",
+    "as_recorded_basis_overlap": "as recorded: largest entry of |Q Q' - I|, which would be 0 for a sound basis",
+    "as_recorded_landscape_mean_rise": "as recorded: mean over the plane scaled by tensor of the rise of the loss",
+    "as_recorded_keskar_sharpness": "as recorded: highest loss on a random walk, scaled as Keskar's phi, in percent",
+    "as_recorded_keskar_reach": "as recorded: how far outside it was, 1 being the wall of Keskar's box",
 }
 """Every scalar a measurement may give, and what it is."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flatpatch.flatness.guard import random_states_kept, working_copy
 from flatpatch.flatness.points import plain
 from flatpatch.measurement import files
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
-from flatpatch.measuring import Request, read_request
+from flatpatch.measuring import AT_LOSS, LOSSES_AVERAGED, Request, read_request
 
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
@@ -45,10 +46,37 @@ class Measurer:
         self.request: Request | None = None
         if (asked := run.get("measure")) is not None:
             self.request, self._folder = read_request(asked["request"], "measure.request"), Path(asked["folder"])
+        self._watched: int | None = None  # the task whose losses these are
+        self._losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
+        self._steps = 0
+        self._is_reached = False
 
     def wants(self, when: str) -> bool:
         """Tell whether anything is measured at this time."""
-        return self.request is not None and when in self.request.when
+        if self.request is None:
+            return False
+        return self.request.at_loss > 0 if when == AT_LOSS else when in self.request.when
+
+    def reaches(self, task_index: int, loss: float) -> bool:
+        """Take the loss of a task's next step; tell whether the asked one is reached by it, for the first time.
+
+        Args:
+            task_index: The task that is trained.
+            loss: As it is recorded of the step.
+        """
+        if not self.wants(AT_LOSS):
+            return False
+        assert self.request is not None
+        if task_index != self._watched:
+            self._watched, self._steps, self._is_reached = task_index, 0, False
+            self._losses.clear()
+        self._steps += 1
+        self._losses.append(loss)
+        mean = sum(self._losses) / LOSSES_AVERAGED
+        if self._is_reached or len(self._losses) < LOSSES_AVERAGED or not mean <= self.request.at_loss:
+            return False
+        self._is_reached = True
+        return True
 
     def at(
         self,
@@ -64,7 +92,7 @@ class Measurer:
         """Measure, if asked to at this time, and write the files.
 
         Args:
-            when: "before" or "after" the task's training.
+            when: "before" or "after" the task's training, or "at_loss" in it, once ``reaches`` has said so.
             task_index: Counted from 0.
             task: Its name.
             model: As it is trained: not copied, moved or put into evaluation mode by the caller.
@@ -96,7 +124,8 @@ class Measurer:
         request: Request,
     ) -> list[dict[str, Any]]:
         name = files.stem(task_index, task, when)
-        title = f"{when} task {task_index + 1} {task}"
+        step = self._steps if when == AT_LOSS else None
+        title = f"{when} task {task_index + 1} {task}" if step is None else f"task {task_index + 1} {task}, step {step}"
         started = time.perf_counter()
         results = {scope: ScopeResult() for scope in request.scopes}
         terms: list[float] = []
@@ -113,7 +142,9 @@ class Measurer:
                 title=title,
                 say=self._say,
                 keep_weights=self.wants("before"),
-                progress=lambda _scope, done, total, _text: self._tell(f"measure {when}", done, total),
+                progress=lambda _scope, done, total, _text: self._tell(
+                    f"measure {when}".replace("_", " "), done, total
+                ),
             )
             self._note_distances(when, task_index, results)
         except Exception as failure:
@@ -130,6 +161,7 @@ class Measurer:
             loss_name=loss_name,
             error=error,
             seconds=time.perf_counter() - started,
+            step=step,
         )
         for failure_text in files.failures(content):
             self._say(f"FAILED {title}: {failure_text} (the training goes on)")
@@ -175,6 +207,7 @@ def describe(
     loss_name: str,
     error: str | None,
     seconds: float,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Return the content of a measuring point's file; see :mod:`flatpatch.measurement.files`."""
     name = files.stem(task_index, task, when)
@@ -195,6 +228,7 @@ def describe(
         "task": task,
         "task_index": task_index,
         "when": when,
+        "step": step,
         "samples": sample.size,
         "batches": terms,
         "sample_seed": SEED,

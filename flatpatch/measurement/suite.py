@@ -30,14 +30,23 @@ from flatpatch.flatness import (
     model_loss,
     quadrature,
     random_direction,
+    recorded_eigenvalues,
+    recorded_keskar,
+    recorded_landscape,
     spectrum_statistics,
 )
 from flatpatch.flatness.points import plain
-from flatpatch.measuring import EFFORTS, Effort, Request
+from flatpatch.measuring import EFFORTS, RECORDED_KINDS, Effort, Request
 
 SEED = 0
 # The radius of ASAM's paper (arXiv:2102.11600, section 5); on its own scale.
 ASAM_RHO = 0.5
+# Ten blocks of four.
+RECORDED_PRODUCTS = 40
+# What a recorded landscape's arrays are called before a landscape's own names, which are those of the correct one.
+RECORDED = "as_recorded_"
+# These vary the weights themselves, or make operators of their own.
+_WITHOUT_OPERATOR = ("keskar", "sam", "landscape", "slice", *RECORDED_KINDS)
 _LOUD_SECONDS = 60.0
 Say = Callable[[str], None]
 Progress = Callable[[str, float, float, str], None]
@@ -87,6 +96,12 @@ class Costs:
             "sam": 2 * (1 + 4 * climb) * self.gradient,
             "landscape": effort.grid_points**2 * self.loss,
             "slice": effort.slice_points * self.loss,
+            # Of the sample's batches some are taken: each product and each loss costs their share.
+            "recorded_eigenvalues": RECORDED_PRODUCTS * self.product * min(1, effort.recorded_batches / num_batches),
+            "recorded_landscape": effort.recorded_points**2
+            * self.loss
+            * min(1, effort.recorded_landscape_batches / num_batches),
+            "recorded_keskar": effort.recorded_vectors * self.loss,
         }
         return seconds[kind]
 
@@ -146,7 +161,9 @@ def _measure_scope(
     operator = HessianOperator(problem, compile=False)  # "auto" goes by the clock, so two runs could round differently
     try:
         costs = _time_once(
-            problem, operator, products=bool({"eigenvalues", "trace", "density", "batchwise"} & {*kinds})
+            problem,
+            operator,
+            products=bool({"eigenvalues", "trace", "density", "batchwise", "recorded_eigenvalues"} & {*kinds}),
         )
     except Exception as error:
         result.errors["eigenvalues"] = _reason(error)
@@ -163,12 +180,15 @@ def _measure_scope(
         "sam": _sam,
         "landscape": _landscape,
         "slice": _slice,
+        "recorded_eigenvalues": _recorded_eigenvalues,
+        "recorded_landscape": _recorded_landscape,
+        "recorded_keskar": _recorded_keskar,
     }
     work = _Work(problem, operator, request, effort, result, _Course(problem.scope.name, plan, progress))
     for kind in kinds:
         work.course.begin(kind)
-        if kind in ("keskar", "sam", "landscape", "slice"):
-            work.operator = None  # what follows moves the weights: its kept graphs would only take memory
+        if kind in _WITHOUT_OPERATOR:
+            work.operator = None  # its kept graphs would only take memory
         try:
             measures[kind](work)
         except Exception as error:
@@ -337,7 +357,9 @@ def _batchwise(work: _Work) -> None:
     work.result.arrays["batch_eigenvalues"] = found.values.numpy()
     lower, median, upper = found.quartiles
     work.result.values |= {
+        "batch_eigenvalue_mean": found.mean,
         "batch_eigenvalue_median": median,
+        "batch_eigenvalue_max": found.largest,
         "batch_eigenvalue_lower_quartile": lower,
         "batch_eigenvalue_upper_quartile": upper,
         "batches_unconverged": found.num_unconverged,
@@ -386,6 +408,38 @@ def _slice(work: _Work) -> None:
     work.result.results["slice"] = {**found.about, "losses": found.losses.tolist(), "coordinates": axis.tolist()}
     work.result.arrays |= {"slice_coordinates": axis, "slice_losses": found.losses}
     work.result.values["slice_mean_rise"] = float(found.losses.mean()) - found.origin_loss
+
+
+def _recorded_eigenvalues(work: _Work) -> None:
+    found = recorded_eigenvalues(
+        work.problem, max_batches=work.effort.recorded_batches, seed=SEED, progress=work.course.update
+    )
+    work.result.results["recorded_eigenvalues"] = found.as_dict()
+    work.result.arrays[f"{RECORDED}eigenvalues"] = found.values.numpy()
+    work.result.values |= {
+        "as_recorded_eigenvalue_mean": found.mean,
+        "as_recorded_eigenvalue_median": found.median,
+        "as_recorded_eigenvalue_max": found.largest,
+        "as_recorded_basis_overlap": found.overlap,
+    }
+
+
+def _recorded_landscape(work: _Work) -> None:
+    found = recorded_landscape(
+        work.problem,
+        points=work.effort.recorded_points,
+        max_batches=work.effort.recorded_landscape_batches,
+        progress=work.course.update,
+    )
+    work.result.results["recorded_landscape"] = {**found.about, "shape": list(found.losses.shape)}
+    work.result.arrays |= {f"{RECORDED}{name}": array for name, array in landscape_arrays(found).items()}
+    work.result.values["as_recorded_landscape_mean_rise"] = float(found.losses.mean()) - found.origin_loss
+
+
+def _recorded_keskar(work: _Work) -> None:
+    found = recorded_keskar(work.problem, vectors=work.effort.recorded_vectors, seed=SEED, progress=work.course.update)
+    work.result.results["recorded_keskar"] = found.as_dict()
+    work.result.values |= {"as_recorded_keskar_sharpness": found.value, "as_recorded_keskar_reach": found.reach}
 
 
 def _normalisation(problem: Problem) -> str:

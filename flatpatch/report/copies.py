@@ -21,14 +21,14 @@ def is_telling(matrix: Sequence[Sequence[float | None]]) -> bool:
 
 
 def trained_with(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run's accuracies follow from. SAM of radius 0 is no SAM."""
+    """Return what a run's accuracies follow from. SAM of radius 0 is no SAM; the recorded step stays itself."""
     idle = idle_settings(record)
     found = {
         key: entry["value"]
         for key, entry in record["settings"].items()
         if key not in _HARMLESS and key not in idle and entry["value"] not in ("", "auto")
     }
-    if setting(record, "sam", "off") != "off" and setting(record, "rho") == 0:
+    if setting(record, "sam", "off") not in ("off", "recorded") and setting(record, "rho") == 0:
         found = {
             key: value for key, value in found.items() if key not in ("rho", "eta", "scope", "sam_on", "ascent_loss")
         }

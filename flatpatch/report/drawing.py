@@ -32,7 +32,7 @@ NOTE_SIZE = 7.0
 # Its lines are long enough to show two dashes.
 BELOW: Mapping[str, Any] = {"loc": "lower center", "fontsize": 8, "frameon": False, "handlelength": 3.4}
 # Around what was drawn: before a task its marks are hollow and its lines dashed.
-_LINES = {"before": "--", "finished": ":"}
+_LINES = {"before": "--", "at_loss": "-.", "finished": ":"}
 # Beside each PNG a file whose lines stay lines.
 SUFFIXES = (".png", ".pdf")
 # What varies by less than this share of its largest value would be drawn as a straight line.
@@ -89,10 +89,15 @@ def look(number: int, when: str = "") -> dict[str, Any]:
 
     Args:
         number: Which series, or which task.
-        when: When it was measured: ``before`` is hollow and dashed, ``finished`` half filled and dotted.
+        when: When it was measured: ``before`` is hollow and dashed, ``at_loss`` and ``finished`` half filled.
     """
     colour, turn = COLOURS[number % len(COLOURS)], number // len(COLOURS)
-    fill = {"before": {"markerfacecolor": "white"}, "finished": {"markerfacecoloralt": "white", "fillstyle": "left"}}
+    half = {"markerfacecoloralt": "white"}
+    fill = {
+        "before": {"markerfacecolor": "white"},
+        "at_loss": {**half, "fillstyle": "bottom"},
+        "finished": {**half, "fillstyle": "left"},
+    }
     return {
         "color": colour,
         "marker": MARKERS[(number + turn) % len(MARKERS)],

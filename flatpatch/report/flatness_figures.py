@@ -65,12 +65,15 @@ _PICTURES = {
     "surface": "Loss landscape as a surface",
     "plane": "Plane through three models",
     "connectivity": "Loss on the straight line between the models",
+    "as_recorded_eigenvalues": "As recorded, faults included: eigenvalues beside the correct ones",
+    "as_recorded_landscape": "As recorded, faults included: loss landscape",
 }
 _NORMALISATIONS = {
     "filter": "filter-normalised",
     "layer": "normalised by layer",
     "merged_rows": "B normalised by rows of the merged matrix",
     "l2": "direction of unit length",
+    "as recorded": "AS RECORDED: directions scaled tensor by tensor; where a tensor is zero it does not move",
 }
 _FACTOR_FILTERS = "filter-normalised (rows of A, columns of B)"
 
@@ -88,8 +91,12 @@ class Grid:
     about: Mapping[str, Any]
 
 
-def read_grid(path: Path) -> Grid:
+def read_grid(path: Path, *, prefix: str = "") -> Grid:
     """Read a landscape's file.
+
+    Args:
+        path: The file.
+        prefix: Of its arrays' names, where it holds another landscape's too.
 
     Raises:
         UserError: If it is not one, or of another version.
@@ -97,10 +104,10 @@ def read_grid(path: Path) -> Grid:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             grid = Grid(
-                **{name: file[name] for name in ("losses", "done", "marks", "mark_losses")},
-                axes=tuple(file[f"axis_{k}"] for k in range(file["losses"].ndim)),
-                origin_loss=float(file["origin_loss"]),
-                about=json.loads(str(file["about"])),
+                **{name: file[prefix + name] for name in ("losses", "done", "marks", "mark_losses")},
+                axes=tuple(file[f"{prefix}axis_{k}"] for k in range(file[f"{prefix}losses"].ndim)),
+                origin_loss=float(file[f"{prefix}origin_loss"]),
+                about=json.loads(str(file[f"{prefix}about"])),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a landscape's file: {error}. Measure again.") from None
@@ -494,6 +501,51 @@ def make_eigenvalues_figure(
     how = "bars: residuals" + ("; crossed out: not converged" if crossed else "")
     return finish(
         figure, "Hessian eigenvalues", [describe_variation({"scope": scope, "note": how}), note], record=record
+    )
+
+
+def make_recorded_eigenvalues_figure(
+    pools: Mapping[str, Sequence[float]],
+    correct: Mapping[str, Sequence[float]],
+    *,
+    scope: str | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Return what block Lanczos as recorded gives at each measuring point, and beside it what is true.
+
+    Args:
+        pools: By measuring point, the recorded values of all batches.
+        correct: By measuring point, the dominant eigenvalue of each batch, where that was measured.
+        scope: What was varied.
+        record: Of the run they were measured on.
+
+    Raises:
+        ValueError: If there is no measuring point.
+    """
+    if not pools:
+        raise ValueError("a figure of recorded eigenvalues needs at least one measuring point")
+    figure = Figure(figsize=(max(4.2, 1.6 + 0.75 * len(pools)), 4.2), layout="constrained")
+    axes = figure.subplots()
+    series = (
+        (pools, "x", _COLOURS[5], "as recorded"),
+        (correct, "o", _COLOURS[0], "correct, each batch's dominant one"),
+    )
+    for k, (found, marker, colour, label) in enumerate(series):
+        own = [(place, np.asarray(found[name], dtype=np.float64)) for place, name in enumerate(pools) if name in found]
+        for number, (place, values) in enumerate(own):
+            beside = np.full(len(values), place + 0.3 * (k - 0.5))
+            axes.plot(beside, values, marker, color=colour, markersize=5, label=label if number == 0 else "_")
+    _log_if_wide(axes, np.concatenate([np.asarray(v, dtype=np.float64) for v in (*pools.values(), *correct.values())]))
+    axes.set_xticks(range(len(pools)), list(pools), rotation=40, ha="right", fontsize=7.5)
+    axes.set_xlim(-0.6, len(pools) - 0.4)
+    axes.set_ylabel("eigenvalue of a batch's Hessian")
+    figure.legend(**BELOW, ncols=2)
+    how = "as recorded: basis not orthogonal, so values are repeated and too large; loss over padding too"
+    return finish(
+        figure,
+        "As recorded, faults included: eigenvalues",
+        [describe_variation({"scope": scope, "note": how})],
+        record=record,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from flatpatch.measuring import WHENS
 from flatpatch.report.drawing import BELOW, SUFFIXES, finish, save
 from flatpatch.report.flatness_figures import (
     Grid,
@@ -19,6 +20,7 @@ from flatpatch.report.flatness_figures import (
     make_density_figure,
     make_eigenvalues_figure,
     make_landscapes_figure,
+    make_recorded_eigenvalues_figure,
     make_slices_figure,
     make_surface_figure,
     read_grid,
@@ -26,9 +28,9 @@ from flatpatch.report.flatness_figures import (
 
 _DPI = 150
 _PREFIX = "flatness_"
-_COLOURS = {"before": "#56B4E9", "after": "#0072B2", "finished": "#D55E00"}
-_WHEN = {"before": "before", "after": "after", "finished": "measured afterwards"}
-_MARKERS = {"before": "o", "after": "s", "finished": "^"}
+_COLOURS = {"before": "#56B4E9", "at_loss": "#009E73", "after": "#0072B2", "finished": "#D55E00"}
+_WHEN = {"before": "before", "at_loss": "at the loss asked for", "after": "after", "finished": "measured afterwards"}
+_MARKERS = {"before": "o", "at_loss": "D", "after": "s", "finished": "^"}
 # What is drawn over the tasks, with the value that tells how far it can be trusted.
 _OVER_TASKS = {
     "loss": ("loss of the sample", None),
@@ -45,7 +47,12 @@ _COLUMNS = {
     "keskar_sharpness": ("Keskar (%),", "protocol"),
     "keskar_lower_bound": ("Keskar (%),", "highest found"),
     "sam_sharpness_ascent": ("SAM ball,", "ascent"),
+    "as_recorded_eigenvalue_median": ("as recorded:", "median eigenv."),
+    "as_recorded_eigenvalue_max": ("as recorded:", "top eigenv."),
+    "as_recorded_keskar_sharpness": ("as recorded:", "Keskar (%)"),
 }
+# Measured with the faults of the experiment record's code: arrays and figures of their own, labelled so.
+_RECORDED = "as_recorded_"
 
 Entry = Mapping[str, Any]
 
@@ -60,7 +67,8 @@ def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns:
         The files written, none where nothing was measured: per scope the values over the tasks, eigenvalues, densities
         and slices, and per task its landscapes side by side; the last landscape as a surface too. Those side
-        by side have the same colours and levels. A file that is missing or damaged is left out.
+        by side have the same colours and levels. What was measured as recorded has figures of its own. A file that is
+        missing or damaged is left out.
     """
     target = folder / "figures"
     for suffix in SUFFIXES:
@@ -89,13 +97,25 @@ def _figures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Fig
             yield f"{scope}_density", make_density_figure(shown, scope=scope, record=record)
         if slices := {name: grid for name, found in results.items() if (grid := _slice(found)) is not None}:
             yield f"{scope}_slices", make_slices_figure(slices, places=places, record=record)
-        grids = [(entry, grid) for entry in chosen if (grid := _landscape(folder, entry)) is not None]
+        pools = {
+            name: found["recorded_eigenvalues"] for name, found in results.items() if "recorded_eigenvalues" in found
+        }
+        if pools:
+            figure = make_recorded_eigenvalues_figure(
+                {name: [value for values in found["values"] for value in values] for name, found in pools.items()},
+                {name: results[name]["batchwise"]["values"] for name in pools if "batchwise" in results[name]},
+                scope=scope,
+                record=record,
+            )
+            yield f"{scope}_{_RECORDED}eigenvalues", figure
+        for prefix, words in ((_RECORDED, "As recorded, faults included: loss landscape"), ("", "Loss landscape")):
+            grids = [(entry, grid) for entry in chosen if (grid := _landscape(folder, entry, prefix)) is not None]
+            for index in dict.fromkeys(entry["task_index"] for entry, _ in grids):
+                own = {_WHEN[entry["when"]]: grid for entry, grid in grids if entry["task_index"] == index}
+                title = f"{words}, task {index + 1} {record['tasks'][index]}"
+                yield f"{scope}_{prefix}landscape_{index + 1}", make_landscapes_figure(own, title=title, record=record)
         if not grids:
             continue
-        for index in dict.fromkeys(entry["task_index"] for entry, _ in grids):
-            own = {_WHEN[entry["when"]]: grid for entry, grid in grids if entry["task_index"] == index}
-            title = f"Loss landscape, task {index + 1} {record['tasks'][index]}"
-            yield f"{scope}_landscape_{index + 1}", make_landscapes_figure(own, title=title, record=record)
         entry, last = grids[-1]
         title = f"Loss landscape, task {entry['task_index'] + 1} {entry['task']}, {_WHEN[entry['when']]}"
         yield f"{scope}_surface", make_surface_figure(last, title=title, record=record)
@@ -144,7 +164,7 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
                 markersize=5,
                 linestyle="none",
                 capsize=3,
-                label=f"{when} the task" if when != "finished" else _WHEN[when],
+                label=f"{when} the task" if when in WHENS else _WHEN[when],
             )
         if single:
             axes.set_title(text, fontsize=7.5)
@@ -221,14 +241,14 @@ def _slice(results: Mapping[str, Any]) -> Grid | None:
     return Grid(losses, np.ones(len(losses), dtype=bool), axes, np.empty((0, 1)), np.empty(0), math.nan, found)
 
 
-def _landscape(folder: Path, entry: Entry) -> Grid | None:
+def _landscape(folder: Path, entry: Entry, prefix: str) -> Grid | None:
     path = folder / (entry["arrays"] or "")
     if entry["arrays"] is None or not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            if "losses" not in file:
+            if f"{prefix}losses" not in file:
                 return None
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-    return read_grid(path)
+    return read_grid(path, prefix=prefix)

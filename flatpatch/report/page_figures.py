@@ -41,7 +41,7 @@ _IN_WORDS = {
     "perturbation_cosine": "cosine, effective to intended",
 }
 # Scalars that tell how far another one can be trusted: in the table only.
-_AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged")
+_AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged", "_overlap", "_reach")
 # Points drawn per line over all tasks: more than a screen can show tells nothing, and makes the page large.
 _POINTS = 900
 _LOG_RATIO = 30.0
@@ -197,8 +197,13 @@ def make_flatness_figure(
     return finish(figure, "", [at, not_drawn({name.replace("_", " "): value for name, value in flat.items()})])
 
 
-_TIMES = {"before": ":", "after": "-", "finished": "--"}
-_WHEN = {"before": "before training the task", "after": "after training the task", "finished": "measured afterwards"}
+_TIMES = {"before": ":", "at_loss": "-.", "after": "-", "finished": "--"}
+_WHEN = {
+    "before": "before training the task",
+    "at_loss": "at the loss asked for",
+    "after": "after training the task",
+    "finished": "measured afterwards",
+}
 
 
 def step_summary(run: Run) -> dict[str, float | None]:
@@ -227,7 +232,7 @@ def measured(run: Run, scope: str, when: str, name: str) -> list[float]:
     Args:
         run: The run.
         scope: Which parameters were measured.
-        when: ``before``, ``after`` or ``finished``.
+        when: ``before``, ``at_loss``, ``after`` or ``finished``.
         name: Of the scalar; ``loss`` is the loss at which the others were measured.
     """
     values = [math.nan] * len(run.record["tasks"])

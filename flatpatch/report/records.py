@@ -150,7 +150,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
                 "properties": {
                     "task": _TEXT,
                     "task_index": {"type": "integer", "minimum": 0},
-                    "when": {"enum": ["before", "after", "finished"]},
+                    "when": {"enum": ["before", "after", "at_loss", "finished"]},
                     "scope": {"enum": ["adapter", "merged", "trainable", "model"]},
                     "samples": {"type": "integer", "minimum": 0},
                     "loss": _MAYBE_NUMBER,

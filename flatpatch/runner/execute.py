@@ -26,7 +26,7 @@ from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
 from flatpatch.families.base import Family, Plan, Stage
 from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
-from flatpatch.measuring import WHENS
+from flatpatch.measuring import AT_LOSS, LOSSES_AVERAGED, WHENS
 from flatpatch.progress import Progress, in_words
 from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
@@ -163,7 +163,7 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> N
             _run_stage(plan, stage, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
-        lost = [*_lost_models(plan, stage), *_short_samples(plan, stage)]
+        lost = [*_lost_models(plan, stage), *_short_samples(plan, stage), *_never_at_loss(plan, stage)]
         record["notes"] += lost
         write_record(plan.folder, record)
         if index >= kept:
@@ -183,6 +183,21 @@ def _short_samples(plan: Plan, stage: Stage) -> list[str]:
     """Say where fewer examples were measured than were asked for."""
     contents = [read_json(path) for path in _measured(plan, stage) if path.suffix == ".json"]
     return list(dict.fromkeys(text for content in contents for text in measurements.shortage(content)))
+
+
+def _never_at_loss(plan: Plan, stage: Stage) -> list[str]:
+    """Say which tasks' trainings never came down to the loss at which they were to be measured."""
+    request = plan.request.settings.measuring
+    if request is None or request.at_loss == 0:
+        return []
+    return [
+        f"measure_at_loss={request.at_loss:g}: the mean loss of {LOSSES_AVERAGED} steps of task {index + 1} "
+        f"{plan.tasks[index]} never came down to it, so nothing is measured there"
+        for index in stage.tasks
+        if not (
+            plan.folder / measurements.FOLDER / f"{measurements.stem(index, plan.tasks[index], AT_LOSS)}.json"
+        ).is_file()
+    ]
 
 
 def _lost_models(plan: Plan, stage: Stage) -> list[str]:
@@ -237,7 +252,7 @@ def _output(plan: Plan, stage: Stage) -> Path:
 
 def _measurements(plan: Plan, stage: Stage) -> list[str]:
     """Return the names of the measuring points that a process of the run may have."""
-    return [measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in WHENS]
+    return [measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in (*WHENS, AT_LOSS)]
 
 
 def _measured(plan: Plan, stage: Stage) -> list[Path]:

@@ -23,7 +23,16 @@ from flatpatch.flatness.guard import random_states_kept, working_copy
 from flatpatch.measurement import files, suite
 from flatpatch.measurement.in_run import Measurer
 from flatpatch.measurement.suite import Costs, measure_model
-from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request, read_request
+from flatpatch.measuring import (
+    CORRECT_KINDS,
+    EFFORTS,
+    KINDS,
+    RECORDED_KINDS,
+    SCOPES,
+    Request,
+    make_request,
+    read_request,
+)
 from flatpatch.report import flatness_run
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
@@ -62,8 +71,11 @@ def test_scopes_are_those_that_flatness_knows() -> None:
 
 
 def test_all_means_every_kind_and_loss_is_always_there() -> None:
-    assert ask("all").kinds == tuple(KINDS)
+    assert ask("all").kinds == tuple(CORRECT_KINDS)
     assert ask("trace").kinds == ("loss", "trace")
+    assert ask("all,recorded").kinds == tuple(KINDS)
+    assert ask("recorded").kinds == ("loss", *RECORDED_KINDS)
+    assert ask("recorded_keskar,trace").kinds == ("loss", "trace", "recorded_keskar")
     assert make_request("", "adapter", samples=1, batch=1, rho=0.05, effort="quick") is None
 
 
@@ -78,6 +90,9 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
         ({"batch": -1}, "measure_batch=-1"),
         ({"rho": 0.0}, "measure_rho=0 is out of range"),
         ({"rho": math.nan}, "measure_rho=nan is out of range"),
+        ({"at_loss": -0.5}, "measure_at_loss=-0.5 is out of range"),
+        ({"at_loss": math.inf}, "measure_at_loss=inf is out of range"),
+        ({"kinds": "record"}, "measure=record: unknown name 'record'. Did you mean 'recorded'?"),
         ({"effort": "ful"}, "unknown measure_effort 'ful'. Did you mean 'full'?"),
     ],
 )
@@ -93,7 +108,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_givensurvives_its_file() -> None:
-    request = ask("trace,sam", "merged,adapter", when="after", rho=0.1)
+    request = ask("trace,sam", "merged,adapter", when="after", rho=0.1, at_loss=0.5)
     assert read_request(json.loads(json.dumps(request.as_dict())), "here") == request
 
 
@@ -154,7 +169,8 @@ def test_half_precision_is_measured_on_a_float32_copy() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     model, batches = linear_problem(seed)
-    found, terms = measure_model(model, batches, ask(effort="full"), loss=MSE, say=lambda text: None)
+    asked = ask("all,recorded", effort="full")
+    found, terms = measure_model(model, batches, asked, loss=MSE, say=lambda text: None)
     result = found["trainable"]
     assert result.errors == {}
     assert terms == [5, 4, 3]
@@ -180,6 +196,8 @@ def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     assert values["sam_sharpness_ascent"] >= values["sam_sharpness"]
     by_batch = sorted(float(torch.linalg.eigvalsh(hessian([batch]))[-1]) for batch in batches)
     assert values["batch_eigenvalue_median"] == pytest.approx(by_batch[1], rel=1e-3)
+    assert values["batch_eigenvalue_mean"] == pytest.approx(np.mean(by_batch), rel=1e-3)
+    assert values["batch_eigenvalue_max"] == pytest.approx(by_batch[2], rel=1e-3)
     # The maximum of a convex function over the box is at one of its 64 corners.
     w = model.weight.detach()
     signs = torch.tensor(np.array(np.meshgrid(*[[-1.0, 1.0]] * 6)).reshape(6, -1).T)
@@ -260,6 +278,10 @@ def test_estimate_is_the_planned_work_and_at_most_that_of_searches_that_never_co
         "sam": (2 * (1 + 4 * 5) * 10, 2 * (1 + 4 * 9) * 10),
         "landscape": (81, 81),
         "slice": (17, 17),
+        # Two of the four batches.
+        "recorded_eigenvalues": (40 * 100 / 2, 40 * 100 / 2),
+        "recorded_landscape": (81 / 2, 81 / 2),
+        "recorded_keskar": (25, 25),
     }
     assert set(expected) == set(KINDS)
     found = {kind: (costs.of(kind, quick, 4), costs.of(kind, quick, 4, at_most=True)) for kind in KINDS}
@@ -472,9 +494,65 @@ def test_nothing_is_measured_that_was_not_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_loss_is_reached_once_a_task_by_the_mean_of_ten_steps(tmp_path: Path) -> None:
+    made = measurer(tmp_path, ask("loss", at_loss=1.0))
+    assert made.wants("at_loss") and not measurer(tmp_path, ask("loss")).wants("at_loss")
+    # Nine low losses are no mean of ten; a tenth of 10 makes the mean 1, and the step after that is too late.
+    assert [made.reaches(0, loss) for loss in [0.0] * 9 + [10.0, 0.0]] == [False] * 9 + [True, False]
+    # The next task begins anew; a mean of ten steps counts, not all steps'.
+    assert [made.reaches(1, loss) for loss in [2.0] * 10 + [0.5] * 7].index(True) == 16
+    assert not any(made.reaches(2, math.nan) for _ in range(30))
+    assert not any(measurer(tmp_path, ask("loss")).reaches(0, 0.0) for _ in range(30))
+
+
+def test_point_at_a_loss_says_after_which_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = linear_problem()
+    made = measurer(tmp_path, ask("loss", at_loss=5.0))
+    arguments: dict[str, Any] = {"task": "dbpedia", "model": model, "sample": Sample(batches, 12), "loss": MSE}
+    steps = next(step for step, loss in enumerate([9.0] * 6 + [1.0] * 20, start=1) if made.reaches(0, loss))
+    assert steps == 11
+    entries = [entry for when in ("before", "at_loss") for entry in made.at(when, task_index=0, **arguments)]
+    contents = [json.loads((tmp_path / entry["file"]).read_text()) for entry in entries]
+    assert [content["step"] for content in contents] == [None, steps]
+    assert [entry["when"] for entry in entries] == ["before", "at_loss"]
+    assert entries[1]["file"] == "flatness/1-dbpedia-at_loss.json"
+    validate_record(make_record(flatness=entries))
+
+
+def test_what_is_measured_as_recorded_is_labelled_in_table_and_figures_and_stays_out_of_the_correct_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = linear_problem()
+    made = measurer(tmp_path, ask("batchwise,landscape,recorded"))
+    entries = made.at("after", task_index=0, task="dbpedia", model=model, sample=Sample(batches, 12), loss=MSE)
+    record = make_record(flatness=entries)
+    for name in entries[0]["values"]:
+        assert name.startswith("as_recorded_") == ("recorded" in name or "keskar" in name or "overlap" in name)
+    upper, lower, _ = flatness_table(record)
+    for words in ("median eigenv.", "top eigenv.", "Keskar (%)"):
+        end = lower.index(words) + len(words)
+        assert upper[:end].endswith("as recorded:")
+    figures = {}
+    monkeypatch.setattr(flatness_run, "save", lambda figure, path, dpi: figures.update({path.name: figure}) or [])
+    draw_flatness(record, tmp_path)
+    assert {name for name, figure in figures.items() if figure.get_suptitle().startswith("As recorded, faults")} == {
+        "flatness_trainable_as_recorded_eigenvalues",
+        "flatness_trainable_as_recorded_landscape_1",
+    }
+    axes = figures["flatness_trainable_as_recorded_eigenvalues"].axes[0]
+    recorded, correct = (line.get_ydata() for line in axes.get_lines())
+    with np.load(tmp_path / entries[0]["arrays"]) as arrays:
+        np.testing.assert_array_equal(recorded, arrays["as_recorded_eigenvalues"].ravel())
+        np.testing.assert_array_equal(correct, arrays["batch_eigenvalues"])
+        assert arrays["as_recorded_losses"].shape == arrays["losses"].shape == (9, 9)
+        assert not np.array_equal(arrays["as_recorded_losses"], arrays["losses"])
+    grid = read_grid(tmp_path / entries[0]["arrays"], prefix="as_recorded_")
+    assert grid.about["axes"][0]["normalisation"] == "as recorded"
+
+
 def test_figures_are_drawn_of_all_that_was_measured(tmp_path: Path) -> None:
     model, batches = linear_problem()
-    made = measurer(tmp_path, ask())
+    made = measurer(tmp_path, ask("all,recorded"))
     arguments: dict[str, Any] = {"model": model, "sample": Sample(batches, 12), "loss": MSE}
     entries = made.at("before", task_index=0, task="dbpedia", **arguments)
     entries += made.at("after", task_index=0, task="dbpedia", **arguments)
@@ -484,7 +562,7 @@ def test_figures_are_drawn_of_all_that_was_measured(tmp_path: Path) -> None:
     drawn = draw_flatness(make_record(flatness=entries), tmp_path)
     assert {path.stem.removeprefix("flatness_trainable_") for path in drawn} == {
         *("over_tasks", "eigenvalues", "density", "slices"),
-        *("landscape_1", "surface"),
+        *("landscape_1", "surface", "as_recorded_eigenvalues", "as_recorded_landscape_1"),
     }
     assert {path.suffix for path in drawn} == {".png", ".pdf"}
     assert all(path.stat().st_size > 5000 for path in drawn)

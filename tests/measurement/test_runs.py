@@ -14,14 +14,19 @@ import torch
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
+from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import sample_of
 from flatpatch.families.text import reference
+from flatpatch.families.vision import reference as vision
+from flatpatch.families.vision.measuring import images_sample_of
+from flatpatch.flatness import supervised_loss
 from flatpatch.measurement import files
 from flatpatch.measurement.in_run import Measurer
 from flatpatch.measuring import make_request
 from flatpatch.report.records import read_record
 from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
+from tests.reference_images import make_reference
 from tests.upstream.test_neutrality_text import assert_same, ready, run_patched, small_benchmark
 
 __all__ = ["ready"]  # the fixture
@@ -81,6 +86,93 @@ def test_measured_reference_run_is_bit_for_bit_the_same(places: tuple[Path, Path
     assert all("slice_mean_rise" in entry["values"] for entry in measured["entries"][4:])
 
 
+def record_run(places: tuple[Path, Path], output: Path, at_loss: float) -> tuple[list[float], bytes]:
+    """Train a task of the reference engine with dropout, SAM and its recorder, and return losses and weights."""
+    output.mkdir()
+    asked = make_request("loss", "adapter", "after", samples=6, batch=4, rho=0.05, effort="quick", at_loss=at_loss)
+    assert asked is not None
+    by = "flatpatch.measurement.in_run:Measurer"
+    run = {
+        **{"task": "topics", "task_index": 0, "metrics": output / "metrics.jsonl"},
+        **{"progress": output / "progress.json", "summary": output / "summary.json"},
+        "sam": {"kind": "sam", "rho": 0.05, "eta": 0.01, "scope": "lora", "ascent_loss": "total", "seed": 1},
+        "measure": {"request": asked.as_dict(), "folder": output / files.FOLDER, "by": by},
+    }
+    task = reference_cases.make_task(*places, output / "task", lora_dropout=0.3, num_train_epochs=3)
+    with StepRecorder(run) as recorder:
+        reference.run_task(
+            task,
+            make_gradients=recorder.make_gradients,
+            on_step=recorder.on_step,
+            at=lambda when, model, examples, collate: recorder.measure(
+                when, model, sample_of(examples, collate), 0, "topics"
+            ),
+        )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines], (output / "task" / "adapter" / "adapter.safetensors").read_bytes()
+
+
+def test_measuring_at_a_loss_is_done_at_its_step_and_leaves_the_training_bit_for_bit_as_it_was(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    losses, weights = record_run(places, tmp_path / "plain", 0.0)
+    means = [sum(losses[k - 10 : k]) / 10 for k in range(10, len(losses) + 1)]
+    wanted = means[3]
+    step = 10 + next(k for k, mean in enumerate(means) if mean <= wanted)
+    assert record_run(places, tmp_path / "measured", wanted) == (losses, weights)
+    folder = tmp_path / "measured" / files.FOLDER
+    assert json.loads((folder / "1-topics-at_loss.json").read_text())["step"] == step
+    assert json.loads((folder / "1-topics-after.json").read_text())["step"] is None
+    assert record_run(places, tmp_path / "never", 1e-3) == (losses, weights)
+    assert [path.name for path in (tmp_path / "never" / files.FOLDER).iterdir()] == ["1-topics-after.json"]
+
+
+def record_images(output: Path, at_loss: float) -> tuple[list[float], list[bytes]]:
+    """Train two tasks of the reference engine for images, as its process does, and return losses and weights."""
+    output.mkdir()
+    asked = make_request("loss", "trainable", "after", samples=6, batch=4, rho=0.05, effort="quick", at_loss=at_loss)
+    assert asked is not None
+    by = "flatpatch.measurement.in_run:Measurer"
+    run = {
+        **{"task": None, "task_index": None, "metrics": output / "metrics.jsonl"},
+        **{"progress": output / "progress.json", "summary": output / "summary.json"},
+        "sam": {"kind": "off"},
+        "measure": {"request": asked.as_dict(), "folder": output / files.FOLDER, "by": by},
+    }
+    images = make_reference(output / "logs", method="seqlora", init_cls=4, increment=4, epochs=4)
+    with StepRecorder(run) as recorder:
+
+        def measure(when: str, state: vision.TaskState) -> None:
+            task = state.tasks[state.index]
+            sample = images_sample_of(task.train, task.classes.start)
+            loss = supervised_loss(torch.nn.functional.cross_entropy)
+            recorder.measure(when, state.model, sample, state.index, f"task{state.index}", loss=loss)
+
+        vision.run(
+            images,
+            make_gradients=recorder.make_gradients,
+            on_step=lambda state: recorder.on_step(state, f"task{state['task']}"),
+            before_task=lambda state: measure("before", state),
+            after_task=lambda state: measure("after", state),
+        )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    weights = sorted((output / "logs" / "tasks").glob("*.safetensors"))
+    return [line["loss"] for line in lines], [path.read_bytes() for path in weights]
+
+
+def test_image_run_is_measured_at_the_loss_in_each_task_and_trains_as_without(tmp_path: Path) -> None:
+    plain = record_images(tmp_path / "plain", 0.0)
+    assert len(plain[0]) == 48 and len(plain[1]) == 2
+    assert record_images(tmp_path / "measured", 1e9) == plain
+    points = {path.name: json.loads(path.read_text()) for path in (tmp_path / "measured" / files.FOLDER).glob("*.json")}
+    steps = {name: point["step"] for name, point in points.items()}
+    assert steps == {
+        **{"1-task0-at_loss.json": 10, "1-task0-after.json": None},
+        **{"2-task1-at_loss.json": 10, "2-task1-after.json": None},
+    }
+    assert all(point["error"] is None for point in points.values())
+
+
 @pytest.mark.slow
 def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -88,13 +180,16 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
     data = small_benchmark(tmp_path / "data", train=8, test=4)
     words = ["run", "profile=quick", "engine=reference", "device=cpu", "tasks=dbpedia,amazon", f"data={data}"]
     words += [f"output={tmp_path}", "run=measured", "measure=trace", "measure_scope=adapter", *TINY]
-    words += ["measure_samples=12"]
+    words += ["measure_samples=12", "measure_at_loss=0.001"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     short = [f"measure_samples=12, and {task} has 8 training examples" for task in ("dbpedia", "amazon")]
     assert all(shown.count(f"WARNING: {text}: measured on all of them") == 1 for text in short)
     noted = [note.split(":")[0] for note in read_record(tmp_path / "measured")["notes"]]
     assert [note for note in noted if "training examples" in note] == short
+    never = [f"task {k} {task} never came down to it" for k, task in ((1, "dbpedia"), (2, "amazon"))]
+    assert all(shown.count(text) == 1 for text in never)
+    assert [sum(text in note for note in read_record(tmp_path / "measured")["notes"]) for text in never] == [1, 1]
     assert "flatness around" in shown and "measuring before task 1 dbpedia, adapter" in shown
     folder = tmp_path / "measured"
     record = read_record(folder)

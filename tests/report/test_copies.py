@@ -26,6 +26,7 @@ def changed(record: dict[str, Any], **settings: Any) -> dict[str, Any]:
         (seeded(1), "seed 0 and 1"),
         (changed(seeded(0), rho=0.1), "rho 0.05 and 0.1"),
         (changed(seeded(0), sam="off"), "rho 0.05 and -, sam sam and off"),
+        (changed(seeded(0, sam="recorded"), rho=0.0), "rho 0.05 and 0.0, sam sam and recorded"),
         (changed(seeded(0), order="2"), "order 1 and 2"),
         (changed(seeded(0), model="models/t5-small"), "model - and models/t5-small"),
         (seeded(0, engine="reference", upstream=None), "engine upstream and reference"),

@@ -12,6 +12,7 @@ from flatpatch import timing
 from flatpatch.contract import VARIABLE, read_description
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes, make_measurer
+from flatpatch.measuring import AT_LOSS
 
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
 _SUMMED = ("loss", "perturbed_loss", "grad_norm")
@@ -154,7 +155,12 @@ class _RecordedTraining:
             "learning_rate": learning_rate,
             "seconds": timing.Span(began, self._now()),
         }
-        self._recorder.add(record, _combined(micro_steps, self._trainer.args.device))
+        measured = _combined(micro_steps, self._trainer.args.device)
+        self._recorder.add(record, measured)
+        # Only where it is watched does the loss wait for the device.
+        watched = self._measurer is not None and self._measurer.wants(AT_LOSS)
+        if watched and self._measurer.reaches(self._run["task_index"], float(measured["loss"])):
+            self._measure(AT_LOSS)
         if self._recorder.progress_due():
             self._recorder.flush()
             self._recorder.write_progress("train", state.global_step, state.max_steps)

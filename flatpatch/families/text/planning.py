@@ -32,6 +32,7 @@ QUICK_DATA = "quick_benchmark"
 THINNED_DATA = "thinned_benchmark"
 BENCHMARK = "CL_Benchmark"
 RANKS = ("lora_r", "lora_dim")  # what the reference engine and upstream's code call LoRA's rank
+RECORDED_MICRO_BATCHES = 4
 # What the processes of a run make in the work folder, where upstream's tree has folders of the same names.
 OWN_FOLDERS = ("logs_and_outputs", "logs_and_outputs_llama", "initial_model")
 
@@ -109,10 +110,32 @@ def _configure(upstream: TextUpstream, draft: choices.Draft, editor: Editor) -> 
     if draft.is_quick and draft.engine == "upstream":
         for name, number in {**quick.PRESET, **upstream.quick}.items():
             editor.set(name, str(number), "profile quick: minutes on two CPU cores")
+    if draft.request.settings.sam == "recorded":
+        _split_batches(draft, editor)
     if draft.profile == "paper":
         for argument, why in upstream.paper_arguments(draft.request.settings.order):
             editor.set(argument.argument, argument.value, why)
         draft.notes.append("where else paper and repository differ, the repository's way runs: see DEVIATIONS.md")
+
+
+def _split_batches(draft: choices.Draft, editor: Editor) -> None:
+    """Split every batch into the four micro-batches of the recorded step, so that other runs have the same batches.
+
+    Raises:
+        UserError: If the run asks for no micro-batches.
+    """
+    name, why = "gradient_accumulation_steps", "setting sam=recorded"
+    if draft.request.overrides.get(name) == "1":
+        raise UserError(f"sam=recorded is of several micro-batches a step, and upstream.{name}=1. Leave that out.")
+    size = max(1, int(editor.current[0].get("per_device_train_batch_size")) // RECORDED_MICRO_BATCHES)
+    editor.set(name, str(RECORDED_MICRO_BATCHES), why)
+    editor.set("per_device_train_batch_size", str(size), why)
+    editor.note("the second pass of SAM's step", "the whole batch", "the last micro-batch, penalty undivided", why)
+    draft.notes.append(
+        "sam=recorded is NOT SAM: it climbs along all micro-batches of a step and descends along the last one alone, "
+        f"its loss divided by their number ({RECORDED_MICRO_BATCHES} of {size} examples, "
+        "unless overridden) and the method's penalty not"
+    )
 
 
 def _launch(draft: choices.Draft, editor: Editor, theirs: int) -> tuple[str, int, bool]:

@@ -16,6 +16,7 @@ from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer
 from flatpatch.families.vision.keeping import keep_model
 from flatpatch.families.vision.places import vision_run
+from flatpatch.measuring import AT_LOSS
 
 
 def begin_task(learner: Any, optimizer: Any, loader: Any, epochs: int, steps_per_batch: int = 1) -> None:
@@ -208,6 +209,10 @@ class _Training:
         }
         self._began = ended
         self._recorder.add(record, measured)
+        # Only where it is watched does the loss wait for the device.
+        watched = name == "task" and self._measurer is not None and self._measurer.wants(AT_LOSS)
+        if watched and self._measurer.reaches(self._learner._cur_task, float(measured["loss"])):
+            self._measure(AT_LOSS)
         if self._recorder.progress_due():
             self._recorder.flush()
             self._recorder.write_progress("train", self._step, self._total, task=self._task)

@@ -14,6 +14,7 @@ import torch
 from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families import recording
+from flatpatch.measuring import Request
 from flatpatch.sam import SAMTrainingStep, mixed_seed
 from tests import sam_training
 
@@ -155,6 +156,28 @@ def test_every_step_is_measured(tmp_path, attached):
         assert line["perturbation_cosine"] == pytest.approx(1.0, abs=1e-9)
         assert line["learning_rate"] == 0.02
         assert 0 < line["seconds"] < 60
+
+
+@pytest.mark.parametrize("gas", [1, 2])
+def test_measuring_at_a_loss_changes_nothing_of_the_training(tmp_path, attached, gas):
+    """Any loss is at or below this one, so that it is reached after ten steps."""
+    request = Request(kinds=("loss",), scopes=("adapter",), when=("after",), samples=4, batch=3, at_loss=1e9)
+    by = "flatpatch.measurement.in_run:Measurer"
+    measure = {"request": request.as_dict(), "folder": str(tmp_path / "flatness"), "by": by}
+    seen = []
+    for run in ({}, {"measure": measure}):
+        trainer = attached(run=run, gas=gas, steps=12)
+        trainer.train()
+        seen.append((trainer, [line["loss"] for line in metrics(tmp_path)], torch.get_rng_state()))
+    (plain, losses, state), (measured, same_losses, same_state) = seen
+    assert same(measured, plain) and losses == same_losses and torch.equal(state, same_state)
+    points = {path.name: json.loads(path.read_text()) for path in (tmp_path / "flatness").glob("*.json")}
+    assert {name: point["step"] for name, point in points.items()} == {
+        "2-amazon-at_loss.json": 10,
+        "2-amazon-after.json": None,
+    }
+    found = [point["scopes"]["adapter"]["loss"] for point in points.values()]
+    assert None not in found and found[0] != found[1]
 
 
 def test_measurements_of_micro_batches_are_those_of_the_whole_step(tmp_path, attached):

@@ -20,7 +20,7 @@ from flatpatch.families.text import quick
 from flatpatch.families.text.data import read_split
 from flatpatch.runner.execute import prepare_work
 from flatpatch.runner.record import compared_settings, environment
-from flatpatch.runner.resolve import make_plan, parse, render
+from flatpatch.runner.resolve import headline, make_plan, parse, render
 from flatpatch.settings import Settings
 from flatpatch.upstreams import UPSTREAMS
 
@@ -541,3 +541,48 @@ def test_optimizer_of_the_reference_engine_is_one_of_two() -> None:
     assert {given(stage)["--optim"] for stage in plan.stages} == {"sgd"}
     with pytest.raises(UserError, match="upstream.optim='adamw' is unknown. Did you mean 'adamw_hf'"):
         make_plan(parse([*words, "upstream.optim=adamw"]), dry_run=True)
+
+
+def test_recorded_step_splits_the_batches_in_four_and_says_that_it_is_not_sam() -> None:
+    words = ["method=nlora", "engine=reference", "profile=quick", "device=cpu"]
+    plain, plan = (make_plan(parse([*words, *more]), dry_run=True) for more in ([], ["sam=recorded", "eta=0.1"]))
+    sizes = {"--per_device_train_batch_size", "--gradient_accumulation_steps"}
+    for before, after in zip(plain.stages, plan.stages, strict=True):
+        ours, theirs = given(after), given(before)
+        assert {name: ours[name] for name in sizes} == {
+            "--per_device_train_batch_size": "12",
+            "--gradient_accumulation_steps": "4",
+        }
+        assert {name: value for name, value in ours.items() if name not in sizes} == {
+            name: value for name, value in theirs.items() if name not in sizes
+        }
+        assert theirs["--per_device_train_batch_size"] == "48"
+    assert any(note.startswith("sam=recorded is NOT SAM") for note in plan.notes)
+    assert any(note.startswith("eta=0.1 has no effect") for note in plan.notes)
+    assert "the second pass of SAM's step" in [d.what for d in plan.deviations]
+    assert "-recorded-rho0.05" in plan.folder.name
+    assert "with as recorded (not SAM) rho=0.05" in headline(plan)
+    own = make_plan(parse([*words, "sam=recorded", "upstream.gradient_accumulation_steps=2"]), dry_run=True)
+    assert {given(stage)["--gradient_accumulation_steps"] for stage in own.stages} == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["method=nlora", "engine=upstream", "profile=quick"], r"N-LoRA \(text\), profile quick, engine upstream"),
+        (["method=nlora", "profile=upstream"], r"N-LoRA \(text\), profile upstream, engine upstream"),
+        (["method=inflora", "engine=reference", "profile=quick"], r"\(vision\), profile quick, engine reference"),
+        (["method=seqlora_vit"], r"\(vision\), profile quick, engine reference"),
+    ],
+)
+def test_recorded_step_is_refused_wherever_it_is_not_ours(words: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=rf"^sam=recorded repeats the fault of one training loop.*{reason}"):
+        make_plan(parse([*words, "sam=recorded", "device=cpu"]), dry_run=True)
+
+
+def test_recorded_step_of_one_micro_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="sam=recorded is of several micro-batches a step"):
+        make_plan(
+            parse(["method=seqlora", "sam=recorded", "upstream.gradient_accumulation_steps=1"]),
+            dry_run=True,
+        )

@@ -473,7 +473,8 @@ class Batches(list):
 
 
 def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_nothing(started, tmp_path):
-    request = Request(kinds=("loss",), scopes=("trainable",), samples=4, batch=3).as_dict()
+    # Any loss is at or below this one, so that it is reached after ten of the twelve steps.
+    request = Request(kinds=("loss",), scopes=("trainable",), samples=4, batch=3, at_loss=1e9).as_dict()
     results = []
     for measure in (
         None,
@@ -486,7 +487,7 @@ def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_
         started({"measure": measure})
         who = learner(network)
         who._known_classes, who._total_classes = 10, 13
-        data = Batches(batches(dtype=torch.float32))
+        data = Batches(batches(12, dtype=torch.float32))
         torch.manual_seed(5)
         train(network, data, torch.optim.SGD(network.parameters(), lr=0.5), who=who)
         results.append((*copies(network), torch.get_rng_state()))
@@ -501,6 +502,9 @@ def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_
         assert (point["indices"], point["batches"]) == (indices, [3, 1])
         expected = cross_entropy(model.eval()(inputs)["logits"], targets).item()
         assert point["scopes"]["trainable"]["loss"] == pytest.approx(expected, rel=1e-6)
+    within = json.loads((tmp_path / "flatness" / "1-0-2-at_loss.json").read_text())
+    assert within["step"] == 10 and within["indices"] == indices
+    assert within["scopes"]["trainable"]["loss"] != point["scopes"]["trainable"]["loss"]
 
 
 def test_data_parallel_trains_as_the_bare_network_does(started):
