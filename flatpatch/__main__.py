@@ -14,7 +14,8 @@ USAGE = """usage: python -m flatpatch <verb> key=value ...
 verbs:
   run      train one method over its tasks; the same command continues a stopped run (with images: starts it anew)
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
-  compare  finished runs beside upstream's or a paper's published numbers: compare run=FOLDER[,FOLDER...]
+  study    an experiment: its runs, what is measured, and a verdict on each of its hypotheses; alone: lists them
+  compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]
   report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
@@ -27,6 +28,7 @@ examples:
   python -m flatpatch run method=inflora sam=sam rho=0.05
   python -m flatpatch run method=olora order=2 profile=upstream model=models/t5-large --dry-run
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
+  python -m flatpatch study name=exp4
   python -m flatpatch run --help
 """
 
@@ -51,7 +53,8 @@ examples:
 SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
 
 One run for every combination; finished ones are kept, so the same command goes on where it stopped.
-seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, and one HTML page about
+seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, with what SAM changes,
+paired by seed, where there are runs with it and without, and one HTML page about
 its runs, report.html in the folder that holds them, in place of one that is there. output=FOLDER gives a sweep its own.
 More than 1000 runs need yes=true.
 
@@ -110,6 +113,7 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "sweep": _sweep,
+        "study": _study,
         "compare": _compare,
         "report": _report,
         "measure": _measure,
@@ -179,6 +183,12 @@ def _sweep(words: list[str]) -> int:
     from flatpatch.runner import sweep
 
     return sweep.sweep(words)
+
+
+def _study(words: list[str]) -> int:
+    from flatpatch.studies import command
+
+    return command.study(words)
 
 
 def _compare(words: list[str]) -> int:

@@ -57,6 +57,7 @@ class Effort:
 
 
 EFFORTS: Mapping[str, Effort] = {
+    "brief": Effort(5, 20, 5e-2, 8, 2, 10, 8, 1e-1, 2, 7, 9, 1, 7, 1, 10),
     "quick": Effort(5, 40, 1e-2, 16, 2, 16, 20, 5e-2, 4, 9, 17, 2, 9, 2, 25),
     "full": Effort(10, 300, 1e-3, 100, 4, 50, 100, 1e-2, 20, 25, 51, 10, 20, 5, 100),
 }

@@ -162,6 +162,79 @@ def backward_transfer(accuracy: ArrayLike) -> float | None:
     return _mean(a[-1, :-1] - np.diagonal(a)[:-1])
 
 
+def transfer(accuracy: ArrayLike) -> float | None:
+    """Return how well tasks are done before they are learned: ``(1/(T-1)) sum_{j>0} (1/j) sum_{i<j} A[i, j]``.
+
+    Transfer of ZSCL (Zheng et al. 2023, arXiv:2303.06628), for models that can do tasks that they never learned.
+
+    Args:
+        accuracy: (T, T) percent, NaN where not evaluated.
+
+    Returns:
+        Percent. None for one task, or if an entry above the diagonal is missing.
+
+    Raises:
+        ValueError: If ``accuracy`` is not a non-empty square matrix of percentages.
+
+    Example:
+        >>> transfer([[80, 40, 30], [70, 90, 50], [60, 80, 95]])
+        40.0
+    """
+    a = _checked(accuracy)
+    return _mean(np.array([a[:j, j].mean() for j in range(1, len(a))]))
+
+
+def average_of_all(accuracy: ArrayLike) -> float | None:
+    """Return the mean over all steps and all tasks, learned or not: ``(1/T^2) sum_{i, j} A[i, j]``.
+
+    ZSCL's "average" (arXiv:2303.06628): the mean over tasks of each one's mean over the steps.
+
+    Args:
+        accuracy: (T, T) percent, NaN where not evaluated.
+
+    Returns:
+        Percent, or None if any entry is missing.
+
+    Raises:
+        ValueError: If ``accuracy`` is not a non-empty square matrix of percentages.
+    """
+    return _mean(_checked(accuracy))
+
+
+def last(accuracy: ArrayLike) -> float | None:
+    """Return ``average_accuracy`` of a run that tested every task after each: ZSCL's "last" (arXiv:2303.06628).
+
+    Args:
+        accuracy: (T, T) percent, NaN where not evaluated.
+
+    Returns:
+        Percent, or None if any entry is missing.
+
+    Raises:
+        ValueError: If ``accuracy`` is not a non-empty square matrix of percentages.
+    """
+    a = _checked(accuracy)
+    return None if np.isnan(a).any() else _mean(a[-1])
+
+
+def accuracy_elsewhere(accuracy: ArrayLike) -> float | None:
+    """Return the mean accuracy on every task but the one just trained: ``(1/(T(T-1))) sum_{i != j} A[i, j]``.
+
+    With one adapter per task, how well the adapters do on each other's tasks.
+
+    Args:
+        accuracy: (T, T) percent, NaN where not evaluated.
+
+    Returns:
+        Percent. None for one task, or if an entry off the diagonal is missing.
+
+    Raises:
+        ValueError: If ``accuracy`` is not a non-empty square matrix of percentages.
+    """
+    a = _checked(accuracy)
+    return _mean(a[~np.eye(len(a), dtype=bool)])
+
+
 def forward_transfer(accuracy: ArrayLike, random_accuracy: ArrayLike) -> float | None:
     """Return the head start earlier tasks gave: ``(1/(T-1)) sum_{j>0} A[j-1, j] - b[j]``.
 
@@ -291,6 +364,7 @@ class Metric:
         of_classes: For runs whose tasks are groups of one data set's classes; None where the words are the same.
         needs: The arguments of ``summarise`` that the formula takes.
         compared: Whether runs are compared by it without being asked to.
+        every_task: Whether it needs runs that test every task after each, those not yet learned too.
     """
 
     name: str
@@ -301,6 +375,7 @@ class Metric:
     of_classes: Words | None = None
     needs: tuple[str, ...] = ("accuracy",)
     compared: bool = False
+    every_task: bool = False
 
     def say(self, classes: bool) -> Words:
         """Return its words for runs of a kind; ``classes`` where their tasks are groups of classes."""
@@ -397,6 +472,46 @@ METRICS: Mapping[str, Metric] = {
             needs=("accuracy", "random_accuracy"),
         ),
         Metric(
+            "transfer",
+            transfer,
+            "%",
+            "higher",
+            Words(
+                "transfer",
+                "accuracy on a task before it is learned, mean over steps, then over tasks (ZSCL)",
+                "tasks before they are learned",
+            ),
+            every_task=True,
+        ),
+        Metric(
+            "average",
+            average_of_all,
+            "%",
+            "higher",
+            Words("average", "over all steps and all tasks, learned or not (ZSCL)", "all steps and all tasks"),
+            every_task=True,
+        ),
+        Metric(
+            "last",
+            last,
+            "%",
+            "higher",
+            Words("last", "mean over tasks after the last one, of runs that test every task after each (ZSCL)"),
+            every_task=True,
+        ),
+        Metric(
+            "accuracy_elsewhere",
+            accuracy_elsewhere,
+            "%",
+            "higher",
+            Words(
+                "accuracy elsewhere",
+                "on every task but the one just trained, mean over steps and tasks",
+                "tasks other than the one just trained",
+            ),
+            every_task=True,
+        ),
+        Metric(
             "learning_accuracy",
             learning_accuracy,
             "%",
@@ -436,6 +551,7 @@ METRICS: Mapping[str, Metric] = {
 }
 # What one line for a run, or for a set of runs, has room for.
 IN_A_LINE = ("average_accuracy", "forgetting")
+MARGIN = 1.0  # points: a smaller difference does not count, unless somebody says otherwise
 
 
 def summarise(

@@ -18,7 +18,7 @@ from flatpatch.measuring import Request as MeasureRequest
 
 MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "profile": ("auto", "upstream", "paper", *MINIATURES),
+    "profile": ("auto", "upstream", "paper", "record", *MINIATURES),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam", "random", "recorded"),
     "tuning": ("lora", "head", "full"),
@@ -81,8 +81,8 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting(
         "auto",
-        "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU; small: a pretrained encoder on "
-        "some of the real texts, CPU (text)",
+        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU; "
+        "small: a pretrained encoder on some of the real texts, CPU (text)",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(
@@ -171,7 +171,9 @@ class Settings:
     measure_batch: int = _setting(16, "examples in a batch of them", role="measure")
     measure_rho: float = _setting(0.05, "radius of SAM's ball to measure in, whatever rho= trains with", role="measure")
     measure_effort: str = _setting(
-        "quick", "quick: seconds to some tens of them with a small model; full: finer", role="measure"
+        "quick",
+        "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
+        role="measure",
     )
 
     @property
@@ -373,8 +375,8 @@ def read_words(verb: str, words: Sequence[str], known: Sequence[str]) -> tuple[d
     return given, problems
 
 
-def named_runs(value: str) -> list[str]:
-    """Return the runs that ``run=A,B`` names.
+def named_runs(value: str, word: str = "run") -> list[str]:
+    """Return the runs that ``run=A,B``, or another word, names.
 
     Raises:
         UserError: If one of them is empty.
@@ -382,7 +384,7 @@ def named_runs(value: str) -> list[str]:
     names = [name.strip() for name in value.split(",")]
     if not all(names):
         raise UserError(
-            f"run={value} has an empty name. Name folders with commas between them, e.g. run=runs/A,runs/B."
+            f"{word}={value} has an empty name. Name folders with commas between them, e.g. {word}=runs/A,runs/B."
         )
     return names
 

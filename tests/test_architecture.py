@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flatpatch"
 # From the ground up. A part may use the layers below its own, and in its own layer what stands before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "timing", "terminal", "progress", "files", "measuring", "settings", "contract", "metrics"),
+    ("errors", "timing", "terminal", "progress", "files", "measuring", "settings", "contract", "metrics", "statistics"),
     ("sam", "flatness", "patches"),
     ("families",),
     ("upstreams",),
@@ -26,7 +26,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # Parts of a layer that know nothing of each other.
-BLIND = ({"sam", "flatness", "patches"}, {"families.text", "families.vision"}, {"measurement", "report"})
+BLIND = (
+    {"sam", "flatness", "patches"},
+    {"families.text", "families.vision", "families.clip"},
+    {"measurement", "report"},
+)
 
 
 def files_of(part: str) -> list[Path]:
@@ -182,6 +186,7 @@ def test_no_code_outside_families_and_upstreams_asks_for_a_method_or_a_family() 
     ("part", "libraries"),
     [
         ("errors", ()),
+        ("statistics", ("scipy",)),
         ("timing", ("torch",)),
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
@@ -199,7 +204,18 @@ def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, .
 @pytest.mark.parametrize(
     "part",
     [
-        *("errors", "timing", "files", "settings", "contract", "upstreams", "patches", "report", "comparison"),
+        *(
+            "errors",
+            "timing",
+            "files",
+            "settings",
+            "contract",
+            "statistics",
+            "upstreams",
+            "patches",
+            "report",
+            "comparison",
+        ),
         *("measurement", "hooks", "runner.resolve"),
     ],
 )

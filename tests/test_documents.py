@@ -164,12 +164,12 @@ def stand_ins(words: list[str], upstream: Callable[[str], Path], folder: Path) -
     found = []
     for word in words:
         key, _, value = word.partition("=")
-        if key == "run":
+        if key in ("run", "with"):
             names = value.split(",")
             for seed, name in enumerate(names):
                 (folder / name).mkdir(parents=True)
                 write_atomically(folder / name / RECORD_FILE, json.dumps(stand_in(name, seed)))
-            word = f"run={','.join(str(folder / name) for name in names)}"
+            word = f"{key}={','.join(str(folder / name) for name in names)}"
         elif key == "page":
             word = f"page={folder / value}"
         elif key == "log":

@@ -40,6 +40,13 @@ def matrices(draw, min_tasks=2, max_tasks=6):
     return np.array(rows)
 
 
+@st.composite
+def full_matrices(draw):
+    size = draw(st.integers(2, 5))
+    percent = st.floats(0, 100, allow_nan=False, width=32)
+    return np.array([[draw(percent) for _ in range(size)] for _ in range(size)])
+
+
 def test_forgetting_of_the_hand_worked_matrix():
     assert m.forgetting(HAND) == 3.5
 
@@ -65,6 +72,35 @@ def test_forward_transfer_of_a_hand_worked_matrix():
 
 def test_forward_transfer_is_none_without_evaluations_of_future_tasks():
     assert m.forward_transfer(HAND, [0, 0, 0]) is None
+
+
+FULL = [[80, 40, 30], [70, 90, 50], [60, 80, 95]]
+
+
+def test_metrics_of_runs_that_test_every_task_after_each_of_a_hand_worked_matrix():
+    assert m.transfer(FULL) == 40.0  # the mean of 40 and of (30 + 50) / 2
+    assert m.average_of_all(FULL) == pytest.approx(595 / 9)
+    assert m.last(FULL) == m.average_accuracy(FULL) == pytest.approx(235 / 3)
+    assert m.accuracy_elsewhere(FULL) == pytest.approx(330 / 6)
+
+
+@given(full_matrices())
+def test_metrics_of_every_task_equal_loops_written_from_the_formulas(a):
+    size = len(a)
+    columns = [sum(a[i][j] for i in range(j)) / j for j in range(1, size)]
+    assert m.transfer(a) == pytest.approx(sum(columns) / (size - 1))
+    assert m.average_of_all(a) == pytest.approx(sum(sum(row) / size for row in a) / size)
+    assert m.last(a) == pytest.approx(sum(a[-1]) / size)
+    pairs = [a[i][j] for i in range(size) for j in range(size) if i != j]
+    assert m.accuracy_elsewhere(a) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@given(matrices())
+def test_metrics_of_every_task_are_none_where_tasks_not_yet_learned_were_not_tested(a):
+    names = [metric.name for metric in m.METRICS.values() if metric.every_task]
+    assert names == ["transfer", "average", "last", "accuracy_elsewhere"]
+    summary = m.summarise(a)
+    assert [summary[name] for name in names] == [None] * 4
 
 
 def test_forgetting_is_negative_when_old_tasks_improve_at_the_last_step():
@@ -157,6 +193,8 @@ def test_one_task_has_no_forgetting_and_no_transfer():
     assert m.forgetting_lower_bound(one) is None
     assert m.forgetting_cllora(one) is None
     assert m.backward_transfer(one) is None
+    assert m.transfer(one) is m.accuracy_elsewhere(one) is None
+    assert m.average_of_all(one) == m.last(one) == 70
     assert m.forward_transfer(one, [0]) is None
     assert m.forgetting_mehta(one) == 0
     assert m.forgetting_per_task(one).shape == (0,)

@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from flatpatch import families, patches
-from flatpatch.comparison.compare import COMPARED, MARGIN, REPRODUCED, compare_logged, compare_runs, signed
+from flatpatch.comparison.compare import COMPARED, REPRODUCED, compare_logged, compare_runs, signed
 from flatpatch.comparison.sides import is_source, subject_of
+from flatpatch.comparison.two_groups import compare_groups
 from flatpatch.errors import UserError, named_path
 from flatpatch.families.base import Family, LoggedRun
+from flatpatch.metrics import IN_A_LINE, MARGIN
 from flatpatch.report.baselines import find_baselines, list_baselines, load_baseline
+from flatpatch.report.effects import effects_text
 from flatpatch.report.records import RECORD_FILE, read_record, run_folder
 from flatpatch.settings import named_runs, read_words, repeated
 from flatpatch.terminal import say
@@ -24,16 +27,19 @@ from flatpatch.upstreams import UPSTREAMS
 
 USAGE = """usage: python -m flatpatch compare run=FOLDER[,FOLDER...] [key=value ...] [--require reproduced]
        python -m flatpatch compare log=FILE [key=value ...] [--require reproduced]
+       python -m flatpatch compare run=FOLDER[,FOLDER...] with=FOLDER[,FOLDER...] [metric=...] [margin=...]
 
 Compares finished runs that differ by their seed alone, or the runs in a log of upstream's, with numbers that
 upstream or a paper published. Gives the difference, its 95 % interval and the smallest difference that so few
 seeds can show. Quick, reference and off-protocol runs are not compared.
+With with= it asks instead whether the runs of run= are better than those of with=, quick ones too: the difference
+paired by seed, its 95 % interval, and a verdict.
 
 settings:
   baseline=NAME     default: the first that speaks of such runs, upstream's own runs before papers
   metric=NAME,...   default: those of {metrics}
-                    that both sides have
-  margin={margin:<10g} how large a difference, in points, still counts as reproduced
+                    that both sides have; with with=: {paired}
+  margin={margin:<10g} how large a difference, in points, still counts as reproduced, or is too small to matter
 
 verdicts:
   reproduced                  the whole interval lies within the margin, or the runs are the same
@@ -45,6 +51,11 @@ verdicts:
   the same file               the log is the one that the baseline was read from
 With --require reproduced the exit code is 1 for anything but "reproduced".
 
+verdicts with with=, on the hypothesis that run= is better:
+  supported, contradicted     the interval leaves out 0, on one side or the other
+  too small to matter         the whole interval lies within the margin
+  undecided                   none of these, with the number of seeds that would decide
+
 baselines:
 {baselines}
 
@@ -52,11 +63,12 @@ examples:
   python -m flatpatch compare run=runs/NAME-seed0,runs/NAME-seed1,runs/NAME-seed2
   python -m flatpatch compare run=runs/NAME baseline={baseline}
   python -m flatpatch compare run=NAME metric=forgetting margin=0.5 --require reproduced
+  python -m flatpatch compare run=runs/SAM-seed0,runs/SAM-seed1 with=runs/OFF-seed0,runs/OFF-seed1 margin=0.5
   python -m flatpatch compare log=third_party/REPOSITORY/logs/FOLDERS/0.log
 """
 
 SAME_FILE = "the same file"
-_KEYS = ("run", "log", "baseline", "metric", "margin")
+_KEYS = ("run", "with", "log", "baseline", "metric", "margin")
 _WIDTH = 110
 
 
@@ -65,7 +77,8 @@ def compare(words: Sequence[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         known = list_baselines()
         names = textwrap.fill(", ".join(known), 100, initial_indent="  ", subsequent_indent="  ")
-        print(USAGE.format(margin=MARGIN, metrics=", ".join(COMPARED), baselines=names, baseline=known[-1]))
+        texts = {"metrics": ", ".join(COMPARED), "paired": ", ".join(IN_A_LINE), "baselines": names}
+        print(USAGE.format(margin=MARGIN, baseline=known[-1], **texts))
         return 0
     given, required = _parse(words)
     baseline = given.get("baseline")
@@ -75,6 +88,9 @@ def compare(words: Sequence[str]) -> int:
         "metrics": _metrics(given["metric"]) if "metric" in given else None,
         "margin": _margin(given.get("margin", str(MARGIN))),
     }
+    if "with" in given:
+        print(_render_groups(given, options), end="")
+        return 0
     also: list[str] = []
     if "log" in given:
         result = _compare_log(named_path("log", given["log"]), baseline, options)
@@ -132,6 +148,27 @@ def render(result: Mapping[str, Any], *, width: int = _WIDTH) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _render_groups(given: Mapping[str, str], options: Mapping[str, Any]) -> str:
+    """Compare the runs of ``run=`` with those of ``with=`` and return what is said of them."""
+    folders = {word: [run_folder(name, word) for name in named_runs(given[word], word)] for word in ("run", "with")}
+    paths = [str(folder.resolve()) for side in folders.values() for folder in side]
+    if twice := repeated(paths):
+        raise UserError(f"run= and with= name {twice} twice. Name each run once, on one side.")
+    # Runs of two output folders may have one name.
+    plain = len({Path(path).name for path in paths}) == len(paths)
+    sides = [
+        {folder.name if plain else str(folder): read_record(folder) for folder in side} for side in folders.values()
+    ]
+    found = compare_groups(*sides, **options)
+    lines = [f"{word:<9} {', '.join(side)}" for word, side in zip(("runs", "with"), sides, strict=True)]
+    lines += [f"differ in {', '.join(found.differ_in) or 'nothing'}"]
+    shown = [part for line in lines for part in _wrapped(line, _WIDTH)]
+    shown += ["", effects_text([found.contrast], margin=options["margin"])]
+    for note in found.notes:
+        shown += ["", *_wrapped(f"note      {note}", _WIDTH)]
+    return "\n".join(shown) + "\n"
+
+
 def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
     rest, required, problems = list(words), False, []
     for i, word in enumerate(words):
@@ -144,7 +181,15 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], bool]:
             break
     given, mistakes = read_words("compare", rest, _KEYS)
     problems += mistakes
-    if ("run" in given) == ("log" in given):
+    if "with" in given:
+        problems += [
+            f"{word} has no meaning beside with=, which names what is compared with. Leave one out."
+            for word in ("log=", "baseline=", "--require")
+            if word.strip("=") in given or (word == "--require" and required)
+        ]
+        if "run" not in given:
+            problems.append("with= needs run= beside it: compare run=FOLDER[,FOLDER...] with=FOLDER[,FOLDER...].")
+    elif ("run" in given) == ("log" in given):
         problems.append("compare takes either run=FOLDER[,FOLDER...] or log=FILE. See compare --help.")
     if problems:
         raise UserError.collect(problems)

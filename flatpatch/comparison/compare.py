@@ -32,7 +32,7 @@ from flatpatch.comparison.sides import (
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families import of_record
 from flatpatch.families.base import LoggedRun
-from flatpatch.metrics import METRICS
+from flatpatch.metrics import MARGIN, METRICS
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.copies import copied, copied_records
 from flatpatch.report.records import setting
@@ -40,7 +40,6 @@ from flatpatch.report.titles import labels
 from flatpatch.settings import OF_MEASURING, OF_PLACES, idle_settings
 from flatpatch.upstreams import UPSTREAMS
 
-MARGIN = 1.0
 # Compared unless others are asked for, where both sides have them.
 COMPARED = tuple(name for name, metric in METRICS.items() if metric.compared)
 REPRODUCED, EQUIVALENT, WITHIN_SPREAD = "reproduced", "equivalent", "within the paper's spread"
@@ -76,8 +75,8 @@ def compare_runs(
         UserError: If the runs are none, unfinished or of several kinds, or a name is unknown.
     """
     names = list(names) if names is not None else [_name(record) for record in records]
-    _check_set(records, names)
-    _check_request(metrics, margin)
+    check_set(records, names)
+    check_request(metrics, margin)
     subject = subject_of(records[0])
     found = next(filter(None, map(labels, records)), [])
     obstacle = f"it is labelled {', '.join(found)}" if found else ""
@@ -93,7 +92,7 @@ def compare_runs(
     kind = load_baseline(baseline)["kind"] if baseline else ""
     if not obstacle and baseline and (others := load_baseline(baseline).get("differs_from_configuration")):
         obstacle = f"{baseline} ran with other settings than upstream's configuration says: {'; '.join(others)}"
-    other_data, unchecked = _compare_data(records, names, subject, kind)
+    other_data, unchecked = compare_data(records, names, subject, kind)
     obstacle = "; ".join(filter(None, [obstacle, other_data]))
     result = _compare(runs, subject, baseline, obstacle, metrics, margin, with_sam)
     twice = [*copied_records(names, records), *_copied_from(runs, baseline, with_sam)]
@@ -130,7 +129,7 @@ def compare_logged(
             f"the log holds runs of several kinds: {_words(subjects[0])} and others. Compare one kind at a time."
         )
     _check_seeds([run.seed for run in complete], [f"the run from line {run.first_line}" for run in complete])
-    _check_request(metrics, margin)
+    check_request(metrics, margin)
     chosen = baseline or next(iter(find_baselines(subjects[0])), None)
     others = sorted({text for run in complete for text in other_settings(run, load_baseline(chosen))}) if chosen else []
     obstacle = f"it ran with other settings: {'; '.join(others)}" if others else ""
@@ -142,7 +141,7 @@ def compare_logged(
     return result | {"notes": [*twice, *doubts]}
 
 
-def _compare_data(
+def compare_data(
     records: Sequence[Mapping[str, Any]], names: Sequence[str], subject: Mapping[str, Any], kind: str
 ) -> tuple[str, list[str]]:
     """Compare the runs' data, as their family does; one whose method is not known here has nothing to say."""
@@ -410,7 +409,12 @@ def _describe(name: str, baseline: Mapping[str, Any], rows: Sequence[tuple[str, 
     }
 
 
-def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+def check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse runs that are none, unfinished, of several kinds, or twice of one seed.
+
+    Raises:
+        UserError: With what is wrong with them.
+    """
     if not records:
         raise UserError("no run to compare. Name at least one: run=runs/NAME.")
     problems = [
@@ -421,7 +425,7 @@ def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> No
     methods = dict.fromkeys(record["method"] for record in records)
     if len(methods) > 1:
         problems.append(f"the runs are of several methods: {', '.join(methods)}. Compare one method at a time.")
-    elif different := sorted({key for record in records[1:] for key in _differing(records[0], record)}):
+    elif different := sorted({key for record in records[1:] for key in differing(records[0], record)}):
         problems.append(
             f"the runs differ in more than their seed: {', '.join(different)}. Compare one set of seeds at a time."
         )
@@ -431,7 +435,8 @@ def _check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> No
         _check_seeds([record["seeds"][0] if len(record["seeds"]) == 1 else None for record in records], names)
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the settings, and what else tells runs apart, in which two differ; seeds and places do not count."""
     keys = {*one["settings"], *other["settings"]} - set(_OWN) - (idle_settings(one) & idle_settings(other))
     if all(of_record(record).knows_data(record) for record in (one, other)):
         keys -= {"data"}  # what they hold is compared, not where they lie
@@ -450,7 +455,12 @@ def _check_seeds(seeds: Sequence[int | None], names: Sequence[str]) -> None:
             )
 
 
-def _check_request(metrics: Sequence[str] | None, margin: float) -> None:
+def check_request(metrics: Sequence[str] | None, margin: float) -> None:
+    """Refuse an unknown metric and a margin out of range.
+
+    Raises:
+        UserError: With the first that is wrong.
+    """
     if not (0 < margin < 100):
         raise UserError(f"margin={margin:g} is out of range (expected points of accuracy, over 0 and under 100).")
     for metric in metrics or ():

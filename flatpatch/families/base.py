@@ -93,10 +93,10 @@ class Upstream:
         default: Whether it is meant where no method is named; true of one.
         conflicts: Where paper and repository disagree.
         metric_words: By metric of the record: what its paper or its code calls it.
+        profiles: Those in which the reference engine runs it.
     """
 
     family: ClassVar[str]
-    miniatures: ClassVar[tuple[str, ...]] = ("quick",)  # the profiles with models for a CPU that it has
 
     name: str
     title: str
@@ -107,14 +107,18 @@ class Upstream:
     default: bool = False
     conflicts: tuple[Conflict, ...] = ()
     metric_words: Mapping[str, str] = field(default_factory=dict)
+    profiles: tuple[str, ...] = ("quick",)
 
     def check(self, settings: Settings) -> list[str]:
         """Return what is wrong with settings for this method, one message each."""
         problems = []
         if settings.engine == "upstream" and self.repository is None:
             problems.append(f"method {self.name} has no repository of its own: use engine=reference.")
-        if settings.profile == "small" and "small" not in self.miniatures:
-            problems.append(f"profile=small is for text methods; {self.title} is a {self.family} method. Use another.")
+        if settings.profile in ("small", "record") and settings.profile not in self.profiles:
+            problems.append(
+                f"profile={settings.profile} has no settings for {self.title}, a {self.family} method. Use "
+                "profile=upstream or profile=quick."
+            )
         return problems
 
     def paper_arguments(self, where: str) -> list[tuple[Argument, str]]:
@@ -243,12 +247,14 @@ class Results:
         sample_weighted: After each task, over all test examples, in percent; None where not measured.
         train_seconds: Of each task, None where it is not known; empty where upstream does not say.
         predict_seconds: Likewise.
+        before_training: On each task before the first one is learned, in percent; empty where not measured.
     """
 
     accuracy: Sequence[Sequence[float | None]]
     sample_weighted: Sequence[float | None]
     train_seconds: Sequence[float | None] = ()
     predict_seconds: Sequence[float | None] = ()
+    before_training: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -387,7 +393,7 @@ class FinishedRun(ABC):
             UserError: With what differs.
         """
         if type(self) is not type(other):
-            raise UserError(f"{self.name} and {other.name}: one learned images and one texts. Name runs of one kind.")
+            raise UserError(f"{self.name} and {other.name} learned different kinds of data. Name runs of one kind.")
 
 
 class Family:

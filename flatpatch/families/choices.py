@@ -122,10 +122,10 @@ def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, st
         UserError: If the method, profile and engine do not go together.
     """
     if upstream.repository is None:
-        if profile not in MINIATURES:
+        if profile not in upstream.profiles:
             raise UserError(
                 f"{upstream.title} is a reference implementation and runs in profile "
-                f"{' or '.join(upstream.miniatures)} alone, not {profile}. Use profile=quick, or a method with a "
+                f"{' or '.join(upstream.profiles)} alone, not {profile}. Use profile=quick, or a method with a "
                 "repository."
             )
         return "reference", f"{upstream.title} has no repository of its own"
@@ -139,7 +139,7 @@ def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, st
     if asked == "reference":
         if profile != "quick":
             raise UserError(
-                f"engine=reference runs in profile {' or '.join(upstream.miniatures)} alone (got profile={profile}). "
+                f"engine=reference runs in profile {' or '.join(upstream.profiles)} alone (got profile={profile}). "
                 "Use profile=quick or engine=upstream."
             )
         return "reference", "as asked"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.families.recording import MEASURED, Recorder, make_measurer
+from flatpatch.families.recording import MEASURED, Recorder, announce, make_measurer
 from flatpatch.families.sample import Sample
 from flatpatch.measuring import AT_LOSS, Request
 from flatpatch.sam import SAM, mixed_seed
@@ -28,6 +28,7 @@ class StepRecorder:
         self._measure_at: Callable[[str], Any] = lambda when: None
         self._task_index = 0
         self._recorder = Recorder(run)
+        self._told: dict[str, str] = {}
         self._recorder.start()
 
     def __enter__(self) -> StepRecorder:
@@ -142,14 +143,20 @@ class StepRecorder:
             self._measure_at(when)
         self._begin("train" if when == "before" else "predict", task)
 
+    def tell(self, text: str) -> None:
+        """Print a line for the log, and show it where the run was started."""
+        announce(text)
+        self._told = {"note": text}
+        self._begin("train")
+
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
         self._progress(phase, {"step": step, "total": total}, task="", note=note)
 
     def _begin(self, phase: str, task: str = "") -> None:
         """Say what comes next, before its first step has been made."""
-        self._recorder.write_progress(phase, 0, None, task=task)
+        self._recorder.write_progress(phase, 0, None, task=task, **self._told)
 
     def _progress(self, phase: str, state: dict[str, Any], **more: str) -> None:
         if self._recorder.progress_due() or state["step"] == state["total"]:
             self._recorder.flush()
-            self._recorder.write_progress(phase, state["step"], state["total"], **more)
+            self._recorder.write_progress(phase, state["step"], state["total"], **{**self._told, **more})

@@ -69,3 +69,22 @@ def draw_sample(dataset: Any, collate: Callable[[list[Any]], Any], *, samples: i
 def sample_of(dataset: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Request], Sample]:
     """Return a function that draws the fixed sample of a data set and collates it."""
     return lambda request: draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
+
+
+def images_sample_of(dataset: Any, first_class: int = 0) -> Callable[[Request], Sample]:
+    """As :func:`sample_of`, of images that are augmented at random: the same way for every run and point in time.
+
+    Args:
+        dataset: Its items end with the image, a tensor, and its class.
+        first_class: The task's; classes are counted from it.
+    """
+
+    def collate(items: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = [int(item[-1]) - first_class for item in items]
+        return torch.stack([item[-2] for item in items]), torch.tensor(labels)
+
+    def draw(request: Request) -> Sample:
+        torch.manual_seed(SEED)  # the measurer puts the training's random numbers back
+        return draw_sample(dataset, collate, samples=request.samples, batch=request.batch)
+
+    return draw

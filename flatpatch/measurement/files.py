@@ -84,6 +84,30 @@ VALUES: Mapping[str, str] = {
 }
 """Every scalar a measurement may give, and what it is."""
 
+GIVEN_BY: Mapping[str, tuple[str, ...]] = {
+    "loss": ("loss", "distance_moved"),
+    "eigenvalues": ("top_eigenvalue", "top_eigenvalue_residual", "eigenvalue_ratio_1_5", "eigenvalues_unconverged"),
+    "trace": ("trace", "trace_standard_error"),
+    "density": (
+        *("density_smallest", "density_largest", "negative_mass", "negative_weight", "effective_rank", "outliers"),
+    ),
+    "batchwise": (
+        *("batch_eigenvalue_median", "batch_eigenvalue_lower_quartile", "batch_eigenvalue_upper_quartile"),
+        *("batch_eigenvalue_mean", "batch_eigenvalue_max", "batches_unconverged"),
+    ),
+    "keskar": ("keskar_sharpness", "keskar_lower_bound"),
+    "sam": (*("sam_sharpness", "sam_sharpness_ascent", "asam_sharpness", "asam_sharpness_ascent", "gradient_norm"),),
+    "landscape": ("landscape_mean_rise",),
+    "slice": ("slice_mean_rise",),
+    "recorded_eigenvalues": (
+        *("as_recorded_eigenvalue_mean", "as_recorded_eigenvalue_median", "as_recorded_eigenvalue_max"),
+        "as_recorded_basis_overlap",
+    ),
+    "recorded_landscape": ("as_recorded_landscape_mean_rise",),
+    "recorded_keskar": ("as_recorded_keskar_sharpness", "as_recorded_keskar_reach"),
+}
+"""By kind of measurement: the scalars that it gives. An entry has the loss beside its values, not among them."""
+
 
 def stem(task_index: int, task: str, when: str) -> str:
     """Return the name, without ending, of a measuring point's files."""

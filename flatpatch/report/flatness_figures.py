@@ -140,6 +140,7 @@ def make_landscapes_figure(
     grids: Mapping[str, Grid],
     *,
     title: str = "Loss landscape",
+    in_a_row: int = 4,
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
@@ -154,6 +155,7 @@ def make_landscapes_figure(
     Args:
         grids: By the name of each, two-dimensional.
         title: What the figure shows.
+        in_a_row: After how many panels a new row begins.
         record: Of the run they were measured on, to be named below.
         note: What else to say below.
 
@@ -166,12 +168,17 @@ def make_landscapes_figure(
         _check_two_dimensional(grid)
     first = next(iter(grids.values()))
     count = len(grids)
+    columns = min(count, in_a_row)
+    rows = math.ceil(count / columns)
     # Axes of one scale need panels of about their shape.
     ratio = np.ptp(first.axes[1]) / np.ptp(first.axes[0]) if _in_weight_units(first) else 1.0
     width = 4.6 if count == 1 else 3.1
     height = float(np.clip(1.3 + width * ratio * 0.86, 3.2, 8.0))
-    figure = Figure(figsize=(width * count + 0.9, height), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
+    figure = Figure(figsize=(width * columns + 0.9, height * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False)
+    panels = places.flat[:count]
+    for axes in places.flat[count:]:
+        axes.set_axis_off()
     levels = _levels(grids.values())
     filled = None
     interpolated = own_levels = False
@@ -199,7 +206,7 @@ def make_landscapes_figure(
             axes.plot(0, 0, marker="+", color="black", markersize=10, markeredgewidth=1.6)
         _name_axes(axes, grid)
         axes.tick_params(labelsize=8)
-        if axes is not panels[0]:
+        if axes not in places[:, 0]:
             axes.set_ylabel("")
         if _in_weight_units(grid):
             axes.set_aspect("equal")
@@ -387,6 +394,7 @@ def make_density_figure(
     *,
     scope: str | None = None,
     kernel: float = _KERNEL,
+    title: str = "Hessian spectrum",
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
@@ -396,6 +404,7 @@ def make_density_figure(
         spectra: By name, mappings with ``nodes`` and ``weights`` (num_probes, num_steps) and ``size``.
         scope: What was varied: one of the scopes' names, or other words.
         kernel: Standard deviation of the density's Gaussian bumps, as a share of the range of all nodes.
+        title: What the figure shows.
         record: Of the run they were measured on.
         note: What else to say below.
 
@@ -447,7 +456,7 @@ def make_density_figure(
     made = ", ".join(f"{count} probes x {steps} steps" for count, steps in sorted(probes))
     how = f"{made}; Gaussian kernel of standard deviation {sigma:.3g} (above), none (below)"
     how += "; bands: least to greatest over probes"
-    return finish(figure, "Hessian spectrum", [describe_variation({"scope": scope, "note": how}), note], record=record)
+    return finish(figure, title, [describe_variation({"scope": scope, "note": how}), note], record=record)
 
 
 def make_eigenvalues_figure(
@@ -455,6 +464,7 @@ def make_eigenvalues_figure(
     *,
     scope: str | None = None,
     places: Mapping[str, tuple[int, str]] | None = None,
+    title: str = "Hessian eigenvalues",
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
@@ -464,6 +474,7 @@ def make_eigenvalues_figure(
         spectra: By name, mappings with ``values``, ``residuals`` and ``converged``, (k,) each.
         scope: What was varied: one of the scopes' names, or other words.
         places: By the spectra's names, of which task and when: a task keeps its colour and marker.
+        title: What the figure shows.
         record: Of the run they were measured on.
         note: What else to say below.
 
@@ -499,9 +510,7 @@ def make_eigenvalues_figure(
     axes.set_ylabel("eigenvalue of the Hessian")
     figure.legend(**BELOW, ncols=3)
     how = "bars: residuals" + ("; crossed out: not converged" if crossed else "")
-    return finish(
-        figure, "Hessian eigenvalues", [describe_variation({"scope": scope, "note": how}), note], record=record
-    )
+    return finish(figure, title, [describe_variation({"scope": scope, "note": how}), note], record=record)
 
 
 def make_recorded_eigenvalues_figure(

@@ -131,6 +131,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
+def apart(one: Group, other: Group) -> set[str]:
+    """Return the settings, and what else tells groups apart, in which two differ; measuring does not count."""
+    first, second = _facets(one.record), _facets(other.record)
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+
+
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Return mean, standard deviation and n of the numbers there are; None if there is none.
 

@@ -128,6 +128,7 @@ def page_environment() -> Environment:
         "percent": _percent,
         "signed": _signed,
         "number": _number,
+        "effect": _effect,
         "seconds": _seconds,
         "pieces": pieces,
     }
@@ -579,6 +580,10 @@ def _signed(value: float | None) -> str:
 
 def _number(value: float | None, digits: int = 4) -> str:
     return _MISSING if value is None else f"{value:.{digits}g}"
+
+
+def _effect(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:+.3g}" if value else "0"
 
 
 def _seconds(value: float | None) -> str:

@@ -74,7 +74,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "benchmark": _TEXT,
         # Left out by earlier versions (families.family_of).
         "family": {"enum": list(families.NAMES)},
-        "profile": {"enum": ["upstream", "paper", "quick", "small"]},
+        "profile": {"enum": ["upstream", "paper", "record", "quick", "small"]},
         "profile_reason": _TEXT,
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
@@ -127,6 +127,8 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "inputs": {"type": "object", "additionalProperties": _MAYBE_TEXT},
         # [after task i][on task j], percent, null where not evaluated.
         "accuracy_matrix": {"type": "array", "items": {"type": "array", "items": _PERCENT}},
+        # [on task j], percent, before the first one is learned; left out where not evaluated.
+        "accuracy_before_training": {"type": "array", "items": _PERCENT},
         "metrics": {"type": "object", "additionalProperties": _MAYBE_NUMBER},
         # What was measured, by task, time and scope; flatpatch/measurement/files.py says what the names mean. The loss
         # is null, and values are missing or null, where the file tells why they could not be measured.
@@ -236,17 +238,21 @@ def validate_record(record: Any) -> None:
         raise ValueError("\n".join(problems))
 
 
-def run_folder(name: str) -> Path:
+def run_folder(name: str, word: str = "run") -> Path:
     """Return the place that a word names: a path, or one inside ``runs/``.
+
+    Args:
+        name: What stands behind the word.
+        word: Which word it is, for messages.
 
     Raises:
         UserError: If nothing is at either, with the path that was meant.
     """
-    place, inside = named_path("run", name), Path("runs") / name
+    place, inside = named_path(word, name), Path("runs") / name
     if not os.path.exists(place) and (os.path.exists(inside) or place.name == name):
         place = inside
     if not os.path.exists(place):  # False, too, for a name that is too long
-        raise UserError(f"run={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
+        raise UserError(f"{word}={name}: there is no run {place.absolute()}. Name a run's folder, e.g. run=runs/NAME.")
     return place
 
 

@@ -40,7 +40,11 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
         lines += [*block, ""]
     values = record["metrics"]
     words = {name: metric.say(classes) for name, metric in METRICS.items()}
-    titles = {name: f"{said.title} ({said.brief})" for name, said in words.items() if said.brief}
+    titles = {
+        name: f"{said.title} ({said.brief})"
+        for name, said in words.items()
+        if said.brief and not (METRICS[name].every_task and values.get(name) is None)
+    }
     title_width = max(map(len, titles.values()))
     lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in titles.items()]
     if table := flatness_table(record):

@@ -17,6 +17,14 @@ _LABEL_TEXTS = {
     "off-protocol": "not upstream's own set-up; the deviations are in record.json",
 }
 
+# What a verdict on such runs is about, in the words that stand in its own sentence.
+_ABOUT = {"quick": "in the miniature", "small": "in the small form"}
+
+
+def about(record: Mapping[str, Any]) -> str:
+    """Return what verdicts on runs of this profile are about; empty where that needs no word."""
+    return _ABOUT.get(record["profile"], "")
+
 
 def labels(record: Mapping[str, Any]) -> list[str]:
     """Return why the run's numbers must not stand beside a paper's; empty if they may.

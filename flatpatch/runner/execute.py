@@ -54,8 +54,12 @@ _STARTS_ANEW = "One process learns all tasks of this run, so it cannot go on fro
 _NONE_KEPT = "No task was finished before: the run starts anew with its first task."
 
 
-def execute(plan: Plan) -> dict[str, Any]:
+def execute(plan: Plan, *, show: bool = True) -> dict[str, Any]:
     """Run every stage of a plan that is not finished yet, then write the record, the table and the figures.
+
+    Args:
+        plan: The plan.
+        show: Whether table and figures are wanted; the verb ``report`` makes them at any later time.
 
     Returns:
         The finished record.
@@ -69,7 +73,8 @@ def execute(plan: Plan) -> dict[str, Any]:
     old = check_continues(plan.folder, plan)
     if old is not None and old["status"] == "finished":
         say(f"{plan.folder} is finished; nothing to do. Another seed= or run= makes another run.\n")
-        _show(plan.folder, old)
+        if show:
+            _show(plan.folder, old)
         return old
     say("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]))
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -89,8 +94,9 @@ def execute(plan: Plan) -> dict[str, Any]:
         except BaseException as error:
             problem = _with_full_disk_named(plan, error)
         _conclude(plan, record, problem)
-    say()
-    _show(plan.folder, record)
+    if show:
+        say()
+        _show(plan.folder, record)
     return record
 
 
@@ -422,6 +428,8 @@ def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     for key in ("train_seconds", "predict_seconds"):
         if seconds := getattr(results, key):
             record["timing"][key] = list(seconds)
+    if results.before_training:
+        record["accuracy_before_training"] = list(results.before_training)
     if count == len(plan.stages):
         accuracy = metrics.from_lists(results.accuracy)
         record["metrics"] = metrics.summarise(accuracy, sample_weighted=results.sample_weighted)

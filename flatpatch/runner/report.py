@@ -9,6 +9,8 @@ from typing import Any
 from flatpatch.errors import UserError, named_path
 from flatpatch.files import unwritable
 from flatpatch.report.copies import copied_records
+from flatpatch.report.effects import effects_of_sam, effects_text
+from flatpatch.report.groups import Run, group_runs
 from flatpatch.report.overview import overview, seeds_table
 from flatpatch.report.records import RECORD_FILE, lacking_steps, read_record, read_step_metrics, run_folder
 from flatpatch.report.table import summary_table
@@ -52,6 +54,8 @@ def show(words: Sequence[str]) -> int:
     else:
         names, records = [name for name, _ in finished], [record for _, record in finished]
         print(f"{seeds_table(records)}\n" if finished else "", end="")
+        contrasts = effects_of_sam(group_runs([Run(Path(name), record) for name, record in finished]))
+        print(f"\n{effects_text(contrasts)}\n\n" if contrasts else "", end="")
         print("\n".join([overview(named), *copied_records(names, records)]))
     for folder, (_, record) in zip(folders, named, strict=True):
         unreadable += _missing_steps(folder, record)

@@ -115,6 +115,11 @@ def _control(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the system send this process a signal when the process that started it ends, however that ends (Linux)."""
+    _control(_PR_SET_PDEATHSIG, number)
+
+
 def _end_all(child: subprocess.Popen[bytes]) -> None:
     """End the child and all its descendants: ask once, then kill until none is left."""
     for process in _descendants():

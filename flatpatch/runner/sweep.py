@@ -10,6 +10,8 @@ from typing import Any
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import Plan
+from flatpatch.report.effects import effects_of_sam, effects_text
+from flatpatch.report.groups import Run, group_runs
 from flatpatch.report.overview import seeds_table
 from flatpatch.runner.execute import execute
 from flatpatch.runner.pages import leave_page
@@ -42,7 +44,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
         elif key in WHOLE or key.startswith("upstream."):
             last[key] = [value]
         else:
-            last[key] = _values(word, key, value)
+            last[key] = listed(word, key, value)
     count = math.prod(map(len, last.values()))
     if count > MOST or (count > MANY and not sure):
         longest = max(last, key=lambda key: len(last[key]))
@@ -52,7 +54,7 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*chosen)]
 
 
-def _values(word: str, key: str, value: str) -> Sequence[str]:
+def listed(word: str, key: str, value: str) -> Sequence[str]:
     """Return the values that a word lists; of a long range no more than shows that it is too long."""
     match = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", value)
     if match is None:
@@ -113,17 +115,20 @@ def sweep(words: Sequence[str]) -> int:
         return 0
     for plan in plans:
         check_continues(plan.folder, plan)
-    records, failures = [], []
+    ended, failures = [], []
     for number, plan in enumerate(plans, 1):
         say(f"\nrun {number}/{len(plans)}: {plan.folder.name}")
         try:
-            records.append(execute(plan))
+            ended.append((plan, execute(plan)))
         except FlatpatchError as error:
             if error.exit_code != 1:
                 raise
             print(f"flatpatch: {error}")
             failures.append(plan.folder.name)
-    print("\n" + seeds_table(records))
+    print("\n" + seeds_table([record for _, record in ended]))
+    finished = [Run(plan.folder, record) for plan, record in ended]
+    if effects := effects_of_sam(group_runs(finished)):
+        print(f"\n{effects_text(effects)}")
     if failures:
         print(f"failed: {', '.join(failures)}")
     leave_page(folders)

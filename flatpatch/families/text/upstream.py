@@ -38,7 +38,7 @@ class TextUpstream(Upstream):
     """
 
     family: ClassVar[str] = "text"
-    miniatures: ClassVar[tuple[str, ...]] = ("quick", "small")
+    profiles: tuple[str, ...] = ("quick", "small")
 
     scripts: Mapping[str, str] = field(default_factory=dict)
     orders_note: str = ""

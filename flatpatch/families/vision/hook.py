@@ -249,7 +249,8 @@ class _Training:
         """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""
         if self._measurer is None or not self._measurer.wants(when):
             return
-        from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
+        from flatpatch.families.sample import images_sample_of
+        from flatpatch.families.vision.measuring import IMAGE_LOSS
 
         first_class = self._learner._known_classes
         classes = self._learner._total_classes - first_class

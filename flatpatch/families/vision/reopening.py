@@ -31,10 +31,10 @@ from flatpatch import patches
 from flatpatch.contract import VARIABLE
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import FinishedRun
-from flatpatch.families.sample import Sample
+from flatpatch.families.sample import Sample, images_sample_of
 from flatpatch.families.vision.hook import classification_loss
 from flatpatch.families.vision.keeping import failure_of, kept_file
-from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
+from flatpatch.families.vision.measuring import IMAGE_LOSS
 from flatpatch.families.vision.reference import ImageTask, tasks_of
 from flatpatch.families.vision.reference.checkpoints import checkpoint_file, restore
 from flatpatch.families.vision.reference.options import read_reference

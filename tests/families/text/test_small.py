@@ -237,7 +237,7 @@ def test_head_may_be_perturbed(words: list[str]) -> None:
 
 
 def test_image_methods_have_no_such_profile() -> None:
-    with pytest.raises(UserError, match="profile=small is for text methods; InfLoRA is a vision method"):
+    with pytest.raises(UserError, match="profile=small has no settings for InfLoRA, a vision method"):
         parse(["method=inflora", "profile=small"])
 
 

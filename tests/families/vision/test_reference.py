@@ -24,10 +24,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.families.dualgpm import input_covariances
 from flatpatch.families.vision import reference as vision
 from flatpatch.families.vision.reference import checkpoints
 from flatpatch.families.vision.reference.images import load_tasks
-from flatpatch.families.vision.reference.inflora import input_covariances
 from flatpatch.families.vision.reference.vit import KeyValueLoRA, build
 from flatpatch.flatness.scope import find_scope
 from flatpatch.sam import SAM
@@ -163,7 +163,7 @@ def test_prediction_is_among_the_classes_seen_so_far(tmp_path: Path) -> None:
 def test_input_covariances_equal_dense_ones_on_uneven_batches(tmp_path: Path) -> None:
     model = build(make_reference(tmp_path), [2]).double()
     images = torch.randn(7, 3, 16, 16, dtype=torch.float64)
-    found = input_covariances(model, [(images[:4], images), (images[4:], images)], "cpu")
+    found = input_covariances(model.layers, lambda: (model(images[:4]), model(images[4:])))
     block = model.vit.blocks[0]
     inputs = block.norm1(model.vit._pos_embed(model.vit.patch_embed(images))).flatten(0, 1)
     torch.testing.assert_close(found[0], (inputs.T @ inputs / len(inputs)).detach())

@@ -243,7 +243,7 @@ def test_a_run_on_images_and_one_on_texts_are_refused(make_run: MakeRun, tmp_pat
     run = verb.find_run(str(make_run("images", 1)))
     text = TextRun(tmp_path, {"name": "texts"}, ())
     for first, second in ((run, text), (text, run)):
-        with pytest.raises(UserError, match="one learned images and one texts"):
+        with pytest.raises(UserError, match="learned different kinds of data"):
             first.check_companion(second)
 
 

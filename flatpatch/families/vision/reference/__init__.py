@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from flatpatch.errors import UserError
+from flatpatch.families.dualgpm import Subspace
 from flatpatch.families.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.families.vision.reference.checkpoints import restore, save
-from flatpatch.families.vision.reference.dualgpm import Subspace
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks
 from flatpatch.families.vision.reference.inflora import InfLoRA
 from flatpatch.families.vision.reference.options import VisionReference

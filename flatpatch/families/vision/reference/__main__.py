@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from flatpatch.contract import VARIABLE
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.reference import StepRecorder
+from flatpatch.families.sample import images_sample_of
 from flatpatch.families.vision import reference as vision
-from flatpatch.families.vision.measuring import IMAGE_LOSS, images_sample_of
+from flatpatch.families.vision.measuring import IMAGE_LOSS
 from flatpatch.families.vision.places import vision_run
 from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.flatness import supervised_loss

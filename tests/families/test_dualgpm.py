@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatpatch.families.vision.reference.dualgpm import Matrix, Subspace, protect, threshold
-from flatpatch.families.vision.reference.inflora import design
+from flatpatch.families.dualgpm import Matrix, Subspace, design, protect, threshold
 
 D = 8
 Q: Matrix = np.linalg.qr(np.random.RandomState(1).randn(D, D))[0]

@@ -10,15 +10,22 @@ Where the papers are silent, as in InfLoRA's code:
 - the first task's basis stops one direction short: the most directions with *less* than the share, but one at least.
 Different from it: if the first task alone needs d/2 directions or more, the code marks the basis itself as a
 complement and, above d/2, stops with an assertion; here it is treated as after any other task.
+
+:func:`input_covariances` sees a model's inputs, and :func:`design` makes InfLoRA's A of them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 Matrix = NDArray[np.floating[Any]]
 
@@ -98,3 +105,50 @@ def _as_the_smaller(basis: Matrix) -> Subspace:
         return Subspace(basis)
     U, _, _ = np.linalg.svd(basis)
     return Subspace(U[:, m:], of_complement=True)
+
+
+def design(covariance: Tensor, known: Subspace | None, rank: int) -> Tensor:
+    """Return the A of a new task.
+
+    Args:
+        covariance: Of the task's inputs to the layer, ``(d, d)``.
+        known: What is protected there; None before the first task.
+        rank: Rows of A.
+
+    Returns:
+        ``(rank, d)``, with orthogonal rows of length 1/sqrt(3): the root mean square length of LoRA's usual random
+        rows, whose entries are uniform within 1/sqrt(d) of zero.
+    """
+    allowed = covariance
+    if known is not None:
+        inside = torch.from_numpy(known.projection) @ covariance
+        allowed = inside if known.of_complement else covariance - inside
+    U, _, _ = torch.linalg.svd(allowed)
+    rows: Tensor = U[:, :rank].T
+    return rows / math.sqrt(3)
+
+
+@torch.no_grad()
+def input_covariances(layers: Sequence[nn.Module], show_all: Callable[[], None]) -> list[Tensor]:
+    """Return for each layer the mean of x x^T over its inputs x, all tokens of all examples: ``(d, d)``, on the CPU.
+
+    Args:
+        layers: Modules whose first input is ``(n, tokens, d)``.
+        show_all: Lets the model see all examples.
+    """
+    means: list[Any] = [0.0] * len(layers)
+    counts = [0] * len(layers)
+
+    def record(index: int, x: Tensor) -> None:
+        seen, new = counts[index], x.shape[0] * x.shape[1]
+        counts[index] += new
+        means[index] = (means[index] * seen + (x.mT @ x).sum(0).cpu()) / (seen + new)
+
+    def watch(index: int, layer: nn.Module) -> Any:
+        return layer.register_forward_pre_hook(lambda _, inputs: record(index, inputs[0]))
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.callback(watch(index, layer).remove)
+        show_all()
+    return means

@@ -1,0 +1,408 @@
+"""Which figures a study's page has: what its file asks for, made of its runs, captioned with what is equal in them.
+
+A figure of many settings is cut into several, each with at most ``MOST`` panels that share axes and levels. Of measured
+landscapes, spectra and densities one seed is shown: the lowest that has them in most panels.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from flatpatch.errors import UserError
+from flatpatch.metrics import METRICS
+from flatpatch.report.flatness_figures import (
+    describe_scope,
+    make_contour_figure,
+    make_density_figure,
+    make_eigenvalues_figure,
+    make_landscapes_figure,
+    make_slices_figure,
+    read_grid,
+)
+from flatpatch.report.study_data import RECORDED, Point, Study, StudyRun, fairness, panels, planes, points_of
+from flatpatch.report.study_figures import (
+    AS_RECORDED,
+    CONTROL,
+    CORRECT,
+    Row,
+    Strip,
+    make_forest_figure,
+    make_matrices_figure,
+    make_slope_figure,
+    make_values_figure,
+)
+
+MOST = 6  # panels, or lines, of one figure
+_MOST_FIGURES = 8  # of one entry of the study's file
+_ROWS = 24  # effects in one figure
+_IN_A_LINE = 34  # characters of a panel's name
+_TASK = "task"
+_WHENS = {"before": "before", "at_loss": "at equal loss", "after": "after", "finished": "after, measured later"}
+_DEFAULT: tuple[Mapping[str, Any], ...] = ({"kind": "accuracy_matrix"},)
+# What of a metric or a measured value stands on an axis.
+_VALUES = {
+    "top_eigenvalue": "largest eigenvalue of the Hessian",
+    "trace": "trace of the Hessian",
+    "batch_eigenvalue_median": "median over batches of the dominant eigenvalue",
+    "keskar_sharpness": "Keskar's sharpness (%), the paper's protocol",
+    "keskar_lower_bound": "Keskar's sharpness (%), highest found",
+    "sam_sharpness": "rise of the loss at SAM's step",
+    "sam_sharpness_ascent": "rise of the loss in SAM's ball, by ascent",
+    "landscape_mean_rise": "mean rise of the loss over the plane",
+    "slice_mean_rise": "mean rise of the loss over the line",
+    "outliers": "eigenvalues above a tenth of the largest magnitude",
+    "as_recorded_eigenvalue_max": "largest of block Lanczos's values",
+    "as_recorded_eigenvalue_median": "median of block Lanczos's values",
+    "as_recorded_eigenvalue_mean": "mean of block Lanczos's values",
+    "as_recorded_keskar_sharpness": "highest loss on a random walk (%)",
+    "as_recorded_landscape_mean_rise": "mean rise over the plane scaled by tensor",
+}
+# The record's own way of measuring beside the correct one.
+_TWINS = {
+    "top_eigenvalue": "as_recorded_eigenvalue_max",
+    "batch_eigenvalue_median": "as_recorded_eigenvalue_median",
+    "batch_eigenvalue_mean": "as_recorded_eigenvalue_mean",
+    "batch_eigenvalue_max": "as_recorded_eigenvalue_max",
+    "keskar_sharpness": "as_recorded_keskar_sharpness",
+    "keskar_lower_bound": "as_recorded_keskar_sharpness",
+    "landscape_mean_rise": "as_recorded_landscape_mean_rise",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the page."""
+
+    name: str  # of its files, without suffix
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One entry of the study's figures, with what it is made of."""
+
+    study: Study
+    title: str
+    value: str
+    scopes: tuple[str, ...]
+    whens: tuple[str, ...]
+    keys: tuple[str, ...]  # settings by whose values panels stand side by side
+    by_task: bool
+
+    @property
+    def panels(self) -> dict[tuple[str, ...], list[StudyRun]]:
+        return panels(self.study.runs, self.keys)
+
+
+def pictures(study: Study) -> tuple[list[Picture], list[str]]:
+    """Return a study's figures, and a sentence for each that was asked for and cannot be drawn."""
+    made, missing = [], []
+    for row in _with_effects(study.verdicts.get("figures", ())):
+        asked = _Asked(
+            study,
+            row.get("title") or "",
+            row.get("value") or "",
+            tuple(row.get("scopes") or ()),
+            tuple(row.get("when") or ()),
+            tuple(key for key in row.get("panels") or () if key != _TASK),
+            _TASK in (row.get("panels") or ()),
+        )
+        found = list(_MAKERS[row["kind"]](asked)) if row["kind"] in _MAKERS else []
+        kind = str(row["kind"]).replace("_", " ")
+        if not found:
+            missing.append(f"{asked.title or kind}: no finished run has what it is made of")
+        if len(found) > _MOST_FIGURES:
+            missing.append(
+                f"{asked.title or kind}: {len(found) - _MOST_FIGURES} of {len(found)} figures, for want of room"
+            )
+        made += found[:_MOST_FIGURES]
+    return _numbered(made), missing
+
+
+def _with_effects(asked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return what is drawn: the effects first, then what the study asks for, or what any study has."""
+    forests = [row for row in asked if row["kind"] == "forest"] or [{"kind": "forest"}]
+    return [*forests[:1], *([row for row in asked if row["kind"] != "forest"] or _DEFAULT)]
+
+
+def _numbered(made: Sequence[Picture]) -> list[Picture]:
+    """Return the figures with names that tell them apart and keep their order in a folder."""
+    return [Picture(f"{k:02}_{one.name}", one.caption, one.figure) for k, one in enumerate(made, 1)]
+
+
+def effect_rows(study: Study) -> list[Row]:
+    """Return the lines of the figure of effects: each hypothesis by each way of measuring, and against its controls."""
+    rows = []
+    for found in study.verdicts["hypotheses"]:
+        kind = AS_RECORDED if found["arm"] == AS_RECORDED else CORRECT
+        rows.append(_row(found, found["tested"], kind, found["statement"]))
+        rows += [_row(found, one, CONTROL, f"against {name}") for name, one in found["controls"].items()]
+    return rows
+
+
+def _row(found: Mapping[str, Any], tested: Mapping[str, Any], kind: str, label: str) -> Row:
+    numbers = {key: tested[key] for key in ("effect", "low", "high", "n", "verdict")}
+    return Row(
+        _plain([label]),
+        kind,
+        _plain([found["unit"]]),
+        **numbers,
+        direction=found["direction"],
+        smallest=found["smallest"],
+    )
+
+
+def _forest(asked: _Asked) -> Iterator[Picture]:
+    rows = effect_rows(asked.study)
+    for k, part in enumerate(_parts(rows, _ROWS)):
+        title = asked.title or "Effects with their 95 % intervals"
+        where = asked.study.verdicts["where"]
+        notes = [f"{asked.study.name}, seeds {', '.join(map(str, asked.study.verdicts['seeds']))}"]
+        notes += [f"effects {where}"] if where else []
+        caption = f"{title}{f' {where}' if where else ''}. ▶ the hypothesis says higher, ◀ lower."
+        yield Picture(f"effects_{k + 1}", caption, make_forest_figure(part, title=title, notes=notes))
+
+
+def _matrices(asked: _Asked) -> Iterator[Picture]:
+    by_tasks: dict[tuple[str, ...], dict[str, list[StudyRun]]] = {}
+    for words, runs in asked.panels.items():
+        for run in runs:
+            by_tasks.setdefault(tuple(run.record["tasks"]), {}).setdefault(_plain(words), []).append(run)
+    for tasks, groups in by_tasks.items():
+        if len(tasks) < 2:
+            continue  # one number, which other figures show
+        for names in _parts(list(groups), MOST):
+            means, counts = {}, []
+            for name in names:
+                stack = np.array([_numbers(run.record["accuracy_matrix"]) for run in groups[name]])
+                means[f"{name} (n = {len(stack)})"] = stack.mean(axis=0)
+                counts.append(len(stack))
+            title = asked.title or "Accuracy after each task"
+            notes = [f"{asked.study.name}; means over seeds" if max(counts) > 1 else asked.study.name]
+            figure = make_matrices_figure(means, [_plain([task]) for task in tasks], title=title, notes=notes)
+            yield Picture("accuracy", f"{title}: {', '.join(tasks)}; one scale of colours for all panels.", figure)
+
+
+def _numbers(rows: Sequence[Sequence[float | None]]) -> Any:
+    return np.array([[np.nan if x is None else x for x in row] for row in rows], dtype=np.float64)
+
+
+def _landscapes(asked: _Asked) -> Iterator[Picture]:
+    for prefix, arm in (("", CORRECT), (RECORDED, AS_RECORDED)):
+        for where, points in _measured(asked, lambda point, prefix=prefix: point.landscape(prefix) is not None):  # type: ignore[misc]
+            grids = {name: grid for name, point in points.items() if (grid := point.landscape(prefix)) is not None}
+            said = fairness({name: points[name] for name in grids}, grids)
+            title = f"{asked.title or 'Loss landscapes'}: {where}" + (f" ({arm})" if prefix else "")
+            note = "; ".join([*said, asked.study.name])
+            count = len(grids)
+            figure = make_landscapes_figure(
+                {_wrapped(name): grid for name, grid in grids.items()},
+                title=textwrap.shorten(title, 100),
+                in_a_row=2 if count in (2, 4) else 3,
+                note=note,
+            )
+            shared = "the same levels and colours in every panel" if count > 1 else "levels of its own"
+            caption = f"{title}; {shared}; {'; '.join(said)}."
+            yield Picture(f"landscape{'_as_recorded' if prefix else ''}", caption, figure)
+
+
+def _slices(asked: _Asked) -> Iterator[Picture]:
+    for where, points in _measured(asked, lambda point: point.slice() is not None):
+        grids = {name: grid for name, point in points.items() if (grid := point.slice()) is not None}
+        title = f"{asked.title or 'Loss along one direction'}: {where}"
+        said = fairness(points, grids, "line")
+        note = "; ".join([*said, asked.study.name])
+        figure = make_slices_figure(grids, title=textwrap.shorten(title, 100), places=_places(points), note=note)
+        yield Picture("slice", f"{title}; {'; '.join(said)}.", figure)
+
+
+def _places(points: Mapping[str, Point]) -> dict[str, tuple[int, str]]:
+    """Return how lines are told apart: a setting, or task, keeps its colour before and after training."""
+    ends = tuple(f", {when}" for when in _WHENS.values())
+    names = {name: name.rpartition(", ")[0] if name.endswith(ends) else name for name in points}
+    order = list(dict.fromkeys(names.values()))
+    return {name: (order.index(names[name]), point.entry["when"]) for name, point in points.items()}
+
+
+def _spectra(kind: str, words: str, make: Callable[..., Figure]) -> Callable[[_Asked], Iterator[Picture]]:
+    def draw(asked: _Asked) -> Iterator[Picture]:
+        for where, points in _measured(asked, lambda point: kind in point.results):
+            spectra = {name: point.results[kind] for name, point in points.items()}
+            scope = next(iter(points.values())).entry["scope"]
+            said = fairness(points, {}, "line")
+            title = f"{asked.title or words}: {where}"
+            note = "; ".join([*said, asked.study.name])
+            more = {"places": _places(points)} if kind == "eigenvalues" else {}
+            figure = make(spectra, scope=scope, title=textwrap.shorten(title, 100), note=note, **more)
+            yield Picture(kind, f"{title}; {'; '.join(said)}; one set of axes for all.", figure)
+
+    return draw
+
+
+def _values(asked: _Asked) -> Iterator[Picture]:
+    names = [asked.value or "top_eigenvalue"]
+    names += [_TWINS[names[0]]] if names[0] in _TWINS else []
+    if names[0] in METRICS:
+        metric = METRICS[names[0]]
+        values = {
+            _plain(words): [
+                (run.seed, run.record["metrics"][metric.name])
+                for run in runs
+                if run.record["metrics"].get(metric.name) is not None
+            ]
+            for words, runs in asked.panels.items()
+        }
+        strips = [Strip(f"{metric.words.title} ({metric.unit})", {name: own for name, own in values.items() if own})]
+    else:
+        strips = [strip for name in names for strip in _strips(asked, name)]
+    for part in _parts([strip for strip in strips if strip.values], 4):
+        title = asked.title or "What was measured in each run"
+        caption = f"{title}: {'; '.join(strip.title for strip in part)}."
+        yield Picture("values", caption, make_values_figure(part, title=title, notes=[asked.study.name]))
+
+
+def _strips(asked: _Asked, name: str) -> Iterator[Strip]:
+    """Yield a panel for each scope and time in which a value was measured; a run's tasks are averaged or told apart."""
+    found: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
+    for words, runs in asked.panels.items():
+        for run in runs:
+            for entry in run.record["flatness"]:
+                value = entry["loss"] if name == "loss" else entry["values"].get(name)
+                if value is None or not _wanted(asked, entry):
+                    continue
+                label = _plain([*words, *([f"{_TASK} {entry['task']}"] if asked.by_task else [])])
+                place = found.setdefault((entry["scope"], entry["when"]), {}).setdefault(label, {})
+                place.setdefault(run.seed, []).append(value)
+    for (scope, when), groups in found.items():
+        values = {
+            label: [(seed, sum(own) / len(own)) for seed, own in seeds.items()] for label, seeds in groups.items()
+        }
+        several = any(len(own) > 1 for seeds in groups.values() for own in seeds.values())
+        recorded = name.startswith(RECORDED)
+        said = _VALUES.get(name, name.removeprefix(RECORDED).replace("_", " "))
+        title = f"{said}, {when.replace('_', ' ')}, {describe_scope(scope)}{', mean over tasks' if several else ''}"
+        yield Strip(f"{AS_RECORDED}: {title}" if recorded else title, values, recorded)
+
+
+def _slopes(asked: _Asked) -> Iterator[Picture]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for hypothesis in asked.study.verdicts["hypotheses"]:
+        if hypothesis["points"]:
+            found.setdefault(hypothesis["hypothesis"], []).append(hypothesis)
+    for own in found.values():
+        first = own[0]
+        arms = {one["arm"]: one["points"] for one in own}
+        title = textwrap.shorten(_plain([first["statement"]]), 100)
+        figure = make_slope_figure(
+            arms if len(arms) > 1 else {asked.study.name: first["points"]},
+            x_label=first.get("x_label") or "setting",
+            y_label=first.get("quantity") or first["unit"],
+            title=title,
+        )
+        yield Picture("slope", f"{asked.title or 'Slope'}: {first['statement']}. {asked.study.name}.", figure)
+
+
+def _planes(asked: _Asked) -> Iterator[Picture]:
+    for scope, path, comparison in planes(asked.study):
+        if asked.scopes and scope not in asked.scopes:
+            continue
+        try:
+            grid = read_grid(path)
+        except UserError:
+            continue
+        title = f"{asked.title or 'Plane through three models'}: {describe_scope(scope)}"
+        note = (
+            f"models after task {comparison['task']}, {comparison['samples']} training examples of it, the same for all"
+        )
+        figure = make_contour_figure(grid, title=title, note=note)
+        yield Picture("plane", f"{title}; {note}.", figure)
+
+
+def _measured(asked: _Asked, has: Callable[[Point], bool]) -> Iterator[tuple[str, dict[str, Point]]]:
+    """Yield what stands side by side: for each scope, and task unless tasks are panels, one point for each panel.
+
+    Args:
+        asked: The entry of the study's file.
+        has: Whether a point has what is to be drawn.
+
+    Yields:
+        Where the points are in words, and the points by their panels' names; at most ``MOST`` at a time.
+    """
+    chosen = _one_seed(asked, has)
+    groups: dict[tuple[str, ...], dict[str, Point]] = {}
+    for words, points in chosen.items():
+        for point in points:
+            entry = point.entry
+            group = (entry["scope"],) if asked.by_task else (entry["scope"], entry["task"])
+            task = [entry["task"]] if asked.by_task and len(point.run.record["tasks"]) > 1 else []
+            name = _plain([*words, *task, _WHENS.get(entry["when"], entry["when"])])
+            groups.setdefault(group, {})[name] = point
+    for (scope, *task), named in groups.items():
+        whens = {point.entry["when"] for point in named.values()}
+        for part in _parts(list(named), MOST):
+            own = {name: named[name] for name in part}
+            seeds = ", ".join(str(seed) for seed in sorted({point.run.seed for point in own.values()}))
+            when = f", {_WHENS.get(next(iter(whens)), '')} training" if len(whens) == 1 else ""
+            where = f"{describe_scope(scope)}{f', task {_plain(task)}' if task else ''}{when}, seed {seeds}"
+            if len(whens) == 1:  # it stands above all panels
+                own = {name.rpartition(", ")[0] or name: point for name, point in own.items()}
+            yield where, own
+
+
+def _one_seed(asked: _Asked, has: Callable[[Point], bool]) -> dict[tuple[str, ...], list[Point]]:
+    """Return each panel's points of one run: of the seed that most panels have, the lowest of those."""
+    found: dict[tuple[str, ...], dict[int, list[Point]]] = {}
+    for words, runs in asked.panels.items():
+        for run in runs:
+            points = [point for point in points_of(run) if _wanted(asked, point.entry) and has(point)]
+            if points:
+                found.setdefault(words, {}).setdefault(run.seed, []).extend(points)
+    counts: dict[int, int] = {}
+    for own in found.values():
+        for seed in own:
+            counts[seed] = counts.get(seed, 0) + 1
+    if not counts:
+        return {}
+    best = min(counts, key=lambda seed: (-counts[seed], seed))
+    return {words: own[best] for words, own in found.items() if best in own}
+
+
+def _wanted(asked: _Asked, entry: Mapping[str, Any]) -> bool:
+    return (not asked.scopes or entry["scope"] in asked.scopes) and (not asked.whens or entry["when"] in asked.whens)
+
+
+def _parts(items: Sequence[Any], most: int) -> list[list[Any]]:
+    """Return a sequence in equal parts of at most so many."""
+    if not items:
+        return []
+    size = -(-len(items) // -(-len(items) // most))
+    return [list(items[k : k + size]) for k in range(0, len(items), size)]
+
+
+def _plain(words: Sequence[str]) -> str:
+    """Return words in one, in which a dollar sign begins no formula."""
+    return ", ".join(words).replace("$", r"\$")
+
+
+def _wrapped(name: str) -> str:
+    return textwrap.fill(name, _IN_A_LINE)
+
+
+_MAKERS: Mapping[str, Callable[[_Asked], Iterator[Picture]]] = {
+    "forest": _forest,
+    "accuracy_matrix": _matrices,
+    "landscape": _landscapes,
+    "slice": _slices,
+    "density": _spectra("density", "Density of the Hessian's eigenvalues", make_density_figure),
+    "spectrum": _spectra("eigenvalues", "Largest eigenvalues of the Hessian", make_eigenvalues_figure),
+    "statistics": _values,
+    "slope": _slopes,
+    "plane": _planes,
+}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The study exp2: SGD against SAM on the first task of images.
+#   bash run_scripts/exp2.sh                         # the quick form: a miniature, minutes on two CPU cores
+#   bash run_scripts/exp2.sh seeds=0..4 output=runs/five-seeds
+#   bash run_scripts/exp2.sh grid=full --dry-run     # plans every run that the study names, and starts none
+#   bash run_scripts/exp2.sh --help                  # all settings
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/_environment.sh"
+exec python -m flatpatch study name=exp2 "$@"

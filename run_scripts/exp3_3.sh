@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The study exp3_3: A LoRA for each domain in InfLoRA's design, on CLIP.
+#   bash run_scripts/exp3_3.sh                         # the quick form: a miniature, minutes on two CPU cores
+#   bash run_scripts/exp3_3.sh seeds=0..4 output=runs/five-seeds
+#   bash run_scripts/exp3_3.sh grid=full --dry-run     # plans every run that the study names, and starts none
+#   bash run_scripts/exp3_3.sh --help                  # all settings
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/_environment.sh"
+exec python -m flatpatch study name=exp3_3 "$@"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The study exp_e5: N-LoRA with SGD and with SAM on SGD.
+#   bash run_scripts/exp_e5.sh                         # the quick form: a miniature, minutes on two CPU cores
+#   bash run_scripts/exp_e5.sh seeds=0..4 output=runs/five-seeds
+#   bash run_scripts/exp_e5.sh grid=full --dry-run     # plans every run that the study names, and starts none
+#   bash run_scripts/exp_e5.sh --help                  # all settings
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/_environment.sh"
+exec python -m flatpatch study name=exp_e5 "$@"

@@ -1,0 +1,253 @@
+"""Paired differences and their verdicts: closed forms, printed tables, scipy, and how often they hold in simulation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from flatpatch.errors import UserError
+from flatpatch.statistics import (
+    CONTRADICTED,
+    MOST_SEEDS,
+    SUPPORTED,
+    TOO_SMALL,
+    UNDECIDED,
+    corrected,
+    holm,
+    paired_difference,
+    seeds_that_decide,
+    slope,
+)
+
+STUDIES = 1_000
+# The 97.5 % point of Student's t: with 2 degrees of freedom in closed form, with 4 as printed in tables.
+T2, T4 = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)), 2.7764451051977987
+
+
+def simulated(effect: float, n: int, *, seed: int, smallest: float = 0.0) -> list[str]:
+    """Return the verdicts of many studies whose differences are normal with deviation 1."""
+    draws = np.random.default_rng(seed).normal(effect, 1.0, (STUDIES, n))
+    return [paired_difference(row, [0.0] * n, direction="higher", smallest=smallest).verdict for row in draws]
+
+
+def test_interval_and_p_match_the_closed_form():
+    # Differences 1, 2, 3: mean 2, deviation 1. With 2 degrees of freedom P(|T| > t) = 1 - t / sqrt(2 + t^2).
+    found = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], direction="higher")
+    half, t = T2 / math.sqrt(3), 2 * math.sqrt(3)
+    assert (found.effect, found.n, found.spread) == (2.0, 3, 1.0)
+    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), rel=1e-9)
+    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t**2), rel=1e-12)
+    assert found.verdict == UNDECIDED
+
+
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=3, max_size=8))
+def test_interval_and_p_match_scipys(pairs: list[tuple[float, float]]):
+    a, b = map(list, zip(*pairs, strict=True))
+    differences = [x - y for x, y in pairs]
+    if np.std(differences) < 1e-6:
+        return
+    found = paired_difference(a, b, direction="lower")
+    theirs = stats.ttest_rel(a, b)
+    interval = theirs.confidence_interval(0.95)
+    scale = max(map(abs, differences))
+    assert found.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-8 * scale)
+
+
+@pytest.mark.parametrize(
+    ("differences", "direction", "smallest", "verdict"),
+    [
+        # Mean 2, deviation 1, five pairs: interval 2 -+ 2.776 / sqrt(5) = 0.758 to 3.242.
+        ([1.0, 1.0, 2.0, 3.0, 3.0], "higher", 0.0, SUPPORTED),
+        ([1.0, 1.0, 2.0, 3.0, 3.0], "lower", 0.0, CONTRADICTED),
+        ([-1.0, -1.0, -2.0, -3.0, -3.0], "lower", 0.0, SUPPORTED),
+        ([-1.0, -1.0, -2.0, -3.0, -3.0], "higher", 0.0, CONTRADICTED),
+        # The interval reaches beyond the smallest effect, so that it is not shown to be smaller.
+        ([1.0, 1.0, 2.0, 3.0, 3.0], "higher", 3.2, SUPPORTED),
+        ([1.0, 1.0, 2.0, 3.0, 3.0], "higher", 3.3, TOO_SMALL),
+        ([1.0, 1.0, 2.0, 3.0, 3.0], "lower", 3.3, TOO_SMALL),
+        ([-1.0, -1.0, 0.0, 1.0, 1.0], "higher", 1.2, UNDECIDED),
+        ([-1.0, -1.0, 0.0, 1.0, 1.0], "higher", 1.3, TOO_SMALL),
+        ([-1.0, -1.0, 0.0, 1.0, 1.0], "higher", 0.0, UNDECIDED),
+    ],
+)
+def test_verdict_is_read_off_the_interval(differences: list[float], direction: str, smallest: float, verdict: str):
+    found = paired_difference(differences, [0.0] * 5, direction=direction, smallest=smallest)
+    assert found.high - found.low == pytest.approx(2 * T4 / math.sqrt(5), rel=1e-9)
+    assert found.verdict == verdict
+    assert (found.more_seeds is not None) == (verdict == UNDECIDED and smallest > 0)
+
+
+def test_one_seed_is_undecided_without_interval_and_says_so():
+    found = paired_difference([80.0], [70.0], direction="higher")
+    assert (found.effect, found.low, found.high, found.p, found.verdict) == (10.0, None, None, None, UNDECIDED)
+    assert found.more_seeds is None
+    assert found.sentence("points") == "undecided: +10 points from one seed, which shows no spread to judge by"
+
+
+def test_few_equal_differences_are_no_certainty():
+    # 60.1 - 60 and 50.1 - 50 are equal but for rounding.
+    found = paired_difference([60.1, 50.1, 40.1], [60.0, 50.0, 40.0], direction="higher")
+    assert (found.low, found.high, found.verdict, found.p) == (None, None, UNDECIDED, 0.25)
+    assert found.more_seeds == 6
+    assert found.sentence("points").endswith("with no spread to judge by, about 6 seeds in all would decide")
+
+
+def test_six_equal_differences_are_judged_by_their_signs():
+    found = paired_difference([3.0] * 6, [2.0] * 6, direction="higher")
+    assert (found.low, found.high, found.verdict, found.p) == (1.0, 1.0, SUPPORTED, 2 / 64)
+    assert paired_difference([3.0] * 6, [2.0] * 6, direction="higher", smallest=1.5).verdict == TOO_SMALL
+
+
+def test_runs_that_never_differ_show_no_effect_and_at_six_one_too_small():
+    few = paired_difference([2.0] * 3, [2.0] * 3, direction="lower", smallest=0.5)
+    assert (few.verdict, few.p, few.more_seeds) == (UNDECIDED, 1.0, 6)
+    many = paired_difference([2.0] * 6, [2.0] * 6, direction="lower", smallest=0.5)
+    assert many.verdict == TOO_SMALL
+    assert paired_difference([2.0] * 6, [2.0] * 6, direction="lower").more_seeds is None
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_an_effect_that_is_not_there_is_called_supported_in_at_most_2_5_percent_of_studies(n: int):
+    verdicts = simulated(0.0, n, seed=n)
+    noise = 3 * math.sqrt(0.025 * 0.975 / STUDIES)  # three standard deviations of such a count's share
+    for verdict in (SUPPORTED, CONTRADICTED):
+        assert verdicts.count(verdict) / STUDIES == pytest.approx(0.025, abs=noise)
+
+
+def test_several_absent_effects_of_a_study_are_found_in_at_most_2_5_percent_of_studies():
+    draws = np.random.default_rng(1).normal(size=(STUDIES, 4, 3))
+    found = [
+        [found.verdict for found in corrected([paired_difference(d, [0.0] * 3, direction="lower") for d in study])]
+        for study in draws
+    ]
+    noise = 3 * math.sqrt(0.025 * 0.975 / STUDIES)
+    assert sum(SUPPORTED in verdicts for verdicts in found) / STUDIES < 0.025 + noise
+
+
+def test_an_effect_at_the_margin_is_called_too_small_in_at_most_2_5_percent_of_studies():
+    verdicts = simulated(1.5, 12, seed=2, smallest=1.5)
+    assert verdicts.count(TOO_SMALL) / STUDIES < 0.025 + 3 * math.sqrt(0.025 * 0.975 / STUDIES)
+
+
+@pytest.mark.parametrize(("effect", "smallest", "expected"), [(1.0, 0.0, SUPPORTED), (0.1, 0.8, TOO_SMALL)])
+def test_an_effect_is_found_at_the_promised_power(effect: float, smallest: float, expected: str):
+    n = seeds_that_decide(effect, 1.0, beyond=2, smallest=smallest)
+    verdicts = simulated(effect, n, seed=3, smallest=smallest)
+    power = sum(verdict != UNDECIDED for verdict in verdicts) / STUDIES
+    assert power > 0.8 - 3 * math.sqrt(0.8 * 0.2 / STUDIES)
+    assert max(set(verdicts), key=verdicts.count) == expected
+    fewer = simulated(effect, n - 4, seed=4, smallest=smallest)
+    assert sum(verdict != UNDECIDED for verdict in fewer) / STUDIES < 0.8
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8, 1.0, 2.0])
+def test_seeds_that_decide_is_the_first_number_with_that_power(ratio: float):
+    """Against the power of the two-sided test, both tails, straight from the noncentral t distribution."""
+
+    def power(n: int) -> float:
+        critical = stats.t.ppf(0.975, n - 1)
+        off = ratio * math.sqrt(n)
+        return stats.nct.sf(critical, n - 1, off) + stats.nct.cdf(-critical, n - 1, off)
+
+    assert seeds_that_decide(ratio, 1.0, beyond=1) == next(n for n in range(2, 1000) if power(n) >= 0.8)
+
+
+def test_seeds_that_decide_knows_the_textbook_number():
+    # Cohen 1988 and every table since: a paired difference of half its deviation needs 34 pairs for 80 % at 5 %.
+    assert seeds_that_decide(0.5, 1.0, beyond=3) == 34
+    assert seeds_that_decide(-0.5, 1.0, beyond=40) == 41
+    assert seeds_that_decide(0.05, 1.0, beyond=3) is None  # more than MOST_SEEDS
+    assert seeds_that_decide(0.0, 1.0, beyond=MOST_SEEDS) is None
+
+
+def test_an_undecided_effect_says_how_many_seeds_would_decide():
+    found = paired_difference([1.0, 2.0, 3.0], [0.0] * 3, direction="higher")
+    assert found.more_seeds == seeds_that_decide(2.0, 1.0, beyond=3)
+    assert found.sentence("points", "in the miniature") == (
+        "undecided in the miniature: +2 points (95 % interval -0.4841 to +4.484; 3 seeds; p = 0.074); "
+        f"about {found.more_seeds} seeds in all would decide"
+    )
+
+
+def test_holm_matches_a_worked_example():
+    # 0.01, 0.04, 0.03, 0.005: times 3, 1, 2, 4, and none below the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.4]) == [0.4]
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_the_step_down_rule_rejects(p: list[float]):
+    """Holm's own words: stop at the first k of the sorted p-values above alpha / (m - k + 1)."""
+    alpha, rejected = 0.05, set()
+    for rank, k in enumerate(sorted(range(len(p)), key=lambda k: p[k])):
+        if p[k] > alpha / (len(p) - rank):
+            break
+        rejected.add(k)
+    assert {k for k, value in enumerate(holm(p)) if value <= alpha} == rejected
+
+
+def test_under_holm_a_hypothesis_must_hold_after_correction_too():
+    sure = paired_difference([1.0, 1.01, 1.02], [0.0] * 3, direction="higher")
+    barely = paired_difference([1.0, 1.0, 2.0, 3.0, 3.0], [0.0] * 5, direction="higher")
+    alone = paired_difference([5.0], [0.0], direction="higher")
+    assert (sure.verdict, barely.verdict) == (SUPPORTED, SUPPORTED)
+    first, second, third = corrected([sure, barely, alone])
+    assert (first.verdict, second.verdict, third.verdict) == (SUPPORTED, SUPPORTED, UNDECIDED)
+    assert second.adjusted_p == pytest.approx(2 * barely.p)
+    others = [replace(barely, p=0.5, low=-1.0, verdict=UNDECIDED)] * 4
+    first, second, *_ = corrected([sure, barely, *others])
+    assert (first.verdict, second.verdict) == (SUPPORTED, UNDECIDED)
+    # Of six hypotheses one is found: the next is asked at a fifth of 5 %.
+    assert second.more_seeds == seeds_that_decide(2.0, 1.0, beyond=5, level=0.05 / 5)
+    assert third.adjusted_p is None
+    assert "0.033 after Holm's correction" in corrected([barely] * 3)[0].sentence()
+
+
+def test_slope_is_least_squares_of_each_seed():
+    # Slopes 1, 2 and 3 over a setting, whatever their levels.
+    over = [[0.0, 1.0, 2.0]] * 3
+    values = [[5.0, 6.0, 7.0], [0.0, 2.0, 4.0], [-3.0, 0.0, 3.0]]
+    found = slope(over, values, direction="higher")
+    assert found == paired_difference([1.0, 2.0, 3.0], [0.0] * 3, direction="higher")
+    noisy = [1.0, 5.0, 2.0, 7.0]
+    at = [0.0, 1.0, 3.0, 4.0]
+    fit = slope([at, at], [noisy, noisy], direction="higher")
+    assert fit.effect == pytest.approx(np.polyfit(at, noisy, 1)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "message"),
+    [
+        ([1.0], [], {}, "as many numbers on both sides, at least one; got 1 and 0"),
+        ([], [], {}, "got 0 and 0"),
+        ([1.0, math.nan], [1.0, 2.0], {}, "number 2 of the first side is nan"),
+        ([1.0, 2.0], [math.inf, 2.0], {}, "number 1 of the second side is inf"),
+        ([1.0], [1.0], {"direction": "hihger"}, "unknown direction 'hihger'. Did you mean 'higher'?"),
+        ([1.0], [1.0], {"smallest": -1.0}, "got -1"),
+        ([1.0], [1.0], {"confidence": 95.0}, "e.g. 0.95; got 95"),
+    ],
+)
+def test_wrong_numbers_are_refused_in_one_message(a: list[float], b: list[float], options: dict, message: str):
+    with pytest.raises(UserError) as raised:
+        paired_difference(a, b, **{"direction": "higher", **options})
+    assert message in str(raised.value)
+
+
+def test_wrong_slopes_and_p_values_are_refused():
+    with pytest.raises(UserError, match="all 2 stand at 3"):
+        slope([[3.0, 3.0]], [[1.0, 2.0]], direction="higher")
+    with pytest.raises(UserError, match="got 1 at 1 places"):
+        slope([[3.0]], [[1.0]], direction="higher")
+    with pytest.raises(UserError, match="got 1, and places for 2"):
+        slope([[1.0, 2.0]] * 2, [[1.0, 2.0]], direction="higher")
+    with pytest.raises(UserError, match=r"between 0 and 1; got 1\.5"):
+        holm([0.5, 1.5])
