@@ -15,7 +15,7 @@ verbs:
   run      train one method over its tasks; the same command continues a stopped run (with images: starts it anew)
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]
-  report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
+  report   tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...], report study=NAME
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
@@ -69,7 +69,7 @@ NEEDS = {
     "run": "at least one setting, e.g. run method=nlora",
     "sweep": "at least one setting, e.g. sweep method=nlora seed=0..2",
     "compare": "run=FOLDER or log=FILE",
-    "report": "run=FOLDER, e.g. report run=runs/NAME",
+    "report": "run=FOLDER, e.g. report run=runs/NAME, or study=NAME",
     "measure": "run=FOLDER, e.g. measure run=runs/NAME",
     "patches": "one of its own verbs, e.g. patches verify",
 }

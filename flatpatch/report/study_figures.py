@@ -204,13 +204,14 @@ class Strip:
     title: str
     values: Mapping[str, Sequence[tuple[int, float]]]  # by group: (seed, value)
     recorded: bool = False
+    scale: str = ""  # panels of one scale have the same limits
 
 
 def make_values_figure(strips: Sequence[Strip], *, title: str, notes: Sequence[str] = ()) -> Figure:
     """Return each run's value as a mark, and each group's mean as a line, one panel for each thing that was measured.
 
     Args:
-        strips: The panels. They share their groups; each has its own scale.
+        strips: The panels. They share their groups, and those of one scale the limits of their axes.
         title: What the figure shows.
         notes: What to say below.
 
@@ -247,6 +248,13 @@ def make_values_figure(strips: Sequence[Strip], *, title: str, notes: Sequence[s
         axes.tick_params(axis="x", labelsize=7.5)
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_xlabel(textwrap.fill(strip.title, 46), fontsize=8, color=colour if strip.recorded else "black")
+    for scale in {strip.scale for strip in strips if strip.scale}:
+        alike = [axes for axes, strip in zip(places.flat, strips, strict=False) if strip.scale == scale]
+        logarithmic = any(axes.get_xscale() == "log" for axes in alike)
+        low, high = (pick(axes.get_xlim()[k] for axes in alike) for k, pick in ((0, min), (1, max)))
+        for axes in alike:
+            axes.set_xscale("log" if logarithmic and low > 0 else "linear")
+            axes.set_xlim(low, high)
     return finish(figure, title, ["marks: seeds, each with its own; lines: means over them", *notes])
 
 
