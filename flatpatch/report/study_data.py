@@ -130,8 +130,8 @@ def find_studies(output: Path, name: str, form: str = "") -> list[Path]:
         in_form = f" in form={form}" if form else ""
         example = "exp4" if name == "all" else name
         raise UserError(
-            f"study={name}: {output / STUDIES} has no verdicts of it{in_form}.{known} Run it first, python -m flatpatch "
-            f"study name={example}, or name the folder that holds its runs with output=FOLDER."
+            f"study={name}: {output / STUDIES} has no verdicts of it{in_form}.{known} Run it first, python -m "
+            f"flatpatch study name={example}, or name the folder that holds its runs with output=FOLDER."
         )
     return found[name]
 

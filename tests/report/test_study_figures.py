@@ -36,7 +36,8 @@ def words(figure: Figure) -> list[str]:
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
     """Return the texts of a figure that lie on one another."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = [text for axes in figure.axes for text in (*axes.get_yticklabels(), *axes.get_xticklabels(), *axes.texts)]
+    texts = [text for axes in figure.axes for text in (*axes.get_yticklabels(), *axes.texts)]
+    texts += [text for axes in figure.axes if axes.xaxis.get_visible() for text in axes.get_xticklabels()]
     texts += [axes.xaxis.label for axes in figure.axes] + [axes.title for axes in figure.axes]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text().strip()]
     return [
@@ -88,8 +89,8 @@ def test_matrices_have_one_scale_and_gaps_stay_empty() -> None:
     assert [image.get_clim() for image in images[:2]] == [(0, 100), (0, 100)]
     assert [text.get_text() for text in figure.axes[0].texts] == ["90", "80", "95"]
     assert overlaps(figure) == []
-    many = make_matrices_figure({f"setting {k}": np.eye(12) for k in range(5)}, ["t"] * 12, title="t")
-    assert [len(axes.texts) for axes in many.axes[:5]] == [0] * 5
+    large = make_matrices_figure({"setting": np.eye(11)}, ["t"] * 11, title="t")
+    assert len(large.axes[0].texts) == 0  # numbers would be too small to read
 
 
 def test_values_are_marks_of_seeds_and_scales_are_shared() -> None:
