@@ -25,7 +25,7 @@ _PARTS = {
     "": ("study", "title", "question", "form", "where", "seeds", "measure", "runs", "hypotheses", "conclusions"),
     "runs": ("name", "folder", "settings", "seed", "status"),
     "hypotheses": ("hypothesis", "statement", "unit", "direction", "smallest", "arm", "tested", "controls", "points"),
-    "conclusions": ("text", "outcome", "as_recorded", "sentence"),
+    "conclusions": ("outcome", "as_recorded", "sentence"),
 }
 
 
