@@ -252,9 +252,10 @@ def make_values_figure(strips: Sequence[Strip], *, title: str, notes: Sequence[s
         alike = [axes for axes, strip in zip(places.flat, strips, strict=False) if strip.scale == scale]
         logarithmic = any(axes.get_xscale() == "log" for axes in alike)
         low, high = (pick(axes.get_xlim()[k] for axes in alike) for k, pick in ((0, min), (1, max)))
+        margin = 0.0 if logarithmic else 0.03 * (high - low)  # a mark at the edge would be half hidden
         for axes in alike:
             axes.set_xscale("log" if logarithmic and low > 0 else "linear")
-            axes.set_xlim(low, high)
+            axes.set_xlim(low - margin, high + margin)
     return finish(figure, title, ["marks: seeds, each with its own; lines: means over them", *notes])
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from flatpatch.errors import UserError
 from flatpatch.metrics import METRICS
 from flatpatch.report.flatness_figures import (
+    Grid,
     describe_scope,
     make_contour_figure,
     make_density_figure,
@@ -218,21 +219,33 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> Any:
 def _landscapes(asked: _Asked) -> Iterator[Picture]:
     for prefix, arm in (("", CORRECT), (RECORDED, AS_RECORDED)):
         items = _items(asked, lambda point, prefix=prefix: point.landscape(prefix) is not None)  # type: ignore[misc]
-        for where, points in _side_by_side(asked, items, together="rest"):
-            grids = {name: grid for name, point in points.items() if (grid := point.landscape(prefix)) is not None}
-            said = fairness({name: points[name] for name in grids}, grids)
-            title = f"{asked.title or 'Loss landscapes'}: {where}" + (f" ({arm})" if prefix else "")
-            note = "; ".join([*said, asked.study.name])
-            count = len(grids)
-            figure = make_landscapes_figure(
-                {_wrapped(name): grid for name, grid in grids.items()},
-                title=textwrap.shorten(title, 100),
-                in_a_row=2 if count in (2, 4) else 3,
-                note=note,
-            )
-            shared = "the same levels and colours in every panel" if count > 1 else "levels of its own"
-            caption = f"{title}; {shared}; {'; '.join(said)}."
-            yield Picture(f"landscape{'_as_recorded' if prefix else ''}", caption, figure)
+        figures = list(_side_by_side(asked, items, together="rest"))
+        for scope in dict.fromkeys(item.point.entry["scope"] for item in items):
+            own = [(where, points) for where, points in figures if _scope_of(points) == scope]
+            grids = [_grids(points, prefix) for _, points in own]
+            everything = [grid for found in grids for grid in found.values()]
+            for (where, points), found in zip(own, grids, strict=True):
+                said = fairness(points, found)
+                if len(everything) > 1:
+                    among = f"all {len(own)} figures of {describe_scope(scope)}" if len(own) > 1 else "every panel"
+                    said.append(f"levels: the same in {among}{f', {arm}' if prefix else ''}")
+                title = f"{asked.title or 'Loss landscapes'}: {where}" + (f" ({arm})" if prefix else "")
+                figure = make_landscapes_figure(
+                    {_wrapped(name): grid for name, grid in found.items()},
+                    title=textwrap.shorten(title, 100),
+                    in_a_row=2 if len(found) in (2, 4) else 3,
+                    level_with=everything,
+                    note="; ".join([*said, asked.study.name]),
+                )
+                yield Picture(f"landscape{'_as_recorded' if prefix else ''}", f"{title}; {'; '.join(said)}.", figure)
+
+
+def _grids(points: Mapping[str, Point], prefix: str) -> dict[str, Grid]:
+    return {name: grid for name, point in points.items() if (grid := point.landscape(prefix)) is not None}
+
+
+def _scope_of(points: Mapping[str, Point]) -> str:
+    return str(next(iter(points.values())).entry["scope"])
 
 
 def _slices(asked: _Asked) -> Iterator[Picture]:
@@ -257,7 +270,7 @@ def _spectra(kind: str, words: str, make: Callable[..., Figure]) -> Callable[[_A
     def draw(asked: _Asked) -> Iterator[Picture]:
         for where, points in _side_by_side(asked, _items(asked, lambda point: kind in point.results)):
             spectra = {name: point.results[kind] for name, point in points.items()}
-            scope = next(iter(points.values())).entry["scope"]
+            scope = _scope_of(points)
             said = fairness(points, {}, "line")
             title = f"{asked.title or words}: {where}"
             note = "; ".join([*said, asked.study.name])

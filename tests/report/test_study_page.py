@@ -81,7 +81,10 @@ def test_both_ways_of_measuring_answer_what_the_record_concluded(made) -> None:
 
 def test_captions_say_what_is_equal_and_what_is_not_drawn_is_named(made) -> None:
     text = " ".join(" ".join(made[1].text).split())
-    assert "the same levels and colours in every panel; batch: 8 training examples, each of its own task" in text
+    assert (
+        "batch: 8 training examples, each of its own task; directions: random, seeds 0, 1, scaled in the same" in text
+    )
+    assert "levels: the same in every panel" in text
     assert "plane: no finished run has what it is made of" in text
 
 

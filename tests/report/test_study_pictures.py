@@ -55,7 +55,9 @@ def test_landscapes_of_one_task_stand_side_by_side_and_each_arm_alone(path, tmp_
     assert [call["title"].endswith("(as recorded)") for call in shown] == [False, False, True, True]
     assert "task amazon, after, seed 0" in shown[0]["title"]
     assert "the loss at the centre is not equal: 0.5 (sam=off) to 0.6 (sam=sam)" in shown[0]["note"]
-    assert "the same levels and colours in every panel" in made[1].caption
+    # Both tasks' landscapes share their levels, those as recorded theirs.
+    assert [len(call["level_with"]) for call in shown] == [4] * 4
+    assert "levels: the same in all 2 figures of LoRA factors A and B" in made[1].caption
     assert missing == []
 
 
