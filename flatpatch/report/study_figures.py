@@ -181,7 +181,7 @@ def make_matrices_figure(
         if size <= 10:
             for i, j in zip(*np.nonzero(~np.isnan(matrix)), strict=True):
                 axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7.5, color="black")
-        axes.set_title(textwrap.fill(name, int(side * 13)), fontsize=8)
+        axes.set_title("\n".join(textwrap.fill(line, int(side * 13)) for line in name.splitlines()), fontsize=8)
         axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5)
         axes.set_yticks(range(size), [f"{i + 1} {name}" for i, name in enumerate(names)], fontsize=7.5)
         axes.tick_params(length=0, labelbottom=k + columns >= count)

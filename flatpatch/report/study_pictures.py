@@ -44,6 +44,7 @@ from flatpatch.report.study_figures import (
 MOST = 6  # panels, or lines, of one figure
 _MOST_FIGURES = 8  # of one entry of the study's file
 _ROWS = 24  # effects in one figure
+_STRIPS = 4  # panels of values
 _IN_A_LINE = 34  # characters of a panel's name
 _TASK, _WHEN = "task", "when"
 _WHENS = {"before": "before", "at_loss": "at equal loss", "after": "after", "finished": "after, measured later"}
@@ -200,11 +201,11 @@ def _matrices(asked: _Asked) -> Iterator[Picture]:
     for tasks, groups in by_tasks.items():
         if len(tasks) < 2:
             continue  # one number, which other figures show
-        for names in _parts(list(groups), MOST):
+        for names in _kept_together(list(groups), MOST):
             means, counts = {}, []
             for name in names:
                 stack = np.array([_numbers(run.record["accuracy_matrix"]) for run in groups[name]])
-                means[f"{name} (n = {len(stack)})"] = stack.mean(axis=0)
+                means[f"{name}\nn = {len(stack)}"] = stack.mean(axis=0)
                 counts.append(len(stack))
             title = asked.title or "Accuracy after each task"
             notes = [f"{asked.study.name}; means over seeds" if max(counts) > 1 else asked.study.name]
@@ -284,8 +285,10 @@ def _spectra(kind: str, words: str, make: Callable[..., Figure]) -> Callable[[_A
 def _values(asked: _Asked) -> Iterator[Picture]:
     names = [asked.value or "top_eigenvalue"]
     names += [_TWINS[names[0]]] if names[0] in _TWINS else []
-    strips = [strip for name in names for strip in _strips(asked, name)]
-    for part in _parts(strips, 4):
+    arms = [list(_strips(asked, name)) for name in names]
+    few = sum(map(len, arms)) <= _STRIPS
+    parts = [sum(arms, [])] if few else [part for own in arms for part in _parts(own, _STRIPS)]
+    for part in filter(None, parts):
         title = asked.title or "What was measured in each run"
         caption = f"{title}: {'; '.join(strip.title for strip in part)}."
         yield Picture("values", caption, make_values_figure(part, title=title, notes=[asked.study.name]))
@@ -422,6 +425,21 @@ def _parts(items: Sequence[Any], most: int) -> list[list[Any]]:
 def _plain(words: Sequence[str]) -> str:
     """Return words in one, in which a dollar sign begins no formula."""
     return ", ".join(words).replace("$", r"\$")
+
+
+def _kept_together(names: Sequence[str], most: int) -> list[list[str]]:
+    """Return names in parts of at most so many, cut where their first words change if that can be."""
+    if len(names) <= most:
+        return [list(names)] if names else []
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(", ")[0], []).append(name)
+    parts: list[list[str]] = [[]]
+    for own in (part for group in groups.values() for part in _parts(group, most)):
+        if len(parts[-1]) + len(own) > most:
+            parts.append([])
+        parts[-1] += own
+    return [part for part in parts if part]
 
 
 def _wrapped(name: str) -> str:

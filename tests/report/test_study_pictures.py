@@ -108,8 +108,15 @@ def test_a_metric_may_be_the_value(path, tmp_path, drawn) -> None:
 def test_matrices_are_means_over_seeds(path, tmp_path, drawn) -> None:
     pictures(study_with(path, tmp_path, {"kind": "accuracy_matrix", "panels": ["sam"]}))
     (call,) = (call for call in drawn if call["kind"] == "matrices")
-    assert list(call["shown"]) == ["sam=off (n = 2)", "sam=sam (n = 2)"]
-    assert call["shown"]["sam=off (n = 2)"][1].tolist() == [70.5, 88.0]
+    assert list(call["shown"]) == ["sam=off\nn = 2", "sam=sam\nn = 2"]
+    assert call["shown"]["sam=off\nn = 2"][1].tolist() == [70.5, 88.0]
+
+
+def test_matrices_of_one_method_stay_in_one_figure() -> None:
+    names = [f"method={method}, rho={rho}" for method in "abcd" for rho in range(3)]
+    assert study_pictures._kept_together(names, 6) == [names[:6], names[6:]]
+    assert study_pictures._kept_together(names[:5], 4) == [names[:3], names[3:5]]
+    assert study_pictures._kept_together([], 4) == []
 
 
 def test_effects_come_first_whatever_the_file_says_and_have_every_arm_and_control(path, tmp_path, drawn) -> None:
