@@ -17,7 +17,7 @@ from flatpatch.measuring import KINDS, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "profile": ("auto", "upstream", "paper", "record", "quick"),
+    "profile": ("auto", "upstream", "paper", "quick", "record"),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam"),
     "scope": ("lora", "A", "B", "head", "all"),
@@ -74,7 +74,7 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting(
         "auto",
-        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU",
+        "upstream: its script as it is; paper: the paper's protocol; quick: small, CPU; record: CLIP, the record's",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting("off", "off, sam, or asam (adaptive)")

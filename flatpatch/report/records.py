@@ -74,7 +74,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "benchmark": _TEXT,
         # Left out by earlier versions (families.family_of).
         "family": {"enum": list(families.NAMES)},
-        "profile": {"enum": ["upstream", "paper", "record", "quick"]},
+        "profile": {"enum": ["upstream", "paper", "quick", "record"]},
         "profile_reason": _TEXT,
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
