@@ -16,7 +16,7 @@ verbs:
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   study    an experiment: its runs, what is measured, and a verdict on each of its hypotheses; alone: lists them
   compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]
-  report   runs' tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...]
+  report   tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...], report study=NAME
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
@@ -71,7 +71,7 @@ NEEDS = {
     "run": "at least one setting, e.g. run method=nlora",
     "sweep": "at least one setting, e.g. sweep method=nlora seed=0..2",
     "compare": "run=FOLDER or log=FILE",
-    "report": "run=FOLDER, e.g. report run=runs/NAME",
+    "report": "run=FOLDER, e.g. report run=runs/NAME, or study=NAME",
     "measure": "run=FOLDER, e.g. measure run=runs/NAME",
     "patches": "one of its own verbs, e.g. patches verify",
 }

@@ -21,6 +21,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", "record", *MINIATURES),
     "engine": ("auto", "upstream", "reference"),
     "sam": ("off", "sam", "asam", "random", "recorded"),
+    "tuning": ("lora", "head", "full"),
     "scope": ("lora", "A", "B", "head", "all"),
     "sync": ("local", "global"),
     "ascent_loss": ("total", "task"),
@@ -43,6 +44,10 @@ class Method(Protocol):
         """Its family, some of whose settings have no meaning for others."""
 
     @property
+    def tunings(self) -> tuple[str, ...]:
+        """What it can train: of the choices of ``tuning=``."""
+
+    @property
     def seed(self) -> int:
         """What upstream runs with."""
 
@@ -58,7 +63,7 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
             on what it runs, ``place`` where its files are, ``measure`` what is measured in it.
-        family: The one family for which it has a meaning; empty for all.
+        family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
     return field(default=default, metadata={"help": text, "role": role, "family": family, "whole": whole})
@@ -100,12 +105,26 @@ class Settings:
     adapters: str = _setting(
         "upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16", family="text"
     )
+    tuning: str = _setting(
+        "lora", "what is trained: LoRA (a ViT's with its head), the head alone, or every weight; reference engine"
+    )
     budget: int = _setting(
-        1, "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM"
+        1,
+        "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM",
+        family="text vision",
     )
     seed: int = _setting(42, "random seed; default: upstream's own")
     tasks: str = _setting(
-        "", "run only these tasks of the order, e.g. amazon,agnews (off-protocol)", family="text", whole=True
+        "",
+        "run only these tasks of the order, e.g. amazon,agnews; vision: so many of the first, e.g. 1, by the reference "
+        "engine (off-protocol)",
+        family="text vision",
+        whole=True,
+    )
+    fraction: float = _setting(
+        1.0,
+        "share of each task's training examples, drawn by the seed; vision: reference engine (off-protocol)",
+        family="text vision",
     )
     device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1", role="machine", whole=True)
     processes: int = _setting(
@@ -194,7 +213,8 @@ WHOLE = tuple(name for name, item in FIELDS.items() if item.metadata["whole"])
 
 def foreign(family: str) -> tuple[str, ...]:
     """Return the settings that have no meaning for a family."""
-    return tuple(name for name, item in FIELDS.items() if item.metadata["family"] not in ("", family))
+    families = {name: item.metadata["family"].split() for name, item in FIELDS.items()}
+    return tuple(name for name, own in families.items() if own and family not in own)
 
 
 @dataclass(frozen=True)
@@ -415,13 +435,22 @@ def parse(words: Sequence[str], methods: Mapping[str, Method]) -> Request:
     method = methods.get(settings.method)
     if sources["seed"] == "default" and method:
         settings = dataclasses.replace(settings, seed=method.seed)
+    settings = _follow_tuning(settings, sources)
     problems += _check(settings, methods)
-    problems += _check_method(settings, method) if method else []
+    problems += _check_method(settings, method, methods) if method else []
     if problems:
         raise UserError.collect(problems)
     request = Request(settings, sources, overrides, method.family if method else "")
     idle = [f"{key}={shown(getattr(settings, key))} has no effect: {why}" for key, why in request.idle().items()]
     return dataclasses.replace(request, notes=(*given_twice(words), *idle))
+
+
+def _follow_tuning(settings: Settings, sources: Mapping[str, str]) -> Settings:
+    """Where no LoRA is trained, let the scopes that were left out be those of what is."""
+    if settings.tuning == DEFAULTS["tuning"]:
+        return settings
+    own: dict[str, Any] = {"scope": "all", "measure_scope": "trainable"}
+    return dataclasses.replace(settings, **{key: value for key, value in own.items() if sources[key] == "default"})
 
 
 def shown(value: Any) -> str:
@@ -472,7 +501,13 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
             f"budget={settings.budget} is out of range (expected a whole number from 1 to {MOST_BUDGET}, "
             "e.g. budget=2)."
         )
+    if not 0 < settings.fraction <= 1:
+        problems.append(
+            f"fraction={settings.fraction:g} is out of range (expected a share over 0 and at most 1, "
+            "e.g. fraction=0.1)."
+        )
     problems += settings.check_measuring()[1]
+    problems += _check_scopes(settings)
     problems += check_name(settings.run) if settings.run else []
     problems += check_folder("output", settings.output)
     names = [name.strip() for name in settings.tasks.split(",")]
@@ -486,13 +521,42 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
     return problems
 
 
-def _check_method(settings: Settings, method: Method) -> list[str]:
+def _check_scopes(settings: Settings) -> list[str]:
+    """Refuse scopes of LoRA's factors where none are trained."""
+    if settings.tuning not in ("head", "full"):
+        return []
+    problems = []
+    if settings.sam != "off" and settings.scope in ("lora", "A", "B"):
+        problems.append(
+            f"scope={settings.scope} has nothing to perturb: tuning={settings.tuning} trains no LoRA. Use scope=all."
+        )
+    measured = [name.strip() for name in settings.measure_scope.split(",")]
+    if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged")]):
+        problems.append(
+            f"measure_scope={','.join(absent)} has nothing to measure: tuning={settings.tuning} trains no LoRA. Use "
+            "measure_scope=trainable or model."
+        )
+    return problems
+
+
+def _check_method(settings: Settings, method: Method, methods: Mapping[str, Method]) -> list[str]:
     """Refuse settings that mean nothing to a method: ignoring them would look like obeying."""
-    return [
-        f"{key}={getattr(settings, key)} has no meaning for {method.title}, a {method.family} method. Leave it out."
-        for key in foreign(method.family)
-        if getattr(settings, key) != DEFAULTS[key]
-    ] + method.check(settings)
+    problems = []
+    if settings.tuning in CHOICES["tuning"] and settings.tuning not in method.tunings:
+        others = [name for name, other in methods.items() if settings.tuning in other.tunings]
+        problems.append(
+            f"tuning={settings.tuning}: {method.title} is trained with {', '.join(method.tunings)} alone. "
+            f"Methods that have it: {', '.join(others)}."
+        )
+    return (
+        problems
+        + [
+            f"{key}={getattr(settings, key)} has no meaning for {method.title}, a {method.family} method. Leave it out."
+            for key in foreign(method.family)
+            if getattr(settings, key) != DEFAULTS[key]
+        ]
+        + method.check(settings)
+    )
 
 
 def check_name(name: str) -> list[str]:

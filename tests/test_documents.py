@@ -129,6 +129,10 @@ def test_a_command_of_the_pages_can_be_typed(
         measure_words.parse_words(words)
     elif verb == "patches":
         check_patches(words, upstream, capsys)
+    elif any(word.startswith("study=") for word in words):
+        chosen = [word for word in words if not word.startswith(("output=", "page="))]
+        assert main([verb, *chosen, f"output={tmp_path}"]) == 2
+        assert "has no verdicts of it" in capsys.readouterr().err
     else:
         assert verb in ("report", "compare")
         assert main([verb, *stand_ins(words, upstream, tmp_path)]) in (0, int("--require" in words))

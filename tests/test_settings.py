@@ -209,3 +209,45 @@ def test_random_directions_have_no_use_for_what_shapes_the_ascent() -> None:
         "eta=0.1 has no effect: sam=random. Add sam=asam.",
     )
     assert parse(["sam=random", "rho=0.1", "scope=A", "sync=global"]).notes == ()
+
+
+def test_scopes_follow_what_is_trained() -> None:
+    for method, tuning in (("seqlora", "full"), ("seqlora_vit", "head"), ("seqlora_vit", "full")):
+        settings = parse([f"method={method}", f"tuning={tuning}", "sam=sam", "measure=loss"]).settings
+        assert (settings.scope, settings.measure_scope) == ("all", "trainable")
+    asked = parse(["method=seqlora_vit", "tuning=full", "sam=sam", "scope=head", "measure_scope=model"]).settings
+    assert (asked.scope, asked.measure_scope) == ("head", "model")
+    # Without SAM the scope has no effect, as ever.
+    assert parse(["method=seqlora_vit", "tuning=full", "scope=lora"]).notes[0].startswith("scope=lora has no effect")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "method=nlora tuning=full",
+            "tuning=full: N-LoRA is trained with lora alone. Methods that have it: seqlora, seqlora_vit.",
+        ),
+        (
+            "method=seqlora tuning=head",
+            "tuning=head: sequential LoRA is trained with lora, full alone. Methods that have it: seqlora_vit.",
+        ),
+        ("method=seqlora tuning=ful", "unknown tuning 'ful'. Did you mean 'full'? Expected: lora, head, full."),
+        (
+            "method=seqlora tuning=full sam=sam scope=lora",
+            "scope=lora has nothing to perturb: tuning=full trains no LoRA. Use scope=all.",
+        ),
+        (
+            "method=seqlora_vit tuning=head measure=loss measure_scope=adapter,merged,model",
+            "measure_scope=adapter,merged has nothing to measure: tuning=head trains no LoRA. Use "
+            "measure_scope=trainable or model.",
+        ),
+        ("fraction=0", "fraction=0 is out of range (expected a share over 0 and at most 1, e.g. fraction=0.1)."),
+        ("fraction=1.5", "fraction=1.5 is out of range"),
+        ("fraction=nan", "fraction=nan is out of range"),
+    ],
+)
+def test_tuning_or_share_that_cannot_be_is_one_message(words: str, expected: str) -> None:
+    text = message(*words.split())
+    assert expected in text
+    assert len(text.splitlines()) == 1

@@ -89,6 +89,7 @@ class Upstream:
         repository: The folder in ``third_party/``; None where the reference engine alone has the method.
         seed: What upstream's script or configuration runs with.
         reference: Whether there is a reference implementation.
+        tunings: What can be trained in its place: of the choices of ``tuning=``.
         default: Whether it is meant where no method is named; true of one.
         conflicts: Where paper and repository disagree.
         metric_words: By metric of the record: what its paper or its code calls it.
@@ -102,6 +103,7 @@ class Upstream:
     repository: str | None = None
     seed: int = 42
     reference: bool = True
+    tunings: tuple[str, ...] = ("lora",)
     default: bool = False
     conflicts: tuple[Conflict, ...] = ()
     metric_words: Mapping[str, str] = field(default_factory=dict)

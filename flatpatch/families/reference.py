@@ -57,10 +57,11 @@ class StepRecorder:
         if settings["kind"] == "off":
             return lambda closure: closure()
         scope = settings["scope"]
-        if scope not in ("lora", "all", *groups):
-            raise UserError(f"scope={scope}: this model trains no such weights. It has: lora, {', '.join(groups)}.")
-        adapters = [parameter for name, group in groups.items() if name != "head" for parameter in group]
-        chosen = {"all": everything, "lora": adapters, **groups}[scope]
+        adapters = [parameter for name in ("A", "B") for parameter in groups.get(name, ())]
+        choices = {**({"lora": adapters} if adapters else {}), **groups, "all": everything}
+        if scope not in choices:
+            raise UserError(f"scope={scope}: this model trains no such weights. It has: {', '.join(choices)}.")
+        chosen = choices[scope]
         self.perturbed = sum(parameter.numel() for parameter in chosen)
         # A process learns one task, which it is told, or all of them in turn.
         task = self.run["task_index"]

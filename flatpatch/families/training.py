@@ -66,26 +66,27 @@ def train_task(
     examples: Sequence[Item],
     collate: Callable[[list[Item]], Batch],
     task: ReferenceTask,
-    penalty: Callable[[], Tensor],
+    penalty: Callable[[], Tensor | None],
     *,
     make_gradients: MakeGradients = plain_gradients,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
-    """Train a model's adapter on one task, in place.
+    """Train a model's adapter, or where it has none all that requires a gradient, on one task, in place.
 
     It does what transformers 4.28.1's Trainer does with upstream's arguments: AdamW (the library's own, whose
-    epsilon enters before the bias correction), constant learning rate, no weight decay, the norm of the final
-    gradient clipped, the examples in a new random order each epoch, the last batch as small as it comes. With
-    upstream under DeepSpeed the penalty also counts once per step; its plain loop would add it once per
-    accumulated batch.
+    epsilon enters before the bias correction), or plain SGD where ``optim`` says so; constant learning rate, no
+    weight decay, the norm of the final gradient clipped, the examples in a new random order each epoch, the last
+    batch as small as it comes. With upstream under DeepSpeed the penalty also counts once per step; its plain loop
+    would add it once per accumulated batch.
 
     Args:
-        model: A sequence-to-sequence model, or a classifier, with its adapters attached.
+        model: A sequence-to-sequence model, or a classifier, with its adapters attached where it has any.
         examples: What to learn from.
         collate: Makes a batch of the model's inputs, with labels, from some examples.
-        task: Epochs, batch size, learning rate and device are read from here.
-        penalty: The method's penalty at the present weights, a scalar.
-        make_gradients: See `descend`. The optimizer's groups are named "A", "B" and, where a head is trained, "head".
+        task: Epochs, batch size, optimizer, learning rate and device are read from here.
+        penalty: The method's penalty at the present weights, a scalar, or None without one.
+        make_gradients: See `descend`. The optimizer's groups are named "A", "B" and, where a head learns along with
+            them, "head"; without adapters the one is named "body".
         on_step: See `descend`.
 
     Returns:
@@ -97,16 +98,21 @@ def train_task(
     from flatpatch.families.text.reference.adapters import layer_matrices
 
     layers = layer_matrices(model)
-    groups: dict[str, list[Tensor]] = {"A": [layer.A for layer in layers], "B": [layer.B for layer in layers]}
-    factors = {id(factor) for group in groups.values() for factor in group}
-    if others := [each for each in model.parameters() if each.requires_grad and id(each) not in factors]:
-        groups["head"] = [*others]
-    optimizer = AdamW(
-        [{"params": group, "name": name} for name, group in groups.items()],
-        lr=task.learning_rate,
-        eps=1e-8,
-        no_deprecation_warning=True,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.A for layer in layers], "name": "A"},
+        {"params": [layer.B for layer in layers], "name": "B"},
+    ]
+    factors = {id(factor) for group in groups for factor in group["params"]}
+    others = [each for each in model.parameters() if each.requires_grad and id(each) not in factors]
+    if not layers:
+        groups = [{"params": others, "name": "body"}]
+    elif others:
+        groups.append({"params": others, "name": "head"})
+    optimizer: torch.optim.Optimizer
+    if task.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=task.learning_rate)
+    else:
+        optimizer = AdamW(groups, lr=task.learning_rate, eps=1e-8, no_deprecation_warning=True)
     batches_per_epoch = math.ceil(len(examples) / task.per_device_train_batch_size)
     accumulated = min(task.gradient_accumulation_steps, batches_per_epoch)
     model.train()

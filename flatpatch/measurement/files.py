@@ -4,7 +4,7 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
 
     {"schema": 1,
      "task": "dbpedia", "task_index": 0, "when": "before" | "after" | "at_loss" | "finished",
-     "step": the step after which it was measured, at_loss alone; else null,
+     "step": after how many steps of the task's own loss it was measured, at_loss alone; else null,
      "samples": 64, "batches": [16, ...] (loss terms of each), "sample_seed": 0, "indices": [...] or null,
      "weights": "float32" | "float32 copy of bfloat16 weights" | ..., "loss": what is measured, in words,
      "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss},
@@ -71,6 +71,7 @@ VALUES: Mapping[str, str] = {
     "asam_sharpness": "loss rise at ASAM's one step",
     "asam_sharpness_ascent": "highest loss rise found in ASAM's ball",
     "gradient_norm": "L2 norm of the gradient",
+    "distance_moved": "L2 norm of the change of the scope's weights since before the task's training",
     "landscape_mean_rise": "mean over the plane of the loss above that at the weights",
     "slice_mean_rise": "mean over the line of the loss above that at the weights",
     "as_recorded_eigenvalue_mean": "as recorded: mean of block Lanczos's four largest values of each batch",

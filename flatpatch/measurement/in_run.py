@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flatpatch.families.sample import SEED, Sample
 from flatpatch.flatness import Loss, model_loss
@@ -42,6 +42,7 @@ class Measurer:
         """
         self._progress = progress
         self._note = ""
+        self._began: dict[tuple[int, str], Tensor] = {}  # by task and scope: the weights before its training
         self.request: Request | None = None
         if (asked := run.get("measure")) is not None:
             self.request, self._folder = read_request(asked["request"], "measure.request"), Path(asked["folder"])
@@ -140,10 +141,12 @@ class Measurer:
                 loss=loss,
                 title=title,
                 say=self._say,
+                keep_weights=self.wants("before"),
                 progress=lambda _scope, done, total, _text: self._tell(
                     f"measure {when}".replace("_", " "), done, total
                 ),
             )
+            self._note_distances(when, task_index, results)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
         content = describe(
@@ -167,6 +170,19 @@ class Measurer:
         except OSError as failure:
             self._say(f"FAILED {title}: its files were not written: {failure} (the training goes on)")
             return []
+
+    def _note_distances(self, when: str, task_index: int, results: Mapping[str, ScopeResult]) -> None:
+        """Note how far each scope's weights have moved since they were measured before the task's training."""
+        if when == "before":
+            self._began.clear()
+        for scope, result in results.items():
+            weights, result.weights = result.weights, None
+            if weights is None:
+                continue
+            if when == "before":
+                self._began[task_index, scope] = weights
+            elif (began := self._began.get((task_index, scope))) is not None and began.shape == weights.shape:
+                result.values["distance_moved"] = float((weights.double() - began).norm())
 
     def _tell(self, phase: str, done: float, total: float) -> None:
         if self._progress is not None:

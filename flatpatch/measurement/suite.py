@@ -63,6 +63,7 @@ class ScopeResult:
     results: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
+    weights: Tensor | None = None  # (num_parameters,), float32 on the CPU; only where they are to be kept
     seconds: float = 0.0
 
 
@@ -114,6 +115,7 @@ def measure_model(
     title: str = "",
     say: Say = print,
     progress: Progress | None = None,
+    keep_weights: bool = False,
 ) -> tuple[dict[str, ScopeResult], list[float]]:
     """Measure a model as it is, in evaluation mode. Use a copy of a model that is being trained.
 
@@ -125,6 +127,7 @@ def measure_model(
         title: What is measured, for the estimate.
         say: Where the estimate goes.
         progress: Called now and then.
+        keep_weights: Whether the results hold the scopes' weights.
 
     Returns:
         A result per scope, and the loss terms of each batch. What fails is in the result's ``errors``.
@@ -137,6 +140,8 @@ def measure_model(
         try:
             problem = Problem(model, batches, loss, scope=scope)
             terms = list(problem.num_terms)
+            if keep_weights:
+                result.weights = problem.flatten(problem.variables, torch.float32).cpu()
             _measure_scope(problem, request, result, f"{title}, {scope}" if title else scope, say, progress)
         except Exception as error:  # whatever it is: training must go on
             result.errors.setdefault("loss", _reason(error))

@@ -141,6 +141,7 @@ def make_landscapes_figure(
     *,
     title: str = "Loss landscape",
     in_a_row: int = 4,
+    level_with: Iterable[Grid] = (),
     record: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Figure:
@@ -156,6 +157,7 @@ def make_landscapes_figure(
         grids: By the name of each, two-dimensional.
         title: What the figure shows.
         in_a_row: After how many panels a new row begins.
+        level_with: Landscapes of other figures, whose colours and levels are to be the same.
         record: Of the run they were measured on, to be named below.
         note: What else to say below.
 
@@ -176,10 +178,10 @@ def make_landscapes_figure(
     height = float(np.clip(1.3 + width * ratio * 0.86, 3.2, 8.0))
     figure = Figure(figsize=(width * columns + 0.9, height * rows), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False)
-    panels = places.flat[:count]
+    panels = list(places.flat[:count])
     for axes in places.flat[count:]:
         axes.set_axis_off()
-    levels = _levels(grids.values())
+    levels = _levels([*grids.values(), *level_with])
     filled = None
     interpolated = own_levels = False
     for axes, (name, grid) in zip(panels, grids.items(), strict=True):
@@ -208,6 +210,8 @@ def make_landscapes_figure(
         axes.tick_params(labelsize=8)
         if axes not in places[:, 0]:
             axes.set_ylabel("")
+        if axes not in panels[-columns:]:  # its place is the next panel's heading
+            axes.set_xlabel("")
         if _in_weight_units(grid):
             axes.set_aspect("equal")
         axes.set_title(_range(name, grid), fontsize=8)
@@ -552,7 +556,7 @@ def make_recorded_eigenvalues_figure(
     how = "as recorded: basis not orthogonal, so values are repeated and too large; loss over padding too"
     return finish(
         figure,
-        "As recorded, faults included",
+        "As recorded, faults included: eigenvalues",
         [describe_variation({"scope": scope, "note": how})],
         record=record,
     )

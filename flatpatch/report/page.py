@@ -23,9 +23,10 @@ from PIL import Image, UnidentifiedImageError
 
 from flatpatch.errors import in_one_line
 from flatpatch.families import family_of, of_record
-from flatpatch.metrics import IN_A_LINE, METRICS
+from flatpatch.metrics import IN_A_LINE, MARGIN, METRICS
 from flatpatch.report import page_figures as drawing
 from flatpatch.report.drawing import HEAT
+from flatpatch.report.effects import effects_of_sam, sentences
 from flatpatch.report.flatness_figures import picture_words
 from flatpatch.report.groups import (
     Group,
@@ -93,6 +94,8 @@ def make_page(
         "conditions": other_conditions(groups),
         "headline": _metric_rows(groups, _headline(groups)),
         "metrics": _metric_rows(groups, _metric_names(groups)),
+        "effects": [(f"{one.here.title} minus {one.there.title}", sentences(one)) for one in effects_of_sam(groups)],
+        "margin": f"{MARGIN:g}",
         "in_a_line": [(METRICS[name].words.title, name) for name in IN_A_LINE],
         "lost": METRICS["forgetting"].words.title,
         "matrices": {group.letter: _matrix(group) for group in groups},

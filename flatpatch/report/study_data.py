@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from flatpatch.report.records import RECORD_FILE, read_record, setting
 VERDICTS = "verdicts.json"
 STUDIES = "studies"
 SCHEMA = 1
+_WIDTH = 110
 RECORDED = "as_recorded_"  # before the names of arrays and values that repeat the record's faults
 _PARTS = {
     "": ("study", "title", "question", "form", "where", "seeds", "measure", "runs", "hypotheses", "conclusions"),
     "runs": ("name", "folder", "settings", "seed", "status"),
     "hypotheses": ("hypothesis", "statement", "unit", "direction", "smallest", "arm", "tested", "controls", "points"),
-    "conclusions": ("text", "outcome", "as_recorded", "sentence"),
+    "conclusions": ("outcome", "as_recorded", "sentence"),
 }
 
 
@@ -103,12 +105,13 @@ class Point:
         return read_grid(path, prefix=prefix)
 
 
-def find_studies(output: Path, name: str) -> list[Path]:
+def find_studies(output: Path, name: str, form: str = "") -> list[Path]:
     """Return the verdicts' files of a study, or of all, below the folder that holds the runs.
 
     Args:
         output: The folder.
         name: The study's, or ``all``.
+        form: Of which form; empty for each that has been run.
 
     Returns:
         One file for each form, by study and form.
@@ -118,15 +121,17 @@ def find_studies(output: Path, name: str) -> list[Path]:
     """
     found: dict[str, list[Path]] = {}
     for path in sorted((output / STUDIES).glob(f"*/*/{VERDICTS}")):
-        found.setdefault(path.parts[-3], []).append(path)
+        if form in ("", path.parts[-2]):
+            found.setdefault(path.parts[-3], []).append(path)
     if name == "all" and found:
         return [path for own in found.values() for path in own]
     if name not in found:
         known = f"{did_you_mean(name, found)} There are: {', '.join(found)}." if found else " None has been run there."
+        in_form = f" in form={form}" if form else ""
         example = "exp4" if name == "all" else name
         raise UserError(
-            f"study={name}: {output / STUDIES} has no verdicts of it.{known} Run it first, python -m flatpatch study "
-            f"name={example}, or name the folder that holds its runs with output=FOLDER."
+            f"study={name}: {output / STUDIES} has no verdicts of it{in_form}.{known} Run it first, python -m "
+            f"flatpatch study name={example}, or name the folder that holds its runs with output=FOLDER."
         )
     return found[name]
 
@@ -163,6 +168,17 @@ def read_verdicts(path: Path) -> Study:
     return Study(verdicts, path.parent, tuple(runs), tuple(unreadable))
 
 
+def verdicts_text(study: Study) -> str:
+    """Return a study's verdicts for the terminal: a sentence each, and one on each of the record's conclusions."""
+    verdicts = study.verdicts
+    lines = [f"{study.name}: {verdicts['question']}"]
+    for found in verdicts["hypotheses"]:
+        arm = "" if found["arm"] == "correct" else f" ({found['arm']})"
+        lines.append(f"- {found['tested']['sentence']}{arm}")
+    lines += [f"=> {one['sentence']}" for one in verdicts["conclusions"]]
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, _WIDTH, subsequent_indent="     "))
+
+
 def points_of(run: StudyRun) -> list[Point]:
     """Return a run's measuring points whose files can be read, in the record's order."""
     found, contents = [], {}
@@ -177,23 +193,9 @@ def points_of(run: StudyRun) -> list[Point]:
     return found
 
 
-def panels(runs: Sequence[StudyRun], keys: Sequence[str]) -> dict[tuple[str, ...], list[StudyRun]]:
-    """Put together the runs that have the same values of some settings, each group named by them.
-
-    Args:
-        runs: The runs.
-        keys: The settings; none for all in which the study's runs differ.
-
-    Returns:
-        The runs by ``key=value`` words, in the order in which they were given.
-    """
-    chosen = list(keys) or list(dict.fromkeys(key for run in runs for key in run.settings))
-    found: dict[tuple[str, ...], list[StudyRun]] = {}
-    for run in runs:
-        # SAM's radius says nothing where there is no SAM.
-        words = [f"{key}={run.value(key)}" for key in chosen if not (key == "rho" and run.value("sam") == "off")]
-        found.setdefault(tuple(words) or (run.name,), []).append(run)
-    return found
+def words(run: StudyRun, keys: Sequence[str]) -> tuple[str, ...]:
+    """Return a run's values of some settings as ``key=value``; a radius says nothing where there is no SAM."""
+    return tuple(f"{key}={run.value(key)}" for key in keys if not (key == "rho" and run.value("sam") == "off"))
 
 
 def fairness(points: Mapping[str, Point], grids: Mapping[str, Grid], each: str = "panel") -> list[str]:

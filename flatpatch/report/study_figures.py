@@ -181,7 +181,7 @@ def make_matrices_figure(
         if size <= 10:
             for i, j in zip(*np.nonzero(~np.isnan(matrix)), strict=True):
                 axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7.5, color="black")
-        axes.set_title(textwrap.fill(name, int(side * 13)), fontsize=8)
+        axes.set_title("\n".join(textwrap.fill(line, int(side * 13)) for line in name.splitlines()), fontsize=8)
         axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5)
         axes.set_yticks(range(size), [f"{i + 1} {name}" for i, name in enumerate(names)], fontsize=7.5)
         axes.tick_params(length=0, labelbottom=k + columns >= count)
@@ -204,13 +204,14 @@ class Strip:
     title: str
     values: Mapping[str, Sequence[tuple[int, float]]]  # by group: (seed, value)
     recorded: bool = False
+    scale: str = ""  # panels of one scale have the same limits
 
 
 def make_values_figure(strips: Sequence[Strip], *, title: str, notes: Sequence[str] = ()) -> Figure:
     """Return each run's value as a mark, and each group's mean as a line, one panel for each thing that was measured.
 
     Args:
-        strips: The panels. They share their groups; each has its own scale.
+        strips: The panels. They share their groups, and those of one scale the limits of their axes.
         title: What the figure shows.
         notes: What to say below.
 
@@ -247,6 +248,14 @@ def make_values_figure(strips: Sequence[Strip], *, title: str, notes: Sequence[s
         axes.tick_params(axis="x", labelsize=7.5)
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_xlabel(textwrap.fill(strip.title, 46), fontsize=8, color=colour if strip.recorded else "black")
+    for scale in {strip.scale for strip in strips if strip.scale}:
+        alike = [axes for axes, strip in zip(places.flat, strips, strict=False) if strip.scale == scale]
+        logarithmic = any(axes.get_xscale() == "log" for axes in alike)
+        low, high = (pick(axes.get_xlim()[k] for axes in alike) for k, pick in ((0, min), (1, max)))
+        margin = 0.0 if logarithmic else 0.03 * (high - low)  # a mark at the edge would be half hidden
+        for axes in alike:
+            axes.set_xscale("log" if logarithmic and low > 0 else "linear")
+            axes.set_xlim(low - margin, high + margin)
     return finish(figure, title, ["marks: seeds, each with its own; lines: means over them", *notes])
 
 

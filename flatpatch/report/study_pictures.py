@@ -1,7 +1,9 @@
 """Which figures a study's page has: what its file asks for, made of its runs, captioned with what is equal in them.
 
-A figure of many settings is cut into several, each with at most ``MOST`` panels that share axes and levels. Of measured
-landscapes, spectra and densities one seed is shown: the lowest that has them in most panels.
+The settings in which a study's runs differ are those that its file calls ``panels``, and the rest. A figure of many
+settings is cut into several, each with at most ``MOST`` panels or lines that share axes and levels: landscapes of equal
+rest stay together, lines and values of equal panels. Of measured landscapes, spectra and densities one seed is shown:
+the lowest that most settings have.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from flatpatch.errors import UserError
 from flatpatch.metrics import METRICS
 from flatpatch.report.flatness_figures import (
+    Grid,
     describe_scope,
     make_contour_figure,
     make_density_figure,
@@ -25,7 +28,7 @@ from flatpatch.report.flatness_figures import (
     make_slices_figure,
     read_grid,
 )
-from flatpatch.report.study_data import RECORDED, Point, Study, StudyRun, fairness, panels, planes, points_of
+from flatpatch.report.study_data import RECORDED, Point, Study, StudyRun, fairness, planes, points_of, words
 from flatpatch.report.study_figures import (
     AS_RECORDED,
     CONTROL,
@@ -41,8 +44,9 @@ from flatpatch.report.study_figures import (
 MOST = 6  # panels, or lines, of one figure
 _MOST_FIGURES = 8  # of one entry of the study's file
 _ROWS = 24  # effects in one figure
+_STRIPS = 4  # panels of values
 _IN_A_LINE = 34  # characters of a panel's name
-_TASK = "task"
+_TASK, _WHEN = "task", "when"
 _WHENS = {"before": "before", "at_loss": "at equal loss", "after": "after", "finished": "after, measured later"}
 _DEFAULT: tuple[Mapping[str, Any], ...] = ({"kind": "accuracy_matrix"},)
 # What of a metric or a measured value stands on an axis.
@@ -93,25 +97,44 @@ class _Asked:
     value: str
     scopes: tuple[str, ...]
     whens: tuple[str, ...]
-    keys: tuple[str, ...]  # settings by whose values panels stand side by side
+    panels: tuple[str, ...]  # settings by whose values panels stand side by side
+    rest: tuple[str, ...]  # the others in which the runs differ
     by_task: bool
 
+    def wants(self, entry: Mapping[str, Any]) -> bool:
+        """Tell whether a measuring point is asked for."""
+        return (not self.scopes or entry["scope"] in self.scopes) and (not self.whens or entry["when"] in self.whens)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One panel or line: a measuring point, and what tells it from others."""
+
+    panel: tuple[str, ...]
+    rest: tuple[str, ...]
+    point: Point
+
     @property
-    def panels(self) -> dict[tuple[str, ...], list[StudyRun]]:
-        return panels(self.study.runs, self.keys)
+    def words(self) -> tuple[str, ...]:
+        """All that tells it apart, the time last."""
+        when = self.point.entry["when"]
+        return (*self.panel, *self.rest, _WHENS.get(when, when))
 
 
 def pictures(study: Study) -> tuple[list[Picture], list[str]]:
     """Return a study's figures, and a sentence for each that was asked for and cannot be drawn."""
     made, missing = [], []
+    differing = list(dict.fromkeys(key for run in study.runs for key in run.settings))
     for row in _with_effects(study.verdicts.get("figures", ())):
+        named = tuple(key for key in row.get("panels") or () if key not in (_TASK, _WHEN))
         asked = _Asked(
             study,
             row.get("title") or "",
             row.get("value") or "",
             tuple(row.get("scopes") or ()),
             tuple(row.get("when") or ()),
-            tuple(key for key in row.get("panels") or () if key != _TASK),
+            named,
+            tuple(key for key in differing if key not in named),
             _TASK in (row.get("panels") or ()),
         )
         found = list(_MAKERS[row["kind"]](asked)) if row["kind"] in _MAKERS else []
@@ -172,17 +195,17 @@ def _forest(asked: _Asked) -> Iterator[Picture]:
 
 def _matrices(asked: _Asked) -> Iterator[Picture]:
     by_tasks: dict[tuple[str, ...], dict[str, list[StudyRun]]] = {}
-    for words, runs in asked.panels.items():
-        for run in runs:
-            by_tasks.setdefault(tuple(run.record["tasks"]), {}).setdefault(_plain(words), []).append(run)
+    for run in asked.study.runs:
+        name = _plain(words(run, (*asked.panels, *asked.rest))) or run.name
+        by_tasks.setdefault(tuple(run.record["tasks"]), {}).setdefault(name, []).append(run)
     for tasks, groups in by_tasks.items():
         if len(tasks) < 2:
             continue  # one number, which other figures show
-        for names in _parts(list(groups), MOST):
+        for names in _kept_together(list(groups), MOST):
             means, counts = {}, []
             for name in names:
                 stack = np.array([_numbers(run.record["accuracy_matrix"]) for run in groups[name]])
-                means[f"{name} (n = {len(stack)})"] = stack.mean(axis=0)
+                means[f"{name}\nn = {len(stack)}"] = stack.mean(axis=0)
                 counts.append(len(stack))
             title = asked.title or "Accuracy after each task"
             notes = [f"{asked.study.name}; means over seeds" if max(counts) > 1 else asked.study.name]
@@ -196,25 +219,38 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> Any:
 
 def _landscapes(asked: _Asked) -> Iterator[Picture]:
     for prefix, arm in (("", CORRECT), (RECORDED, AS_RECORDED)):
-        for where, points in _measured(asked, lambda point, prefix=prefix: point.landscape(prefix) is not None):  # type: ignore[misc]
-            grids = {name: grid for name, point in points.items() if (grid := point.landscape(prefix)) is not None}
-            said = fairness({name: points[name] for name in grids}, grids)
-            title = f"{asked.title or 'Loss landscapes'}: {where}" + (f" ({arm})" if prefix else "")
-            note = "; ".join([*said, asked.study.name])
-            count = len(grids)
-            figure = make_landscapes_figure(
-                {_wrapped(name): grid for name, grid in grids.items()},
-                title=textwrap.shorten(title, 100),
-                in_a_row=2 if count in (2, 4) else 3,
-                note=note,
-            )
-            shared = "the same levels and colours in every panel" if count > 1 else "levels of its own"
-            caption = f"{title}; {shared}; {'; '.join(said)}."
-            yield Picture(f"landscape{'_as_recorded' if prefix else ''}", caption, figure)
+        items = _items(asked, lambda point, prefix=prefix: point.landscape(prefix) is not None)  # type: ignore[misc]
+        figures = list(_side_by_side(asked, items, together="rest"))
+        for scope in dict.fromkeys(item.point.entry["scope"] for item in items):
+            own = [(where, points) for where, points in figures if _scope_of(points) == scope]
+            grids = [_grids(points, prefix) for _, points in own]
+            everything = [grid for found in grids for grid in found.values()]
+            for (where, points), found in zip(own, grids, strict=True):
+                said = fairness(points, found)
+                if len(everything) > 1:
+                    among = f"all {len(own)} figures of {describe_scope(scope)}" if len(own) > 1 else "every panel"
+                    said.append(f"levels: the same in {among}{f', {arm}' if prefix else ''}")
+                title = f"{asked.title or 'Loss landscapes'}: {where}" + (f" ({arm})" if prefix else "")
+                figure = make_landscapes_figure(
+                    {_wrapped(name): grid for name, grid in found.items()},
+                    title=textwrap.shorten(title, 100),
+                    in_a_row=2 if len(found) in (2, 4) else 3,
+                    level_with=everything,
+                    note="; ".join([*said, asked.study.name]),
+                )
+                yield Picture(f"landscape{'_as_recorded' if prefix else ''}", f"{title}; {'; '.join(said)}.", figure)
+
+
+def _grids(points: Mapping[str, Point], prefix: str) -> dict[str, Grid]:
+    return {name: grid for name, point in points.items() if (grid := point.landscape(prefix)) is not None}
+
+
+def _scope_of(points: Mapping[str, Point]) -> str:
+    return str(next(iter(points.values())).entry["scope"])
 
 
 def _slices(asked: _Asked) -> Iterator[Picture]:
-    for where, points in _measured(asked, lambda point: point.slice() is not None):
+    for where, points in _side_by_side(asked, _items(asked, lambda point: point.slice() is not None)):
         grids = {name: grid for name, point in points.items() if (grid := point.slice()) is not None}
         title = f"{asked.title or 'Loss along one direction'}: {where}"
         said = fairness(points, grids, "line")
@@ -233,9 +269,9 @@ def _places(points: Mapping[str, Point]) -> dict[str, tuple[int, str]]:
 
 def _spectra(kind: str, words: str, make: Callable[..., Figure]) -> Callable[[_Asked], Iterator[Picture]]:
     def draw(asked: _Asked) -> Iterator[Picture]:
-        for where, points in _measured(asked, lambda point: kind in point.results):
+        for where, points in _side_by_side(asked, _items(asked, lambda point: kind in point.results)):
             spectra = {name: point.results[kind] for name, point in points.items()}
-            scope = next(iter(points.values())).entry["scope"]
+            scope = _scope_of(points)
             said = fairness(points, {}, "line")
             title = f"{asked.title or words}: {where}"
             note = "; ".join([*said, asked.study.name])
@@ -249,46 +285,51 @@ def _spectra(kind: str, words: str, make: Callable[..., Figure]) -> Callable[[_A
 def _values(asked: _Asked) -> Iterator[Picture]:
     names = [asked.value or "top_eigenvalue"]
     names += [_TWINS[names[0]]] if names[0] in _TWINS else []
-    if names[0] in METRICS:
-        metric = METRICS[names[0]]
-        values = {
-            _plain(words): [
-                (run.seed, run.record["metrics"][metric.name])
-                for run in runs
-                if run.record["metrics"].get(metric.name) is not None
-            ]
-            for words, runs in asked.panels.items()
-        }
-        strips = [Strip(f"{metric.words.title} ({metric.unit})", {name: own for name, own in values.items() if own})]
-    else:
-        strips = [strip for name in names for strip in _strips(asked, name)]
-    for part in _parts([strip for strip in strips if strip.values], 4):
+    arms = [list(_strips(asked, name)) for name in names]
+    few = sum(map(len, arms)) <= _STRIPS
+    parts = [sum(arms, [])] if few else [part for own in arms for part in _parts(own, _STRIPS)]
+    for part in filter(None, parts):
         title = asked.title or "What was measured in each run"
         caption = f"{title}: {'; '.join(strip.title for strip in part)}."
         yield Picture("values", caption, make_values_figure(part, title=title, notes=[asked.study.name]))
 
 
 def _strips(asked: _Asked, name: str) -> Iterator[Strip]:
-    """Yield a panel for each scope and time in which a value was measured; a run's tasks are averaged or told apart."""
-    found: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
-    for words, runs in asked.panels.items():
-        for run in runs:
-            for entry in run.record["flatness"]:
-                value = entry["loss"] if name == "loss" else entry["values"].get(name)
-                if value is None or not _wanted(asked, entry):
-                    continue
-                label = _plain([*words, *([f"{_TASK} {entry['task']}"] if asked.by_task else [])])
-                place = found.setdefault((entry["scope"], entry["when"]), {}).setdefault(label, {})
-                place.setdefault(run.seed, []).append(value)
-    for (scope, when), groups in found.items():
+    """Yield a panel for each value of the panels' settings, scope and time, with a row for each of the others."""
+    found: dict[tuple[str, ...], dict[str, dict[int, list[float]]]] = {}
+    for run in asked.study.runs:
+        for scope, when, task, value in _numbers_of(asked, run, name):
+            own = (*words(run, asked.panels), *([task] if asked.by_task and task else []))
+            rest = words(run, asked.rest)
+            # Where nothing else tells runs apart, the panels' settings are the rows.
+            place, row = ((scope, when, *own), rest) if asked.rest else ((scope, when), own)
+            rows = found.setdefault(place, {})
+            rows.setdefault(_plain(row) or run.name, {}).setdefault(run.seed, []).append(value)
+    recorded = name.startswith(RECORDED)
+    metric = METRICS.get(name)
+    said = f"{metric.words.title} ({metric.unit})" if metric else ""
+    said = said or _VALUES.get(name, name.removeprefix(RECORDED).replace("_", " "))
+    for (scope, when, *panel), groups in found.items():
         values = {
             label: [(seed, sum(own) / len(own)) for seed, own in seeds.items()] for label, seeds in groups.items()
         }
         several = any(len(own) > 1 for seeds in groups.values() for own in seeds.values())
-        recorded = name.startswith(RECORDED)
-        said = _VALUES.get(name, name.removeprefix(RECORDED).replace("_", " "))
-        title = f"{said}, {when.replace('_', ' ')}, {describe_scope(scope)}{', mean over tasks' if several else ''}"
-        yield Strip(f"{AS_RECORDED}: {title}" if recorded else title, values, recorded)
+        facts = [_plain(panel), _WHENS.get(when, when), describe_scope(scope) if scope else ""]
+        facts += ["mean over tasks"] if several else []
+        title = ", ".join([said, *filter(None, facts)])
+        yield Strip(f"{AS_RECORDED}: {title}" if recorded else title, values, recorded, scale=f"{name} {scope}")
+
+
+def _numbers_of(asked: _Asked, run: StudyRun, name: str) -> Iterator[tuple[str, str, str, float]]:
+    """Yield a run's values of one name with scope, time and task; a metric has none of these."""
+    if name in METRICS:
+        if (metric := run.record["metrics"].get(name)) is not None:
+            yield "", "", "", metric
+        return
+    for entry in run.record["flatness"]:
+        value = entry["loss"] if name == "loss" else entry["values"].get(name)
+        if value is not None and asked.wants(entry):
+            yield entry["scope"], entry["when"], entry["task"], value
 
 
 def _slopes(asked: _Asked) -> Iterator[Picture]:
@@ -325,57 +366,52 @@ def _planes(asked: _Asked) -> Iterator[Picture]:
         yield Picture("plane", f"{title}; {note}.", figure)
 
 
-def _measured(asked: _Asked, has: Callable[[Point], bool]) -> Iterator[tuple[str, dict[str, Point]]]:
-    """Yield what stands side by side: for each scope, and task unless tasks are panels, one point for each panel.
+def _items(asked: _Asked, has: Callable[[Point], bool]) -> list[_Item]:
+    """Return the measuring points, of one seed, that have what is to be drawn."""
+    found: dict[int, list[_Item]] = {}
+    for run in asked.study.runs:
+        for point in points_of(run):
+            if asked.wants(point.entry) and has(point):
+                several = asked.by_task and len(run.record["tasks"]) > 1
+                panel = (*words(run, asked.panels), *([point.entry["task"]] if several else []))
+                found.setdefault(run.seed, []).append(_Item(panel, words(run, asked.rest), point))
+    if not found:
+        return []
+    return found[min(found, key=lambda seed: (-len({item.words for item in found[seed]}), seed))]
+
+
+def _side_by_side(
+    asked: _Asked, items: Sequence[_Item], *, together: str = "panel"
+) -> Iterator[tuple[str, dict[str, Point]]]:
+    """Yield what stands in one figure: of one scope, and one task unless tasks are panels, at most ``MOST`` points.
 
     Args:
         asked: The entry of the study's file.
-        has: Whether a point has what is to be drawn.
+        items: The points.
+        together: Where they are too many, those that have this in common stay together.
 
     Yields:
-        Where the points are in words, and the points by their panels' names; at most ``MOST`` at a time.
+        What all points of the figure share, in words, and the points by what tells them apart.
     """
-    chosen = _one_seed(asked, has)
-    groups: dict[tuple[str, ...], dict[str, Point]] = {}
-    for words, points in chosen.items():
-        for point in points:
-            entry = point.entry
-            group = (entry["scope"],) if asked.by_task else (entry["scope"], entry["task"])
-            task = [entry["task"]] if asked.by_task and len(point.run.record["tasks"]) > 1 else []
-            name = _plain([*words, *task, _WHENS.get(entry["when"], entry["when"])])
-            groups.setdefault(group, {})[name] = point
-    for (scope, *task), named in groups.items():
-        whens = {point.entry["when"] for point in named.values()}
-        for part in _parts(list(named), MOST):
-            own = {name: named[name] for name in part}
-            seeds = ", ".join(str(seed) for seed in sorted({point.run.seed for point in own.values()}))
-            when = f", {_WHENS.get(next(iter(whens)), '')} training" if len(whens) == 1 else ""
-            where = f"{describe_scope(scope)}{f', task {_plain(task)}' if task else ''}{when}, seed {seeds}"
-            if len(whens) == 1:  # it stands above all panels
-                own = {name.rpartition(", ")[0] or name: point for name, point in own.items()}
-            yield where, own
-
-
-def _one_seed(asked: _Asked, has: Callable[[Point], bool]) -> dict[tuple[str, ...], list[Point]]:
-    """Return each panel's points of one run: of the seed that most panels have, the lowest of those."""
-    found: dict[tuple[str, ...], dict[int, list[Point]]] = {}
-    for words, runs in asked.panels.items():
-        for run in runs:
-            points = [point for point in points_of(run) if _wanted(asked, point.entry) and has(point)]
-            if points:
-                found.setdefault(words, {}).setdefault(run.seed, []).extend(points)
-    counts: dict[int, int] = {}
-    for own in found.values():
-        for seed in own:
-            counts[seed] = counts.get(seed, 0) + 1
-    if not counts:
-        return {}
-    best = min(counts, key=lambda seed: (-counts[seed], seed))
-    return {words: own[best] for words, own in found.items() if best in own}
-
-
-def _wanted(asked: _Asked, entry: Mapping[str, Any]) -> bool:
-    return (not asked.scopes or entry["scope"] in asked.scopes) and (not asked.whens or entry["when"] in asked.whens)
+    groups: dict[tuple[str, ...], list[_Item]] = {}
+    for item in items:
+        entry = item.point.entry
+        groups.setdefault((entry["scope"], "" if asked.by_task else entry["task"]), []).append(item)
+    for (scope, task), own in groups.items():
+        parts = [own]
+        if len(own) > MOST:
+            by_words: dict[tuple[str, ...], list[_Item]] = {}
+            for item in own:
+                by_words.setdefault(getattr(item, together), []).append(item)
+            parts = [part for group in by_words.values() for part in _parts(group, MOST)]
+        for part in parts:
+            shared = [word for word in part[0].words if all(word in item.words for item in part)]
+            points = {}
+            for item in part:
+                apart = [word for word in item.words if word not in shared]
+                points[_plain(apart) or item.point.run.name] = item.point
+            where = [describe_scope(scope), f"task {task}" if task else "", *shared]
+            yield _plain([*filter(None, where), f"seed {part[0].point.run.seed}"]), points
 
 
 def _parts(items: Sequence[Any], most: int) -> list[list[Any]]:
@@ -389,6 +425,21 @@ def _parts(items: Sequence[Any], most: int) -> list[list[Any]]:
 def _plain(words: Sequence[str]) -> str:
     """Return words in one, in which a dollar sign begins no formula."""
     return ", ".join(words).replace("$", r"\$")
+
+
+def _kept_together(names: Sequence[str], most: int) -> list[list[str]]:
+    """Return names in parts of at most so many, cut where their first words change if that can be."""
+    if len(names) <= most:
+        return [list(names)] if names else []
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(", ")[0], []).append(name)
+    parts: list[list[str]] = [[]]
+    for own in (part for group in groups.values() for part in _parts(group, most)):
+        if len(parts[-1]) + len(own) > most:
+            parts.append([])
+        parts[-1] += own
+    return [part for part in parts if part]
 
 
 def _wrapped(name: str) -> str:

@@ -36,7 +36,8 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
     lines += _wrapped("tasks are named by their classes" if classes else record["benchmark"], width)
     lines += _wrapped(_deviations(record), width)
     lines += ["", "accuracy in percent, after training a task (row) on a task (column)"]
-    for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width):
+    before = record.get("accuracy_before_training")
+    for block in _matrix_blocks(record["tasks"], record["accuracy_matrix"], width, before):
         lines += [*block, ""]
     values = record["metrics"]
     words = {name: metric.say(classes) for name, metric in METRICS.items()}
@@ -69,7 +70,12 @@ def _deviations(record: Mapping[str, Any]) -> str:
     return f"{len(names)} deviation{'s' if len(names) > 1 else ''} from upstream's own run: {shown} (record.json)"
 
 
-def _matrix_blocks(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]], width: int) -> Iterator[list[str]]:
+def _matrix_blocks(
+    tasks: Sequence[str],
+    matrix: Sequence[Sequence[float | None]],
+    width: int,
+    before: Sequence[float | None] | None,
+) -> Iterator[list[str]]:
     names = [f"{i + 1} {task}" for i, task in enumerate(tasks)]
     first = max(map(len, names)) + 1
     column = max(_NUMBER_WIDTH, *map(len, tasks)) + 1
@@ -80,6 +86,8 @@ def _matrix_blocks(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]
         table.add_column("", no_wrap=True, min_width=first - 1)
         for j in columns:
             table.add_column(tasks[j], justify="right", no_wrap=True, min_width=column - 1)
+        if before:
+            table.add_row("0 before", *(_number(before[j]) for j in columns))
         for i, row in enumerate(matrix):
             if i >= start or any(row[j] is not None for j in columns):
                 table.add_row(names[i], *(_number(row[j]) for j in columns))

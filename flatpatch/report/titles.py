@@ -8,6 +8,7 @@ from typing import Any
 from flatpatch.contract import TITLES
 from flatpatch.families import of_record
 from flatpatch.report.records import setting
+from flatpatch.settings import DEFAULTS
 
 _LABEL_TEXTS = {
     "quick": "small model and data",
@@ -60,6 +61,11 @@ def describe(record: Mapping[str, Any]) -> str:
     parts.append(sam_title(sam, setting(record, "rho")))
     if sam != "off" and setting(record, "sam_on", "both") != "both":
         parts.append(f"on the {setting(record, 'sam_on')} step alone")
+    parts += [
+        f"{key}={setting(record, key)}"
+        for key in ("tuning", "budget", "fraction")
+        if setting(record, key, DEFAULTS[key]) != DEFAULTS[key]
+    ]
     if seeds := record["seeds"]:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     parts += [f"profile {record['profile']}", f"engine {record['engine']}"]

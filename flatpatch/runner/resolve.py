@@ -9,7 +9,7 @@ from flatpatch import settings
 from flatpatch.contract import TITLES
 from flatpatch.families.base import PORT, Family, Machine, Plan, Stage
 from flatpatch.runner.sam_places import where_sam_enters
-from flatpatch.settings import Request
+from flatpatch.settings import Request, in_name, shown
 from flatpatch.upstreams import UPSTREAMS
 
 
@@ -80,8 +80,10 @@ def headline(plan: Plan) -> str:
         if settings.sam == "off"
         else f"with {TITLES[settings.sam]} rho={settings.rho:g} scope={settings.scope}"
     )
+    own = in_name(settings, ("tuning", "budget", "fraction"))
+    controls = "".join(f", {key}={shown(value)}" for key, value in own.items())
     lines = [
-        f"{plan.upstream.title}, {plan.sequence}, {sam}, seed {settings.seed}",
+        f"{plan.upstream.title}, {plan.sequence}, {sam}{controls}, seed {settings.seed}",
         f"  profile {plan.profile}: {plan.profile_reason}",
         f"  engine {plan.engine}: {plan.engine_reason}",
         f"  device {plan.device}{':' + ','.join(plan.devices) if plan.devices else ''}, "

@@ -19,7 +19,7 @@ need it.
 
 This page is written by `python -m flatpatch.runner.settings_page > docs/settings.md`.
 
-The column "for" says which methods have the setting: all, or those of one family. Another family's setting is refused.
+The column "for" says which methods have the setting: all, or those of some families. Another family's is refused.
 The column "role" says what the setting does for a run:
 
 | role | meaning |
@@ -44,7 +44,7 @@ def render() -> str:
             _code(str(next(iter(UPSTREAMS)) if name == "method" else field.default)),
             ", ".join(map(_code, UPSTREAMS if name == "method" else CHOICES.get(name, ()))),
             field.metadata["help"],
-            field.metadata["family"] or "all",
+            ", ".join(field.metadata["family"].split()) or "all",
             field.metadata["role"],
         )
         for name, field in FIELDS.items()

@@ -4,4 +4,10 @@ from __future__ import annotations
 
 from flatpatch.families.text.upstream import TextUpstream
 
-UPSTREAM = TextUpstream(name="seqlora", title="sequential LoRA", penalty=False, unused=("lamda_1", "lamda_2"))
+UPSTREAM = TextUpstream(
+    name="seqlora",
+    title="sequential LoRA",
+    tunings=("lora", "full"),
+    penalty=False,
+    unused=("lamda_1", "lamda_2"),
+)

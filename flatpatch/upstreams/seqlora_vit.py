@@ -27,6 +27,7 @@ UPSTREAM = SequentialLoRA(
     name="seqlora_vit",
     title="sequential LoRA on a ViT",
     seed=0,
+    tunings=("lora", "head", "full"),
     epochs=("epochs",),
     counts=("rank",),
     words={"optim": OPTIMIZERS},

@@ -56,5 +56,5 @@ def test_random_directions_of_radius_zero_are_the_plain_training_bit_for_bit(tmp
 
 
 def test_scope_of_weights_that_are_not_trained_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="scope=head: this model trains no such weights. It has: lora, A, B."):
+    with pytest.raises(UserError, match="scope=head: this model trains no such weights. It has: lora, A, B, all."):
         trained(tmp_path, kind="sam", scope="head")

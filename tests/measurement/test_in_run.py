@@ -205,7 +205,8 @@ def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     phi = 100 * (max(map(float, corners)) - result.loss) / (1 + result.loss)
     assert values["keskar_lower_bound"] == pytest.approx(phi, rel=1e-6)
     assert values["keskar_sharpness"] <= values["keskar_lower_bound"]
-    assert set(values) == set(files.VALUES)  # each is documented, and each was measured
+    two_times = {"distance_moved"}  # what takes two measuring times
+    assert set(values) == set(files.VALUES) - two_times  # each is documented, and each was measured
 
 
 @pytest.mark.parametrize(("kinds", "known"), [("trace", 0), ("eigenvalues,trace", 6)])
@@ -609,3 +610,42 @@ def test_values_of_a_single_task_stand_side_by_side_or_in_the_table_alone(whens:
     width, height = figure.get_size_inches()
     assert width < 6 and height < 3
     assert figure.get_suptitle() == "Flatness of LoRA factors A and B, task 2 amazon"
+
+
+def test_distance_moved_is_the_change_of_the_scopes_weights_since_before_the_task(tmp_path: Path) -> None:
+    """Of the factors the changes themselves; of W + s B A the change of s B A, with s of 0.5 and 2."""
+    model = flatness_lora.make_model()
+    batches = flatness_lora.make_problem(model).batches
+    measuring = measurer(tmp_path, ask("loss", "adapter,merged"))
+
+    def values(when: str, task_index: int) -> list[float | None]:
+        entries = measuring.at(
+            when,
+            task_index=task_index,
+            task="some",
+            model=model,
+            sample=Sample(batches, 10),
+            loss=supervised_loss(nn.functional.cross_entropy),
+        )
+        assert not files.failures(json.loads((tmp_path / entries[0]["file"]).read_text()))
+        return [entry["values"].get("distance_moved") for entry in entries]
+
+    def products() -> list[Tensor]:
+        pairs = flatness_lora.factors(model)
+        return [scale * (B @ A).detach() for scale, (A, B) in zip((0.5, 2.0), pairs, strict=True)]
+
+    assert values("before", 0) == [None, None]
+    before, changes = products(), []
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for factor in (factor for pair in flatness_lora.factors(model) for factor in pair):
+            change = torch.randn(factor.shape, generator=draw, dtype=torch.float64)
+            factor.add_(change)
+            changes.append(change.flatten())
+    moved = [(now - then).flatten() for now, then in zip(products(), before, strict=True)]
+    expected = [torch.cat(changes).norm().item(), torch.cat(moved).norm().item()]
+    assert values("after", 0) == pytest.approx(expected, rel=1e-6)  # the weights before are kept in float32
+    # Of another task nothing was measured before it.
+    assert values("after", 1) == [None, None]
+    assert values("before", 1) == [None, None]
+    assert values("after", 1) == [0.0, 0.0]

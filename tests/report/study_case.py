@@ -92,7 +92,8 @@ def study_run(folder: Path, sam: str, seed: int, gain: float) -> dict[str, Any]:
             path.write_text(json.dumps(content), encoding="utf-8")
             both = {**arrays(sharpness, centre), **arrays(1.5, centre, "as_recorded_")}
             np.savez(folder / name / entry["arrays"], **both)
-    write_run(folder / name, record)
+    if not (folder / name / "record.json").exists():
+        write_run(folder / name, record)
     return {"name": "arms", "folder": name, "settings": {"sam": sam}, "seed": seed, "status": "finished"}
 
 
@@ -151,7 +152,7 @@ def verdicts(runs: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
 
 
 def make_study(output: Path, name: str = "made-up", form: str = "quick", **changes: Any) -> Path:
-    """Write a study's runs and verdicts below a folder; return the verdicts' file."""
+    """Write a study's runs and verdicts below a folder; return the verdicts' file. Studies there share their runs."""
     runs = [study_run(output, sam, seed, 3.0 * (sam == "sam")) for sam in RADII for seed in (0, 1)]
     missing = {"name": "arms", "folder": "run-off-2", "settings": {"sam": "off"}, "seed": 2, "status": "missing"}
     path = output / "studies" / name / form / "verdicts.json"

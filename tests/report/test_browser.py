@@ -19,6 +19,8 @@ import pytest
 
 from flatpatch.report.groups import group_runs, read_run
 from flatpatch.report.page import make_page
+from flatpatch.report.study_page import write_study_page
+from tests.report.study_case import make_study
 from tests.report_page import make_four, seeded, write_run
 from tests.report_records import make_quick_record, make_steps
 
@@ -169,3 +171,24 @@ def test_the_browser_does_see_what_is_wrong(chromium: str, serve: tuple[Path, st
     assert seen["broken"] == 2
     assert "/missing.png 404" in seen["asked"]
     assert any("an error" in line for line in seen["console"])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> str:
+    figures = [{"kind": "forest"}, {"kind": "landscape", "panels": ["sam", "task"], "when": ["after"]}]
+    return write_study_page(make_study(tmp_path_factory.mktemp("study"), figures=figures)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_of_a_study_fits_the_window(
+    chromium: str, serve: tuple[Path, str, list[str]], study: str, width: int, tmp_path: Path
+) -> None:
+    seen = visit(chromium, serve, study, width, tmp_path / "profile")
+    assert seen["inner"] == width
+    assert seen["scroll"] <= width
+    assert seen["images"] == 3
+    assert seen["broken"] == seen["small"] == seen["leaving"] == 0
+    assert seen["unsaid"] == 0
+    assert seen["split"] == []
+    assert seen["console"] == []
+    assert seen["asked"] == ["/frame.html 200", "/page.html 200"]

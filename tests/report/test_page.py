@@ -51,6 +51,15 @@ def page(four):
     return read(four)
 
 
+def test_what_sam_changes_is_said_with_its_verdict(page):
+    """80 and 81 against 70 and 72: 10 and 9, mean 9.5, deviation sqrt(1/2); t(0.975, 1) = tan(0.475 pi) = 12.706."""
+    _, reader = page
+    text = " ".join(" ".join(reader.text).split())
+    half = math.tan(0.475 * math.pi) * math.sqrt(0.5) / math.sqrt(2)
+    assert f"average accuracy is higher: supported: +9.5 points (95 % interval +{9.5 - half:.4g} to" in text
+    assert "seed 2 of SAM off has no partner and is left out" in text
+
+
 def test_mean_and_standard_deviation_are_those_of_the_seeds(page):
     """70, 72, 77: mean 73, squared deviations 9 + 1 + 16 over n - 1 = 2, so sqrt(13) = 3.61."""
     _, reader = page

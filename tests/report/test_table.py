@@ -116,3 +116,17 @@ def test_unfinished_run_says_how_far_it_came():
 
 def test_text_is_plain_ascii():
     assert summary_table(make_quick_record()).isascii()
+
+
+def test_accuracy_before_training_is_the_first_row_and_metrics_of_every_task_are_shown_where_they_exist():
+    record = make_record(
+        ("a", "b"), accuracy_matrix=[[90.0, 40.0], [70.0, 80.0]], accuracy_before_training=[30.0, 35.5]
+    )
+    record["metrics"] |= {"transfer": 40.0, "average": 70.0, "last": 75.0}
+    text = lines(record)
+    first = next(number for number, line in enumerate(text) if line.startswith("0 before"))
+    assert text[first].split()[2:] == ["30.00", "35.50"]
+    assert text[first + 1].split() == ["1", "a", "90.00", "40.00"]
+    assert row(record, "transfer (tasks before they are learned)") == ["40.00"]
+    assert row(record, "average (all steps and all tasks)") == ["70.00"]
+    assert not any(line.startswith(("0 before", "transfer", "average (all")) for line in lines(make_record()))

@@ -508,3 +508,25 @@ def test_disk_that_fills_up_while_measuring_is_no_mistake_in_what_was_asked(tmp_
     with pytest.raises(DiskFull, match="What the record names is whole") as caught, verb._writing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.exit_code == 85
+
+
+@pytest.mark.slow
+def test_run_of_which_every_weight_was_trained_has_the_same_losses_inside_and_afterwards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "method=seqlora", "tuning=full", "tasks=dbpedia,amazon", "fraction=0.05", "sam=sam"]
+    words += ["upstream.num_train_epochs=1", f"output={tmp_path}", "run=whole"]
+    assert main([*words, "measure=loss", *SMALL]) == 0
+    folder = tmp_path / "whole"
+    assert main(["measure", f"run={folder}", "measure=loss", "measure_scope=trainable", "task=all", *SMALL]) == 0
+    entries = read_record(folder)["flatness"]
+    losses = {(entry["when"], entry["task_index"]): entry["loss"] for entry in entries}
+    for task in range(2):
+        assert losses["finished", task] == pytest.approx(losses["after", task], rel=1e-6)
+    capsys.readouterr()
+    assert main(["measure", f"run={folder}", "measure=loss", *SMALL]) == 2
+    assert "scope=adapter chooses no weight" in capsys.readouterr().err
+    file = folder / "work/logs_and_outputs/order_1/outputs/2-amazon/adapter/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert main(["measure", f"run={folder}", "measure=loss", "measure_scope=trainable", *SMALL]) == 2
+    assert "is not the file that the run left" in capsys.readouterr().err

@@ -7,11 +7,13 @@ choose from. Both engines read these files, so the checks run before either of t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import UserError
+from flatpatch.families.thinning import thinned
 
 NEXT_STEP = "Restore it from CL_Benchmark in the N-LoRA or O-LoRA repository, or name another data folder."
 
@@ -83,6 +85,30 @@ def read_split(data_dir: Path, task_type: str, dataset: str, split: str) -> list
                 f" ({', '.join(labels)}). Correct the label or add it to labels.json."
             )
     return instances
+
+
+def thin_benchmark(source: Path, folder: Path, datasets: Iterable[tuple[str, str]], fraction: float, seed: int) -> None:
+    """Write a benchmark with a share of each dataset's training instances; everything else stays as it is.
+
+    Args:
+        source: The whole benchmark's folder.
+        folder: Where to write; may be the same.
+        datasets: (task type, dataset) of each.
+        fraction: The share.
+        seed: Draws the instances; see `thinned`.
+    """
+    for task_type, dataset in datasets:
+        place, own = source / task_type / dataset, folder / task_type / dataset
+        own.mkdir(parents=True, exist_ok=True)
+        for file in sorted(place.glob("*.json")):
+            if place != own and file.name != "train.json":
+                shutil.copyfile(file, own / file.name)
+        if not (place / "train.json").exists():  # of a task that is only tested
+            continue
+        instances = read_split(source, task_type, dataset, "train")
+        kept = thinned([instance["label"] for instance in instances], fraction, seed)
+        text = json.dumps([instances[index] for index in kept], indent=1, ensure_ascii=False)
+        (own / "train.json").write_text(text, encoding="utf-8")
 
 
 def check_benchmark(data_dir: Path, splits: Iterable[tuple[str, str, str]]) -> None:

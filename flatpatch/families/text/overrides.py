@@ -96,6 +96,7 @@ RANGES: Mapping[str, Range] = {
     "max_steps": Range(-1),
 }
 _WORDS = {"instruction_strategy": ("single", "multiple")}  # texts of which upstream's code takes these alone
+_OF_REFERENCE = {"optim": ("adamw_hf", "sgd")}  # texts of which the reference engine takes these alone
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def upstream_kinds(entry: Path) -> dict[str, Kind]:
 def reference_kinds() -> dict[str, Kind]:
     """Return the arguments that reach the reference engine; read from its file, as loading it takes seconds."""
     file = Path(__file__).parent / "reference" / "task.py"
-    return {name: Kind(_NUMBERS[text]) for name, text in _declared(file).items() if text in ("int", "float")}
+    numbers = {name: Kind(_NUMBERS[text]) for name, text in _declared(file).items() if text in ("int", "float")}
+    return numbers | {name: Kind(str, words) for name, words in _OF_REFERENCE.items()}
 
 
 def _declared(file: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, PORT, Deviation, Machine, Plan, Stage
 from flatpatch.families.text import overrides, quick, small
 from flatpatch.families.text.changes import Datasets, Editor, dataset_of
-from flatpatch.families.text.data import check_benchmark
+from flatpatch.families.text.data import check_benchmark, thin_benchmark
 from flatpatch.families.text.launching import choose_launcher, choose_world_size, settle
 from flatpatch.families.text.models import lacks
 from flatpatch.families.text.results import RESULT_FILE
@@ -29,7 +29,9 @@ from flatpatch.settings import MINIATURES, Request, in_name
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 QUICK_DATA = "quick_benchmark"
+THINNED_DATA = "thinned_benchmark"
 BENCHMARK = "CL_Benchmark"
+RANKS = ("lora_r", "lora_dim")  # what the reference engine and upstream's code call LoRA's rank
 RECORDED_MICRO_BATCHES = 4
 # What the processes of a run make in the work folder, where upstream's tree has folders of the same names.
 OWN_FOLDERS = ("logs_and_outputs", "logs_and_outputs_llama", "initial_model")
@@ -55,8 +57,16 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         why = f"setting seed=; upstream's scripts pass none, which means {upstream.seed}"
         editor.set("seed", str(settings.seed), why)
     links = {f"initial_model/{chosen.name}": chosen.model} if chosen else _find_places(draft, editor)
+    folder = editor.current[0].get("data_dir")
+    made: dict[str, Callable[[Path], None]] = {}
+    if draft.is_quick and BENCHMARK not in links:
+        made = {QUICK_DATA: quick.write_benchmark}
+    if settings.fraction < 1 and chosen is None:
+        made = _thin(draft, editor, links, evaluates)
+    off_protocol |= settings.fraction < 1
     off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     off_protocol |= _override(upstream, draft, editor, originals[0])
+    _check_rank(draft, links)
     off_protocol |= _lengthen(settings.budget, editor)
     texts = small.texts_of(chosen, draft, editor) if chosen is not None else {}
 
@@ -79,14 +89,15 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
         own_folders=OWN_FOLDERS,
         files=(_written_configs(evaluates) if settings.tasks or draft.engine == "reference" else {})
         | {f"{small.DATA}/{name}": text for name, text in texts.items()},
-        made={QUICK_DATA: quick.write_benchmark} if draft.is_quick and BENCHMARK not in links else {},
+        made=made,
         inputs=dict(sorted(links.items())) | ({small.DATA: small.hash_of(texts)} if texts else {}),
         off_protocol=off_protocol,
+        bytes_needed=BYTES_NEEDED + (len(editor.names) * _bytes_of(links) if settings.tuning == "full" else 0),
     )
-    problems = _data_problems(plan, editor.current[0].get("data_dir"), evaluates)
+    problems = _data_problems(plan, folder, evaluates)
     if dry_run:
         return replace(plan, lacks=(*plan.lacks, *problems))
-    if problems := [*problems, *folder_problems(plan.folder, BYTES_NEEDED)]:
+    if problems := [*problems, *folder_problems(plan.folder, plan.bytes_needed)]:
         raise UserError.collect(problems)
     return plan
 
@@ -172,6 +183,27 @@ def _override(upstream: TextUpstream, draft: choices.Draft, editor: Editor, invo
     return bool(draft.request.overrides)
 
 
+def _check_rank(draft: choices.Draft, links: Mapping[str, Path]) -> None:
+    """Refuse a rank that is larger than the matrices it is to change.
+
+    Raises:
+        UserError: If it is.
+    """
+    models = [target for name, target in links.items() if name.startswith("initial_model/")]
+    given = {name: int(draft.request.overrides[name]) for name in RANKS if name in draft.request.overrides}
+    if not given or not (models[0] / "config.json").is_file():
+        return
+    config = json.loads((models[0] / "config.json").read_text(encoding="utf-8"))
+    width = config.get("d_model") or config.get("hidden_size")
+    inner = config.get("num_heads", 1) * config.get("d_kv", width) if "d_kv" in config else width
+    for name, rank in given.items():
+        if width and rank > min(width, inner):
+            raise UserError(
+                f"upstream.{name}={rank} is more than the width of the matrices that LoRA changes in {models[0].name} "
+                f"(expected at most {min(width, inner)})."
+            )
+
+
 def _lengthen(budget: int, editor: Editor) -> bool:
     """Train every task as many times as long; tell whether that changed anything."""
     if budget == 1:
@@ -251,7 +283,8 @@ def _read_invocations(draft: choices.Draft, upstream: TextUpstream, chosen: smal
     if draft.engine == "upstream":
         assert verified is not None
         return parse_script(verified.checkout / upstream.scripts[order])
-    tasks, preset = STANDARD_ORDERS[order], {**quick.PRESET, **upstream.quick}
+    tasks, tuning = STANDARD_ORDERS[order], draft.request.settings.tuning
+    preset: dict[str, int | float] = {**quick.PRESET, **upstream.quick}
     first, data = f"initial_model/{quick.MODEL_FOLDER.name}", QUICK_DATA
     if chosen is not None:
         tasks, preset = tuple(task.dataset for task in chosen.tasks), {**chosen.preset, **upstream.quick}
@@ -266,6 +299,7 @@ def _read_invocations(draft: choices.Draft, upstream: TextUpstream, chosen: smal
             "data_dir": data,
             "task_config_dir": f"task_configs/{name}",
             "output_dir": f"{outputs}/{index + 1}-{name}",
+            **({} if tuning == "lora" else {"tuning": tuning}),
             **{key: str(value) for key, value in preset.items()},
         }
         invocations.append(Invocation((), (), "reference", tuple(arguments.items())))
@@ -337,6 +371,33 @@ def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
     return links
 
 
+def _thin(
+    draft: choices.Draft, editor: Editor, links: Mapping[str, Path], evaluates: Sequence[Datasets]
+) -> dict[str, Callable[[Path], None]]:
+    """Let the run read a benchmark with a part of the training examples; return what makes it."""
+    settings = draft.request.settings
+    source = links.get(BENCHMARK)
+    if source is None and draft.verified is not None and not draft.is_quick:
+        source = draft.verified.checkout / editor.current[0].get("data_dir")
+    pairs = sorted({pair for seen in evaluates for pair in seen})
+    why = f"setting fraction=: drawn by seed {settings.seed}, the labels in their proportions"
+    editor.set("data_dir", THINNED_DATA, why)
+    editor.note("training examples of each task", "all", f"a share of {settings.fraction:g}", why)
+
+    def fill(folder: Path) -> None:
+        if source is None:
+            quick.write_benchmark(folder)
+        thin_benchmark(source or folder, folder, pairs, settings.fraction, settings.seed)
+
+    return {THINNED_DATA: fill}
+
+
+def _bytes_of(links: Mapping[str, Path]) -> int:
+    """Return how large the model's files are, all of which may be saved again after a task."""
+    models = [target for name, target in links.items() if name.startswith("initial_model/")]
+    return sum(file.stat().st_size for model in models for file in model.glob("*") if file.is_file())
+
+
 def _check_overrides(
     request: Request,
     upstream: TextUpstream,
@@ -391,7 +452,9 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
             "sync",
             "ascent_loss",
             "adapters",
+            "tuning",
             "budget",
+            "fraction",
             "tasks",
             "processes",
             "device",

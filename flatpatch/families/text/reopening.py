@@ -22,7 +22,7 @@ from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample, draw_sample
 from flatpatch.families.text import reference
 from flatpatch.families.text.models import is_encoder
-from flatpatch.families.text.reference import adapters, classifier
+from flatpatch.families.text.reference import adapters, classifier, whole
 from flatpatch.families.text.reference.adapters import Pair
 from flatpatch.families.text.reference.classifier import Classifier, load_heads
 from flatpatch.families.text.reference.data import load_examples
@@ -120,15 +120,21 @@ def _arguments(folder: Path, task: str, index: int) -> dict[str, str]:
         ) from None
 
 
+def _saved_folder(run: TextRun, index: int) -> Path:
+    """Return the folder of what was saved after a task, with its files checked."""
+    folder = run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
+    for path in sorted(folder.glob("*")):
+        run.check_file(_process(index, run.record["tasks"][index]), path)
+    return folder
+
+
 def load_adapter(run: TextRun, index: int) -> SavedAdapter:
     """Read the adapter that was saved after a task.
 
     Raises:
         UserError: If it is missing, damaged, or of other ranks than the run's.
     """
-    folder = _adapter_folder(run, index)
-    for path in sorted(folder.glob("*")):
-        run.check_file(_process(index, run.record["tasks"][index]), path)
+    folder = _saved_folder(run, index)
     if run.record["engine"] == "reference":
         saved = adapters.load(folder)
         return SavedAdapter(saved.pairs, int(saved.made["lora_r"]), int(saved.made["lora_alpha"]))
@@ -156,7 +162,7 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
         run: The run.
         index: The task.
         joined: False: the newest task's factors vary and the earlier ones are frozen, as when it was trained. True:
-            the factors of all tasks vary, as one pair of matrices per layer.
+            the factors of all tasks vary, as one pair of matrices per layer. Where every weight was trained, all vary.
 
     Returns:
         The model on the CPU, or on a GPU where there is one.
@@ -166,6 +172,17 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
     """
     from transformers import AutoModelForSeq2SeqLM
 
+    base, folder = _base_model(run), _saved_folder(run, index)
+    model: reference.Model = (
+        classifier.load(base, load_heads(folder), run.record["tasks"][index])
+        if is_encoder(base)
+        else AutoModelForSeq2SeqLM.from_pretrained(base)
+    )
+    if run.arguments[index].get("tuning") == "full":
+        if not isinstance(model, Classifier):
+            model.resize_token_embeddings(len(_tokenizer(run)))
+        whole.load(folder, reference.body_of(model))
+        return run.ready(index, reference.let_learn(model))
     saved = load_adapter(run, index)
     keeps_old = reference.METHODS[run.record["method"]].keeps_old
     earlier = 0 if joined else saved.total_rank - saved.rank
@@ -174,12 +191,6 @@ def rebuild(run: TextRun, index: int, *, joined: bool = False) -> nn.Module:
             f"{run.name}: the adapter after task {index + 1} has rank {saved.total_rank} in all, and {saved.rank} a "
             "task: it is not that task's."
         )
-    base, task = _base_model(run), run.record["tasks"][index]
-    model: reference.Model = (
-        classifier.load(base, load_heads(_adapter_folder(run, index)), task)
-        if is_encoder(base)
-        else AutoModelForSeq2SeqLM.from_pretrained(base)
-    )
     old = {key: Pair(pair.A[:earlier], pair.B[:, :earlier]) for key, pair in saved.pairs.items()} if earlier else None
     new = {key: Pair(pair.A[earlier:], pair.B[:, earlier:]) for key, pair in saved.pairs.items()}
     rank = saved.total_rank - earlier
@@ -222,10 +233,6 @@ def draw_task_sample(run: TextRun, index: int, request: Request) -> Sample:
     target = int(arguments.get("max_target_length", "50"))
     collate = reference.collate_for(base, _tokenizer(run), data, tasks, source, target)
     return draw_sample(examples, collate, samples=request.samples, batch=request.batch)
-
-
-def _adapter_folder(run: TextRun, index: int) -> Path:
-    return run.folder / "work" / run.arguments[index]["output_dir"] / "adapter"
 
 
 def _base_model(run: TextRun) -> Path:

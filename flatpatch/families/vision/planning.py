@@ -33,7 +33,7 @@ from flatpatch.families.vision.keeping import kept_file
 from flatpatch.families.vision.results import CONFIG, LOGS, MODELS, PROCESS, QUICK_DATASET, RESULTS
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.files import ROOT, file_hash, folder_problems
-from flatpatch.settings import Request, as_default, in_name
+from flatpatch.settings import DEFAULTS, Request, as_default, in_name, shown
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 QUICK_CLASS = "flatpatch.families.vision.quick:QuickImages"
@@ -56,7 +56,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     dataset = None if is_quick else _dataset(upstream, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
     off_protocol |= _override(upstream, draft, editor, file, classes)
-    off_protocol |= _lengthen(upstream, draft, editor)
+    off_protocol |= _lengthen(upstream, draft, editor) or settings.fraction < 1
     model = quick.MODEL if is_quick else {"embed_dim": 768, "depth": 12}
     ranges = task_classes(editor.current, classes, upstream, width=int(model["embed_dim"]), blocks=int(model["depth"]))
 
@@ -72,9 +72,17 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
             off_protocol = True
     _note_what_is_here(upstream, draft, editor, inputs, root)
 
-    folder = _run_folder(draft)
     names = tuple(f"{first}-{last}" for first, last in ranges)
-    own = {"method": settings.method} if draft.engine == "reference" else {}
+    names = _first_tasks(draft, editor, names)
+    folder = _run_folder(draft)
+    settings = draft.request.settings
+    if settings.fraction < 1:
+        why = f"setting fraction=: drawn by seed {settings.seed}, the classes in their proportions"
+        editor.note("training examples of each task", "all", f"a share of {settings.fraction:g}", why)
+    own: dict[str, Any] = {}
+    if draft.engine == "reference":
+        own = {"method": settings.method, "tuning": settings.tuning, "fraction": settings.fraction}
+        own |= {"tasks": len(names)} if settings.tasks else {}
     benchmark = _benchmark_name(upstream, draft)
     shuffled = " in shuffled order" if editor.current.get("shuffle") else ""
     saves = len(ranges) if upstream.saves_models and not is_quick else 0
@@ -85,7 +93,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
         folder=folder,
         tasks=names,
         stages=(_stage(upstream, draft, folder, names, root, weights),),
-        sequence=f"{benchmark}: {len(ranges)} tasks, classes {' '.join(names[:2])} ...{shuffled}",
+        sequence=f"{benchmark}: {len(names)} tasks, classes {' '.join(names[:2])} ...{shuffled}",
         benchmark=benchmark,
         deviations=(*editor.deviations(), *_library_deviations(upstream, verified))
         if verified
@@ -97,7 +105,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
         files={CONFIG: json.dumps({**editor.current, **own}, indent=4) + "\n"},
         inputs=inputs,
         recipe=_recipe(upstream, editor, str(file) if verified and file else "", is_quick),
-        off_protocol=off_protocol,
+        off_protocol=off_protocol or bool(settings.tasks),
         bytes_needed=BYTES_NEEDED + saves * BYTES_OF_A_MODEL,
         trained_by=(str(editor.current["model_name"]).lower(),) if verified else (),
         perturbed_losses=() if settings.sam_on == "both" else (settings.sam_on,),
@@ -155,6 +163,26 @@ def _override(
     idle = [key for key in overrides if key in before and editor.current[key] == before[key]]
     draft.request = choices.without_idle(draft.request, idle, draft.notes)
     return bool(draft.request.overrides)
+
+
+def _first_tasks(draft: choices.Draft, editor: ConfigEditor, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the tasks to learn, all or so many of the first as ``tasks=`` says.
+
+    Raises:
+        UserError: If that is not a number of them.
+    """
+    asked, most = draft.request.settings.tasks, len(names)
+    if not asked:
+        return names
+    if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked) <= most):
+        raise UserError(f"tasks={asked}: expected how many of the first to learn, from 1 to {most}, e.g. tasks=1.")
+    # The same number in other digits makes no other run, and all of them are what leaving it out means.
+    settings = dataclasses.replace(draft.request.settings, tasks=str(int(asked)))
+    draft.request = as_default(dataclasses.replace(draft.request, settings=settings), "tasks", str(most))
+    kept = names[: int(asked)]
+    if len(kept) < most:
+        editor.note("tasks", ", ".join(names), ", ".join(kept), "setting tasks=")
+    return kept
 
 
 def _lengthen(upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEditor) -> bool:
@@ -236,6 +264,14 @@ def _stage(
 def _checked(upstream: VisionUpstream, draft: choices.Draft) -> Request:
     """Refuse what profile or engine cannot do; return the request with what names a default left out."""
     request, settings = draft.request, draft.request.settings
+    if draft.engine != "reference" and (
+        given := [key for key in ("tasks", "fraction") if getattr(settings, key) != DEFAULTS[key]]
+    ):
+        raise UserError(
+            f"{', '.join(f'{key}={shown(getattr(settings, key))}' for key in given)}: the authors' code learns every "
+            "task of a configuration from all its images. Leave it out, or use engine=reference where the method has "
+            "it."
+        )
     if draft.is_quick and (given := [key for key in ("benchmark", "data", "model") if getattr(settings, key)]):
         raise UserError(
             f"{', '.join(f'{key}=' for key in given)} has no meaning in profile quick ({draft.profile_reason}), which "
@@ -359,7 +395,7 @@ def _run_folder(draft: choices.Draft) -> Path:
         parts.append(settings.sam)
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        keys = ("eta", "scope", "sam_on", "budget", "device", "threads")
+        keys = ("eta", "scope", "sam_on", "tuning", "budget", "fraction", "tasks", "device", "threads")
         parts += [f"{key}{value}" for key, value in in_name(settings, keys).items()]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]

@@ -35,8 +35,8 @@ from flatpatch.families.sample import Sample, images_sample_of
 from flatpatch.families.vision.hook import classification_loss
 from flatpatch.families.vision.keeping import failure_of, kept_file
 from flatpatch.families.vision.measuring import IMAGE_LOSS
+from flatpatch.families.vision.reference import ImageTask, tasks_of
 from flatpatch.families.vision.reference.checkpoints import checkpoint_file, restore
-from flatpatch.families.vision.reference.images import ImageTask, load_tasks
 from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.families.vision.results import CONFIG, LOGS, MODELS, PROCESS
 from flatpatch.families.vision.upstream import VisionUpstream
@@ -48,7 +48,7 @@ from flatpatch.measuring import Request
 
 TRAINING_KEYS = frozenset(
     ("prefix", "seed", "device", "data_path", "num_workers", "tasks")  # tasks: as the numbers of classes say
-    + ("epochs", "init_epoch", "batch_size", "lrate", "lrate_decay", "weight_decay")
+    + ("fraction", "epochs", "init_epoch", "batch_size", "lrate", "lrate_decay", "weight_decay")
     + ("init_lr", "init_lr_decay", "init_weight_decay", "init_milestones", "milestones")
 )
 """Keys of a configuration in which runs may differ between whose models lies a line, beside those that a row names."""
@@ -210,13 +210,7 @@ class ImageRun(FinishedRun):
 
     @functools.cached_property
     def _tasks(self) -> tuple[ImageTask, ...]:
-        reference = self._reference
-        return load_tasks(
-            reference.dataset({}),
-            init_cls=reference.init_cls,
-            increment=reference.increment,
-            shuffle_seed=reference.seed if reference.shuffle else None,
-        )
+        return tasks_of(self._reference)
 
     @functools.cached_property
     def _tree(self) -> Path:

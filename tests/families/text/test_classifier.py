@@ -48,10 +48,7 @@ def losses_of(task: Any, **options: Any) -> list[float]:
 def learned(folder: Path) -> dict[str, Tensor]:
     pairs = adapters.load(folder / "adapter").pairs
     factors = {f"{key}.{part}": value for key, pair in pairs.items() for part, value in pair._asdict().items()}
-    heads = classifier.load_heads(folder / "adapter")
-    return factors | {
-        f"{name}.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()
-    }
+    return factors | nn.ModuleDict(classifier.load_heads(folder / "adapter")).state_dict()
 
 
 def test_loss_is_the_mean_over_the_texts_of_log_sum_exp_minus_the_right_logit(model: Path, data: Path) -> None:
@@ -93,6 +90,25 @@ def test_adapters_and_the_tasks_own_head_learn_and_nothing_else(model: Path, dat
     assert changed == trainable
     assert {name for name in trainable if ".lora_" not in name} == {"heads.moods.weight", "heads.moods.bias"}
     assert len(trainable) == 2 + 2 * 2 * 2  # two layers, query and value, two factors
+
+
+def test_every_weight_but_the_other_heads_learns_where_all_are_trained(model: Path, data: Path, tmp_path: Path) -> None:
+    how = {"method": "seqlora", "tuning": "full", "learning_rate": 1e-3}
+    run_task(make_task(model, data, tmp_path / "1", **how))
+    first = tmp_path / "1" / "adapter"
+    task = make_task(model, data, tmp_path / "2", 1, **how, previous=first)
+    made, tokenizer = prepare(task)
+    assert isinstance(made, Classifier)
+    plain = classifier.load(model, {}, "moods").state_dict()
+    trained = {name: value.detach().clone() for name, value in made.named_parameters()}
+    assert any(not torch.equal(trained[name], value) for name, value in plain.items() if name in trained)
+    learn(made, tokenizer, task)
+    changed = {name for name, value in made.named_parameters() if not torch.equal(value, trained[name])}
+    frozen = {"heads.topics.weight", "heads.topics.bias"}
+    assert {name for name, value in made.named_parameters() if not value.requires_grad} == frozen
+    assert changed and not changed & frozen
+    run_task(task)
+    assert {path.name for path in (tmp_path / "2" / "adapter").iterdir()} == {"heads.safetensors", "model.safetensors"}
 
 
 def test_biases_of_query_and_value_are_kept(model: Path, data: Path) -> None:
@@ -192,7 +208,7 @@ def test_missing_or_torn_heads_are_named(model: Path, data: Path, tmp_path: Path
         run_task(task)
 
 
-def test_saved_heads_are_read_back_in_their_order(tmp_path: Path, model: Path) -> None:
+def test_saved_heads_are_read_back(tmp_path: Path, model: Path) -> None:
     heads = {"SST-2": nn.Linear(32, 2), "amazon": nn.Linear(32, 5)}
     classifier.save_heads(tmp_path, classifier.load(model, heads, "SST-2"))
     found = classifier.load_heads(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.families.base import Plan, Stage
 from flatpatch.families.choices import visible_devices
+from flatpatch.families.text import quick
+from flatpatch.families.text.data import read_split
 from flatpatch.runner.execute import prepare_work
 from flatpatch.runner.record import compared_settings, environment
 from flatpatch.runner.resolve import headline, make_plan, parse, render
@@ -471,6 +474,73 @@ def test_budget_of_the_reference_engine_is_recorded_and_in_the_runs_name() -> No
     assert "off-protocol" in plan.labels
     plain = make_plan(parse(["method=seqlora"]), dry_run=True)
     assert "budget" not in plain.folder.name and "off-protocol" not in plain.labels
+
+
+def test_full_tuning_reaches_the_reference_engine_and_is_in_the_runs_name() -> None:
+    plan = make_plan(parse(["method=seqlora", "tuning=full"]), dry_run=True)
+    assert {given(stage)["--tuning"] for stage in plan.stages} == {"full"}
+    assert "-tuningfull-" in plan.folder.name
+    model = next(iter(plan.links.values()))
+    weights = next(model.glob("*.safetensors")).stat().st_size
+    plain = make_plan(parse(["method=seqlora"]), dry_run=True)
+    assert plan.bytes_needed >= plain.bytes_needed + 4 * weights
+    assert all("--tuning" not in given(stage) for stage in plain.stages)
+
+
+@pytest.mark.parametrize("method", ["seqlora", "nlora"])
+@pytest.mark.parametrize("own", [False, True])
+def test_share_of_the_training_examples_is_made_for_the_run(method: str, own: bool, tmp_path: Path) -> None:
+    """Both engines read the same benchmark, in which the training files alone are shorter."""
+    whole = tmp_path / "whole"
+    quick.write_benchmark(whole)
+    words = [f"method={method}", "profile=quick", "fraction=0.1", "seed=7", f"output={tmp_path}"]
+    plan = make_plan(parse([*words, *([f"data={whole}"] if own else [])]), dry_run=True)
+    assert {given(stage)["--data_dir"] for stage in plan.stages} == {"thinned_benchmark"}
+    assert "off-protocol" in plan.labels and "-fraction0.1-" in plan.folder.name
+    (told,) = (d for d in plan.deviations if d.what == "training examples of each task")
+    assert (told.here, told.why) == (
+        "a share of 0.1",
+        "setting fraction=: drawn by seed 7, the labels in their proportions",
+    )
+    folder = tmp_path / "made"
+    folder.mkdir()
+    plan.made["thinned_benchmark"](folder)
+    for kind, name in (("TC", "dbpedia"), ("SC", "amazon"), ("TC", "yahoo"), ("TC", "agnews")):
+        for split in ("dev", "test", "labels"):
+            file = Path(kind) / name / f"{split}.json"
+            assert (folder / file).read_bytes() == (whole / file).read_bytes()
+        every, kept = (read_split(place, kind, name, "train") for place in (whole, folder))
+        assert len(kept) == round(0.1 * len(every))
+        assert [row for row in every if row in kept] == kept  # in the file's order
+        counts = Counter(row["label"] for row in kept)
+        assert max(counts.values()) - min(counts.values()) <= 1  # the benchmark's labels are balanced
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"), [("reference", "lora_r"), pytest.param("upstream", "lora_dim", marks=pytest.mark.third_party)]
+)
+def test_rank_beyond_the_width_is_one_message(engine: str, name: str, upstream: Callable[[str], Path]) -> None:
+    if engine == "upstream":
+        upstream("N-LoRA")
+    words = ["method=nlora", "profile=quick", f"engine={engine}"]
+    config = json.loads((quick.MODEL_FOLDER / "config.json").read_text())
+    width = min(config["d_model"], config["num_heads"] * config["d_kv"])
+    for rank in (1, 2, 4, 8, 16, 32, width):
+        make_plan(parse([*words, f"upstream.{name}={rank}"]), dry_run=True)
+    told = rf"^upstream.{name}={width + 1} is more than the width .* \(expected at most {width}\)"
+    with pytest.raises(UserError, match=told):
+        make_plan(parse([*words, f"upstream.{name}={width + 1}"]), dry_run=True)
+    for rank in (0, -1):
+        with pytest.raises(UserError, match=rf"upstream.{name}='{rank}' is out of range \(expected at least 1"):
+            make_plan(parse([*words, f"upstream.{name}={rank}"]), dry_run=True)
+
+
+def test_optimizer_of_the_reference_engine_is_one_of_two() -> None:
+    words = ["method=seqlora"]
+    plan = make_plan(parse([*words, "upstream.optim=sgd"]), dry_run=True)
+    assert {given(stage)["--optim"] for stage in plan.stages} == {"sgd"}
+    with pytest.raises(UserError, match="upstream.optim='adamw' is unknown. Did you mean 'adamw_hf'"):
+        make_plan(parse([*words, "upstream.optim=adamw"]), dry_run=True)
 
 
 def test_recorded_step_splits_the_batches_in_four_and_says_that_it_is_not_sam() -> None:

@@ -18,11 +18,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.text.data import check_benchmark
-from flatpatch.families.text.reference import METHODS, ReferenceTask, adapters, learn, prepare, run_task
+from flatpatch.families.text.reference import METHODS, ReferenceTask, adapters, learn, prepare, run_task, whole
 from flatpatch.families.text.reference.adapters import LayerMatrices
 from flatpatch.families.text.reference.data import Example, load_examples, make_collate, read_instructions
 from flatpatch.families.text.reference.evaluate import exact_match, normalise, predict
@@ -576,3 +577,96 @@ def test_an_adapter_of_other_settings_or_another_model_is_refused(model: Path, d
     other = make_model(tmp_path / "other-t5", d_kv=4)
     with pytest.raises(UserError, match="is of another model than .*other-t5"):
         run_task(dataclasses.replace(second, model=other))
+
+
+# Every weight trained, other optimizers, other ranks
+
+
+def whole_weights(task: ReferenceTask) -> dict[str, Tensor]:
+    return load_file(task.output_dir / "adapter" / whole.FILE_NAME)
+
+
+def test_full_tuning_moves_every_weight_and_begins_with_loras_loss(model: Path, data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"method": "seqlora", "lora_dropout": 0.0}
+    full = make_task(model, data, tmp_path / "full", tuning="full", **changes)
+    started, _ = prepare(full)
+    before = {name: weight.detach().clone() for name, weight in started.named_parameters()}
+    assert all(weight.requires_grad for weight in started.parameters())
+    assert not adapters.layer_matrices(started)
+    losses = losses_of(full)
+    after = whole_weights(full)
+    assert before.keys() == after.keys()
+    # Buckets of relative positions that no text is long enough for have no gradient.
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == []
+    lora = losses_of(make_task(model, data, tmp_path / "lora", **changes))
+    assert losses[0] == lora[0]  # fresh adapters change nothing; the batches and dropout masks are the same
+    assert losses[1] != lora[1]
+
+
+def test_first_full_sgd_step_is_the_gradient_of_the_mean_loss(data: Path, tmp_path: Path) -> None:
+    still = make_model(tmp_path / "t5", dropout=0.0)
+    task = make_task(
+        *(still, data, tmp_path / "out"),
+        **{"method": "seqlora", "tuning": "full", "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0},
+        **{"per_device_train_batch_size": 22},
+    )
+    started, tokenizer = prepare(task)
+    batch = make_collate(tokenizer, task.max_source_length, task.max_target_length)(
+        load_examples(data, [TASKS[0]], "train")
+    )
+    expected = {name: weight.detach().clone() for name, weight in started.named_parameters()}
+    started(**batch).loss.backward()
+    for name, weight in started.named_parameters():
+        expected[name] -= 0.3 * weight.grad
+    assert len(losses_of(task)) == 1
+    for name, value in whole_weights(task).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_full_tuning_goes_on_where_it_left_and_repeats(model: Path, data: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        first = make_task(model, data, tmp_path / name / "1", method="seqlora", tuning="full")
+        second = make_task(
+            *(model, data, tmp_path / name / "2", 1),
+            **{"method": "seqlora", "tuning": "full", "previous": tmp_path / name / "1" / "adapter"},
+        )
+        losses = losses_of(first)
+        resumed, _ = prepare(second)
+        assert_same({name: weight.detach() for name, weight in resumed.named_parameters()}, whole_weights(first))
+        found.append((losses, losses_of(second), whole_weights(second)))
+    assert found[0][:2] == found[1][:2]
+    assert_same(found[0][2], found[1][2])
+
+
+def test_whole_model_that_is_missing_or_of_another_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    full = {"method": "seqlora", "tuning": "full"}
+    second = make_task(model, data, tmp_path / "2", 1, previous=tmp_path / "1" / "adapter", **full)
+    with pytest.raises(UserError, match="no weights of an earlier task at .*Run that task again"):
+        run_task(second)
+    run_task(make_task(model, data, tmp_path / "1", **full))
+    other = make_model(tmp_path / "other-t5", d_kv=4)
+    with pytest.raises(UserError, match="model.safetensors is of another model: .* the first "):
+        run_task(dataclasses.replace(second, model=other))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32])
+def test_adapters_of_every_rank_train(rank: int, model: Path, data: Path, tmp_path: Path) -> None:
+    task = make_task(model, data, tmp_path, method="seqlora", lora_r=rank, max_train_samples=4, max_predict_samples=1)
+    assert len(losses_of(task)) == 1
+    assert all(value.shape[0 if name.endswith(".A") else 1] == rank for name, value in saved(task).items())
+    assert any(value.any() for name, value in saved(task).items() if name.endswith(".B"))
+
+
+def test_sgd_takes_plain_steps_along_the_gradient(data: Path, tmp_path: Path) -> None:
+    """A first step of size lr * g in B; A stays, whose gradient is zero while B is."""
+    still = make_model(tmp_path / "t5", dropout=0.0)
+    base = {"method": "seqlora", "lora_dropout": 0.0, "max_grad_norm": 0.0, "per_device_train_batch_size": 22}
+    moved = []
+    for name, rate in (("one", 0.1), ("two", 0.2)):
+        task = make_task(still, data, tmp_path / name, optim="sgd", learning_rate=rate, **base)
+        run_task(task)
+        moved.append(saved(task))
+    for name in moved[0]:
+        torch.testing.assert_close(moved[1][name], moved[0][name] * (2 if name.endswith(".B") else 1))

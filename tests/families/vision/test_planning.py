@@ -18,6 +18,7 @@ from flatpatch.families.base import Plan
 from flatpatch.families.vision import quick as quick_vision
 from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
 from flatpatch.families.vision.logs import LoggedRun
+from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.families.vision.results import CONFIG, _check_curve
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.runner.record import environment
@@ -360,3 +361,42 @@ def test_budget_of_the_reference_engine_is_recorded_and_in_the_runs_name() -> No
     assert [(d.what, d.upstream, d.here) for d in plan.deviations] == [("budget", "1", "2")]
     assert "-budget2-" in plan.folder.name
     assert "off-protocol" in plan.labels
+
+
+def test_what_is_trained_of_which_images_reaches_the_reference_engine() -> None:
+    plan = plan_of("method=seqlora_vit", "tuning=full", "fraction=0.5", "tasks=1")
+    config = written_config(plan)
+    assert (config["tuning"], config["fraction"], config["tasks"]) == ("full", 0.5, 1)
+    assert plan.tasks == ("0-3",)
+    assert "-tuningfull-fraction0.5-tasks1-" in plan.folder.name
+    assert {d.what for d in plan.deviations} == {"tasks", "training examples of each task"}
+    assert "off-protocol" in plan.labels
+    reference = read_reference(config, dict(plan.stages[0].contract["vision"]))
+    assert (reference.tuning, reference.fraction, reference.tasks) == ("full", 0.5, 1)
+
+
+def test_all_tasks_by_their_number_are_no_other_run() -> None:
+    plain, numbered = plan_of("method=seqlora_vit"), plan_of("method=seqlora_vit", "tasks=05")
+    assert plain.folder == numbered.folder and plain.tasks == numbered.tasks and plain.files == numbered.files
+    assert plain.labels == numbered.labels
+
+
+@pytest.mark.parametrize("tasks", ["0", "6", "0-3", "1,2", "-1", "1.5"])
+def test_number_of_tasks_that_cannot_be_is_refused(tasks: str) -> None:
+    with pytest.raises(UserError, match=rf"^tasks={tasks}: expected how many of the first to learn, from 1 to 5"):
+        plan_of("method=seqlora_vit", f"tasks={tasks}")
+
+
+@pytest.mark.parametrize("rank", ["0", "-1", "65"])
+def test_rank_that_cannot_be_is_one_message(rank: str) -> None:
+    with pytest.raises(UserError, match=rf"^upstream.rank={rank} is ") as caught:
+        plan_of("method=seqlora_vit", f"upstream.rank={rank}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("method", ["inflora", "cllora", "sdlora"])
+def test_authors_code_learns_every_task_from_all_its_images(method: str, upstream: Callable[[str], Path]) -> None:
+    upstream(str(ROWS[method].repository))
+    with pytest.raises(UserError, match="^tasks=1, fraction=0.5: the authors' code learns every task"):
+        plan_of(f"method={method}", "profile=quick", "engine=upstream", "tasks=1", "fraction=0.5")

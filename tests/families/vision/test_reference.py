@@ -7,8 +7,10 @@ test_reference_vision_upstream.py the authors' own code.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -510,3 +512,88 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(reference, model)
     assert not differing(weights_of(vision.restore(reference, 0)), weights_of(model))
+
+
+# What is trained, of how many tasks and images
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("tuned")
+    return {
+        tuning: do_run(make_reference(folder / tuning, method="seqlora", tuning=tuning, epochs=1, tasks=2))
+        for tuning in ("lora", "head", "full")
+    }
+
+
+@pytest.mark.parametrize("tuning", ["head", "full"])
+def test_tuning_moves_what_it_names_and_the_tasks_classifier(tuning: str, tuned: dict[str, Run]) -> None:
+    for task, (before, state) in enumerate(zip(tuned[tuning].before, tuned[tuning].after, strict=True)):
+        assert not state.model.layers
+        moved = differing(weights_of(before), weights_of(state.model))
+        trained = {name for name, weight in state.model.named_parameters() if weight.requires_grad}
+        body = {name for name in weights_of(before) if name.startswith("vit.")} if tuning == "full" else set()
+        assert moved == trained == body | {f"heads.{task}.weight", f"heads.{task}.bias"}
+
+
+def test_every_tuning_begins_with_one_loss_on_one_batch(tuned: dict[str, Run]) -> None:
+    """Classifiers and batches are those beside LoRA, whose fresh update is zero."""
+    first = {tuning: run.steps[0]["loss"] for tuning, run in tuned.items()}
+    assert first["head"] == first["full"] == pytest.approx(first["lora"], rel=1e-6)
+    assert len({run.steps[1]["loss"] for run in tuned.values()}) == 3
+
+
+@pytest.mark.parametrize("tuning", ["head", "full"])
+def test_restored_model_of_a_tuning_equals_the_one_that_was_saved(tuning: str, tuned: dict[str, Run]) -> None:
+    run = tuned[tuning]
+    for state in run.after:
+        for joined in (False, True):
+            restored = vision.restore(run.reference, state.index, joined=joined)
+            seen = {k: v for k, v in weights_of(state.model).items() if k in weights_of(restored)}
+            assert not differing(weights_of(restored), seen)
+            trained = {name for name, weight in restored.named_parameters() if weight.requires_grad}
+            assert trained == {name for name, weight in state.model.named_parameters() if weight.requires_grad}
+    with pytest.raises(UserError, match="was made with .*this asks for"):
+        vision.restore(dataclasses.replace(run.reference, tuning="lora"), 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_tasks_alone_are_learned_as_in_a_run_of_all(method: str, runs: dict[str, Run], tmp_path: Path) -> None:
+    whole = runs[method]
+    part = do_run(dataclasses.replace(whole.reference, output_dir=tmp_path, tasks=2))
+    count = len(part.steps)
+    assert [step["loss"] for step in part.steps] == [step["loss"] for step in whole.steps[:count]]
+    assert {step["task"] for step in part.steps} == {0, 1} and whole.steps[count]["task"] == 2
+    assert part.results["accuracy_matrix"] == [row[:2] for row in whole.results["accuracy_matrix"][:2]]
+    assert part.results["top1_curve"] == whole.results["top1_curve"][:2]
+
+
+def test_share_of_the_images_is_the_same_for_training_and_measuring_and_leaves_the_test(tmp_path: Path) -> None:
+    reference = make_reference(tmp_path, fraction=0.3, seed=3)
+    whole = vision.tasks_of(dataclasses.replace(reference, fraction=1.0))
+    for part, every in zip(vision.tasks_of(reference), whole, strict=True):
+        assert len(part.train) == round(0.3 * 22) == 7  # of two classes with 11 images each
+        assert sorted(Counter(part.train.targets.tolist()).values()) == [3, 4]
+        assert np.array_equal(part.train.images, part.measure.images)
+        assert np.array_equal(part.test.images, every.test.images)
+        assert {image.tobytes() for image in part.train.images} < {image.tobytes() for image in every.train.images}
+    tiny = vision.tasks_of(dataclasses.replace(reference, fraction=1e-6))
+    assert [len(task.train) for task in tiny] == [1] * 4
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32])
+def test_adapters_of_every_rank_train(rank: int, tmp_path: Path) -> None:
+    run = do_run(make_reference(tmp_path, method="seqlora", rank=rank, epochs=1, tasks=1, fraction=0.3))
+    assert all(factor.shape[0] == rank for layer in run.after[0].model.layers for factor in layer.factors("A"))
+    assert all(factor.any() for layer in run.after[0].model.layers for factor in layer.factors("B"))
+
+
+def test_tuning_tasks_and_fraction_out_of_range_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        vision.run(make_reference(tmp_path, tuning="full", tasks=0, fraction=0.0))
+    for words in ("tuning=full: inflora is a method of LoRA factors", "tasks=0: expected at least 1", "fraction=0.0"):
+        assert words in str(caught.value)
+    with pytest.raises(UserError, match="unknown tuning 'hed'. Did you mean 'head'"):
+        vision.run(make_reference(tmp_path, method="seqlora", tuning="hed"))
+    with pytest.raises(UserError, match="tasks=5, but there are 4"):
+        vision.run(make_reference(tmp_path, tasks=5))

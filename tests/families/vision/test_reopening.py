@@ -158,6 +158,29 @@ def test_whole_run_has_the_same_losses_inside_and_afterwards(tmp_path: Path) -> 
     check_same_losses(tmp_path / "trained", ("adapter", "merged"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["head", "full"])
+def test_whole_run_without_lora_has_the_same_losses_inside_and_afterwards(tuning: str, tmp_path: Path) -> None:
+    words = ["run", "method=seqlora_vit", f"tuning={tuning}", *TWO_TASKS, "upstream.epochs=2", "fraction=0.2"]
+    words += [
+        f"output={tmp_path}",
+        "run=trained",
+        "measure=loss",
+        "measure_scope=trainable,model",
+        "sam=random",
+        *SMALL,
+    ]
+    assert main(words) == 0
+    record = read_record(tmp_path / "trained")
+    trained = {task["perturbed_parameters"] == task["trainable_parameters"] for task in record["training"]}
+    assert trained == {True}  # the scope follows what is trained
+    moved = {
+        entry["scope"]: entry["values"]["distance_moved"] for entry in record["flatness"] if entry["when"] == "after"
+    }
+    assert moved["trainable"] == pytest.approx(moved["model"], rel=1e-6) and moved["model"] > 0
+    check_same_losses(tmp_path / "trained", ("trainable", "model"))
+
+
 def check_batching(folder: Path) -> None:
     """The loss of upstream's own model does not depend on how the sample is batched."""
     run = verb.find_run(str(folder))

@@ -21,7 +21,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.text.data import check_benchmark
 from flatpatch.families.text.models import is_encoder
-from flatpatch.families.text.reference import adapters, classifier, inclora, nlora, olora, seqlora
+from flatpatch.families.text.reference import adapters, classifier, inclora, nlora, olora, seqlora, whole
 from flatpatch.families.text.reference.adapters import Adapter, LayerMatrices
 from flatpatch.families.text.reference.classifier import Classifier
 from flatpatch.families.text.reference.data import load_examples, make_collate, read_instructions
@@ -75,7 +75,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def prepare(task: ReferenceTask) -> tuple[Model, Any]:
-    """Load the model and give it the adapters with which the task begins.
+    """Load the model as the task begins with it: with its adapters, or all of it trained up to here.
 
     Returns:
         The model on its device, and its tokenizer.
@@ -85,12 +85,18 @@ def prepare(task: ReferenceTask) -> tuple[Model, Any]:
     """
     if not (task.model / "config.json").is_file():
         raise UserError(f"no model at {task.model}: it has no config.json. Give the folder of a pretrained T5 or BERT.")
-    earlier = _load_previous(task)
+    earlier = _load_previous(task) if task.tuning == "lora" else None
     set_seed(task.seed)
     model: Model = (
         classifier.begin(task) if is_encoder(task.model) else AutoModelForSeq2SeqLM.from_pretrained(task.model)
     )
     tokenizer = AutoTokenizer.from_pretrained(task.model)
+    if task.tuning == "full":
+        if not isinstance(model, Classifier):
+            model.resize_token_embeddings(len(tokenizer))
+        if task.previous is not None:
+            whole.load(task.previous, body_of(model))
+        return let_learn(model).to(task.device), tokenizer
     path = "old" if METHODS[task.method].keeps_old else "new"
     try:
         adapters.attach(
@@ -108,6 +114,19 @@ def prepare(task: ReferenceTask) -> tuple[Model, Any]:
         # As upstream: T5 has more words than its tokenizer, and the loss is taken over the tokenizer's.
         model.resize_token_embeddings(len(tokenizer)).requires_grad_(False)
     return model.to(task.device), tokenizer
+
+
+def body_of(model: Model) -> Any:
+    """Return what is saved and loaded whole where every weight is trained: a classifier's heads have their own file."""
+    return model.encoder if isinstance(model, Classifier) else model
+
+
+def let_learn(model: Model) -> Any:
+    """Let every weight be trained, but for the heads of other tasks; return the model."""
+    model.requires_grad_(True)
+    if isinstance(model, Classifier):
+        model.let_head_learn()
+    return model
 
 
 def _made(task: ReferenceTask) -> dict[str, str | int]:
@@ -176,7 +195,7 @@ def learn(
         examples,
         collate,
         task,
-        lambda: method.penalty(layers, task.lamda_1, task.lamda_2),
+        lambda: method.penalty(layers, task.lamda_1, task.lamda_2) if layers else None,
         make_gradients=make_gradients or plain_gradients,
         on_step=on_step,
     )
@@ -193,7 +212,7 @@ def run_task(
     on_predict: Callable[[dict[str, int]], None] | None = None,
     at: AtTrainingsEnds | None = None,
 ) -> None:
-    """Train on one task, save its adapter, answer the test sets and write the results.
+    """Train on one task, save its adapter or the whole model, answer the test sets and write the results.
 
     Writes into ``output_dir``: ``adapter/`` (the next task's ``previous``), ``predictions.jsonl`` and,
     last, ``all_results.json`` with upstream's names, so that its presence means the task is done. On one
@@ -218,7 +237,10 @@ def run_task(
     check_benchmark(task.data_dir, [(*task.task, "train"), *((*each, "test") for each in task.eval_tasks)])
     model, tokenizer = prepare(task)
     result, train_samples = learn(model, tokenizer, task, make_gradients=make_gradients, on_step=on_step, at=at)
-    adapters.save(task.output_dir / "adapter", Adapter(adapters.joined(model), _made(task)))
+    if task.tuning == "full":
+        whole.save(task.output_dir / "adapter", body_of(model))
+    else:
+        adapters.save(task.output_dir / "adapter", Adapter(adapters.joined(model), _made(task)))
 
     instructions = wording(task.model, task.instruction_file)
     limits = (task.max_predict_samples, task.max_test_samples)

@@ -29,6 +29,12 @@ from flatpatch.files import write_atomically
 HEADS_NAME = "heads.safetensors"
 
 
+class Encoder(BertModel):  # type: ignore[misc]
+    """A BERT whose pooler, which is not used, may lie in its folder."""
+
+    _keys_to_ignore_on_load_unexpected = [r"pooler"]
+
+
 class Output(NamedTuple):
     """What the classifier returns; the loss is None where no labels are given."""
 
@@ -74,7 +80,7 @@ def load(folder: Path, heads: Mapping[str, nn.Linear], active: str) -> Classifie
         heads: As in `Classifier`.
         active: As in `Classifier`.
     """
-    return Classifier(BertModel.from_pretrained(folder, add_pooling_layer=False), heads, active)
+    return Classifier(Encoder.from_pretrained(folder, add_pooling_layer=False), heads, active)
 
 
 def begin(task: ReferenceTask) -> Classifier:

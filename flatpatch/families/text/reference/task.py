@@ -23,12 +23,16 @@ class ReferenceTask:
     output_dir: Path
     """Where the adapter, the predictions and all_results.json go."""
     previous: Path | None = None
-    """The adapter folder of the task before; None for the first task."""
+    """The ``adapter`` folder of the task before, with all that it left; None for the first task."""
+    tuning: str = "lora"
+    """What is trained: "lora", or "full": every weight of the model, and no adapter."""
     num_train_epochs: int = 1
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
+    optim: str = "adamw_hf"
+    """adamw_hf, or sgd without momentum: what transformers' Trainer makes of these names."""
     lamda_1: float = 0.5
     lamda_2: float = 0.0
     max_grad_norm: float = 1.0

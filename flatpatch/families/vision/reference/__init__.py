@@ -19,16 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
+from flatpatch.errors import UserError
 from flatpatch.families.dualgpm import Subspace
 from flatpatch.families.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.families.vision.reference.checkpoints import restore, save
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks
 from flatpatch.families.vision.reference.inflora import InfLoRA
-from flatpatch.families.vision.reference.options import TRAINED, VisionReference
+from flatpatch.families.vision.reference.options import VisionReference
 from flatpatch.families.vision.reference.vit import LoRAViT, build
 from flatpatch.files import write_atomically
 
-__all__ = ["ImageTask", "LoRAViT", "TaskState", "TRAINED", "VisionReference", "restore", "run"]
+__all__ = ["ImageTask", "LoRAViT", "TaskState", "VisionReference", "restore", "run", "tasks_of"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run(
     Args:
         reference: What to do.
         make_gradients: See `descend`; SAM goes here. The optimizer's groups are named "A" (sequential LoRA alone),
-            "B" and "head".
+            "B" and "head"; without LoRA "body", where it is trained, and "head".
         on_step: See `descend`; the mapping also has ``task``, from 0. ``step`` and ``total`` are of this task.
         on_predict: Called after each predicted batch with ``task``, ``step`` (from 1) and ``total``.
         before_task: Called when the model is ready to learn a task.
@@ -77,12 +78,9 @@ def run(
         FlatpatchError: If training diverges.
     """
     reference.check()
-    tasks = load_tasks(
-        reference.dataset({"data_path": str(reference.data_path)}),
-        init_cls=reference.init_cls,
-        increment=reference.increment,
-        shuffle_seed=reference.seed if reference.shuffle else None,
-    )
+    tasks = tasks_of(reference)
+    if reference.tasks is not None and reference.tasks > len(tasks):
+        raise UserError(f"tasks={reference.tasks}, but there are {len(tasks)}. Expected at most that many.")
     model = build(reference, [len(task.classes) for task in tasks])
     inflora = InfLoRA(reference, model, len(tasks)) if reference.method == "inflora" else None
     done = reference.output_dir / "results.json"
@@ -90,14 +88,15 @@ def run(
     rows: list[dict[str, Any]] = []
     # Batches do not depend on how the weights were drawn.
     torch.manual_seed(reference.seed)
-    for index, task in enumerate(tasks):
+    learned = tasks[: reference.tasks]
+    for index, task in enumerate(learned):
         model.task = index
         loader = DataLoader(
             task.train, batch_size=reference.batch_size, shuffle=True, num_workers=reference.num_workers
         )
         if inflora:
             inflora.begin(loader)
-        groups = model.train_only(TRAINED[reference.method])
+        groups = model.train_only(reference.trained)
         _call(before_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
         result = _train(reference, model, groups, loader, task.classes.start, index, make_gradients, on_step)
         if inflora:
@@ -116,11 +115,27 @@ def run(
         _call(after_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
     results = {
         "method": reference.method,
-        "classes": [list(task.names) for task in tasks],
-        "accuracy_matrix": [row["accuracy"] + [None] * (len(tasks) - len(row["accuracy"])) for row in rows],
+        "classes": [list(task.names) for task in learned],
+        "accuracy_matrix": [row["accuracy"] + [None] * (len(rows) - len(row["accuracy"])) for row in rows],
         **{name: [row[name] for row in rows] for name in rows[0].keys() - {"accuracy"}},
     }
     write_atomically(done, json.dumps(results, indent=2, sort_keys=True) + "\n")
+
+
+def tasks_of(reference: VisionReference) -> tuple[ImageTask, ...]:
+    """Read all tasks of a run's dataset, with the share of the training images that it learns from.
+
+    Raises:
+        UserError: If they cannot be had; see `load_tasks`.
+    """
+    return load_tasks(
+        reference.dataset({"data_path": str(reference.data_path)}),
+        init_cls=reference.init_cls,
+        increment=reference.increment,
+        shuffle_seed=reference.seed if reference.shuffle else None,
+        fraction=reference.fraction,
+        seed=reference.seed,
+    )
 
 
 def _call(callback: Callable[[TaskState], None] | None, state: TaskState) -> None:

@@ -1,4 +1,4 @@
-"""What is kept of each task: the present adapter and the task's classifier; the backbone is not saved again."""
+"""What is kept of each task: what was trained, and the task's classifier; a frozen backbone is not saved again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.families.vision.reference.options import TRAINED, VisionReference
+from flatpatch.families.vision.reference.options import VisionReference
 from flatpatch.families.vision.reference.vit import LoRAViT, build
 from flatpatch.files import write_atomically
 
@@ -24,11 +24,13 @@ def checkpoint_file(reference: VisionReference, task: int) -> Path:
 
 
 def _made(reference: VisionReference) -> dict[str, Any]:
-    return {"method": reference.method, "rank": reference.rank, "model": dict(reference.model)}
+    made = {"method": reference.method, "rank": reference.rank, "model": dict(reference.model)}
+    return made if reference.tuning == "lora" else {**made, "tuning": reference.tuning}
 
 
-def _kept(model: LoRAViT, task: int) -> dict[str, Tensor]:
-    kept = {name: value.data for name, value in model.vit.named_parameters() if ".lora_" in name}
+def _kept(reference: VisionReference, model: LoRAViT, task: int) -> dict[str, Tensor]:
+    named = model.vit.named_parameters()
+    kept = {name: value.data for name, value in named if ".lora_" in name or reference.tuning == "full"}
     return kept | {f"head.{name}": value.data for name, value in model.heads[task].named_parameters()}
 
 
@@ -36,7 +38,7 @@ def save(reference: VisionReference, model: LoRAViT) -> None:
     """Write the checkpoint of the present task; a reader finds either the whole file or none."""
     path = checkpoint_file(reference, model.task)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in _kept(model, model.task).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in _kept(reference, model, model.task).items()}
     # Safetensors' own writer would make a file that nobody else may read.
     write_atomically(path, to_bytes(tensors, metadata={"made": json.dumps(_made(reference))}))
 
@@ -61,7 +63,7 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
     joins = joined and reference.method == "inflora"
     model = build(replace(reference, rank=reference.rank * len(files)) if joins else reference, classes)
     with torch.no_grad():
-        for name, value in _kept(model, task).items() if joins else ():
+        for name, value in _kept(reference, model, task).items() if joins else ():
             of_all = [file[name] for file in files]
             factor = ".lora_" in name
             value.copy_(torch.cat(of_all, dim=0 if ".lora_A." in name else 1) if factor else of_all[-1])
@@ -69,10 +71,10 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
             if index and reference.method == "inflora":
                 for layer in model.layers:
                     layer.fold()
-            for name, value in _kept(model, index).items():
+            for name, value in _kept(reference, model, index).items():
                 value.copy_(file[name])
     model.task = task
-    model.train_only(("A", "B") if joined else TRAINED[reference.method])
+    model.train_only(("A", "B") if joined and reference.tuning == "lora" else reference.trained)
     return model
 
 

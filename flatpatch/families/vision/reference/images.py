@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 
 from flatpatch.errors import UserError
+from flatpatch.families.thinning import thinned
 
 Example = tuple[Tensor, int]
 
@@ -59,7 +60,13 @@ class ImageTask:
 
 
 def load_tasks(
-    dataset: Any, *, init_cls: int, increment: int, shuffle_seed: int | None = None
+    dataset: Any,
+    *,
+    init_cls: int,
+    increment: int,
+    shuffle_seed: int | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
 ) -> tuple[ImageTask, ...]:
     """Read a dataset and cut it into tasks.
 
@@ -68,6 +75,8 @@ def load_tasks(
         init_cls: Classes of the first task.
         increment: Classes of each later one; the last takes what is left.
         shuffle_seed: Order the classes by NumPy's permutation from this seed; None: in the dataset's own order.
+        fraction: Share of each task's training images that it has; of each class its own share, to within rounding.
+        seed: Draws these.
 
     Returns:
         The tasks.
@@ -93,7 +102,11 @@ def load_tasks(
         data, targets = getattr(dataset, f"{split}_data"), np.asarray(getattr(dataset, f"{split}_targets"))
         places = [np.flatnonzero(targets == name) for name in names]
         numbers = np.repeat(np.arange(first, first + len(names)), [len(place) for place in places])
-        return Images(np.asarray(data)[np.concatenate(places)], numbers, transform)
+        chosen = np.concatenate(places)
+        if split == "train" and fraction < 1:
+            kept = thinned(numbers.tolist(), fraction, seed)
+            chosen, numbers = chosen[kept], numbers[kept]
+        return Images(np.asarray(data)[chosen], numbers, transform)
 
     tasks = []
     for first, end in zip(bounds, bounds[1:], strict=False):

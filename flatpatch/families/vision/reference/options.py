@@ -14,6 +14,7 @@ from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
 VIT_BASE: Mapping[str, int] = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 TRAINED: Mapping[str, tuple[str, ...]] = {"inflora": ("B",), "seqlora": ("A", "B")}
 """The factors that each method trains, beside the present task's classifier."""
+TUNINGS = ("lora", "head", "full")
 OPTIMIZERS = ("adam", "sgd")
 
 
@@ -42,6 +43,13 @@ class VisionReference:
     increment: int = 10
     """Classes of each later task; the last one takes what is left."""
     rank: int = 10
+    tuning: str = "lora"
+    """What is trained beside the task's classifier: "lora", the method's factors; "head", nothing; "full", the whole
+    network, without factors. The last two are for seqlora."""
+    tasks: int | None = None
+    """Learn only so many of the tasks, the first; they are learned as in a run of all."""
+    fraction: float = 1.0
+    """Share of each task's training images, drawn by the seed."""
     lamb: float = 0.95
     """InfLoRA: share of the inputs' energy that is protected after the first task."""
     lame: float = 1.0
@@ -55,6 +63,11 @@ class VisionReference:
     num_workers: int = 0
     device: str = "cpu"
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What is trained beside the task's classifier, as `LoRAViT.train_only` names it."""
+        return {"head": (), "full": ("body",)}.get(self.tuning, TRAINED[self.method])
+
     def check(self) -> None:
         """Refuse what cannot be run, before anything is read or written.
 
@@ -62,13 +75,23 @@ class VisionReference:
             UserError: With every problem found.
         """
         problems = []
-        for name, value, known in (("method", self.method, tuple(TRAINED)), ("optimizer", self.optimizer, OPTIMIZERS)):
+        for name, value, known in (
+            ("method", self.method, tuple(TRAINED)),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("tuning", self.tuning, TUNINGS),
+        ):
             if value not in known:
                 hint = did_you_mean(value, known)
                 problems.append(f"unknown {name} '{value}'.{hint} Known for images: {', '.join(known)}.")
         for name in ("init_cls", "increment", "rank", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.tuning != "lora" and self.method != "seqlora":
+            problems.append(f"tuning={self.tuning}: {self.method} is a method of LoRA factors. Use method seqlora.")
+        if self.tasks is not None and self.tasks < 1:
+            problems.append(f"tasks={self.tasks}: expected at least 1.")
+        if not 0 < self.fraction <= 1:
+            problems.append(f"fraction={self.fraction}: expected a share over 0 and at most 1.")
         width = self.model["embed_dim"]
         if self.rank > width:
             problems.append(f"rank={self.rank} is more than the model's width; expected at most {width}.")
@@ -80,6 +103,8 @@ class VisionReference:
             raise UserError.collect(problems)
 
 
+# Settings of ours that stand in the configuration under their own names, where they are not left out.
+OWN = ("tuning", "tasks", "fraction")
 # By the method's name in settings: the engine's own.
 _METHODS = {"inflora": "inflora", "seqlora_vit": "seqlora"}
 # Where the engine's word for a setting is not InfLoRA's.
@@ -98,6 +123,7 @@ def read_reference(config: Mapping[str, Any], description: Mapping[str, Any]) ->
         model=description["model"],
         weights=Path(description["weights"]),
         seed=config["seed"][0],
+        **{key: config[key] for key in OWN if key in config},
         device="cpu" if description["device"] == "cpu" else "cuda",
         **{_NAMES.get(key, key): config[key] for key in REFERENCE_DEFAULTS},
     )

@@ -1,4 +1,4 @@
-"""timm's Vision Transformer with LoRA on each attention's keys and values, and one classifier per task."""
+"""timm's Vision Transformer with LoRA on each attention's keys and values or without, and one classifier per task."""
 
 from __future__ import annotations
 
@@ -84,23 +84,36 @@ class LoRAViT(nn.Module):
         task: The task that is learned or was learned last, from 0.
     """
 
-    def __init__(self, vit: VisionTransformer, rank: int, classes: Sequence[int]) -> None:
+    def __init__(self, vit: VisionTransformer, rank: int, classes: Sequence[int], *, adapted: bool = True) -> None:
         super().__init__()
         self.vit: Any = vit
+        plain = [block.attn.qkv for block in self.vit.blocks]
         for block in self.vit.blocks:
             block.attn.qkv = KeyValueLoRA(block.attn.qkv, rank)
         self.heads = nn.ModuleList(nn.Linear(self.vit.embed_dim, count) for count in classes)
+        if not adapted:  # after the classifiers' random numbers, which are then those beside LoRA
+            for block, qkv in zip(self.vit.blocks, plain, strict=True):
+                block.attn.qkv = qkv
         self.task = 0
 
     @property
     def layers(self) -> list[KeyValueLoRA]:
-        """The adapted projections, from the first block to the last."""
-        return [block.attn.qkv for block in self.vit.blocks]
+        """The adapted projections, from the first block to the last; none without LoRA."""
+        return [block.attn.qkv for block in self.vit.blocks if isinstance(block.attn.qkv, KeyValueLoRA)]
 
-    def train_only(self, factors: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-        """Let gradients reach the named factors and the present task's classifier, and return these by group."""
+    def train_only(self, parts: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+        """Let gradients reach the named parts and the present task's classifier, and return these by group.
+
+        Args:
+            parts: The factors "A" and "B", and "body": all but the classifiers.
+        """
         self.requires_grad_(False)
-        groups = {which: [p for layer in self.layers for p in layer.factors(which)] for which in factors}
+        groups = {
+            part: [*self.vit.parameters()]
+            if part == "body"
+            else [p for layer in self.layers for p in layer.factors(part)]
+            for part in parts
+        }
         groups["head"] = list(self.heads[self.task].parameters())
         for parameter in (p for group in groups.values() for p in group):
             parameter.requires_grad_(True)
@@ -132,7 +145,8 @@ def build(reference: VisionReference, classes: Sequence[int]) -> LoRAViT:
     vit = VisionTransformer(num_classes=0, **reference.model)
     if reference.weights is not None:
         _load(vit, reference.weights)
-    return LoRAViT(vit, reference.rank, classes).eval().to(reference.device)
+    adapted = reference.tuning == "lora"
+    return LoRAViT(vit, reference.rank, classes, adapted=adapted).eval().to(reference.device)
 
 
 def _load(vit: VisionTransformer, weights: Path) -> None:
