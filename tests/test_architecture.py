@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("upstreams",),
     ("measurement", "report", "comparison"),
     ("runner", "hooks"),
+    ("studies",),
     ("__main__",),
 )
 # Parts of a layer that know nothing of each other.
@@ -216,7 +217,7 @@ def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, .
             "report",
             "comparison",
         ),
-        *("measurement", "hooks", "runner.resolve"),
+        *("measurement", "hooks", "runner.resolve", "studies.schema"),
     ],
 )
 def test_part_does_not_load_torch(part: str) -> None:

@@ -25,6 +25,7 @@ from flatpatch.report.records import RECORD_FILE
 from flatpatch.report.table import summary_table
 from flatpatch.runner import measure_words, resolve, settings_page
 from flatpatch.runner.sweep import expand
+from flatpatch.studies import command as study_command
 from flatpatch.upstreams import UPSTREAMS
 from flatpatch.upstreams import __main__ as deviations
 from tests.comparison_cases import inflora_record, olora_record
@@ -125,6 +126,9 @@ def test_a_command_of_the_pages_can_be_typed(
             check_plan(combination, upstream)
     elif verb == "doctor":
         resolve.parse(words)
+    elif verb == "study":
+        if own := [word for word in words if word not in ("--dry-run", "file=mine.yaml")]:
+            study_command.parse_words(own if any(word.startswith("name=") for word in own) else [*own, "name=exp4"])
     elif verb == "measure":
         measure_words.parse_words(words)
     elif verb == "patches":

@@ -1,6 +1,6 @@
 """Patches on pinned upstream repositories: check them, build the patched copy, look after them. Knows only git."""
 
-from flatpatch.patches.checks import Verified, fetch_command, inserted_lines, verify, verify_patches
+from flatpatch.patches.checks import Verified, fetch_command, inserted_lines, verified_once, verify, verify_patches
 from flatpatch.patches.cli import cli
 from flatpatch.patches.copies import Built, build, copy_path
 from flatpatch.patches.gitcalls import check_git, in_checkout
@@ -34,6 +34,7 @@ __all__ = [
     "skipped_checkouts",
     "refresh",
     "show",
+    "verified_once",
     "verify",
     "verify_patches",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,19 @@ def verify_patches(repo: str, *, workspace: Workspace = PROJECT) -> None:
         raise UserError.collect(problems)
 
 
+_verified: ContextVar[dict[tuple[str, Path], Verified] | None] = ContextVar("verified", default=None)
+
+
+@contextlib.contextmanager
+def verified_once() -> Iterator[None]:
+    """Check each repository once inside the block: for many plans that are made within seconds."""
+    token = _verified.set({})
+    try:
+        yield
+    finally:
+        _verified.reset(token)
+
+
 def verify(repo: str, *, workspace: Workspace = PROJECT) -> Verified:
     """Check that a repository's checkout is clean and at its pin, and that the patches lead to the recorded tree.
 
@@ -58,6 +73,16 @@ def verify(repo: str, *, workspace: Workspace = PROJECT) -> Verified:
     Raises:
         UserError: If anything is wrong; names it all.
     """
+    known = _verified.get()
+    if known is None:
+        return _verify(repo, workspace)
+    key = (repo, workspace.root)
+    if key not in known:
+        known[key] = _verify(repo, workspace)
+    return known[key]
+
+
+def _verify(repo: str, workspace: Workspace) -> Verified:
     check_name(repo, workspace)
     problems = patch_problems(repo, workspace)
     try:

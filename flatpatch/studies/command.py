@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatpatch.errors import UserError, did_you_mean, named_path
+from flatpatch.progress import Progress
+from flatpatch.report.study_page import PAGE, write_studies_page
 from flatpatch.runner.resolve import cuda_devices
 from flatpatch.runner.sweep import listed
 from flatpatch.settings import DEFAULTS, check_folder, read_words
@@ -49,7 +51,7 @@ KEYS = ("name", "file", "profile", "seeds", "grid", "parallel", "output", *PASSE
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """What the words of the verb ask for."""
 
     path: Path
@@ -74,7 +76,7 @@ def study(words: Sequence[str]) -> int:
         print(_list())
         return 0
     dry_run = "--dry-run" in words
-    asked_for = _read([word for word in words if word != "--dry-run"])
+    asked_for = parse_words([word for word in words if word != "--dry-run"])
     found = read_study(asked_for.path)
     asked = _choose(found, asked_for)
     cells = plan_study(found, asked, dry_run=dry_run)
@@ -99,11 +101,34 @@ def _carry_out(found: Study, asked: Asked, cells: Sequence[Cell], output: Path, 
     print(f"\n{verdict_table(result)}")
     for failure in failures:
         print(f"failed: {failure}")
-    say(f"verdicts {verdicts}\nruns     {output}/ (records: <run>/record.json)")
+    say(f"\nrecords  {output}/<run>/record.json\nverdicts {verdicts}")
+    _leave_page(verdicts)
     return 1 if failures else 0
 
 
-def _read(words: Sequence[str]) -> _Words:
+def _leave_page(verdicts: Path) -> None:
+    """Write the study's page; where that fails, say so and let the verdicts count."""
+    page = verdicts.parent / PAGE
+    try:
+        with Progress("page", "study") as shown:
+            write_studies_page([verdicts], page, advance=lambda done, total: shown.update("", done, total))
+    except Exception as error:
+        again = f"python -m flatpatch report study={verdicts.parents[1].name} output={verdicts.parents[3]}"
+        print(
+            f"WARNING: the page {page} was not written, the verdicts are whole: {type(error).__name__}: {error}. "
+            f"To try again: {again}",
+            flush=True,
+        )
+    else:
+        say(f"page     {page}")
+
+
+def parse_words(words: Sequence[str]) -> Words:
+    """Read the verb's words.
+
+    Raises:
+        UserError: With every mistake.
+    """
     given, problems = read_words("study", words, KEYS)
     path = Path()
     if ("name" in given) == ("file" in given):
@@ -133,10 +158,10 @@ def _read(words: Sequence[str]) -> _Words:
     if problems:
         raise UserError.collect(problems)
     passed = tuple(f"{key}={given[key]}" for key in PASSED_ON if given.get(key))
-    return _Words(path, given.get("profile", "auto"), seeds, given.get("grid") == "full", int(parallel), output, passed)
+    return Words(path, given.get("profile", "auto"), seeds, given.get("grid") == "full", int(parallel), output, passed)
 
 
-def _choose(found: Study, words: _Words) -> Asked:
+def _choose(found: Study, words: Words) -> Asked:
     """Choose the form, and the seeds of it.
 
     Raises:

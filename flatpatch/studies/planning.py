@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from flatpatch import patches
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.base import Plan
 from flatpatch.runner.record import compared_settings
@@ -112,23 +113,21 @@ def plan_study(study: Study, asked: Asked, *, dry_run: bool = False) -> list[Cel
     if problems:
         raise UserError.collect(problems)
     left_out = left_out_runs(form, full=asked.full)
-    for runs in study.runs:
-        if runs.name in left_out:
-            continue
-        for words in _expanded(study, form, runs, full=asked.full):
-            for seed in asked.seeds:
-                try:
-                    cells.append(_planned(runs.name, [*words, f"seed={seed}", *asked.passed], dry_run))
-                except UserError as error:
-                    problems.append(f"runs {runs.name!r}: {error}")
-    problems = list(dict.fromkeys(problems))  # the same mistake in every run is one
-    known: dict[str, Cell] = {}
-    for cell in cells:
-        first = known.setdefault(str(cell.plan.folder), cell)
-        if compared_settings(first.plan) != compared_settings(cell.plan):
-            problems.append(f"runs {cell.name!r}: two different runs would use the folder {cell.plan.folder}.")
+    wanted = [
+        (runs.name, [*words, f"seed={seed}", *asked.passed])
+        for runs in study.runs
+        if runs.name not in left_out
+        for words in _expanded(study, form, runs, full=asked.full)
+        for seed in asked.seeds
+    ]
+    with patches.verified_once():
+        for name, words in wanted:
+            try:
+                cells.append(_planned(name, words, dry_run))
+            except UserError as error:
+                problems.append(f"runs {name!r}: {error}")
     if problems:
-        raise UserError.collect(problems)
+        raise UserError.collect(list(dict.fromkeys(problems)))  # the same mistake in every run is one
     return _each_once(cells)
 
 
@@ -163,18 +162,15 @@ def _expanded(study: Study, form: Form, runs: Runs, *, full: bool) -> Iterator[l
 def _planned(name: str, words: Sequence[str], dry_run: bool) -> Cell:
     request = parse(words)
     plan = make_plan(request, dry_run=dry_run)
-    if plan.request.settings.measuring is not None:
-        plan = make_plan(_named_by_measuring(request, plan), dry_run=dry_run)
+    plan = make_plan(_named(request, plan), dry_run=dry_run)
     return Cell(name, plan.request.settings.seed, plan, tuple(words))
 
 
-def _named_by_measuring(request: Request, plan: Plan) -> Request:
-    """Give the run's folder a name that tells how it is measured: another way of measuring is another run."""
-    measuring = request.settings.measuring
-    assert measuring is not None
-    tag = hashlib.sha256(json.dumps(measuring.as_dict(), sort_keys=True).encode()).hexdigest()[:6]
-    settings = dataclasses.replace(request.settings, run=f"{plan.folder.name}-{tag}")
-    return dataclasses.replace(request, settings=settings)
+def _named(request: Request, plan: Plan) -> Request:
+    """Name the run's folder by all of its settings: a family's own name need not tell how is measured."""
+    settings = {key: value for key, value in compared_settings(plan).items() if key != "seed"}
+    tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    return dataclasses.replace(request, settings=dataclasses.replace(request.settings, run=f"{plan.folder.name}-{tag}"))
 
 
 def _wrong_settings(study: Study) -> list[str]:
