@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from scipy import special, stats
 
-CONFIDENCE = 0.95
-POWER = 0.8
+from flatpatch.statistics import CONFIDENCE, POWER
+
 # Differences of accuracies printed with two decimals are whole hundredths; what is below this is rounding of floats.
 _NO_SPREAD = 1e-9
 

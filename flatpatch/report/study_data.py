@@ -95,14 +95,15 @@ class Point:
         return Grid(losses, np.ones(len(losses), dtype=bool), axes, empty.reshape(0, 1), empty, math.nan, found)
 
     def landscape(self, prefix: str = "") -> Grid | None:
-        """Return the landscape; ``RECORDED`` as a prefix gives the one with the record's faults."""
+        """Return the landscape; ``RECORDED`` as a prefix gives the one with the record's faults.
+
+        None where there is none, or its file is damaged: a study's other figures do not depend on it.
+        """
         path = self.run.folder / (self.entry["arrays"] or "")
-        if not path.is_file():
+        try:
+            return read_grid(path, prefix=prefix) if path.is_file() else None
+        except UserError:
             return None
-        with np.load(path, allow_pickle=False) as file:
-            if f"{prefix}losses" not in file:
-                return None
-        return read_grid(path, prefix=prefix)
 
 
 def find_studies(output: Path, name: str, form: str = "") -> list[Path]:

@@ -50,6 +50,13 @@ def test_a_damaged_run_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     assert len(study.unreadable) == 1 and "run-off-1" in study.unreadable[0]
 
 
+def test_a_damaged_landscape_is_left_out(tmp_path: Path) -> None:
+    study = read_verdicts(make_study(tmp_path))
+    (tmp_path / "run-off-0" / "flatness" / "1-amazon-after-adapter.npz").write_bytes(b"PK cut short")
+    assert points_of(study.runs[0])[1].landscape() is None
+    assert points_of(study.runs[0])[3].landscape() is not None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

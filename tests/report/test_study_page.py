@@ -120,6 +120,8 @@ def test_report_makes_one_page_for_all_studies_and_prints_the_verdicts(tmp_path,
         "another, quick",
         "made-up, small",
     ]
+    rows = table(reader, "What the record concluded, and")
+    assert rows[1] == ["sharper after training", "another, quick", "does not survive in the miniature", "survives"]
     assert main(["report", "study=made-up", f"output={tmp_path}", "form=small"]) == 0
     assert (tmp_path / "studies" / "made-up" / "small" / "report.html").is_file()
 

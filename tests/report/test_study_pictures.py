@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flatpatch.report import study_pictures
 from flatpatch.report.study_data import Study, read_verdicts
 from flatpatch.report.study_pictures import Picture, effect_rows, pictures
-from tests.report.study_case import make_study
+from tests.report.study_case import arrays, make_study
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,26 @@ def test_what_cannot_be_drawn_is_said(path, tmp_path, drawn) -> None:
         "Three seeds: no finished run has what it is made of",
         "density: no finished run has what it is made of",
     ]
+
+
+def test_a_measured_plane_is_drawn_with_its_three_models(tmp_path) -> None:
+    path = make_study(tmp_path, figures=[{"kind": "plane"}])
+    folder = tmp_path / "comparison-of-three"
+    folder.mkdir()
+    made = arrays(1.0, 0.5)
+    about = json.loads(str(made["about"])) | {"marks": ["one", "two", "three"]}
+    about["axes"] = [{"label": f"direction {k}", "normalisation": "l2"} for k in range(2)]
+    made |= {"about": np.array(json.dumps(about)), "marks": np.array([[0, 0], [0.5, 0], [0, 0.5]])}
+    np.savez(folder / "plane-adapter.npz", **made | {"mark_losses": np.array([0.5, 0.7, 0.6])})
+    runs = [{"folder": str(run.folder)} for run in read_verdicts(path).runs[:3]]
+    content = {"runs": runs, "task": "agnews", "samples": 8, "scopes": {"adapter": {"arrays": "plane-adapter.npz"}}}
+    (folder / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    picture = pictures(read_verdicts(path))[0][1]
+    assert picture.caption == (
+        "Plane through three models: LoRA factors A and B; models after task agnews, 8 training examples of it, the "
+        "same for all."
+    )
+    assert {"one: 0.5", "two: 0.7", "three: 0.6"} <= {text.get_text() for text in picture.figure.axes[0].texts}
 
 
 def test_a_dollar_sign_in_a_name_begins_no_formula(path, tmp_path) -> None:
