@@ -302,10 +302,9 @@ def test_full_disk_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch)
     assert "output=FOLDER" in text
 
 
-def test_reference_engine_outside_its_profiles_is_refused(refused: Refused) -> None:
+def test_reference_engine_outside_profile_quick_is_refused(refused: Refused) -> None:
     assert "engine=reference runs in profile quick or small alone" in refused("profile=upstream")
     assert "runs in profile quick or small alone" in refused("method=seqlora", "profile=paper")
-    assert "runs in profile quick alone" in refused("method=seqlora_vit", "profile=paper")
 
 
 def test_upstream_argument_that_is_a_setting_of_ours_is_refused(refused: Refused) -> None:
