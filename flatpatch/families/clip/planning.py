@@ -222,7 +222,7 @@ def _recipe(base: Arguments, arguments: Arguments, words: str) -> tuple[str, ...
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(_shown, value)) or "the record's"
+        return ",".join(map(_shown, value)) or "the profile's own"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
