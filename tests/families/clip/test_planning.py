@@ -86,9 +86,9 @@ def test_own_model_may_learn_the_drawn_images_and_is_labelled(tmp_path: Path) ->
 
 
 def test_override_that_changes_nothing_is_no_other_run() -> None:
-    plan = plan_of("method=seqlora_clip", "upstream.targets=q,v", "upstream.iterations=40")
+    plan = plan_of("method=seqlora_clip", "upstream.targets=q,k,v,out", "upstream.iterations=40")
     assert plan.folder.name == "seqlora_clip-quick-off-iterations40-seed42"
-    assert "upstream.targets=q,v changes nothing: the run has that value anyway" in plan.notes
+    assert "upstream.targets=q,k,v,out changes nothing: the run has that value anyway" in plan.notes
     assert f"  iterations = 40  (the profile's: {quick.PRESET['iterations']})" in plan.recipe
     assert "off-protocol" in plan.labels
 
