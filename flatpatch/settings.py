@@ -110,8 +110,7 @@ class Settings:
     )
     budget: int = _setting(
         1,
-        "times as many epochs of every task as otherwise; 2 without SAM takes as many passes as SAM",
-        family="text vision",
+        "times as many epochs (CLIP: iterations) of every task as otherwise; 2 without SAM takes as many passes as SAM",
     )
     seed: int = _setting(42, "random seed; default: upstream's own")
     tasks: str = _setting(

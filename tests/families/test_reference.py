@@ -1,7 +1,8 @@
-"""What the reference engines' processes share: SAM, or a control in its place, around each step."""
+"""What the reference engines' processes share: SAM, or a control in its place, around each step, and what they tell."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,16 @@ def test_random_directions_of_radius_zero_are_the_plain_training_bit_for_bit(tmp
 def test_scope_of_weights_that_are_not_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scope=head: this model trains no such weights. It has: lora, A, B, all."):
         trained(tmp_path, kind="sam", scope="head")
+
+
+def test_what_is_told_stays_in_the_progress_until_it_has_been_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runner looks now and then: a line that the next step overwrites would be lost."""
+    files = {name: str(tmp_path / name) for name in ("metrics", "progress", "summary")}
+    recorder = StepRecorder({**files, "task": None, "sam": {"kind": "off"}, "measure": None})
+    recorder.tell("zero-shot accuracy 24.0")
+    recorder.on_predict({"step": 2, "total": 2}, "dtd")
+    progress = json.loads((tmp_path / "progress").read_text())
+    assert (progress["note"], progress["task"], progress["step"]) == ("zero-shot accuracy 24.0", "dtd", 2)
+    assert "flatpatch: zero-shot accuracy 24.0" in capsys.readouterr().out

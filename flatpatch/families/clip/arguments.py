@@ -10,6 +10,7 @@ from typing import Any
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.clip.datasets import DATASETS
+from flatpatch.families.clip.quick.preset import RATES
 from flatpatch.settings import repeated
 
 TARGETS = ("q", "k", "v", "out")
@@ -48,7 +49,7 @@ class Arguments:
     eval_batch_size: int = 256
     """Test images, and prompts, that go through the model at once."""
     learning_rate: tuple[float, ...] = ()
-    """One for all tasks, or one for each; none: the record's of each data set."""
+    """One for all tasks, or one for each; none: the profile's own of each data set."""
     warmup: int = 100
     """Steps over which the learning rate grows from zero; then it falls along a cosine."""
     label_smoothing: float = 0.2
@@ -69,7 +70,8 @@ class Arguments:
     def rate(self, task: int) -> float:
         """Return a task's learning rate."""
         if not self.learning_rate:
-            return DATASETS[self.datasets[task]].learning_rate
+            name = self.datasets[task]
+            return RATES[name] if name in RATES else DATASETS[name].learning_rate
         return self.learning_rate[task if len(self.learning_rate) > 1 else 0]
 
     def as_dict(self) -> dict[str, Any]:

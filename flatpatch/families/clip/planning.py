@@ -41,6 +41,7 @@ def make_plan(upstream: ClipUpstream, request: Request, machine: Machine, *, dry
     draft.devices = draft.devices[:1]
     base = replace(Arguments(num_workers=0), **{**quick.PRESET, **upstream.quick}) if draft.is_quick else Arguments()
     arguments = _override(draft, base)
+    arguments = replace(arguments, iterations=settings.budget * arguments.iterations)
     model, links = _find_model(draft, arguments)
     inputs: dict[str, str | Path] = {MODEL_LINK: model}
     skipped: tuple[str, ...] = ()
@@ -73,14 +74,14 @@ def make_plan(upstream: ClipUpstream, request: Request, machine: Machine, *, dry
         stages=(_stage(arguments),),
         sequence=f"{len(arguments.datasets)} tasks ({' > '.join(arguments.datasets)})",
         benchmark="quick domains" if draft.is_quick else "MTIL order I, its first tasks",
-        deviations=tuple(_skipped_deviations(skipped)),
+        deviations=(*_skipped_deviations(skipped), *_budget_deviations(settings.budget)),
         environment=choices.environment(draft.device, draft.devices, draft.threads),
         libraries=LIBRARIES,
         links=links,
         files={CONFIG: json.dumps(config, indent=2) + "\n"},
         inputs=inputs,
         recipe=_recipe(base, arguments, design.words),
-        off_protocol=bool(draft.request.overrides) or bool(settings.model),
+        off_protocol=bool(draft.request.overrides) or bool(settings.model) or settings.budget != 1,
     )
     if not dry_run and (problems := folder_problems(plan.folder, BYTES_NEEDED)):
         raise UserError.collect(problems)
@@ -197,6 +198,12 @@ def _skipped_deviations(skipped: tuple[str, ...]) -> list[Deviation]:
     return [Deviation("images that cannot be decoded", None, here, "setting upstream.on_bad_image=skip")]
 
 
+def _budget_deviations(budget: int) -> list[Deviation]:
+    if budget == 1:
+        return []
+    return [Deviation("budget", "1", str(budget), f"setting budget=: {budget} times as many iterations of every task")]
+
+
 def _ours(overrides: Mapping[str, str], arguments: Arguments) -> str:
     """Return which values the record does not state."""
     left = [name for name in OURS if name not in overrides]
@@ -222,7 +229,7 @@ def _recipe(base: Arguments, arguments: Arguments, words: str) -> tuple[str, ...
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(_shown, value)) or "the record's"
+        return ",".join(map(_shown, value)) or "the profile's own"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -232,7 +239,9 @@ def _run_folder(draft: choices.Draft) -> Path:
     if not name:
         parts = [settings.method, Path(settings.model).name, draft.profile, settings.sam]
         parts += [f"rho{settings.rho:g}"] if settings.sam != "off" else []
-        parts += [f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "device", "threads")).items()]
+        parts += [
+            f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "budget", "device", "threads")).items()
+        ]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join([*filter(None, parts), f"seed{settings.seed}"]))

@@ -86,11 +86,20 @@ def test_own_model_may_learn_the_drawn_images_and_is_labelled(tmp_path: Path) ->
 
 
 def test_override_that_changes_nothing_is_no_other_run() -> None:
-    plan = plan_of("method=seqlora_clip", "upstream.targets=q,v", "upstream.iterations=40")
+    plan = plan_of("method=seqlora_clip", "upstream.targets=q,k,v,out", "upstream.iterations=40")
     assert plan.folder.name == "seqlora_clip-quick-off-iterations40-seed42"
-    assert "upstream.targets=q,v changes nothing: the run has that value anyway" in plan.notes
+    assert "upstream.targets=q,k,v,out changes nothing: the run has that value anyway" in plan.notes
     assert f"  iterations = 40  (the profile's: {quick.PRESET['iterations']})" in plan.recipe
     assert "off-protocol" in plan.labels
+
+
+def test_budget_multiplies_the_iterations_and_nothing_else() -> None:
+    plain, longer = plan_of(), plan_of("budget=3")
+    before, after = config_of(plain)["arguments"], config_of(longer)["arguments"]
+    assert isinstance(before, dict) and isinstance(after, dict)
+    assert after == before | {"iterations": 3 * before["iterations"]}
+    assert [(d.what, d.upstream, d.here) for d in longer.deviations] == [("budget", "1", "3")]
+    assert "-budget3-" in longer.folder.name and "off-protocol" in longer.labels
 
 
 def test_one_adapter_per_task_says_how_its_matrix_is_read() -> None:

@@ -6,8 +6,9 @@
 - strokes: one line drawing of a few straight lines.
 
 The small CLIP learns from captioned images of the style ``CAPTIONED``: clean, mostly bright on dark. The benchmark's
-are drawn in the style ``BENCHMARK``: turned further, darker or paler, on slopes of colour, with more spots and noise.
-So the model knows every class, and sorts the benchmark's images worse than it can learn to.
+are drawn in the styles of ``BENCHMARK``: shapes and strokes smaller and in the middle, patches of colour smaller, and
+both these and textures paler, on slopes of colour, with more spots and noise. So the model knows every class, and sorts
+the benchmark's images worse than it can learn to.
 
 The bytes are the same on any machine: only additions, products, quotients, square roots and comparisons are used, which
 IEEE 754 fixes to the last bit, on the uniform numbers of NumPy's PCG64.
@@ -15,7 +16,8 @@ IEEE 754 fixes to the last bit, on the uniform numbers of NumPy's PCG64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -70,7 +72,14 @@ class Style:
 
 
 CAPTIONED: Final = Style((7.5, 11.5), 4.0, 0.14, (0.05, 0.55), 0.1, 0.08, 1, (0.85, 1.0), 0.15, 0.06)
-BENCHMARK: Final = Style((7.0, 11.0), 5.0, 0.2, (0.2, 0.7), 0.2, 0.12, 2, (0.7, 1.0), 0.3, 0.09)
+_SMALL: Final = replace(CAPTIONED, radius=(5.0, 7.0), place=1.5, tangent=0.1)
+_PALE: Final = Style((3.5, 6.0), 4.0, 0.2, (0.2, 0.7), 0.2, 0.12, 4, (0.35, 0.7), 0.3, 0.08)
+BENCHMARK: Final[Mapping[str, Style]] = {
+    "shapes": _SMALL,
+    "textures": replace(_PALE, strength=(0.2, 0.6), tint=0.12, noise=0.14),
+    "colours": _PALE,
+    "strokes": replace(_SMALL, radius=(4.0, 5.5)),
+}
 
 _STROKES: Final[tuple[tuple[tuple[float, float], ...], ...]] = (
     ((-1.0, -0.6), (-0.33, 0.6), (0.33, -0.6), (1.0, 0.6)),
@@ -239,4 +248,6 @@ def benchmark_images(name: str, *, train: bool, seed: int = 0) -> tuple[NDArray[
     """
     domain = tuple(DOMAINS).index(name)
     labels = np.repeat(np.arange(len(DOMAINS[name])), TRAIN_IMAGES if train else TEST_IMAGES)
-    return draw(domain, labels, BENCHMARK, np.random.Generator(np.random.PCG64([seed, domain, int(train)]))), labels
+    return draw(
+        domain, labels, BENCHMARK[name], np.random.Generator(np.random.PCG64([seed, domain, int(train)]))
+    ), labels

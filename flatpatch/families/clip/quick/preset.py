@@ -22,16 +22,22 @@ TRAIN_IMAGES: Final = 60
 TEST_IMAGES: Final = 30
 """Test images of a class."""
 
+RATES: Final[Mapping[str, float]] = MappingProxyType(
+    {"shapes": 0.1, "textures": 0.03, "colours": 0.03, "strokes": 0.03}
+)
+"""By task: the learning rate."""
+
 PRESET: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "datasets": tuple(DOMAINS),
-        "rank": 4,
-        "alpha": 8,
-        "iterations": 150,
+        "rank": 8,
+        "alpha": 16.0,
+        "targets": ("q", "k", "v", "out"),
+        "iterations": 100,
         "batch_size": 32,
         "eval_batch_size": 240,
-        "warmup": 15,
-        "learning_rate": (0.05,),
+        "warmup": 10,
+        "momentum": 0.9,
     }
 )
 """Argument -> value of profile ``quick``, for all methods unless a method's row says otherwise."""
