@@ -79,7 +79,7 @@ def test_stray_flag_is_told_the_form_to_use() -> None:
         ("seed=???", "is not a whole number"),
         ("method=nlor", "unknown method 'nlor'. Did you mean 'nlora'? Expected: nlora, olora"),
         ("order=9", "unknown order '9' for method nlora. Expected: 1, 2, 3, 4, 5, 6, llama1"),
-        ("profile=fast", "unknown profile 'fast'. Expected: auto, upstream, paper, quick"),
+        ("profile=fast", "unknown profile 'fast'. Expected: auto, upstream, paper, record, quick, small"),
         ("run=a/b", "is not a plain name; choose the place with output=FOLDER"),
         ("run=my-Adapter", "has 'adapter' in its path"),
         ("output=llama-runs", "has 'llama' in its path"),

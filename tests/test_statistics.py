@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -46,6 +46,7 @@ def test_interval_and_p_match_the_closed_form():
     assert found.verdict == UNDECIDED
 
 
+@settings(deadline=None)  # scipy is loaded by the first example
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=3, max_size=8))
 def test_interval_and_p_match_scipys(pairs: list[tuple[float, float]]):
     a, b = map(list, zip(*pairs, strict=True))
@@ -184,6 +185,7 @@ def test_holm_matches_a_worked_example():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
+@settings(deadline=None)  # scipy is loaded by the first example
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_rejects_what_the_step_down_rule_rejects(p: list[float]):
     """Holm's own words: stop at the first k of the sorted p-values above alpha / (m - k + 1)."""

@@ -59,7 +59,6 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         "ascent_loss=task",
         "adapters=fp32",
         "launcher=python",
-        "tasks=a",
         "processes=1",
         "port=29500",
     ],
