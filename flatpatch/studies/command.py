@@ -196,7 +196,8 @@ def _headline(found: Study, asked: Asked, runs: Sequence[Cell], missing: int, at
         + (f", {at_once} at once" if at_once > 1 else ""),
     ]
     if form.minutes:
-        lines.append(f"  with seeds {', '.join(form.seeds)} and the short grid about {form.minutes:g} min on two cores")
+        seeds = ", ".join(form.seeds)
+        lines.append(f"  made to end within {form.minutes:g} min on two cores with seeds {seeds} and the short grid")
     lines += [f"  ours: {text}" for text in form.ours]
     return "\n".join(lines)
 
