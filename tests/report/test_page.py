@@ -791,7 +791,7 @@ def test_page_in_a_read_only_place_is_refused_before_anything_is_written(tmp_pat
 
 def test_report_without_a_run_says_what_it_takes(tmp_path):
     for words, said in (
-        (["page=x"], "report needs run=FOLDER"),
+        (["page=x"], "report needs either run=FOLDER"),
         (["run="], "run= is empty. See report --help"),
         (["run=x", "seed=1"], "unknown setting 'seed' of report"),
     ):
