@@ -168,6 +168,23 @@ Verbs: run, sweep, compare, report, measure, patches, doctor. Each has its own -
 MESSAGE
       ;;
     test.sh) return ;;
+    exp*.sh)
+      cat <<'MESSAGE'
+
+Words are key=value, with their defaults:
+  profile=auto        quick: a miniature, minutes on two CPU cores; small: a real encoder; record: the record's own size
+  seeds=0..2          the seeds
+  grid=short          full: every value that the study names
+  parallel=0          runs that go at once; 0: two on a CPU where each takes one thread
+  output=runs         where the runs are; the verdicts are in runs/studies/
+  device=, model=, data=   as for run, for all runs
+  --dry-run           plan everything and start nothing
+
+All words are listed by the same command once .venv is there: the first call without --help makes it (about 7 GB, a few
+minutes).
+MESSAGE
+      return
+      ;;
   esac
   cat <<'MESSAGE'
 

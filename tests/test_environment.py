@@ -18,6 +18,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from flatpatch.settings import Settings
+from flatpatch.studies.command import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "run_scripts").glob("[!_]*.sh"))
@@ -420,7 +421,14 @@ def test_help_before_the_first_use_is_the_usage_comment(project: Project, script
     assert not project.venv.exists()
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "test.sh"])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("exp")])
+def test_help_of_a_study_before_the_first_use_tells_its_words(project: Project, script: str) -> None:
+    _, out, _ = project.run("--help", script=script)
+    told = set(re.findall(r"\b(\w+)=", out[out.index("with their defaults:") :]))
+    assert {"profile", "seeds", "grid", "parallel", "output"} <= told <= set(KEYS)
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if not name.startswith(("exp", "test"))])
 def test_help_before_the_first_use_tells_the_settings_with_their_defaults(project: Project, script: str) -> None:
     _, out, _ = project.run("--help", script=script)
     assert "# all settings" not in out, "it does not send the reader to itself"

@@ -12,12 +12,12 @@ from flatpatch.report.study_page import PAGE, write_studies_page
 from flatpatch.runner.resolve import cuda_devices
 from flatpatch.runner.sweep import listed
 from flatpatch.settings import DEFAULTS, check_folder, read_words
-from flatpatch.studies.checks import check_hypotheses
+from flatpatch.studies.checks import check_hypotheses, hypotheses_of
 from flatpatch.studies.evaluate import evaluate
 from flatpatch.studies.planning import PASSED_ON, Asked, Cell, folders_of, plan_study
 from flatpatch.studies.result import folder_of, write_result
 from flatpatch.studies.running import LOGS, carry_out, missing_runs, side_by_side
-from flatpatch.studies.schema import FormName, Study, find_study, library, named_file, read_study
+from flatpatch.studies.schema import FormName, Hypothesis, Study, find_study, library, named_file, read_study
 from flatpatch.studies.verdict_table import verdict_table
 from flatpatch.terminal import say
 
@@ -84,7 +84,7 @@ def study(words: Sequence[str]) -> int:
     output = named_path("output", asked_for.output).absolute()
     runs = folders_of(cells)
     if dry_run:
-        print(_planned(found, asked, runs))
+        print(_planned(found, asked, runs, hypotheses_of(found, asked, cells)))
         return 0
     return _carry_out(found, asked, cells, output, asked_for.parallel)
 
@@ -196,19 +196,20 @@ def _headline(found: Study, asked: Asked, runs: Sequence[Cell], missing: int, at
         + (f", {at_once} at once" if at_once > 1 else ""),
     ]
     if form.minutes:
-        lines.append(f"  with seeds {', '.join(form.seeds)} and the short grid about {form.minutes:g} min on two cores")
+        seeds = ", ".join(form.seeds)
+        lines.append(f"  made to end within {form.minutes:g} min on two cores with seeds {seeds} and the short grid")
     lines += [f"  ours: {text}" for text in form.ours]
     return "\n".join(lines)
 
 
-def _planned(found: Study, asked: Asked, runs: Sequence[Cell]) -> str:
+def _planned(found: Study, asked: Asked, runs: Sequence[Cell], hypotheses: Sequence[Hypothesis]) -> str:
     lacks = dict.fromkeys(lack for cell in runs for lack in cell.plan.lacks)
     lines = [_headline(found, asked, runs, len(runs), 1), ""]
     lines += [f"  {cell.plan.folder.name}" for cell in runs]
     lines += [
         "",
-        f"{len(found.hypotheses)} hypotheses:",
-        *(f"  {each.id}: {each.statement}" for each in found.hypotheses),
+        f"{len(hypotheses)} hypotheses:",
+        *(f"  {each.id}: {each.statement}" for each in hypotheses),
     ]
     lines += ["", "These runs cannot start here:", *(f"  - {lack}" for lack in lacks)] if lacks else []
     return "\n".join(lines)

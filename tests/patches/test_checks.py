@@ -13,6 +13,7 @@ import pytest
 
 from flatpatch.errors import UserError
 from flatpatch.patches import (
+    checks,
     cli,
     find_checkout,
     inserted_lines,
@@ -527,3 +528,18 @@ def test_two_patches_of_one_file_apply_in_the_order_of_the_series(project: Proje
     assert "@@ -0,0 +1,1 @@" in second.read_text()
     project.edit(project.folder / "series", lambda text: "".join(reversed(text.splitlines(keepends=True))))
     assert "count-the-lines.patch:5 does not apply: its line numbers are those of" in refusal(project)
+
+
+def test_many_plans_check_a_repository_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def count(repo: str, workspace: object) -> str:
+        checked.append(repo)
+        return f"verified {len(checked)}"
+
+    monkeypatch.setattr(checks, "_verify", count)
+    with checks.verified_once():
+        assert [checks.verify("one"), checks.verify("one"), checks.verify("two")] == [
+            *("verified 1", "verified 1", "verified 2"),
+        ]
+    assert checks.verify("one") == "verified 3", "outside of the block it is checked anew"

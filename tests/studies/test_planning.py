@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from flatpatch import patches
 from flatpatch.errors import UserError
 from flatpatch.settings import CHOICES, FIELDS
 from flatpatch.studies.checks import check_hypotheses
 from flatpatch.studies.planning import Asked, Cell, folders_of, plan_study, typed, varying
-from flatpatch.studies.schema import Study, find_study, library, read_study
+from flatpatch.studies.schema import FormName, Study, find_study, library, read_study
 from tests.study_cases import HYPOTHESIS, planned, write_study
 
 
@@ -164,15 +165,23 @@ def lacking(study: Study, form: str) -> list[str]:
     ]
 
 
+def forms_of_ours() -> list[tuple[str, FormName, bool]]:
+    """Return every form of our studies, and of the quick one the whole grid too."""
+    forms = [(name, form, False) for name, path in library().items() for form in read_study(path).forms]
+    return [*forms, *((name, form, True) for name, form, _ in forms if form == "quick")]
+
+
 @pytest.mark.third_party
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", sorted(library()))
-def test_the_quick_form_of_a_study_of_ours_plans_and_its_hypotheses_have_runs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "form", "full"), forms_of_ours())
+def test_a_study_of_ours_plans_and_its_hypotheses_have_runs(
+    name: str, form: FormName, full: bool, tmp_path: Path
+) -> None:
     study = read_study(find_study(name))
-    if lacks := lacking(study, "quick"):
+    if lacks := lacking(study, form):
         pytest.skip(f"settings that are not there yet: {', '.join(lacks)}")
-    for full in (False, True):
-        asked = Asked("quick", ("0",), full=full, passed=(f"output={tmp_path / 'runs'}",))
+    with patches.verified_once():
+        asked = Asked(form, ("0",), full=full, passed=(f"output={tmp_path / 'runs'}",))
         cells = plan_study(study, asked, dry_run=True)
         check_hypotheses(study, asked, cells)
         assert cells
