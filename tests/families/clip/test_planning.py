@@ -94,7 +94,7 @@ def test_override_that_changes_nothing_is_no_other_run() -> None:
 
 
 def test_budget_multiplies_the_iterations_and_nothing_else() -> None:
-    plain, longer = plan_of(), plan_of("budget=3")
+    plain, longer = plan_of("method=seqlora_clip"), plan_of("method=seqlora_clip", "budget=3")
     before, after = config_of(plain)["arguments"], config_of(longer)["arguments"]
     assert isinstance(before, dict) and isinstance(after, dict)
     assert after == before | {"iterations": 3 * before["iterations"]}
