@@ -139,11 +139,17 @@ def _facts(study: Study) -> list[tuple[str, str]]:
             "they differ in",
             "; ".join(f"{key} {', '.join(values)}" for key, values in settings.items()) or "seeds alone",
         ),
-        ("measured", ", ".join(f"{key}={value}" for key, value in verdicts["measure"].items()) or "accuracy alone"),
+        ("measured", _measured(verdicts["measure"])),
     ]
     facts += [("our own choices", "; ".join(ours))] if (ours := verdicts.get("ours")) else []
     facts += [("training and measuring", _hours(seconds))] if (seconds := verdicts.get("seconds")) else []
     return facts
+
+
+def _measured(settings: Mapping[str, str]) -> str:
+    if not settings.get("measure"):
+        return "accuracy alone"
+    return ", ".join(f"{key}={value}" for key, value in settings.items() if value != "0.0")  # no loss to wait for
 
 
 def _hours(seconds: float) -> str:

@@ -54,6 +54,14 @@ def test_question_setting_and_labels_are_said(made) -> None:
     assert "4 finished of 5; seeds 0, 1" in text
     assert "QUICK AND REFERENCE RUN" in text
     assert "rank 8" in text and "Q5.2" in text
+    assert "measure=all, measure_samples=8" in text
+
+
+def test_study_that_measures_nothing_says_so(tmp_path: Path) -> None:
+    idle = {"measure": "", "measure_scope": "adapter", "measure_at_loss": "0.0"}
+    page = write_study_page(make_study(tmp_path, measure=idle, figures=[{"kind": "forest"}]))
+    text = page.read_text(encoding="utf-8")
+    assert "accuracy alone" in text and "measure_scope" not in text
 
 
 def test_every_verdict_stands_in_the_table_with_its_numbers(made) -> None:
