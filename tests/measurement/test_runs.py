@@ -15,10 +15,9 @@ import torch
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.families.reference import StepRecorder
-from flatpatch.families.sample import sample_of
+from flatpatch.families.sample import images_sample_of, sample_of
 from flatpatch.families.text import reference
 from flatpatch.families.vision import reference as vision
-from flatpatch.families.vision.measuring import images_sample_of
 from flatpatch.flatness import supervised_loss
 from flatpatch.measurement import files
 from flatpatch.measurement.in_run import Measurer
