@@ -22,6 +22,7 @@ def environment():
     return os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent), "DS_ACCELERATOR": "cpu"}
 
 
+@pytest.mark.slow
 def test_benchmark_measures_and_saves(tmp_path):
     out = tmp_path / "deeper" / "result.json"
     result = run("rounds=2", "warmup=1", "batch=1", "length=8", "device=cpu", f"out={out}")
@@ -31,6 +32,7 @@ def test_benchmark_measures_and_saves(tmp_path):
     assert "ratio to base" in result.stdout
 
 
+@pytest.mark.slow
 def test_parts_of_the_trainers_step_add_up_to_the_whole_without_sam_and_with_it(tmp_path):
     out = tmp_path / "result.json"
     words = ("steps=4", "warmup=2", "batch=1", "length=8", "device=cpu", "trainer=transformers", f"out={out}")

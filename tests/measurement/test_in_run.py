@@ -550,6 +550,7 @@ def test_what_is_measured_as_recorded_is_labelled_in_table_and_figures_and_stays
     assert grid.about["axes"][0]["normalisation"] == "as recorded"
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_all_that_was_measured(tmp_path: Path) -> None:
     model, batches = linear_problem()
     made = measurer(tmp_path, ask("all,recorded"))

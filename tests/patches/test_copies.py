@@ -212,6 +212,7 @@ def upstream_and_insertions(draw: st.DrawFn) -> tuple[bytes, list[Insertion]]:
 
 @settings(max_examples=8, deadline=None)
 @given(upstream_and_insertions())
+@pytest.mark.slow
 def test_applying_inserts_the_lines_and_reversing_restores_the_pinned_tree(case: tuple[bytes, list[Insertion]]) -> None:
     content, insertions = case
     lines = content.split(b"\n")

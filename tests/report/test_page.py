@@ -762,6 +762,7 @@ def test_page_that_takes_the_place_of_another_says_so(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"page     {page} (in place of the one that was there)\n")
 
 
+@pytest.mark.slow
 def test_report_of_a_folder_of_runs_names_the_damaged(tmp_path, capsys):
     make_four(tmp_path)
     (tmp_path / "nlora-off-seed1" / "record.json").write_text("{", encoding="utf-8")

@@ -303,6 +303,7 @@ def test_terminated_run_says_it_can_go_on(
     assert results(tmp_path / "stopped") == results(undisturbed)
 
 
+@pytest.mark.slow
 def test_record_tells_the_threads_that_each_task_was_trained_with(
     undisturbed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +350,7 @@ def test_run_is_not_continued_with_another_number_of_threads(
     assert "threads is 0 there and 2 here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_numbers_in_another_folder(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     assert main(words(data, tmp_path, "repeated")) == 0
     assert results(tmp_path / "repeated") == results(undisturbed)
@@ -409,6 +411,7 @@ def test_run_made_with_other_libraries_is_not_continued(
     assert "libraries is " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up_in_training_leaves_a_resumable_run_and_a_record_that_says_so(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -526,6 +529,7 @@ def test_a_stage_whose_results_cannot_be_read_is_not_kept(
     assert not list((tmp_path / "two-logs").rglob("done.json"))
 
 
+@pytest.mark.slow
 def test_sweep_runs_every_combination_and_averages_over_seeds(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -541,6 +545,7 @@ def test_sweep_runs_every_combination_and_averages_over_seeds(
     assert not list(tmp_path.glob("*/report.html"))
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_where_the_figures_of_a_run_cannot_be_drawn(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

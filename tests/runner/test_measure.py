@@ -173,6 +173,7 @@ def finished_losses(folder: Path) -> dict[str, float]:
     return {entry["scope"]: entry["loss"] for entry in read_record(folder)["flatness"] if entry["when"] == "finished"}
 
 
+@pytest.mark.slow
 def test_one_run_is_measured_after_each_task_and_its_record_updated(make_run: MakeRun) -> None:
     folder = make_run("one", 1)
     words = [
@@ -221,6 +222,7 @@ def test_rebuilt_model_is_the_one_its_factors_say(make_run: MakeRun, shared: tup
 
 
 @pytest.mark.usefixtures("figures")
+@pytest.mark.slow
 def test_line_between_two_runs_ends_at_their_own_losses(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,7 @@ def test_build_says_so_when_a_value_is_no_number(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_building_twice_gives_the_same_bytes_in_files_that_all_may_read(tmp_path: Path) -> None:
     made = []
     for name in ("first", "again"):

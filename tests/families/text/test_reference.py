@@ -207,6 +207,7 @@ def test_same_arguments_give_the_same_losses_and_weights(model: Path, data: Path
     assert losses_of(dataclasses.replace(one, seed=43)) != losses_of(other)
 
 
+@pytest.mark.slow
 def test_a_sequence_continued_in_fresh_processes_equals_an_undisturbed_one(
     model: Path, data: Path, tmp_path: Path
 ) -> None:

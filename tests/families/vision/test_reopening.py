@@ -247,6 +247,7 @@ def test_a_run_on_images_and_one_on_texts_are_refused(make_run: MakeRun, tmp_pat
             first.check_companion(second)
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_damaged_is_refused(make_run: MakeRun, refused: Callable[..., str]) -> None:
     folder = make_run("one", 1)
     record = read_record(folder)

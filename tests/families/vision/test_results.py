@@ -168,6 +168,7 @@ def test_killed_run_says_that_it_starts_anew_and_ends_as_an_undisturbed_one(
     assert json.loads((folder / "record.json").read_text())["restarts"] == 1
 
 
+@pytest.mark.slow
 def test_stopped_run_says_that_it_starts_over(tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     command = [sys.executable, "-m", "flatpatch", *words(tmp_path, "stopped")]
