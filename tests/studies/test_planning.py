@@ -8,10 +8,9 @@ import pytest
 
 from flatpatch import patches
 from flatpatch.errors import UserError
-from flatpatch.settings import CHOICES, FIELDS
 from flatpatch.studies.checks import check_hypotheses
 from flatpatch.studies.planning import Asked, Cell, folders_of, plan_study, typed, varying
-from flatpatch.studies.schema import FormName, Study, find_study, library, read_study
+from flatpatch.studies.schema import FormName, find_study, library, read_study
 from tests.study_cases import HYPOTHESIS, planned, write_study
 
 
@@ -154,17 +153,6 @@ def test_values_are_those_of_the_settings() -> None:
     ]
 
 
-def lacking(study: Study, form: str) -> list[str]:
-    """Return what a study names that this version's settings do not have."""
-    parts = [study, study.forms[form], *study.runs]  # type: ignore[index]
-    words = {key: (value,) for part in parts if hasattr(part, "settings") for key, value in part.settings.items()}
-    words |= {key: values for runs in study.runs for key, values in runs.grid.items()}
-    unknown = [key for key in words if key not in FIELDS and not key.startswith("upstream.")]
-    return unknown + [
-        f"{key}={value}" for key, values in words.items() for value in values if value not in CHOICES.get(key, (value,))
-    ]
-
-
 def forms_of_ours() -> list[tuple[str, FormName, bool]]:
     """Return every form of our studies, and of the quick one the whole grid too."""
     forms = [(name, form, False) for name, path in library().items() for form in read_study(path).forms]
@@ -178,8 +166,6 @@ def test_a_study_of_ours_plans_and_its_hypotheses_have_runs(
     name: str, form: FormName, full: bool, tmp_path: Path
 ) -> None:
     study = read_study(find_study(name))
-    if lacks := lacking(study, form):
-        pytest.skip(f"settings that are not there yet: {', '.join(lacks)}")
     with patches.verified_once():
         asked = Asked(form, ("0",), full=full, passed=(f"output={tmp_path / 'runs'}",))
         cells = plan_study(study, asked, dry_run=True)
