@@ -116,7 +116,7 @@ def paired_difference(
     effect = math.fsum(differences) / n
     low = high = p = spread = None
     if n > 1:
-        spread = math.sqrt(math.fsum((x - effect) ** 2 for x in differences) / (n - 1))
+        spread = deviation(differences)
         if max(differences) - min(differences) <= _EQUAL * max(map(abs, [*a, *b])):
             spread, p = 0.0, min(1.0, 2 * 0.5**n) if effect else 1.0
             low, high = (effect, effect) if 1 - 2 * 0.5**n >= confidence else (None, None)
@@ -264,11 +264,30 @@ def _verdict(found: Difference) -> str:
     return SUPPORTED if above == (found.direction == "higher") else CONTRADICTED
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Return the sample standard deviation (divisor n - 1) of two numbers or more."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
+
+
+def half_width(error: float, freedom: float, confidence: float = CONFIDENCE) -> float:
+    """Return half of Student's two-sided interval.
+
+    Args:
+        error: Standard error of the estimate.
+        freedom: Degrees of freedom of the error; may be broken.
+        confidence: Of the interval.
+    """
+    from scipy import special
+
+    return float(special.stdtrit(freedom, (1 + confidence) / 2)) * error
+
+
 def _student(effect: float, spread: float, n: int, confidence: float) -> tuple[float, float, float]:
     from scipy import special
 
     error = spread / math.sqrt(n)
-    half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * error
+    half = half_width(error, n - 1, confidence)
     return effect - half, effect + half, 2 * float(special.stdtr(n - 1, -abs(effect) / error))
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatpatch.comparison.differences import Difference, Side, paired_difference, unpaired_difference
+from flatpatch.comparison.differences import MeanDifference, Side, paired_difference, unpaired_difference
 from flatpatch.comparison.sides import (
     Matrix,
     Run,
@@ -285,7 +285,7 @@ def _against_row(runs: Sequence[Run], row: Mapping[str, Any], n: int | None, mar
     return entry | {"verdict": verdict, "why": why}
 
 
-def _judge(difference: Difference, margin: float) -> tuple[str, str]:
+def _judge(difference: MeanDifference, margin: float) -> tuple[str, str]:
     if difference.interval is None:
         if difference.test == "difference only":
             return UNDECIDED, "one number on either side: the difference alone, no test"
@@ -340,7 +340,12 @@ def _list(items: Sequence[object] | None) -> str:
 
 
 def _entry(
-    metric: str, here: Side, values: list[float], there: Side, their_values: list[float] | None, difference: Difference
+    metric: str,
+    here: Side,
+    values: list[float],
+    there: Side,
+    their_values: list[float] | None,
+    difference: MeanDifference,
 ) -> dict[str, Any]:
     return {
         "metric": metric,

@@ -15,9 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import special, stats
+from scipy import special
 
-from flatpatch.statistics import CONFIDENCE, POWER
+from flatpatch.statistics import POWER, deviation, half_width
 
 # Differences of accuracies printed with two decimals are whole hundredths; what is below this is rounding of floats.
 _NO_SPREAD = 1e-9
@@ -37,11 +37,11 @@ class Side:
         mean = math.fsum(values) / len(values)
         if len(values) == 1:
             return cls(mean, None, 1)
-        return cls(mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1)), len(values))
+        return cls(mean, deviation(values), len(values))
 
 
 @dataclass(frozen=True)
-class Difference:
+class MeanDifference:
     """Here minus there, in the unit of the values, with what is known of its error.
 
     ``interval`` and ``detectable`` are None where there is no spread to judge by.
@@ -53,7 +53,7 @@ class Difference:
     test: str  # "paired", "welch", "prediction interval" or "difference only"
 
 
-def paired_difference(here: Sequence[float], there: Sequence[float]) -> Difference:
+def paired_difference(here: Sequence[float], there: Sequence[float]) -> MeanDifference:
     """Compare runs that share seed and order, pair by pair.
 
     Args:
@@ -70,11 +70,11 @@ def paired_difference(here: Sequence[float], there: Sequence[float]) -> Differen
         raise ValueError(f"pairs need as many values here as there; got {len(here)} and {len(there)}.")
     side = Side.of([a - b for a, b in zip(here, there, strict=True)])
     if side.standard_deviation is None:
-        return Difference(side.mean, None, None, "difference only")
+        return MeanDifference(side.mean, None, None, "difference only")
     return _interval(side.mean, side.standard_deviation / math.sqrt(side.n), side.n - 1, "paired")
 
 
-def unpaired_difference(here: Side, there: Side) -> Difference:
+def unpaired_difference(here: Side, there: Side) -> MeanDifference:
     """Compare two independent sides by what is known of their spread.
 
     Args:
@@ -90,11 +90,11 @@ def unpaired_difference(here: Side, there: Side) -> Difference:
         variances = (first**2 / here.n, second**2 / there.n)
         error = math.sqrt(sum(variances))
         if error < _NO_SPREAD:
-            return Difference(difference, None, None, "welch")
+            return MeanDifference(difference, None, None, "welch")
         freedom = sum(variances) ** 2 / (variances[0] ** 2 / (here.n - 1) + variances[1] ** 2 / (there.n - 1))
         return _interval(difference, error, freedom, "welch")
     if first is None and second is None:
-        return Difference(difference, None, None, "difference only")
+        return MeanDifference(difference, None, None, "difference only")
     spread, n = (first, here.n) if first is not None else (second, there.n)
     assert spread is not None
     error = spread * math.sqrt(1 / here.n + 1 / there.n)
@@ -118,16 +118,16 @@ def detectable_difference(standard_error: float, degrees_of_freedom: float) -> f
     """
     if standard_error <= 0 or degrees_of_freedom <= 0:
         raise ValueError(f"both must be positive; got {standard_error} and {degrees_of_freedom}.")
-    critical = stats.t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom)
+    critical = half_width(1.0, degrees_of_freedom)
     # The tail on the wrong side is left out: at 80 % power it holds less than one case in a million.
     return float(special.nctdtrinc(degrees_of_freedom, 1 - POWER, critical)) * standard_error
 
 
-def _interval(difference: float, error: float, freedom: float, test: str) -> Difference:
+def _interval(difference: float, error: float, freedom: float, test: str) -> MeanDifference:
     if error < _NO_SPREAD:
-        return Difference(difference, None, None, test)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    return Difference(
+        return MeanDifference(difference, None, None, test)
+    half = half_width(error, freedom)
+    return MeanDifference(
         difference,
         (difference - half, difference + half),
         detectable_difference(error, freedom),

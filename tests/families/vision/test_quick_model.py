@@ -112,7 +112,7 @@ def test_build_says_what_it_takes_when_given_something_else(arguments: list[str]
 
 
 def test_build_says_so_when_a_value_is_no_number(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'many'.*Expected numbers, e\.g\. steps=200\."):
+    with pytest.raises(UserError, match=r"'many'.*Expected numbers, e\.g\. steps=100\."):
         build.main([f"out={tmp_path / 'new'}", "steps=many"])
     assert not (tmp_path / "new").exists()
 

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flatpatch.errors import UserError
+from flatpatch.families import pretraining
 from flatpatch.families.clip.quick.generator import CAPTIONED, HUES, SIZE, draw
 from flatpatch.families.clip.quick.preset import DOMAINS
+from flatpatch.families.pretraining import read_build, run_build
 from flatpatch.files import digest
-from flatpatch.progress import Progress
 
 SEED = 0
 SETTINGS: dict[str, Any] = {
@@ -149,56 +147,34 @@ def pretrain(settings: dict[str, Any]) -> tuple[Any, Any, list[float]]:
 
     torch.manual_seed(SEED)
     model, tokenizer = new_model().train(), new_tokenizer()
-    steps, warmup = settings["steps"], settings["warmup"]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.01, 1 - step / steps))
-    )
     rng = generator(0)
-    losses: list[float] = []
-    total = 0.0
-    with Progress("pre-training", "step") as shown:
-        for step in range(steps):
-            images, captions = caption_batch(rng, settings["wrong_captions"])
-            words = tokenizer(captions, padding=True, return_tensors="pt")
-            loss = model(pixel_values=images, **words, return_loss=True).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=4.6052)  # a hundred, CLIP's own bound
-            total += loss.item()
-            if step % 100 == 99:
-                losses.append(round(total / 100, 4))
-                total = 0.0
-            shown.update("", step + 1, steps, f"loss {losses[-1]}" if losses else "")
+
+    def loss() -> torch.Tensor:
+        images, captions = caption_batch(rng, settings["wrong_captions"])
+        words = tokenizer(captions, padding=True, return_tensors="pt")
+        found: torch.Tensor = model(pixel_values=images, **words, return_loss=True).loss
+        return found
+
+    def bound_scale() -> None:
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.6052)  # a hundred, CLIP's own bound
+
+    losses = pretraining.pretrain(model, optimizer, loss, settings, floor=0.01, after_step=bound_scale)
     return model, tokenizer, losses
 
 
 def main(arguments: list[str]) -> None:
     """Build into the folder named by ``out=``; other ``key=value`` change ``SETTINGS``."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    unknown = set(given) - {"out", *SETTINGS}
-    if unknown or not given.get("out"):
-        raise UserError(
-            f"build takes out=<folder> and any of {', '.join(SETTINGS)}; got {' '.join(arguments) or 'nothing'}. "
-            "Example: python -m flatpatch.families.clip.quick.build out=build/clip-quick"
-        )
-    try:
-        settings = SETTINGS | {key: type(SETTINGS[key])(value) for key, value in given.items() if key != "out"}
-    except ValueError as error:
-        raise UserError(f"{error}. Expected numbers, e.g. steps=100.") from error
+    example = "python -m flatpatch.families.clip.quick.build out=build/clip-quick"
+    folder, settings = read_build(arguments, SETTINGS, example)
     import safetensors
     import tokenizers
     import torch
     import transformers
 
-    folder = Path(given["out"])
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model, tokenizer, losses = pretrain(settings)
     seconds = round(time.monotonic() - started)
@@ -234,8 +210,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_build(main)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flatpatch.families.clip.quick.preset import DOMAINS, TEST_IMAGES, TRAIN_IMAGES
+from flatpatch.families.drawing import Array, between, inside
 
 SIZE: Final = 32
 """Height and width of an image, in pixels."""
@@ -38,8 +39,6 @@ HUES: Final = {
     "purple": (0.55, 0.15, 0.85),
     "pink": (0.97, 0.50, 0.75),
 }
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,6 @@ _STROKES: Final[tuple[tuple[tuple[float, float], ...], ...]] = (
 """The corners of each drawing, without lifting the pen."""
 
 
-def _between(rng: np.random.Generator, low: float, high: float, *shape: int) -> Array:
-    """Draw uniform numbers, with axes for the pixels at the end."""
-    return (low + (high - low) * rng.random(shape))[..., None, None]
-
-
-def _inside(distance: Array) -> Array:
-    """Turn a signed distance in pixels into how much of a pixel is covered, 0 to 1."""
-    covered: Array = np.clip(0.5 - distance, 0.0, 1.0)
-    return covered
-
-
 def _shape_distances(x: Array, y: Array) -> Array:
     """Return the signed distance to the edge of each shape, of radius about 1 around the origin: ``(8, ...)``."""
     radius = np.sqrt(x * x + y * y)
@@ -146,9 +134,9 @@ def _rest(position: Array) -> Array:
 
 def _patterns(x: Array, y: Array, rng: np.random.Generator, count: int) -> Array:
     """Return each texture, 0 to 1, with one period, phase and side for an image: ``(8, n, 32, 32)``."""
-    period = _between(rng, 5.0, 8.0, count)
-    phase = _between(rng, 0.0, 1.0, count), _between(rng, 0.0, 1.0, count)
-    side = np.where(_between(rng, 0.0, 1.0, count) < 0.5, 1.0, -1.0)
+    period = between(rng, 5.0, 8.0, count)
+    phase = between(rng, 0.0, 1.0, count), between(rng, 0.0, 1.0, count)
+    side = np.where(between(rng, 0.0, 1.0, count) < 0.5, 1.0, -1.0)
     across, upright = _rest(y / period + phase[0]), _rest(x / period + phase[1])
     slanted = _rest((x + side * y) * 0.7071067811865476 / period + phase[0])
     from_x, from_y = x - 16.0 - 8.0 * (phase[0] - 0.5), y - 16.0 - 8.0 * (phase[1] - 0.5)
@@ -175,21 +163,21 @@ def _figures(domain: int, labels: NDArray[np.int64], style: Style, rng: np.rando
     if domain == 1:
         return np.asarray(_patterns(x, y, rng, count)[labels, np.arange(count)])
     # The tangent of half the angle gives sine and cosine without a library's rounding.
-    tangent = _between(rng, -style.tangent, style.tangent, count)
+    tangent = between(rng, -style.tangent, style.tangent, count)
     cosine = (1.0 - tangent * tangent) / (1.0 + tangent * tangent)
     sine = 2.0 * tangent / (1.0 + tangent * tangent)
-    radius = _between(rng, *style.radius, count)
-    right = x - _between(rng, 15.5 - style.place, 15.5 + style.place, count)
-    down = y - _between(rng, 15.5 - style.place, 15.5 + style.place, count)
+    radius = between(rng, *style.radius, count)
+    right = x - between(rng, 15.5 - style.place, 15.5 + style.place, count)
+    down = y - between(rng, 15.5 - style.place, 15.5 + style.place, count)
     u, v = (cosine * right + sine * down) / radius, (cosine * down - sine * right) / radius
     if domain == 3:
-        width = _between(rng, 1.1, 1.6, count)
+        width = between(rng, 1.1, 1.6, count)
         distances = np.stack([_stroke_distance(u, v, corners) for corners in _STROKES])
-        return _inside(distances[labels, np.arange(count)] * radius - width)
+        return inside(distances[labels, np.arange(count)] * radius - width)
     distances = _shape_distances(u, v)
     # A colour's patch has any outline.
     outline = labels if domain == 0 else (rng.random(count) * len(distances)).astype(np.int64)
-    return _inside(distances[outline, np.arange(count)] * radius)
+    return inside(distances[outline, np.arange(count)] * radius)
 
 
 def draw(
@@ -217,19 +205,19 @@ def draw(
     colours = np.array(list(HUES.values()))
     drawn = (rng.random(count) * len(colours)).astype(np.int64)
     hue = labels if domain == 2 else drawn if hues is None else hues
-    tint = colours[hue][:, :, None, None] + _between(rng, -style.tint, style.tint, count, 3)
-    darkened = np.where(_between(rng, 0.0, 1.0, count) < style.dark, 0.45, 1.0)
+    tint = colours[hue][:, :, None, None] + between(rng, -style.tint, style.tint, count, 3)
+    darkened = np.where(between(rng, 0.0, 1.0, count) < style.dark, 0.45, 1.0)
     tint = tint * (darkened if domain != 2 else 0.5 + 0.5 * darkened)[:, None]
-    steepness = (_between(rng, -style.slope, style.slope, count) for _ in range(2))
+    steepness = (between(rng, -style.slope, style.slope, count) for _ in range(2))
     slope = sum(steep * (axis - 16.0) for steep, axis in zip(steepness, (x, y), strict=True)) / 16.0
-    ground = _between(rng, *style.ground, count)[:, None] + _between(rng, -style.tint, style.tint, count, 3)
+    ground = between(rng, *style.ground, count)[:, None] + between(rng, -style.tint, style.tint, count, 3)
     image = ground + slope[:, None]
     for _ in range(style.spots):
-        spot_x, spot_y = x - _between(rng, 0.0, 31.0, count), y - _between(rng, 0.0, 31.0, count)
-        spot = _inside(np.sqrt(spot_x * spot_x + spot_y * spot_y) - _between(rng, 1.5, 3.5, count))[:, None]
+        spot_x, spot_y = x - between(rng, 0.0, 31.0, count), y - between(rng, 0.0, 31.0, count)
+        spot = inside(np.sqrt(spot_x * spot_x + spot_y * spot_y) - between(rng, 1.5, 3.5, count))[:, None]
         spot_colour = colours[(rng.random(count) * len(colours)).astype(np.int64)][:, :, None, None]
-        image = image + spot * (spot_colour * _between(rng, 0.4, 1.0, count)[:, None] - image)
-    image = image + (figure * _between(rng, *style.strength, count))[:, None] * (tint - image)
+        image = image + spot * (spot_colour * between(rng, 0.4, 1.0, count)[:, None] - image)
+    image = image + (figure * between(rng, *style.strength, count))[:, None] * (tint - image)
     image = image + 2.0 * style.noise * (rng.random(image.shape) - 0.5)
     pixels: NDArray[np.uint8] = (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))

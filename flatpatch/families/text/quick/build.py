@@ -14,16 +14,15 @@ import json
 import os
 import platform
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flatpatch.errors import UserError
+from flatpatch.families import pretraining
+from flatpatch.families.pretraining import read_build, run_build
 from flatpatch.families.text.quick.pretraining import SENTINELS, Document, document
 from flatpatch.files import digest
-from flatpatch.progress import Progress
 
 SEED = 0
 SETTINGS: dict[str, Any] = {
@@ -139,30 +138,17 @@ def build_model(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list[
         for weight in model.parameters()
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    steps, warmup = settings["steps"], settings["warmup"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.02, 1 - step / steps))
-    )
     source = documents(f"{SEED}/model")
-    losses: list[float] = []
-    total = 0.0
+
+    def loss() -> torch.Tensor:
+        batch = [next(source) for _ in range(settings["batch"])]
+        inputs = tokenizer([item.source for item in batch], padding=True, return_tensors="pt")
+        labels = tokenizer([item.target for item in batch], padding=True, return_tensors="pt")["input_ids"]
+        found: torch.Tensor = model(**inputs, labels=labels.masked_fill(labels == 0, -100)).loss
+        return found
+
     model.train()
-    with Progress("pre-training", "step") as shown:
-        for step in range(steps):
-            batch = [next(source) for _ in range(settings["batch"])]
-            inputs = tokenizer([item.source for item in batch], padding=True, return_tensors="pt")
-            labels = tokenizer([item.target for item in batch], padding=True, return_tensors="pt")["input_ids"]
-            loss = model(**inputs, labels=labels.masked_fill(labels == 0, -100)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-            if step % 100 == 99:
-                losses.append(round(total / 100, 4))
-                total = 0.0
-            shown.update("", step + 1, steps, f"loss {losses[-1]}" if losses else "")
+    losses = pretraining.pretrain(model, optimizer, loss, settings, floor=0.02)
     # Pre-training is short enough to do without dropout; fine-tuning has T5's usual share, as T5 1.1 does it.
     model.config.dropout_rate = settings["dropout"]
     model.eval()
@@ -172,22 +158,14 @@ def build_model(folder: Path, tokenizer: Any, settings: dict[str, Any]) -> list[
 
 def main(arguments: list[str]) -> None:
     """Build into the folder named by ``out=``; other ``key=value`` change ``SETTINGS``."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    unknown = set(given) - {"out", *SETTINGS}
-    if unknown or not given.get("out"):
-        raise UserError(
-            f"build takes out=<folder> and any of {', '.join(SETTINGS)}; got {' '.join(arguments) or 'nothing'}. "
-            "Example: python -m flatpatch.families.text.quick.build out=build/t5-quick"
-        )
+    example = "python -m flatpatch.families.text.quick.build out=build/t5-quick"
+    folder, settings = read_build(arguments, SETTINGS, example)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import safetensors
     import tokenizers
     import torch
     import transformers
 
-    settings = SETTINGS | {key: type(SETTINGS[key])(value) for key, value in given.items() if key != "out"}
-    folder = Path(given["out"])
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     tokenizer = build_tokenizer(
         folder, vocabulary=settings["vocabulary"], num_documents=settings["tokenizer_documents"]
@@ -214,8 +192,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_build(main)

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flatpatch.errors import UserError
+from flatpatch.families import pretraining
+from flatpatch.families.pretraining import read_build, run_build
 from flatpatch.families.vision.quick import MODEL, WEIGHTS
 from flatpatch.families.vision.quick.generator import PRETRAINING, draw
 from flatpatch.files import digest
-from flatpatch.progress import Progress
 
 SEED = 0
 SETTINGS: dict[str, Any] = {"steps": 9000, "batch": 32, "learning_rate": 1e-3, "warmup": 300, "weight_decay": 0.05}
@@ -96,53 +94,27 @@ def pretrain(settings: dict[str, Any]) -> tuple[Any, list[float]]:
 
     torch.manual_seed(SEED)
     model = new_model().train()
-    steps, warmup = settings["steps"], settings["warmup"]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.01, 1 - step / steps))
-    )
     rng = generator(0)
-    losses: list[float] = []
-    total = 0.0
-    with Progress("pre-training", "step") as shown:
-        for step in range(steps):
-            images, labels = pretraining_batch(rng, settings["batch"])
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-            if step % 100 == 99:
-                losses.append(round(total / 100, 4))
-                total = 0.0
-            shown.update("", step + 1, steps, f"loss {losses[-1]}" if losses else "")
-    return model, losses
+
+    def loss() -> torch.Tensor:
+        images, labels = pretraining_batch(rng, settings["batch"])
+        return F.cross_entropy(model(images), labels)
+
+    return model, pretraining.pretrain(model, optimizer, loss, settings, floor=0.01)
 
 
 def main(arguments: list[str]) -> None:
     """Build into the folder named by ``out=``; other ``key=value`` change ``SETTINGS``."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    unknown = set(given) - {"out", *SETTINGS}
-    if unknown or not given.get("out"):
-        raise UserError(
-            f"build takes out=<folder> and any of {', '.join(SETTINGS)}; got {' '.join(arguments) or 'nothing'}. "
-            "Example: python -m flatpatch.families.vision.quick.build out=build/vit-quick"
-        )
-    try:
-        settings = SETTINGS | {key: type(SETTINGS[key])(value) for key, value in given.items() if key != "out"}
-    except ValueError as error:
-        raise UserError(f"{error}. Expected numbers, e.g. steps=200.") from error
+    example = "python -m flatpatch.families.vision.quick.build out=build/vit-quick"
+    folder, settings = read_build(arguments, SETTINGS, example)
     import safetensors
     import safetensors.torch
     import timm
     import torch
 
-    folder = Path(given["out"])
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model, losses = pretrain(settings)
     seconds = round(time.monotonic() - started)
@@ -172,8 +144,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_build(main)

@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from flatpatch.families.drawing import Array, between, inside
 from flatpatch.families.vision.quick.preset import TASKS
 
 SHAPES: Final = ("disc", "square", "triangle", "cross", "ring")
@@ -43,7 +44,6 @@ TEST_IMAGES: Final = 40
 """Test images of a class."""
 
 Combination = tuple[int, int, int]
-Array = NDArray[np.float64]
 
 
 def _benchmark() -> tuple[Combination, ...]:
@@ -69,17 +69,6 @@ def class_name(combination: Combination) -> str:
     """Return a class's name, e.g. ``red upright ring``."""
     shape, texture, hue = combination
     return f"{tuple(HUES)[hue]} {TEXTURES[texture]} {SHAPES[shape]}"
-
-
-def _between(rng: np.random.Generator, low: float, high: float, *shape: int) -> Array:
-    """Draw uniform numbers, with axes for the pixels at the end."""
-    return (low + (high - low) * rng.random(shape))[..., None, None]
-
-
-def _inside(distance: Array) -> Array:
-    """Turn a signed distance in pixels into how much of a pixel is covered, 0 to 1."""
-    covered: Array = np.clip(0.5 - distance, 0.0, 1.0)
-    return covered
 
 
 def _distances(x: Array, y: Array) -> Array:
@@ -119,17 +108,17 @@ def draw(combinations: NDArray[np.int64], rng: np.random.Generator) -> NDArray[n
     y, x = (axis[None].astype(np.float64) for axis in np.mgrid[:SIZE, :SIZE])
 
     # The tangent of half the angle gives sine and cosine without a library's rounding; within 20 degrees.
-    tangent = _between(rng, -0.176, 0.176, count)
+    tangent = between(rng, -0.176, 0.176, count)
     cosine = (1.0 - tangent * tangent) / (1.0 + tangent * tangent)
     sine = 2.0 * tangent / (1.0 + tangent * tangent)
-    radius = _between(rng, 7.5, 11.0, count)
-    right, down = x - _between(rng, 9.5, 21.5, count), y - _between(rng, 9.5, 21.5, count)
+    radius = between(rng, 7.5, 11.0, count)
+    right, down = x - between(rng, 9.5, 21.5, count), y - between(rng, 9.5, 21.5, count)
     distances = _distances((cosine * right + sine * down) / radius, (cosine * down - sine * right) / radius)
-    figure = _inside(distances[shape, everyone] * radius)
+    figure = inside(distances[shape, everyone] * radius)
 
-    period = _between(rng, 4.5, 6.5, count)
-    phase = _between(rng, 0.0, 1.0, count), _between(rng, 0.0, 1.0, count)
-    side = np.where(_between(rng, 0.0, 1.0, count) < 0.5, 1.0, -1.0)
+    period = between(rng, 4.5, 6.5, count)
+    phase = between(rng, 0.0, 1.0, count), between(rng, 0.0, 1.0, count)
+    side = np.where(between(rng, 0.0, 1.0, count) < 0.5, 1.0, -1.0)
     across, upright = _stripes(y / period + phase[0]), _stripes(x / period + phase[1])
     textures = [
         np.broadcast_to(np.where(phase[0] < 0.5, 1.0, 0.0), across.shape),
@@ -139,18 +128,18 @@ def draw(combinations: NDArray[np.int64], rng: np.random.Generator) -> NDArray[n
         np.abs(across - upright),
     ]
     pattern = np.stack([np.broadcast_to(one, (count, SIZE, SIZE)) for one in textures])[texture, everyone]
-    bright, dark = _between(rng, 0.8, 1.0, count), _between(rng, 0.3, 0.45, count)
+    bright, dark = between(rng, 0.8, 1.0, count), between(rng, 0.3, 0.45, count)
     tone = bright * (pattern + (1.0 - pattern) * dark)
 
     colours = np.array(list(HUES.values()))
-    tint = colours[hue][:, :, None, None] + _between(rng, -0.12, 0.12, count, 3)
-    slope = (_between(rng, -0.2, 0.2, count) * (x - 16.0) + _between(rng, -0.2, 0.2, count) * (y - 16.0)) / 16.0
-    image = _between(rng, 0.25, 0.7, count)[:, None] + _between(rng, -0.08, 0.08, count, 3) + slope[:, None]
+    tint = colours[hue][:, :, None, None] + between(rng, -0.12, 0.12, count, 3)
+    slope = (between(rng, -0.2, 0.2, count) * (x - 16.0) + between(rng, -0.2, 0.2, count) * (y - 16.0)) / 16.0
+    image = between(rng, 0.25, 0.7, count)[:, None] + between(rng, -0.08, 0.08, count, 3) + slope[:, None]
     for _ in range(2):
-        spot_x, spot_y = x - _between(rng, 0.0, 31.0, count), y - _between(rng, 0.0, 31.0, count)
-        spot = _inside(np.sqrt(spot_x * spot_x + spot_y * spot_y) - _between(rng, 1.5, 3.5, count))[:, None]
+        spot_x, spot_y = x - between(rng, 0.0, 31.0, count), y - between(rng, 0.0, 31.0, count)
+        spot = inside(np.sqrt(spot_x * spot_x + spot_y * spot_y) - between(rng, 1.5, 3.5, count))[:, None]
         spot_colour = colours[(rng.random(count) * len(colours)).astype(np.int64)][:, :, None, None]
-        image = image + spot * (spot_colour * _between(rng, 0.4, 1.0, count)[:, None] - image)
+        image = image + spot * (spot_colour * between(rng, 0.4, 1.0, count)[:, None] - image)
     image = image + figure[:, None] * (tint * tone[:, None] - image)
     image = image + 0.16 * (rng.random(image.shape) - 0.5)
     pixels: NDArray[np.uint8] = (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
