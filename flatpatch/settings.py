@@ -16,6 +16,7 @@ from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
+SCOPE_WITHOUT_LORA = "trainable"  # over which is measured where no LoRA is trained, unless said otherwise
 MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", "record", *MINIATURES),
@@ -448,7 +449,7 @@ def _follow_tuning(settings: Settings, sources: Mapping[str, str]) -> Settings:
     """Where no LoRA is trained, let the scopes that were left out be those of what is."""
     if settings.tuning == DEFAULTS["tuning"]:
         return settings
-    own: dict[str, Any] = {"scope": "all", "measure_scope": "trainable"}
+    own: dict[str, Any] = {"scope": "all", "measure_scope": SCOPE_WITHOUT_LORA}
     return dataclasses.replace(settings, **{key: value for key, value in own.items() if sources[key] == "default"})
 
 

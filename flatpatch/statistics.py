@@ -126,34 +126,23 @@ def paired_difference(
     return _judged(found, 1 - confidence)
 
 
-def slope(
-    over: Sequence[Sequence[float]],
-    values: Sequence[Sequence[float]],
-    *,
-    direction: str,
-    smallest: float = 0.0,
-    confidence: float = CONFIDENCE,
-) -> Difference:
-    """Judge the hypothesis that values rise (``higher``) or fall (``lower``) with a setting, or with what was measured.
+def least_squares(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the slope of the straight line through some points that is nearest to them by least squares.
 
     Args:
-        over: (n, m) where each seed's values stand: the setting's values, or another measured one.
-        values: (n, m) each seed's values there.
-        direction: As for ``paired_difference``.
-        smallest: The smallest slope of interest.
-        confidence: As for ``paired_difference``.
-
-    Returns:
-        The mean of the seeds' least-squares slopes, judged against none.
+        x: (m,) where they stand.
+        y: (m,) their values.
 
     Raises:
-        UserError: If a seed has less than two values, they stand at one place, or as ``paired_difference`` says.
+        UserError: If there are less than two, or they stand at one place.
     """
-    if len(over) != len(values):
-        raise UserError(f"a slope needs one series of values a seed: got {len(values)}, and places for {len(over)}.")
-    slopes = [_least_squares(x, y) for x, y in zip(over, values, strict=True)]
-    zeros = [0.0] * len(slopes)
-    return paired_difference(slopes, zeros, direction=direction, smallest=smallest, confidence=confidence)
+    if len(x) != len(y) or len(x) < 2:
+        raise UserError(f"a slope needs at least two values and a place for each; got {len(y)} at {len(x)} places.")
+    middle = math.fsum(x) / len(x)
+    squares = math.fsum((place - middle) ** 2 for place in x)
+    if not squares:
+        raise UserError(f"a slope needs values at different places; all {len(x)} stand at {x[0]:g}.")
+    return math.fsum((place - middle) * value for place, value in zip(x, y, strict=True)) / squares
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -178,16 +167,17 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def corrected(differences: Sequence[Difference]) -> list[Difference]:
+def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
     """Return the hypotheses of one study with Holm's p-values, and the verdicts that hold with these.
 
-    One that cannot be tested counts among them with p = 1. The seeds that would decide are those for the level at
-    which Holm's method would next be asked: 5 % over the hypotheses that it has not found yet.
+    One that cannot be tested, None among them, counts with p = 1. The seeds that would decide are those for the level
+    at which Holm's method would next be asked: 5 % over the hypotheses that it has not found yet.
     """
-    adjusted = holm([1.0 if found.p is None else found.p for found in differences])
-    left = sum(p >= 1 - found.confidence for p, found in zip(adjusted, differences, strict=True))
+    adjusted = holm([1.0 if found is None or found.p is None else found.p for found in differences])
+    left = sum(p >= 1 - CONFIDENCE for p in adjusted)
     return [
-        _judged(replace(found, adjusted_p=None if found.p is None else p), (1 - found.confidence) / max(left, 1))
+        found
+        and _judged(replace(found, adjusted_p=None if found.p is None else p), (1 - found.confidence) / max(left, 1))
         for found, p in zip(differences, adjusted, strict=True)
     ]
 
@@ -227,14 +217,14 @@ def _power(n: int, effect: float, spread: float, smallest: float, level: float) 
     """
     from scipy import special
 
-    critical = float(special.stdtrit(n - 1, 1 - level / 2))
-
-    def found(distance: float) -> float:
+    def found(distance: float, level: float) -> float:
+        critical = float(special.stdtrit(n - 1, 1 - level / 2))
         return 1 - float(special.nctdtr(n - 1, distance * math.sqrt(n) / spread, critical))
 
     size = abs(effect)
-    too_small = found(smallest - size) + found(smallest + size) - 1 if size < smallest else 0.0
-    return max(found(size), too_small)
+    own = 1 - CONFIDENCE  # equivalence is read off the interval, which is not corrected
+    too_small = found(smallest - size, own) + found(smallest + size, own) - 1 if size < smallest else 0.0
+    return max(found(size, level), too_small)
 
 
 def _signed(value: float) -> str:
@@ -247,8 +237,10 @@ def _judged(found: Difference, level: float) -> Difference:
     more = None
     if verdict == UNDECIDED and found.spread:
         more = seeds_that_decide(found.effect, found.spread, beyond=found.n, smallest=found.smallest, level=level)
-    elif verdict == UNDECIDED and found.spread == 0 and found.low is None and (found.effect or found.smallest):
-        more = math.ceil(1 - math.log2(level))  # from which the sign test can say something
+    elif verdict == UNDECIDED and found.spread == 0 and (found.effect or found.smallest):
+        within = abs(found.effect) <= found.smallest
+        # From which the sign test can say something.
+        more = math.ceil(1 - math.log2(1 - found.confidence if within else level))
     return replace(found, verdict=verdict, more_seeds=more)
 
 
@@ -289,16 +281,6 @@ def _student(effect: float, spread: float, n: int, confidence: float) -> tuple[f
     error = spread / math.sqrt(n)
     half = half_width(error, n - 1, confidence)
     return effect - half, effect + half, 2 * float(special.stdtr(n - 1, -abs(effect) / error))
-
-
-def _least_squares(x: Sequence[float], y: Sequence[float]) -> float:
-    if len(x) != len(y) or len(x) < 2:
-        raise UserError(f"a slope needs at least two values and a place for each; got {len(y)} at {len(x)} places.")
-    middle = math.fsum(x) / len(x)
-    squares = math.fsum((place - middle) ** 2 for place in x)
-    if not squares:
-        raise UserError(f"a slope needs values at different places; all {len(x)} stand at {x[0]:g}.")
-    return math.fsum((place - middle) * value for place, value in zip(x, y, strict=True)) / squares
 
 
 def _check(a: Sequence[float], b: Sequence[float], direction: str, smallest: float, confidence: float) -> None:

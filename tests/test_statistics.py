@@ -20,9 +20,9 @@ from flatpatch.statistics import (
     UNDECIDED,
     corrected,
     holm,
+    least_squares,
     paired_difference,
     seeds_that_decide,
-    slope,
 )
 
 STUDIES = 1_000
@@ -214,16 +214,30 @@ def test_under_holm_a_hypothesis_must_hold_after_correction_too():
     assert "0.033 after Holm's correction" in corrected([barely] * 3)[0].sentence()
 
 
-def test_slope_is_least_squares_of_each_seed():
-    # Slopes 1, 2 and 3 over a setting, whatever their levels.
-    over = [[0.0, 1.0, 2.0]] * 3
-    values = [[5.0, 6.0, 7.0], [0.0, 2.0, 4.0], [-3.0, 0.0, 3.0]]
-    found = slope(over, values, direction="higher")
-    assert found == paired_difference([1.0, 2.0, 3.0], [0.0] * 3, direction="higher")
-    noisy = [1.0, 5.0, 2.0, 7.0]
-    at = [0.0, 1.0, 3.0, 4.0]
-    fit = slope([at, at], [noisy, noisy], direction="higher")
-    assert fit.effect == pytest.approx(np.polyfit(at, noisy, 1)[0], rel=1e-12)
+def test_slope_is_that_of_the_nearest_line():
+    assert least_squares([0.0, 1.0, 2.0], [-3.0, 0.0, 3.0]) == 3.0
+    at, noisy = [0.0, 1.0, 3.0, 4.0], [1.0, 5.0, 2.0, 7.0]
+    assert least_squares(at, noisy) == pytest.approx(np.polyfit(at, noisy, 1)[0], rel=1e-12)
+
+
+def test_seeds_that_decide_are_those_of_the_level_that_the_verdict_is_read_at():
+    # Equivalence is read off the interval, whatever the number of hypotheses.
+    small = paired_difference([0.6, -0.6, 0.6, -0.6], [0.0] * 4, direction="higher", smallest=0.5)
+    assert small.verdict == UNDECIDED and small.effect == pytest.approx(0)
+    assert [each and each.more_seeds for each in corrected([small] * 10)] == [small.more_seeds] * 10
+    # Six equal differences are enough for one hypothesis, and one too few for two.
+    alike = paired_difference([2.0] * 6, [0.0] * 6, direction="higher")
+    assert alike.verdict == SUPPORTED
+    first, second = corrected([alike, alike])
+    assert first is not None and (first.verdict, first.more_seeds) == (UNDECIDED, 7)
+    assert first == second
+
+
+def test_hypothesis_without_a_number_counts_among_the_others():
+    found = paired_difference([1.0, 1.2, 1.1], [0.0] * 3, direction="higher")
+    first, nothing = corrected([found, None])
+    assert nothing is None
+    assert first is not None and first.adjusted_p == pytest.approx(2 * found.p)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +260,8 @@ def test_wrong_numbers_are_refused_in_one_message(a: list[float], b: list[float]
 
 def test_wrong_slopes_and_p_values_are_refused():
     with pytest.raises(UserError, match="all 2 stand at 3"):
-        slope([[3.0, 3.0]], [[1.0, 2.0]], direction="higher")
+        least_squares([3.0, 3.0], [1.0, 2.0])
     with pytest.raises(UserError, match="got 1 at 1 places"):
-        slope([[3.0]], [[1.0]], direction="higher")
-    with pytest.raises(UserError, match="got 1, and places for 2"):
-        slope([[1.0, 2.0]] * 2, [[1.0, 2.0]], direction="higher")
+        least_squares([3.0], [1.0])
     with pytest.raises(UserError, match=r"between 0 and 1; got 1\.5"):
         holm([0.5, 1.5])

@@ -115,9 +115,10 @@ class Upstream:
         if settings.engine == "upstream" and self.repository is None:
             problems.append(f"method {self.name} has no repository of its own: use engine=reference.")
         if settings.profile in ("small", "record") and settings.profile not in self.profiles:
+            known = self.profiles if self.repository is None else ("upstream", *self.profiles)
             problems.append(
                 f"profile={settings.profile} has no settings for {self.title}, a {self.family} method. Use "
-                "profile=upstream or profile=quick."
+                f"profile={' or profile='.join(known)}."
             )
         return problems
 

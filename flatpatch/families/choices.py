@@ -125,8 +125,8 @@ def choose_engine(asked: str, upstream: Upstream, profile: str) -> tuple[str, st
         if profile not in upstream.profiles:
             raise UserError(
                 f"{upstream.title} is a reference implementation and runs in profile "
-                f"{' or '.join(upstream.profiles)} alone, not {profile}. Use profile=quick, or a method with a "
-                "repository."
+                f"{' or '.join(upstream.profiles)} alone, not {profile}. Use "
+                f"profile={' or profile='.join(upstream.profiles)}, or a method with a repository."
             )
         return "reference", f"{upstream.title} has no repository of its own"
     if profile == "small":

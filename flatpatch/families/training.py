@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ Batch = dict[str, Tensor]
 Closure = Callable[..., Tensor]
 Gradients = Callable[[Closure], Tensor]
 MakeGradients = Callable[[torch.optim.Optimizer], Gradients]
+
+
+@runtime_checkable
+class WithHeads(Protocol):
+    """A model that answers through heads of its own."""
+
+    @property
+    def heads(self) -> nn.Module:
+        """The heads."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,8 @@ def train_task(
         collate: Makes a batch of the model's inputs, with labels, from some examples.
         task: Epochs, batch size, optimizer, learning rate and device are read from here.
         penalty: The method's penalty at the present weights, a scalar, or None without one.
-        make_gradients: See `descend`. The optimizer's groups are named "A", "B" and, where a head learns along with
-            them, "head"; without adapters the one is named "body".
+        make_gradients: See `descend`. The optimizer's groups are named "A" and "B", or "body" without adapters, and
+            where a head learns along with them, "head".
         on_step: See `descend`.
 
     Returns:
@@ -104,9 +113,11 @@ def train_task(
     ]
     factors = {id(factor) for group in groups for factor in group["params"]}
     others = [each for each in model.parameters() if each.requires_grad and id(each) not in factors]
+    heads = {id(each) for each in model.heads.parameters()} if isinstance(model, WithHeads) else set()
     if not layers:
-        groups = [{"params": others, "name": "body"}]
-    elif others:
+        groups = [{"params": [each for each in others if id(each) not in heads], "name": "body"}]
+        others = [each for each in others if id(each) in heads]
+    if others:
         groups.append({"params": others, "name": "head"})
     optimizer: torch.optim.Optimizer
     if task.optim == "sgd":

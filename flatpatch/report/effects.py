@@ -13,6 +13,7 @@ from typing import Any
 
 from flatpatch.metrics import IN_A_LINE, MARGIN, METRICS, Metric
 from flatpatch.report.groups import Group, apart
+from flatpatch.report.records import setting
 from flatpatch.report.titles import about
 from flatpatch.settings import with_role
 from flatpatch.statistics import Difference, corrected, paired_difference
@@ -110,8 +111,8 @@ def contrasts(
 
 def _corrected(effects: Sequence[Effect]) -> list[Effect]:
     """Return effects of one metric, corrected for how many they are."""
-    after = iter(corrected([effect.difference for effect in effects if effect.difference]))
-    return [replace(effect, difference=next(after)) if effect.difference else effect for effect in effects]
+    judged = corrected([effect.difference for effect in effects])
+    return [replace(effect, difference=found) for effect, found in zip(effects, judged, strict=True)]
 
 
 def effects_text(found: Sequence[Contrast], *, margin: float = MARGIN) -> str:
@@ -139,7 +140,7 @@ def say(effect: Effect, one: Contrast) -> str:
     title = effect.metric.words.title
     if effect.difference is None:
         return f"{title}: no pair of runs has it on both sides"
-    text = effect.difference.sentence("points", about(one.here.records[0]))
+    text = effect.difference.sentence("points", about(one.here.records[0]["profile"]))
     lacking = f"; seed {', '.join(effect.lacking)} lacks it and is left out" if effect.lacking else ""
     return f"{title} is {effect.metric.better}: {text}{lacking}"
 
@@ -165,4 +166,4 @@ def _runs_of(group: Group) -> Runs:
 
 
 def _sam_of(group: Group) -> str:
-    return str(group.record["settings"].get("sam", {}).get("value", "off"))
+    return str(setting(group.record, "sam", "off"))

@@ -15,10 +15,9 @@ import numpy as np
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.report.flatness_figures import Grid, read_grid
 from flatpatch.report.records import RECORD_FILE, read_record, setting
+from flatpatch.report.verdicts import CORRECT, SCHEMA, STUDIES, VERDICTS
+from flatpatch.settings import idle_settings
 
-VERDICTS = "verdicts.json"
-STUDIES = "studies"
-SCHEMA = 1
 _WIDTH = 110
 RECORDED = "as_recorded_"  # before the names of arrays and values that repeat the record's faults
 _PARTS = {
@@ -151,7 +150,7 @@ def read_verdicts(path: Path) -> Study:
         problem = _problem(verdicts)
     except FileNotFoundError:
         raise UserError(f"there are no verdicts {path}. Run the study first: python -m flatpatch study.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         problem = str(error)
     if problem:
         raise UserError(f"{path} cannot be read: {problem}. The command that ran the study writes it anew.")
@@ -174,7 +173,7 @@ def verdicts_text(study: Study) -> str:
     verdicts = study.verdicts
     lines = [f"{study.name}: {verdicts['question']}"]
     for found in verdicts["hypotheses"]:
-        arm = "" if found["arm"] == "correct" else f" ({found['arm']})"
+        arm = "" if found["arm"] == CORRECT else f" ({found['arm']})"
         lines.append(f"- {found['tested']['sentence']}{arm}")
     lines += [f"=> {one['sentence']}" for one in verdicts["conclusions"]]
     return "\n".join(part for line in lines for part in textwrap.wrap(line, _WIDTH, subsequent_indent="     "))
@@ -195,8 +194,9 @@ def points_of(run: StudyRun) -> list[Point]:
 
 
 def words(run: StudyRun, keys: Sequence[str]) -> tuple[str, ...]:
-    """Return a run's values of some settings as ``key=value``; a radius says nothing where there is no SAM."""
-    return tuple(f"{key}={run.value(key)}" for key in keys if not (key == "rho" and run.value("sam") == "off"))
+    """Return a run's values of some settings as ``key=value``, without those that had no effect."""
+    idle = idle_settings(run.record)
+    return tuple(f"{key}={run.value(key)}" for key in keys if key not in idle)
 
 
 def fairness(points: Mapping[str, Point], grids: Mapping[str, Grid], each: str = "panel") -> list[str]:

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from flatpatch.report.drawing import BELOW, COLOURS, HEAT, MARKERS, FloatArray, finish
-from flatpatch.statistics import CONTRADICTED, SUPPORTED, TOO_SMALL
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
+from flatpatch.statistics import CONTRADICTED, SUPPORTED, TOO_SMALL, least_squares
 
-CORRECT, AS_RECORDED, CONTROL = "correct", "as recorded", "against a control"
+CONTROL = "against a control"
 _WIDTH = 7.4
 _LABEL = 40  # characters in a line of an effect's name
 _LINE = 0.165  # inches of a line of small letters
@@ -265,7 +266,7 @@ def make_slope_figure(
     """Return what slopes were laid through, and each seed's straight line, one panel for each way of measuring.
 
     Args:
-        panels: By the way of measuring, points with ``seed``, ``x`` and ``y``.
+        panels: By the way of measuring, points with ``label``, that of their line, ``seed``, ``x`` and ``y``.
         x_label: What the setting is, with its unit.
         y_label: What was measured, with its unit.
         title: What the figure shows.
@@ -282,19 +283,29 @@ def make_slope_figure(
     for axes, (name, points) in zip(places, shown.items(), strict=True):
         for k, seed in enumerate(sorted({point["seed"] for point in points})):
             own = [point for point in points if point["seed"] == seed]
-            x, y = (np.array([point[key] for point in own], dtype=np.float64) for key in ("x", "y"))
+            x, y = ([float(point[key]) for point in own] for key in ("x", "y"))
             look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "markersize": 4.5}
             handles.setdefault(seed, *axes.plot(x, y, linestyle="none", **look, label=f"seed {seed}"))
-            if np.ptp(x) > 0:
-                ends = np.array([x.min(), x.max()])
-                slope = float(((x - x.mean()) * y).sum() / ((x - x.mean()) ** 2).sum())
-                axes.plot(ends, y.mean() + slope * (ends - x.mean()), color=look["color"], linewidth=1.2)
+            for label in dict.fromkeys(point["label"] for point in own):
+                line = [(float(point["x"]), float(point["y"])) for point in own if point["label"] == label]
+                across, up = zip(*line, strict=True)
+                ends, x_mean, y_mean = (
+                    (min(across), max(across)),
+                    math.fsum(across) / len(line),
+                    math.fsum(up) / len(line),
+                )
+                if ends[0] < ends[1]:
+                    slope = least_squares(across, up)
+                    heights = [y_mean + slope * (end - x_mean) for end in ends]
+                    axes.plot(ends, heights, color=look["color"], linewidth=1.2)
         axes.set_title(name, fontsize=8.5)
         axes.set_xlabel(x_label, fontsize=8.5)
         axes.tick_params(labelsize=8)
     places[0].set_ylabel(textwrap.fill(y_label, 40), fontsize=8.5)
     figure.legend(handles=list(handles.values()), **BELOW, ncols=min(5, len(handles)))
-    return finish(figure, title, ["lines: least squares through each seed's points"])
+    return finish(
+        figure, title, ["lines: least squares, each through the points of one seed that are alike in everything else"]
+    )
 
 
 def _short(text: str, most: int = 12) -> str:

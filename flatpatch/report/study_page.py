@@ -18,9 +18,9 @@ from flatpatch.report.drawing import save
 from flatpatch.report.page import embedded, heat, page_environment
 from flatpatch.report.page_figures import COLOURS
 from flatpatch.report.study_data import Study, read_verdicts
-from flatpatch.report.study_figures import AS_RECORDED, CORRECT
 from flatpatch.report.study_pictures import Picture, pictures
 from flatpatch.report.titles import warning
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -149,7 +149,9 @@ def _facts(study: Study) -> list[tuple[str, str]]:
 def _measured(settings: Mapping[str, str]) -> str:
     if not settings.get("measure"):
         return "accuracy alone"
-    return ", ".join(f"{key}={value}" for key, value in settings.items() if value != "0.0")  # no loss to wait for
+    return ", ".join(
+        f"{key}={value}" for key, value in settings.items() if (key, value) != ("measure_at_loss", "0.0")
+    )  # no loss to wait for
 
 
 def _hours(seconds: float) -> str:

@@ -30,9 +30,7 @@ from flatpatch.report.flatness_figures import (
 )
 from flatpatch.report.study_data import RECORDED, Point, Study, StudyRun, fairness, planes, points_of, words
 from flatpatch.report.study_figures import (
-    AS_RECORDED,
     CONTROL,
-    CORRECT,
     Row,
     Strip,
     make_forest_figure,
@@ -40,6 +38,7 @@ from flatpatch.report.study_figures import (
     make_slope_figure,
     make_values_figure,
 )
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 
 MOST = 6  # panels, or lines, of one figure
 _MOST_FIGURES = 8  # of one entry of the study's file

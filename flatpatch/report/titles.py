@@ -21,9 +21,9 @@ _LABEL_TEXTS = {
 _ABOUT = {"quick": "in the miniature", "small": "in the small form"}
 
 
-def about(record: Mapping[str, Any]) -> str:
-    """Return what verdicts on runs of this profile are about; empty where that needs no word."""
-    return _ABOUT.get(record["profile"], "")
+def about(profile: str) -> str:
+    """Return what verdicts on runs of a profile are about; empty where that needs no word."""
+    return _ABOUT.get(profile, "")
 
 
 def labels(record: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ from flatpatch.report.flatness_figures import (
 )
 from flatpatch.report.flatness_run import draw_flatness, flatness_table
 from flatpatch.report.joint_page import make_joint_page
-from flatpatch.report.records import read_record, run_folder
+from flatpatch.report.records import read_record, run_folder, setting
 from flatpatch.report.titles import short_warning
 from flatpatch.runner.execute import only_runner
 from flatpatch.runner.figures import or_warn, tell_figures
 from flatpatch.runner.measure_words import Asked
 from flatpatch.runner.pages import PAGE, leave_page, place_of
 from flatpatch.runner.record import write_record
-from flatpatch.settings import MINIATURES
+from flatpatch.settings import MINIATURES, SCOPE_WITHOUT_LORA
 from flatpatch.terminal import say
 from flatpatch.upstreams import UPSTREAMS
 
@@ -69,6 +70,8 @@ def measure(asked: Asked) -> int:
     """Measure as asked; returns 1 if a part of it failed."""
     runs = [find_run(name) for name in asked.runs]
     _choose_threads(runs)
+    if not asked.scopes_given and any(setting(run.record, "tuning", "lora") != "lora" for run in runs):
+        asked = replace(asked, request=replace(asked.request, scopes=(SCOPE_WITHOUT_LORA,)))
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError(f"run={','.join(asked.runs)} names a run twice. Name different runs.")
     names = runs[0].record["tasks"] if asked.task == "all" else [name for name in asked.task.split(",") if name] or [""]

@@ -45,6 +45,7 @@ class Asked:
     task: str
     request: Request
     output: str
+    scopes_given: bool = True
 
 
 def usage() -> str:
@@ -120,4 +121,4 @@ def parse_words(words: Sequence[str]) -> Asked:
         raise UserError.collect(problems)
     if request is None:
         raise UserError("measure= is empty: name what to measure, e.g. measure=eigenvalues,trace or measure=all.")
-    return Asked(runs, values["task"], request, values["output"])
+    return Asked(runs, values["task"], request, values["output"], "measure_scope" in given)

@@ -257,12 +257,12 @@ def _scale_to_steps(groups: list[_Group], eta: float | None, random_seed: int | 
             group.step.mul_(scale)
         norm = _norm([group.step for group in groups])
     finite = norm.isfinite()
+    usable = finite & (norm > 0)
     if random_seed is not None:
         for place, group in enumerate(groups):
             generator = torch.Generator(group.step.device).manual_seed(mixed_seed(random_seed, place))
             group.step.normal_(generator=generator)
         norm = _norm([group.step for group in groups])
-    usable = finite & (norm > 0)
     divisor = torch.where(usable, norm, 1.0)
     for group in groups:
         device = group.step.device

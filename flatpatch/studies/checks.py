@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flatpatch.errors import UserError
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 from flatpatch.studies.pairing import Comparison, each_of, side_words
-from flatpatch.studies.planning import Asked, Cell
+from flatpatch.studies.planning import Asked, Cell, could_stand
 from flatpatch.studies.quantities import Planned, of_side, wrong_names
-from flatpatch.studies.result import AS_RECORDED, CORRECT
 from flatpatch.studies.schema import Hypothesis, Side, Study, left_out_runs
 
 
@@ -42,10 +42,17 @@ def hypotheses_of(study: Study, asked: Asked, cells: Sequence[Cell]) -> list[Hyp
                 controls = {
                     name: side
                     for name, side in controls.items()
-                    if Comparison(cells, hypothesis, side, CORRECT).fitting(side)
+                    if Comparison(cells, hypothesis, side, CORRECT).fitting(side) or not _left_out(study, asked, side)
                 }
             found.append(hypothesis.model_copy(update={"controls": controls}))
     return found
+
+
+def _left_out(study: Study, asked: Asked, side: Side) -> bool:
+    """Return whether runs that a form leaves out would stand on a side."""
+    form = study.forms[asked.form]
+    names = left_out_runs(form, full=asked.full)
+    return any(runs.name in names and could_stand(study, form, runs, side) for runs in study.runs)
 
 
 def arms_of(hypothesis: Hypothesis) -> tuple[str, ...]:
@@ -81,12 +88,16 @@ def _without_pairs(hypothesis: Hypothesis, against: Side | None, cells: Sequence
         reader = Planned()
         comparison = Comparison(cells, hypothesis, against, arm)
         couples = comparison.couples(reader)
-        yield from reader.problems
         slope = hypothesis.slope
+        points = comparison.points(reader, slope) if slope else {}
+        places = [comparison.place(reader, slope, couple) for couple in couples] if slope else []
+        yield from reader.problems
         if not couples:
             yield from _why_no_couples(comparison)
         # Of plans every number is 1, so that a slope over another quantity has no two places yet.
-        elif slope and slope.over and not comparison.points(reader, slope):
+        elif slope and not slope.over and not any(place is not None for place in places):
+            yield "its over_quantity has no number where its quantity has one."
+        elif slope and slope.over and not points:
             yield f"its slope over {slope.over!r} has no two values of it in the grid. Add them to runs."
 
 

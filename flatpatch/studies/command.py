@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatpatch.errors import UserError, did_you_mean, named_path
+from flatpatch.files import folder_problems
 from flatpatch.progress import Progress
 from flatpatch.report.study_page import PAGE, write_studies_page
 from flatpatch.runner.resolve import cuda_devices
@@ -94,6 +95,8 @@ def _carry_out(found: Study, asked: Asked, cells: Sequence[Cell], output: Path, 
     missing = missing_runs(runs)
     at_once = side_by_side(parallel, missing)
     folder = folder_of(output, found.name, asked.form)
+    if problems := folder_problems(folder, 0, "study"):
+        raise UserError.collect(problems)
     say(_headline(found, asked, runs, len(missing), at_once))
     failures = carry_out(f"study {found.name}", missing, parallel=at_once, logs=folder / LOGS)
     result = evaluate(found, asked, cells, output)

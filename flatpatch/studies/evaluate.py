@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatpatch.report.titles import about
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 from flatpatch.settings import shown
 from flatpatch.statistics import (
     CONTRADICTED,
@@ -19,26 +21,16 @@ from flatpatch.statistics import (
     UNDECIDED,
     Difference,
     corrected,
+    least_squares,
     paired_difference,
 )
 from flatpatch.studies.checks import arms_of, hypotheses_of
 from flatpatch.studies.pairing import Comparison, as_pairs, each_of, side_words
 from flatpatch.studies.planning import Asked, Cell, folders_of, measure_words, varying
 from flatpatch.studies.quantities import Recorded, Records, in_words
-from flatpatch.studies.result import (
-    AS_RECORDED,
-    CORRECT,
-    ConclusionResult,
-    HypothesisResult,
-    Pair,
-    Point,
-    RunResult,
-    StudyResult,
-    Tested,
-)
+from flatpatch.studies.result import ConclusionResult, HypothesisResult, Pair, Point, RunResult, StudyResult, Tested
 from flatpatch.studies.schema import Conclusion, Hypothesis, Side, Slope, Study
 
-WHERE: Mapping[str, str] = {"quick": "in the miniature", "small": "in the small form", "record": ""}
 SURVIVES, FALLS, UNTOLD = "survives", "does not survive", "cannot be told here"
 YES, NO = "yes", "no"
 
@@ -64,7 +56,7 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
         output: The folder that holds the runs.
     """
     form = study.forms[asked.form]
-    where = WHERE[asked.form]
+    where = about(asked.form)
     tested = hypotheses_of(study, asked, cells)
     hypotheses = [one for each in tested for one in each_of(each, cells)]
     records = Records()
@@ -76,10 +68,11 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
     left_out = [
         f"{each.id}: {each.statement} ({form.why_without})" for each in study.hypotheses if each.id in form.without
     ]
+    why = "its runs are made with grid=full" if form.full_alone and not asked.full else form.why_without
     with_controls = {each.id: each.controls for each in study.hypotheses}
     for each in tested:
         left_out += [
-            f"{each.id} against its control {name} (its runs are made with grid=full)"
+            f"{each.id} against its control {name} ({why})"
             for name in with_controls[each.id]
             if name not in each.controls
         ]
@@ -126,20 +119,15 @@ def _test(comparison: Comparison, reader: Recorded) -> _Test:
     if hypothesis.slope is not None:
         lines = comparison.points(reader, hypothesis.slope)
         points = tuple(point for line in lines.values() for point in line)
-        pairs = tuple(Pair(label, line[0].seed, _slope_of(line), None) for label, line in lines.items())
+        pairs = tuple(
+            Pair(label, line[0].seed, least_squares([point.x for point in line], [point.y for point in line]), None)
+            for label, line in lines.items()
+        )
     here, there = _by_seed(pairs)
     difference = None
     if here:
         difference = paired_difference(here, there, direction=hypothesis.direction, smallest=hypothesis.smallest)
     return _Test(comparison, pairs, points, difference, tuple(reader.missing))
-
-
-def _slope_of(line: Sequence[Point]) -> float:
-    """Return the slope of the least-squares line through some points, not all at one place."""
-    x_mean = math.fsum(point.x for point in line) / len(line)
-    y_mean = math.fsum(point.y for point in line) / len(line)
-    across = math.fsum((point.x - x_mean) * (point.y - y_mean) for point in line)
-    return across / math.fsum((point.x - x_mean) ** 2 for point in line)
 
 
 def _by_seed(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
@@ -155,12 +143,10 @@ def _by_seed(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
 def _judged(hypotheses: Sequence[Hypothesis], tests: _Tests, where: str) -> list[HypothesisResult]:
     """Test an arm's hypotheses, correct them for their number, and put each together with its controls."""
     tested = [tests.of(each, each.against) for each in hypotheses]
-    known = [test.difference for test in tested if test.difference is not None]
-    judged = iter(corrected(known) if known else [])
+    judged = corrected([test.difference for test in tested])
     place = ", ".join(filter(None, (where, "measured as recorded" if tests.arm == AS_RECORDED else "")))
     found = []
-    for hypothesis, test in zip(hypotheses, tested, strict=True):
-        difference = next(judged) if test.difference is not None else None
+    for hypothesis, test, difference in zip(hypotheses, tested, judged, strict=True):
         controls = {name: tests.of(hypothesis, side) for name, side in hypothesis.controls.items()}
         found.append(
             HypothesisResult(

@@ -84,10 +84,9 @@ class Comparison:
 
     def points(self, reader: Reader, slope: Slope) -> dict[str, list[Point]]:
         """Return what slopes are laid through, one list for each straight line."""
-        over = self._over(reader, slope)
         lines: dict[str, list[Point]] = {}
         for couple in self.couples(reader):
-            x = over(couple)
+            x = self.place(reader, slope, couple)
             if x is not None:
                 # A line over another quantity goes through all runs of its seed, whatever their settings.
                 without = varying(self.cells) if slope.over is None else (slope.over,)
@@ -95,20 +94,17 @@ class Comparison:
                 lines.setdefault(label, []).append(Point(label, couple.cell.seed, x, couple.difference))
         return {label: line for label, line in lines.items() if len({point.x for point in line}) > 1}
 
-    def _over(self, reader: Reader, slope: Slope) -> Callable[[Couple], float | None]:
+    def place(self, reader: Reader, slope: Slope, couple: Couple) -> float | None:
+        """Return where a pair stands in what a slope goes over; None where that has no number."""
         quantity = slope.over_quantity
-
-        def x_of(couple: Couple) -> float | None:
-            if quantity is None:
-                number: Value | None = couple.cell.value(str(slope.over))
-            else:
-                own = of_side(quantity, Side(), self.arm if quantity.as_recorded else "")
-                number = reduced(reader.values(own, couple.cell), own, None).get(couple.task)
-            if isinstance(number, str) or number is None or (slope.scale != "plain" and number <= 0):
-                return None
-            return {"plain": float, "log2": math.log2, "log10": math.log10}[slope.scale](number)
-
-        return x_of
+        if quantity is None:
+            number: Value | None = couple.cell.value(str(slope.over))
+        else:
+            own = of_side(quantity, Side(), self.arm if quantity.as_recorded else "")
+            number = reduced(reader.values(own, couple.cell), own, None).get(couple.task)
+        if isinstance(number, str) or number is None or (slope.scale != "plain" and number <= 0):
+            return None
+        return {"plain": float, "log2": math.log2, "log10": math.log10}[slope.scale](number)
 
     def fitting(self, side: Side) -> list[Cell]:
         """Return the runs that stand on a side."""

@@ -16,7 +16,7 @@ from flatpatch.families.base import Plan
 from flatpatch.runner.record import compared_settings
 from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.settings import DEFAULTS, FIELDS, OF_MACHINE, OF_MEASURING, OF_PLACES, Request, shown, without_effect
-from flatpatch.studies.schema import Form, FormName, Runs, RunsOfForm, Study, left_out_runs
+from flatpatch.studies.schema import Form, FormName, Runs, RunsOfForm, Side, Study, left_out_runs
 
 # What somebody who runs a study may say of all its runs: where they run, and on which files.
 PASSED_ON = (*(key for key in OF_MACHINE), "model", "data")
@@ -157,6 +157,20 @@ def _expanded(study: Study, form: Form, runs: Runs, *, full: bool) -> Iterator[l
     fixed = [f"{key}={value}" for key, value in {**settings, **measure}.items() if key not in grid]
     for values in itertools.product(*grid.values()):
         yield [*fixed, *(f"{key}={value}" for key, value in zip(grid, values, strict=True))]
+
+
+def could_stand(study: Study, form: Form, runs: Runs, side: Side) -> bool:
+    """Return whether one of the combinations of some runs, of the whole grid, fits a side of a hypothesis."""
+    if side.run is not None and runs.name not in side.run:
+        return False
+    combinations = [dict(word.split("=", 1) for word in words) for words in _expanded(study, form, runs, full=True)]
+    return any(
+        all(
+            typed(key, given.get(key, str(DEFAULTS.get(key, "")))) == typed(key, text)
+            for key, text in side.settings.items()
+        )
+        for given in combinations
+    )
 
 
 def _planned(name: str, words: Sequence[str], dry_run: bool) -> Cell:

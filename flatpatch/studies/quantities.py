@@ -13,9 +13,9 @@ import numpy as np
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.measurement.files import GIVEN_BY, VALUES
 from flatpatch.metrics import METRICS
-from flatpatch.report.records import read_record
+from flatpatch.report.records import RECORD_FILE, read_record
+from flatpatch.report.verdicts import AS_RECORDED
 from flatpatch.studies.planning import Cell
-from flatpatch.studies.result import AS_RECORDED
 from flatpatch.studies.schema import EACH, OTHERS, Quantity, Side
 
 WHOLE = ""  # stands for the task where the number is one of the run
@@ -31,7 +31,10 @@ class Reader(Protocol):
 def of_side(quantity: Quantity, side: Side, arm: str) -> Quantity:
     """Return the quantity with what a side has of its own, measured in an arm's way."""
     names = ("value", "as_recorded", "scope", "when", "task", "reduce")
-    own = quantity.model_copy(update={key: given for key in names if (given := getattr(side, key)) is not None})
+    given = {key: value for key in names if (value := getattr(side, key)) is not None}
+    if side.value is not None:  # another value than the quantity's is not as recorded by what stands for that
+        given.setdefault("as_recorded", None)
+    own = quantity.model_copy(update=given)
     return own.model_copy(update={"value": own.as_recorded}) if arm == AS_RECORDED else own
 
 
@@ -70,7 +73,7 @@ class Records:
         """Return a run's record; None where it has none."""
         folder = cell.plan.folder
         if folder not in self._known:
-            self._known[folder] = read_record(folder) if (folder / "record.json").is_file() else None
+            self._known[folder] = read_record(folder) if (folder / RECORD_FILE).is_file() else None
         return self._known[folder]
 
 

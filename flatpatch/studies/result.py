@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.files import write_atomically
-
-SCHEMA = 1
-FILE = "verdicts.json"
-CORRECT, AS_RECORDED = "correct", "as recorded"
+from flatpatch.report.verdicts import SCHEMA, STUDIES, VERDICTS
 
 
 @dataclass(frozen=True)
@@ -199,12 +196,12 @@ class StudyResult:
 
 def folder_of(output: Path, study: str, form: str) -> Path:
     """Return where a study's verdicts, page and logs are."""
-    return output / "studies" / study / form
+    return output / STUDIES / study / form
 
 
 def write_result(folder: Path, result: StudyResult) -> Path:
     """Write a study's verdicts into its folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
+    path = folder / VERDICTS
     write_atomically(path, json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
     return path

@@ -206,8 +206,11 @@ def _ended(worker: _Worker) -> list[str]:
 
 def _last_words(log: Path) -> str:
     """Return the message with which a run ended."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return text.rpartition("flatpatch: ")[2].strip() or "it ended without a word."
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    _, mark, message = text.rpartition("flatpatch: ")
+    if mark:
+        return message
+    return text.splitlines()[-1] if text else "it ended without a word."  # a traceback's last line is its error
 
 
 def _first_line(text: str) -> str:

@@ -164,7 +164,7 @@ class Side(Part):
 
     run: Texts | None = None
     settings: Settings = {}
-    constant: float | None = None
+    constant: Annotated[float, Field(allow_inf_nan=False)] | None = None
     value: str | None = None
     as_recorded: str | None = None
     scope: str | None = None
@@ -205,7 +205,7 @@ class Hypothesis(Part):
         for_each: Settings of which each value makes a hypothesis of its own.
     """
 
-    id: str
+    id: Annotated[str, Field(pattern=r"^[^\[\]]+$")]
     statement: str
     quantity: Quantity
     side: Side = Side()
@@ -286,9 +286,10 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
-            seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 
@@ -332,6 +333,8 @@ def read_study(path: Path) -> Study:
         raise UserError(f"the study {path} is not text in UTF-8.") from None
     except OSError as error:
         raise UserError(f"the study {path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise UserError(f"the study {path} is nested too deeply. Expected a YAML file as in docs/studies.md.") from None
     except yaml.YAMLError as error:
         raise UserError(f"the study {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -432,6 +435,8 @@ def _wrong_in(hypothesis: Hypothesis, runs: list[str]) -> Iterator[str]:
             yield f"{where}: {name} has {' and '.join(kinds) or 'none'} of 'metric', 'accuracy' and 'value'. Give one."
         if quantity.metric is not None and quantity.task != EACH:
             yield f"{where}: {name} is a metric, which is one number of a run and takes no 'task'."
+        if quantity.reduce == "spread" and (quantity.metric is not None or quantity.task != EACH):
+            yield f"{where}: {name} reduces to the spread over tasks, and has one number of a run. Leave out 'reduce'."
     if hypothesis.against is None and slope is None:
         yield f"{where} has neither 'against' nor 'slope', so there is nothing to test."
     if hypothesis.side.constant is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from flatpatch.studies.result import AS_RECORDED, CORRECT, HypothesisResult, StudyResult
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
+from flatpatch.studies.result import HypothesisResult, StudyResult
 
 WIDTH = 100
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatpatch.families.reference import StepRecorder
-from flatpatch.families.training import descend
+from flatpatch.families.training import Gradients, descend, train_task
+from tests.reference_cases import make_task
 
 RHO, RATE, CLIP, WEIGHT = 0.3, 0.5, 0.2, 0.7
 
@@ -120,3 +122,30 @@ def test_recorded_step_is_another_than_sams_and_the_same_where_there_is_one_micr
     }
     assert torch.equal(ends["recorded", 1], ends["sam", 1])
     assert float((ends["recorded", 4] - ends["sam", 4]).norm()) > 1e-2
+
+
+class Answering(nn.Module):
+    """A model without LoRA that answers through heads, of which the present task's alone learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self.heads = nn.ModuleDict({"old": nn.Linear(2, 2).requires_grad_(False), "new": nn.Linear(2, 2)})
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=self.heads["new"](self.body(x)).square().mean())
+
+
+def test_head_of_a_model_without_lora_is_a_group_of_its_own(tmp_path: Path) -> None:
+    model, groups = Answering(), dict[str, list[nn.Parameter]]()
+
+    def make_gradients(optimizer: torch.optim.Optimizer) -> Gradients:
+        groups.update({group["name"]: group["params"] for group in optimizer.param_groups})
+        return lambda closure: closure()
+
+    task = make_task(tmp_path, tmp_path, tmp_path, num_train_epochs=1)
+    examples = [torch.ones(2), torch.zeros(2)]
+    train_task(model, examples, lambda few: {"x": torch.stack(few)}, task, lambda: None, make_gradients=make_gradients)
+    assert list(groups) == ["body", "head"]
+    assert {id(each) for each in groups["body"]} == {id(each) for each in model.body.parameters()}
+    assert {id(each) for each in groups["head"]} == {id(each) for each in model.heads["new"].parameters()}

@@ -11,6 +11,7 @@ import pytest
 
 from flatpatch.errors import UserError
 from flatpatch.report.study_data import (
+    _PARTS,
     RECORDED,
     StudyRun,
     fairness,
@@ -64,6 +65,7 @@ def test_a_damaged_landscape_is_left_out(tmp_path: Path) -> None:
         ("[]", "it holds no object"),
         ('{"schema": 2}', "it has schema 2, this version reads 1"),
         ('{"schema": 1}', "it lacks study, title"),
+        (json.dumps(dict.fromkeys(_PARTS[""], 5) | {"schema": 1}), "cannot be read"),
     ],
 )
 def test_damaged_verdicts_are_refused_in_one_message(tmp_path: Path, content: str, message: str) -> None:
@@ -98,11 +100,12 @@ def test_studies_are_found_by_name_and_form(tmp_path: Path) -> None:
         find_studies(tmp_path / "nowhere", "all")
 
 
-def test_a_radius_is_no_word_of_a_run_without_sam(path: Path) -> None:
+def test_settings_of_sam_are_no_words_of_a_run_without_it(path: Path) -> None:
     run = read_verdicts(path).runs[0]
-    off = replace(run, settings={"sam": "off", "rho": "0.05"})
-    assert words(off, ("sam", "rho")) == ("sam=off",)
-    assert words(replace(off, settings={"sam": "sam", "rho": "0.05"}), ("rho", "sam")) == ("rho=0.05", "sam=sam")
+    for sam, expected in (("off", ("sam=off",)), ("sam", ("sam=sam", "rho=0.05", "scope=A"))):
+        record = {**run.record, "settings": {"sam": {"value": sam, "source": "command line"}}}
+        one = replace(run, record=record, settings={"sam": sam, "rho": "0.05", "scope": "A"})
+        assert words(one, ("sam", "rho", "scope")) == expected
 
 
 def points(run: StudyRun, other: StudyRun, index: int = 1, its: int = 1) -> dict[str, object]:

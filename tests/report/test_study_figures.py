@@ -8,9 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from flatpatch.report.study_figures import (
-    AS_RECORDED,
     CONTROL,
-    CORRECT,
     Row,
     Strip,
     make_forest_figure,
@@ -18,6 +16,7 @@ from flatpatch.report.study_figures import (
     make_slope_figure,
     make_values_figure,
 )
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 
 LONG = "the model is sharper after training than before it, whatever the data set and the seed are"
 
@@ -108,12 +107,26 @@ def test_values_are_marks_of_seeds_and_scales_are_shared() -> None:
 
 
 def test_slopes_are_those_of_each_seed() -> None:
-    points = [{"seed": seed, "x": x, "y": 2.0 * x + seed} for seed in (0, 3) for x in (0, 1, 4)]
+    points = [
+        {"label": f"seed {seed}", "seed": seed, "x": x, "y": 2.0 * x + seed} for seed in (0, 3) for x in (0, 1, 4)
+    ]
     figure = make_slope_figure({CORRECT: points, AS_RECORDED: []}, x_label="log2 rank", y_label="trace", title="t")
     (axes,) = figure.axes
     lines = [line.get_ydata() for line in axes.get_lines() if line.get_linestyle() == "-"]
     np.testing.assert_allclose(lines, [[0.0, 8.0], [3.0, 11.0]])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seed 0", "seed 3"]
+
+
+def test_tasks_of_a_seed_have_lines_of_their_own_as_they_are_tested() -> None:
+    """Each task rises by 1; of all four points together the line would fall."""
+    points = [
+        {"label": f"seed 0, {task}", "seed": 0, "x": x, "y": level + x}
+        for task, level, places in (("a", 0.0, (3, 4)), ("b", 9.0, (0, 1)))
+        for x in places
+    ]
+    (axes,) = make_slope_figure({CORRECT: points}, x_label="x", y_label="y", title="t").axes
+    lines = [line.get_ydata() for line in axes.get_lines() if line.get_linestyle() == "-"]
+    np.testing.assert_allclose(lines, [[3.0, 4.0], [9.0, 10.0]])
 
 
 @pytest.mark.parametrize(

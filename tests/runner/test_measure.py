@@ -520,13 +520,13 @@ def test_run_of_which_every_weight_was_trained_has_the_same_losses_inside_and_af
     words += ["upstream.num_train_epochs=1", f"output={tmp_path}", "run=whole"]
     assert main([*words, "measure=loss", *SMALL]) == 0
     folder = tmp_path / "whole"
-    assert main(["measure", f"run={folder}", "measure=loss", "measure_scope=trainable", "task=all", *SMALL]) == 0
+    assert main(["measure", f"run={folder}", "measure=loss", "task=all", *SMALL]) == 0
     entries = read_record(folder)["flatness"]
     losses = {(entry["when"], entry["task_index"]): entry["loss"] for entry in entries}
     for task in range(2):
         assert losses["finished", task] == pytest.approx(losses["after", task], rel=1e-6)
     capsys.readouterr()
-    assert main(["measure", f"run={folder}", "measure=loss", *SMALL]) == 2
+    assert main(["measure", f"run={folder}", "measure=loss", "measure_scope=adapter", *SMALL]) == 2
     assert "scope=adapter chooses no weight" in capsys.readouterr().err
     file = folder / "work/logs_and_outputs/order_1/outputs/2-amazon/adapter/model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])

@@ -101,6 +101,8 @@ def test_gradient_decides_only_which_weights_move_and_whether():
     )
     assert not flat(still).any()
     assert not report.finite
+    still, _ = moved(weights, [torch.zeros_like(gradient) for gradient in gradients], rho=0.1, random_seed=2)
+    assert not flat(still).any()
 
 
 def test_radii_may_differ_and_share_one_norm():

@@ -99,10 +99,37 @@ def test_a_slope_of_a_difference_says_where_sam_helps_most(tmp_path: Path) -> No
     assert found.verdict == "supported"
 
 
-def test_a_slope_over_another_quantity_goes_through_all_runs_of_a_seed(tmp_path: Path) -> None:
+def over(quantity: str) -> str:
     slope = SHARP.replace("    against: {settings: {sam: off}}\n", "").replace("lower", "higher")
     slope = slope.replace("    side: {settings: {sam: sam}}\n", "")
-    slope += "    slope: {over_quantity: {value: loss, scope: adapter, when: before}}\n"
+    return slope + f"    slope: {{over_quantity: {{value: {quantity}, scope: adapter, when: before}}}}\n"
+
+
+def test_a_slope_over_another_quantity_goes_through_all_runs_of_a_seed(tmp_path: Path) -> None:
+    slope = over("top_eigenvalue")
+    three = planned(write_study(tmp_path, grid="{sam: [off, sam]}", hypotheses=slope), tmp_path)
+    for cell in three[2]:
+        x = 1.0 + (cell.value("sam") == "sam")
+        after = sharpness(amazon=(3 + cell.seed) * x, yahoo=(3 + cell.seed) * x)
+        leave(cell, values=after | {("before", task): {"top_eigenvalue": x} for task in ("amazon", "yahoo")})
+    found = only(judged(tmp_path, tmp_path, three)).tested
+    assert (found.effect, found.n) == (pytest.approx(4.0), 3)
+    assert [pair.label for pair in found.pairs[:2]] == ["seed 0, amazon", "seed 0, yahoo"]
+    assert [pair.side for pair in found.pairs] == pytest.approx([3, 3, 4, 4, 5, 5])
+
+
+def test_a_value_of_a_sides_own_is_not_compared_with_itself_as_recorded(tmp_path: Path) -> None:
+    """The quantity's ``as_recorded`` stands for its own value, not for the one that a side has instead."""
+    own = SHARP.replace("{settings: {sam: off}}", "{settings: {sam: off}, value: loss}")
+    own = own.replace("when: after}", "when: after, as_recorded: top_eigenvalue}")
+    three = planned(write_study(tmp_path, hypotheses=own), tmp_path)
+    for cell in three[2]:
+        leave(cell, values=sharpness(amazon=3, yahoo=3))
+    assert only(judged(tmp_path, tmp_path, three)).arm == "correct"
+
+
+def test_a_slope_over_what_is_equal_everywhere_has_no_number(tmp_path: Path) -> None:
+    slope = over("loss")
     three = planned(write_study(tmp_path, grid="{sam: [off, sam]}", hypotheses=slope), tmp_path)
     for cell in three[2]:
         x = 1.0 + (cell.value("sam") == "sam")

@@ -8,7 +8,7 @@ import pytest
 
 from flatpatch import patches
 from flatpatch.errors import UserError
-from flatpatch.studies.checks import check_hypotheses
+from flatpatch.studies.checks import check_hypotheses, hypotheses_of
 from flatpatch.studies.planning import Asked, Cell, folders_of, plan_study, typed, varying
 from flatpatch.studies.schema import FormName, find_study, library, read_study
 from tests.study_cases import HYPOTHESIS, planned, write_study
@@ -81,6 +81,22 @@ def test_the_short_grid_is_the_forms_and_the_whole_one_the_studys(tmp_path: Path
     assert settings_of(full, "sam", "rho") == [("sam", 0.05), ("sam", 0.1), ("sam", 0.2), ("off", 0.05)]
 
 
+def test_a_control_of_runs_that_a_form_leaves_out_is_left_out_and_a_mistaken_one_is_not(tmp_path: Path) -> None:
+    controls = "    controls: {longer: {settings: {sam: off, budget: BUDGET}}}\n    direction"
+    path = write_study(
+        tmp_path,
+        hypotheses=HYPOTHESIS.replace("    direction", controls),
+        more_runs="  - {name: later, settings: {sam: off, budget: 2}}",
+    )
+    text = path.read_text().replace("    seeds: 0..2", "    seeds: 0..2\n    full_alone: [later]")
+    path.write_text(text.replace("BUDGET", "2"))
+    study, asked, cells = planned(path, tmp_path / "runs")
+    check_hypotheses(study, asked, cells)
+    assert hypotheses_of(study, asked, cells)[0].controls == {}
+    path.write_text(text.replace("BUDGET", "3"))
+    assert "its runs are not in the grid: none fits sam=off budget=3" in refused(path, tmp_path / "runs")
+
+
 def test_unknown_settings_are_told_with_their_places(tmp_path: Path) -> None:
     path = write_study(
         tmp_path,
@@ -127,6 +143,16 @@ def test_a_mistake_in_every_run_is_told_once(tmp_path: Path) -> None:
             "has no task 'yaho'. Did you mean 'yahoo'? It has: amazon, yahoo",
         ),
         ("{sam: sam}", "{sam: asam}", "its runs are not in the grid: none fits sam=asam. Add them to runs."),
+        (
+            "    unit:",
+            "    slope: {over_quantity: {value: trace, scope: model, when: after}}\n    unit:",
+            "do not measure trace",
+        ),
+        (
+            "    unit:",
+            "    slope: {over_quantity: {value: top_eigenvalue, scope: adapter, when: after}}\n    unit:",
+            "its over_quantity has no number where its quantity has one",
+        ),
         ("    unit:", "    slope: {over: rho}\n    unit:", "its slope over 'rho' has no two values of it in the grid."),
         ("    unit:", "    for_each: [upstream.lora_r]\n    unit:", "no run has a value of 'upstream.lora_r'"),
     ],

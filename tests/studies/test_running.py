@@ -93,6 +93,18 @@ def test_every_run_is_made_and_a_failure_stops_no_other(
         assert said.count(" of 4: ") == 4
 
 
+def test_an_error_of_our_own_is_told_by_its_last_line(
+    cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(plan: Plan) -> None:
+        print("the headline of the run", flush=True)
+        raise RuntimeError("the real reason")
+
+    run_with(monkeypatch, execute)
+    failures = carry_out("study small", cells[:2], parallel=2, logs=tmp_path / "logs")
+    assert all("RuntimeError: the real reason" in failure for failure in failures) and len(failures) == 2
+
+
 def test_a_run_that_was_stopped_ends_the_study_and_the_runs_beside_it(
     cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,10 @@ def test_every_mistake_is_told_with_the_file_and_its_place(tmp_path: Path) -> No
         ("    against: {settings: {sam: off}}\n", "", "has neither 'against' nor 'slope', so there is nothing to test"),
         ("    unit: points", "    unit: points\n    slope: {scale: log2}", "needs one of 'over', a setting, and"),
         ("    smallest: 0.5", "    smallest: -1", "hypotheses.0.smallest is '-1'"),
+        ("against: {settings: {sam: off}}", "against: {constant: nan}", "hypotheses.0.against.constant is 'nan'"),
+        ("id: accuracy", "id: accuracy[1]", "hypotheses.0.id is 'accuracy[1]'"),
+        ("{metric: average_accuracy}", "{metric: forgetting, reduce: spread}", "has one number of a run. Leave out"),
+        ("name: small", "? [name]\n: small", "is not YAML"),
     ],
 )
 def test_a_mistake_is_one_message(old: str, new: str, said: str, tmp_path: Path) -> None:
@@ -104,6 +108,8 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     assert "is not YAML" in message(tmp_path / "bad.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    assert "nested too deeply" in message(tmp_path / "deep.yaml")
     assert "is not text in UTF-8" in message(tmp_path / "bytes.yaml")
     with pytest.raises(UserError, match="is a folder"):
         named_file(str(tmp_path))

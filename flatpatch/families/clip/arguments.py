@@ -81,7 +81,6 @@ class Arguments:
 
 FIELDS = {item.name: item for item in dataclasses.fields(Arguments)}
 _COUNTS = ("rank", "iterations", "batch_size", "eval_batch_size")
-_NOT_NEGATIVE = ("alpha", "warmup", "momentum", "weight_decay", "num_workers")
 
 
 def from_dict(values: Mapping[str, Any]) -> Arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ def open_pictures(name: str, root: Path, *, train: bool) -> Pictures:
         raise UserError(f"{found.title} cannot be read: {_first(error)}. {fetch_it(found, root)}") from error
 
 
+@functools.cache  # every image is decoded, and a sweep or a study plans many runs
 def check_pictures(name: str, root: Path) -> Checked:
     """Check that a data set is whole, file by file; each image is decoded, coarsely.
 

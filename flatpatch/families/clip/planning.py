@@ -19,7 +19,7 @@ from flatpatch.families.clip.datasets import DATASETS
 from flatpatch.families.clip.results import CONFIG, OUTPUT, PROCESS, RESULTS
 from flatpatch.families.clip.upstream import DESIGNS, ClipUpstream
 from flatpatch.files import ROOT, folder_hash, folder_problems
-from flatpatch.settings import Request, in_name
+from flatpatch.settings import Request, in_name, shown
 
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "numpy", "pillow")
 MODEL = "openai/clip-vit-base-patch16"
@@ -137,12 +137,10 @@ def _model_folder(asked: str) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "merges.txt", *WEIGHTS]
-    for local_only in (True, False):
-        try:
-            return Path(snapshot_download(asked, allow_patterns=files, local_files_only=local_only))
-        except Exception:  # whatever says that it is not there, or that there is no way to the hub
-            continue
-    return own
+    try:
+        return Path(snapshot_download(asked, allow_patterns=files, local_files_only=True))
+    except Exception:  # whatever says that it is not in the cache
+        return own
 
 
 def model_problem(folder: Path, arguments: Arguments) -> str:
@@ -220,17 +218,17 @@ def _recipe(base: Arguments, arguments: Arguments, words: str) -> tuple[str, ...
     lines = [f"Arguments ({words}):"]
     for name in FIELDS:
         value, own = getattr(arguments, name), getattr(base, name)
-        shown = f"  {name} = {_shown(value)}"
+        line = f"  {name} = {_shown(value)}"
         if name == "learning_rate" and not value:
-            shown = f"  {name} = {_shown(tuple(arguments.rate(task) for task in range(len(arguments.datasets))))}"
-        lines.append(shown + (f"  (the profile's: {_shown(own)})" if value != own else ""))
+            line = f"  {name} = {_shown(tuple(arguments.rate(task) for task in range(len(arguments.datasets))))}"
+        lines.append(line + (f"  (the profile's: {_shown(own)})" if value != own else ""))
     return tuple(lines)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_shown, value)) or "the profile's own"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return shown(value)
 
 
 def _run_folder(draft: choices.Draft) -> Path:

@@ -32,7 +32,9 @@ QUICK_DATA = "quick_benchmark"
 THINNED_DATA = "thinned_benchmark"
 BENCHMARK = "CL_Benchmark"
 RANKS = ("lora_r", "lora_dim")  # what the reference engine and upstream's code call LoRA's rank
+MICRO_BATCHES = "gradient_accumulation_steps"
 RECORDED_MICRO_BATCHES = 4
+OF_LORA = ("lora_r", "lora_alpha", "lora_dropout")
 # What the processes of a run make in the work folder, where upstream's tree has folders of the same names.
 OWN_FOLDERS = ("logs_and_outputs", "logs_and_outputs_llama", "initial_model")
 
@@ -119,14 +121,8 @@ def _configure(upstream: TextUpstream, draft: choices.Draft, editor: Editor) -> 
 
 
 def _split_batches(draft: choices.Draft, editor: Editor) -> None:
-    """Split every batch into the four micro-batches of the recorded step, so that other runs have the same batches.
-
-    Raises:
-        UserError: If the run asks for no micro-batches.
-    """
-    name, why = "gradient_accumulation_steps", "setting sam=recorded"
-    if draft.request.overrides.get(name) == "1":
-        raise UserError(f"sam=recorded is of several micro-batches a step, and upstream.{name}=1. Leave that out.")
+    """Split every batch into the four micro-batches of the recorded step, so that other runs have the same batches."""
+    name, why = MICRO_BATCHES, "setting sam=recorded"
     size = max(1, int(editor.current[0].get("per_device_train_batch_size")) // RECORDED_MICRO_BATCHES)
     editor.set(name, str(RECORDED_MICRO_BATCHES), why)
     editor.set("per_device_train_batch_size", str(size), why)
@@ -180,6 +176,10 @@ def _override(upstream: TextUpstream, draft: choices.Draft, editor: Editor, invo
     draft.request = choices.without_idle(draft.request, idle, draft.notes)
     for name, value in draft.request.overrides.items():
         editor.set(name, value, f"setting upstream.{name}=")
+    if draft.request.settings.sam == "recorded" and int(editor.current[0].get(MICRO_BATCHES)) < 2:
+        raise UserError(
+            f"sam=recorded is of several micro-batches a step, and upstream.{MICRO_BATCHES}=1. Leave that out."
+        )
     return bool(draft.request.overrides)
 
 
@@ -416,7 +416,7 @@ def _check_overrides(
     problems = overrides.problems_of(
         request.overrides,
         known,
-        unused=upstream.unused,
+        unused=(*upstream.unused, *(OF_LORA if request.settings.tuning == "full" else ())),
         title=upstream.title,
         reference=reference,
         device=device,

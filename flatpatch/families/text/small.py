@@ -124,7 +124,8 @@ def choose(draft: choices.Draft) -> Chosen:
     except UserError as error:
         draft.lack(str(error))
     if kind != ENCODER and settings.sam != "off" and settings.scope == "head":
-        raise UserError(f"scope=head: {model} is a T5, which has no head to perturb. Use scope=lora.")
+        scope = "all" if settings.tuning == "full" else "lora"
+        raise UserError(f"scope=head: {model} is a T5, which has no head to perturb. Use scope={scope}.")
     try:
         found = find_benchmark(settings.data)
         benchmark, tasks = found, choose_tasks(found, order)

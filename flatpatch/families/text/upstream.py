@@ -61,7 +61,8 @@ class TextUpstream(Upstream):
             )
         if settings.sam != "off" and settings.scope == "head" and settings.profile != "small":
             problems.append(
-                f"scope=head has nothing to perturb: {self.title} trains LoRA weights alone. Use scope=lora."
+                f"scope=head has nothing to perturb: {self.title} trains no head. "
+                f"Use scope={'all' if settings.tuning == 'full' else 'lora'}."
             )
         if settings.sam != "off" and settings.ascent_loss == "task" and not self.penalty:
             problems.append(f"ascent_loss=task has no penalty to leave out in {self.title}. Leave it out.")

@@ -213,6 +213,7 @@ class _Training:
         watched = name == "task" and self._measurer is not None and self._measurer.wants(AT_LOSS)
         if watched and self._measurer.reaches(self._learner._cur_task, float(measured["loss"])):
             self._measure(AT_LOSS)
+            self._began = self._now()
         if self._recorder.progress_due():
             self._recorder.flush()
             self._recorder.write_progress("train", self._step, self._total, task=self._task)

@@ -174,7 +174,7 @@ def _first_tasks(draft: choices.Draft, editor: ConfigEditor, names: tuple[str, .
     asked, most = draft.request.settings.tasks, len(names)
     if not asked:
         return names
-    if not (asked.isascii() and asked.isdecimal() and 1 <= int(asked) <= most):
+    if not (asked.isascii() and asked.isdecimal() and len(asked) < 9 and 1 <= int(asked) <= most):
         raise UserError(f"tasks={asked}: expected how many of the first to learn, from 1 to {most}, e.g. tasks=1.")
     # The same number in other digits makes no other run, and all of them are what leaving it out means.
     settings = dataclasses.replace(draft.request.settings, tasks=str(int(asked)))

@@ -580,9 +580,10 @@ def test_recorded_step_is_refused_wherever_it_is_not_ours(words: list[str], reas
         make_plan(parse([*words, "sam=recorded", "device=cpu"]), dry_run=True)
 
 
-def test_recorded_step_of_one_micro_batch_is_refused() -> None:
+@pytest.mark.parametrize("one", ["1", "01"])
+def test_recorded_step_of_one_micro_batch_is_refused(one: str) -> None:
     with pytest.raises(UserError, match="sam=recorded is of several micro-batches a step"):
         make_plan(
-            parse(["method=seqlora", "sam=recorded", "upstream.gradient_accumulation_steps=1"]),
+            parse(["method=seqlora", "sam=recorded", f"upstream.gradient_accumulation_steps={one}"]),
             dry_run=True,
         )

@@ -231,9 +231,12 @@ def test_what_cannot_be_is_one_message(more: list[str], said: str, words: list[s
 
 
 def test_head_may_be_perturbed(words: list[str]) -> None:
-    assert make_plan(parse([*words, "sam=sam", "scope=head"])).request.settings.scope == "head"
-    with pytest.raises(UserError, match="scope=head has nothing to perturb"):
-        parse(["method=seqlora", "profile=quick", "sam=sam", "scope=head"])
+    for tuning in ("lora", "full"):
+        asked = parse([*words, "sam=sam", "scope=head", f"tuning={tuning}"])
+        assert make_plan(asked).request.settings.scope == "head"
+    for more, scope in ((), "lora"), (("tuning=full",), "all"):
+        with pytest.raises(UserError, match=f"scope=head has nothing to perturb: .* Use scope={scope}."):
+            parse(["method=seqlora", "profile=quick", "sam=sam", "scope=head", *more])
 
 
 def test_image_methods_have_no_such_profile() -> None:

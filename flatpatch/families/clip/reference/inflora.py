@@ -52,7 +52,9 @@ class InfLoRA:
         device = self.model.clip.logit_scale.device
 
         def show_all() -> None:
+            # The prompts are the same in every batch: each once, so that their mean is that of one reading.
+            self.model.clip.get_text_features(input_ids=self.model.words, attention_mask=self.model.mask)
             for images, _ in batches:
-                self.model(images.to(device))
+                self.model.clip.get_image_features(pixel_values=images.to(device))
 
         return input_covariances(list(self.model.layers.values()), show_all)
