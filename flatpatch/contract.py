@@ -55,6 +55,21 @@ class Keep(Part):
     names: str
 
 
+class Checkpoints(Part):
+    """Where a process keeps checkpoints of its training, how often, and how it is asked to stop.
+
+    ``every_seconds`` and ``every_steps`` are as for :class:`flatpatch.checkpoints.Pace`. ``made_by`` is what the
+    training is. Where the file ``stop`` is there, the process writes a checkpoint at its next step's end and ends with
+    exit code 85.
+    """
+
+    folder: str
+    every_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    every_steps: int | None = Field(default=None, gt=0)
+    made_by: dict[str, Any]
+    stop: str
+
+
 class Description(Part):
     """All that every process of a run is told.
 
@@ -74,6 +89,7 @@ class Description(Part):
     adapters: Literal["upstream", "fp32"]
     measure: Measure | None = None
     keep: Keep | None = None
+    checkpoints: Checkpoints | None = None
 
 
 TITLES: Mapping[str, str] = {
@@ -85,7 +101,7 @@ TITLES: Mapping[str, str] = {
 }
 """By ``kind``: what it is called."""
 
-PARTS: Mapping[str, type[Part]] = {"sam": Sam, "measure": Measure, "keep": Keep}
+PARTS: Mapping[str, type[Part]] = {"sam": Sam, "measure": Measure, "keep": Keep, "checkpoints": Checkpoints}
 
 
 def read_description(path: Path, **own: Any) -> dict[str, Any]:

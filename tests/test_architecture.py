@@ -17,7 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flatpatch"
 # From the ground up. A part may use the layers below its own, and in its own layer what stands before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "timing", "terminal", "progress", "files", "measuring", "settings", "contract", "metrics", "statistics"),
+    (
+        "errors",
+        "timing",
+        "terminal",
+        "progress",
+        "files",
+        "checkpoints",
+        "measuring",
+        "settings",
+        "contract",
+        "metrics",
+        "statistics",
+    ),
     ("sam", "flatness", "patches"),
     ("families",),
     ("upstreams",),
