@@ -82,8 +82,8 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting(
         "auto",
-        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU; "
-        "small: a pretrained encoder on some of the real texts, CPU (text)",
+        "upstream: its script as it is; paper: the paper's protocol; record: CLIP and seqlora_vit, the record's; "
+        "quick: small, CPU; small: a pretrained encoder on some of the real texts, CPU (text)",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(
