@@ -29,6 +29,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "adapters": ("upstream", "fp32"),
     "launcher": ("auto", "deepspeed", "python"),
     "sam_on": ("both", "task", "distillation"),
+    "track": ("none", "wandb", "trackio", "mlflow"),
 }
 MOST_BUDGET = 1000
 
@@ -63,7 +64,7 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         default: Its value where it is left out.
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
-            on what it runs, ``place`` where its files are, ``measure`` what is measured in it.
+            on what it runs, ``place`` where its files and numbers go, ``measure`` what is measured in it.
         family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
@@ -148,6 +149,11 @@ class Settings:
     data: str = _setting("", "folder of the benchmark; default: what the profile needs", whole=True)
     run: str = _setting("", "name of the run's folder; default: made from the settings", role="place", whole=True)
     output: str = _setting("runs", "where run folders are made", role="place", whole=True)
+    track: str = _setting(
+        "none",
+        "beside TensorBoard's files, which every run leaves: wandb, trackio or mlflow, each a package to install",
+        role="place",
+    )
     measure: str = _setting(
         "",
         f"flatness to measure in the run: all (which is correct), recorded (as the experiment record's code does, "
