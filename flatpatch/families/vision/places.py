@@ -216,7 +216,17 @@ def resized(model_class: Callable[..., Any]) -> Callable[..., Any]:
     model = model_sizes()
     if model is None:
         return model_class
-    return lambda **arguments: model_class(**{**arguments, **model})
+    if not isinstance(model_class, type):
+        return lambda **arguments: model_class(**{**arguments, **model})
+
+    parent: Any = model_class
+
+    def begin(self: Any, **arguments: Any) -> None:
+        parent.__init__(self, **{**arguments, **model})
+
+    # A class under the name of the one whose place it takes, so that its objects can be saved whole.
+    names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(model_class.__name__, (model_class,), {**names, "__init__": begin})
 
 
 def embed_dim(upstream: int) -> int:
