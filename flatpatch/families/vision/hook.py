@@ -368,7 +368,7 @@ def _logs() -> list[Path]:
     handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
     for handler in handlers:
         handler.flush()
-    return [Path(handler.baseFilename) for handler in handlers]
+    return [path for handler in handlers if (path := Path(handler.baseFilename)).is_file()]
 
 
 @contextmanager
