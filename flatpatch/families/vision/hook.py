@@ -12,7 +12,6 @@ Only gradients are not in it: upstream clears them before it takes others.
 from __future__ import annotations
 
 import glob
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer
 from flatpatch.families.task_checkpoints import TaskCheckpoints
 from flatpatch.families.vision.keeping import keep_model, kept_file
-from flatpatch.families.vision.places import vision_run
+from flatpatch.families.vision.places import log_files, vision_run
 from flatpatch.measuring import AT_LOSS
 
 
@@ -178,8 +177,8 @@ class _Training:
         for curve, values in zip(now["curves"], then["curves"], strict=True):
             curve.clear()
             curve.update(values) if isinstance(curve, dict) else curve.extend(values)
-        # What this process has logged so far, its settings, is at the beginning of the log that there was.
-        for log, content in zip(_logs(), then["logs"], strict=True):
+        # The settings, which this process has logged so far, are at the beginning of what was logged then.
+        for log, content in zip(log_files(), then["logs"], strict=True):
             log.write_bytes(content)
         if place == len(before["seeds"]) - 1:
             vars(learner).update(before["learner"])
@@ -197,7 +196,7 @@ class _Training:
 
         now = self._seeds[-1]
         now["done"] += 1
-        now["logs"] = [log.read_bytes() for log in _logs()]
+        now["logs"] = [log.read_bytes() for log in log_files()]
         # All that the learner holds but the data, which are the process's, and its arguments, which are the command's.
         held = {
             name: value
@@ -361,14 +360,6 @@ class _Training:
     def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
         if self._recorder.progress_due():
             self._recorder.write_progress(phase, step, total, task=self._task, note=note)
-
-
-def _logs() -> list[Path]:
-    """Return the files into which this process logs, with all that it has logged in them."""
-    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
-    for handler in handlers:
-        handler.flush()
-    return [path for handler in handlers if (path := Path(handler.baseFilename)).is_file()]
 
 
 @contextmanager

@@ -582,6 +582,7 @@ def learn_tasks(folder, log, cut_off_in=None, seeds=(7,)):
         handler = logging.FileHandler(folder / f"{args['seed']}.log")
         log.addHandler(handler)
         try:
+            hooks.redirect_paths(args)
             log.warning("settings")
             data = batches(2, dtype=torch.float32)
             torch.manual_seed(args["seed"])
@@ -607,7 +608,7 @@ def weights(who):
     return [*who._network.parameters(), *who.memory]
 
 
-@pytest.mark.parametrize("cut_off_in", [(7, 1), (7, 2), (8, 1), (8, 2)])
+@pytest.mark.parametrize("cut_off_in", [(7, 0), (7, 1), (7, 2), (8, 0), (8, 2)])
 def test_training_goes_on_after_the_last_task_that_was_done(cut_off_in, started, tmp_path, monkeypatch):
     log = logging.getLogger()
     keep = {"folder": str(tmp_path / "models"), "names": ".*"}
