@@ -55,7 +55,7 @@ PATIENCE = 60.0  # seconds that a process has to come to its step's end and writ
 MEASURER = "flatpatch.measurement.in_run:Measurer"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
 BYTES_OF_LAST_WORDS = 5000
-_STARTS_ANEW = "One process learns all tasks of this run, so it cannot go on from its middle: it starts anew."
+_NOTHING_KEPT = "One process learns all tasks of this run, and it has kept no checkpoint:"
 _NONE_KEPT = "No task was finished before: the run starts anew with its first task."
 
 
@@ -88,11 +88,12 @@ def execute(plan: Plan, *, show: bool = True) -> dict[str, Any]:
         kept = _kept(plan)
         begun = _begun(plan, kept) if old is not None else None
         if old is not None:
-            step = begun.step if begun else 0
-            for note in note_restart(record, old, sum(len(stage.tasks) for stage in plan.stages[:kept]), step):
+            done, step = _gone_on(begun)
+            done += sum(len(stage.tasks) for stage in plan.stages[:kept])
+            for note in note_restart(record, old, done, step):
                 print(f"WARNING: {note}", flush=True)
             if not kept and not begun:
-                say(_NONE_KEPT if plan.resumes else _STARTS_ANEW)
+                say(_NONE_KEPT if plan.resumes else f"{_NOTHING_KEPT} the run starts anew.")
         write_record(plan.folder, record)
         problem: BaseException | None = None
         try:
@@ -170,6 +171,20 @@ def _begun(plan: Plan, kept: int) -> Checkpoint | None:
     return newest_checkpoint(place, made_by=made_by(plan, stage), tell=tell)
 
 
+def _gone_on(begun: Checkpoint | None) -> tuple[int, int]:
+    """Return after how many tasks of a process a checkpoint is, and after which step of the next one."""
+    if begun is None:
+        return 0, 0
+    # A process that learns several tasks keeps one after each, and none within.
+    tasks = begun.facts.get("tasks")
+    return (0, begun.step) if tasks is None else (tasks, 0)
+
+
+def _in_words(begun: Checkpoint) -> str:
+    tasks, step = _gone_on(begun)
+    return f"from step {step}" if step else f"after task {tasks}"
+
+
 def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint | None, stop: _Stop) -> None:
     prepare_work(plan, plan.folder / "work")
     # From the first stage that is not whole, later ones started from something else: none of their files may stay.
@@ -178,7 +193,7 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint
         (_stage_folder(plan, stage) / "done.json").unlink(missing_ok=True)
     for index, stage in enumerate(plan.stages[kept:], kept):
         if index == kept and begun is not None:
-            _clear_end(plan, stage)
+            _clear_end(plan, stage, begun)
             continue
         shutil.rmtree(_stage_folder(plan, stage), ignore_errors=True)
         shutil.rmtree(_output(plan, stage), ignore_errors=True)
@@ -190,7 +205,7 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint
             say(f"{stage.title}: finished before, kept")
         else:
             if index == kept and begun is not None:
-                say(f"{stage.title}: goes on from step {begun.step}")
+                say(f"{stage.title}: goes on {_in_words(begun)}")
             _run_stage(plan, stage, stop)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
@@ -203,14 +218,14 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint
                 print(f"WARNING: {note}", flush=True)
 
 
-def _clear_end(plan: Plan, stage: Stage) -> None:
+def _clear_end(plan: Plan, stage: Stage, begun: Checkpoint) -> None:
     """Take away what a process that was cut off leaves at its end; what it learned by its checkpoint stays.
 
     What it measured after the checkpoint is measured again, into the same files.
     """
     for name in (STOP, "progress.json", "summary.json"):
         (_stage_folder(plan, stage) / name).unlink(missing_ok=True)
-    if len(stage.tasks) == 1:  # else the tasks that it has learned left their results there
+    if not _gone_on(begun)[0]:  # else the tasks that it has learned left their results there
         shutil.rmtree(_output(plan, stage), ignore_errors=True)
 
 
@@ -476,10 +491,13 @@ def _way_on(plan: Plan, stage: Stage | None = None) -> str:
         stage: The process that was cut off, which may have kept a checkpoint.
     """
     if stage is not None and (begun := _begun(plan, plan.stages.index(stage))):
-        return f"The same command continues the run from step {begun.step} of {stage.title}."
+        tasks, step = _gone_on(begun)
+        return f"The same command continues the run {_in_words(begun)}{f' of {stage.title}' if step else ''}."
     if plan.resumes:
         return "The same command continues the run; finished tasks are kept."
-    return "One process learns all tasks of this run: the same command starts it anew."
+    if stage is not None:
+        return f"{_NOTHING_KEPT} the same command starts the run anew."
+    return "The same command continues the run from its last checkpoint; without one it starts the run anew."
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
