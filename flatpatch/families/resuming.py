@@ -7,7 +7,9 @@ Loading this file loads no torch.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +19,48 @@ from flatpatch.checkpoints import Pace, newest_checkpoint, write_checkpoint
 from flatpatch.errors import Interrupted
 from flatpatch.families.recording import announce
 
-STATE = "state.pt"
+AGREED = 5
+"""Several processes agree on a checkpoint, or to stop, at every so many steps: to agree they wait for each other."""
+_GATHERED = ".gathered"
+
+
+class Alone:
+    """The processes of a training that has one."""
+
+    rank = 0
+    count = 1
+
+    def agree(self, asked: bool, due: bool) -> tuple[bool, bool]:
+        """Return what the first process found."""
+        return asked, due
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+
+
+class Several(Alone):
+    """The processes of a training under torch.distributed, which has begun."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self._device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+    def agree(self, asked: bool, due: bool) -> tuple[bool, bool]:
+        """Return what the first process found."""
+        import torch
+
+        found = torch.tensor([asked, due], dtype=torch.uint8, device=self._device)
+        torch.distributed.broadcast(found, src=0)
+        asked, due = map(bool, found.tolist())
+        return asked, due
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        import torch
+
+        torch.distributed.barrier()
 
 
 class Keeper:
@@ -27,18 +70,21 @@ class Keeper:
         step: After which step the newest usable checkpoint was written; 0 without one.
     """
 
-    def __init__(self, part: Mapping[str, Any], *, tell: Callable[[str], object] = announce) -> None:
+    def __init__(
+        self, part: Mapping[str, Any], *, tell: Callable[[str], object] = announce, processes: Alone | None = None
+    ) -> None:
         """Look for a checkpoint.
 
         Args:
             part: What the run's description says of ``checkpoints``.
             tell: Called with each line that a reader of the run should see, and not of its log alone.
+            processes: Those of the training. Each keeps its own state, and all share the checkpoints' folder.
         """
+        self._processes = processes or Alone()
         self._place, self._stop, self._made_by = Path(part["folder"]), Path(part["stop"]), part["made_by"]
         self._pace = Pace(every_seconds=part["every_seconds"], every_steps=part["every_steps"])
         self._tell = tell
         self._parts: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {}
-        self._before: Callable[[], object] = lambda: None
         self._found = newest_checkpoint(self._place, made_by=self._made_by, tell=announce)
         self.step = self._written = 0 if self._found is None else self._found.step
         self._pace.begin(self.step)
@@ -53,7 +99,7 @@ class Keeper:
             return
         import torch
 
-        state = torch.load(self._found.folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(self._found.folder / state_file(self._processes.rank), map_location="cpu", weights_only=True)
         for name, (_, put_back) in self._parts.items():
             put_back(state[name])
         set_random_state(state["random"])
@@ -70,34 +116,73 @@ class Keeper:
         Raises:
             SystemExit: If the process is asked to stop; the exit code says that it can go on.
         """
+        if self._processes.count > 1 and step % AGREED and not last:
+            return
         asked = self._stop.exists()
-        if step != self._written and (asked or self._pace.due(step, last=last)):
+        due = step != self._written and (asked or self._pace.due(step, last=last))
+        asked, due = self._processes.agree(asked, due)
+        if due:
             self._write(step)
         if asked:
             announce(f"stopped after step {step}, as asked")
             raise SystemExit(Interrupted.exit_code)
 
     def _write(self, step: int) -> None:
-        import torch
-
         began = time.monotonic()
         state = {name: take() for name, (take, _) in self._parts.items()} | {"random": random_state()}
+        problem = self._put_down(state)
+        self._processes.wait()
+        if self._processes.rank == 0:
+            problem = problem or self._gather(step)
+        self._processes.wait()
+        if problem is None:
+            self._written = step
+        else:
+            before = f"from the one after step {self._written}" if self._written else "from the start"
+            self._tell(
+                f"WARNING: the checkpoint after step {step} was not written: {problem}. The training goes on; a "
+                f"restart would go on {before}."
+            )
+        self._pace.wrote(step, time.monotonic() - began)
+
+    def _put_down(self, state: Mapping[str, Any]) -> OSError | None:
+        """Write this process's state where the first one gathers them all; return what went wrong."""
+        import torch
+
         # Into memory first: torch reports a full disk as another error than Python does.
         content = io.BytesIO()
         torch.save(state, content)
+        path = self._place / _GATHERED / state_file(self._processes.rank)
+        try:
+            path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.getbuffer())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return error
+        return None
+
+    def _gather(self, step: int) -> OSError | None:
+        """Make a checkpoint of the states of all processes; return what went wrong."""
 
         def fill(folder: Path) -> None:
-            (folder / STATE).write_bytes(content.getbuffer())
+            for rank in range(self._processes.count):
+                name = state_file(rank)
+                (self._place / _GATHERED / name).rename(folder / name)
 
         try:
             write_checkpoint(self._place, step, fill, made_by=self._made_by, facts={})
-            self._written = step
         except OSError as error:
-            self._tell(
-                f"WARNING: the checkpoint after step {step} was not written: {error}. The training goes on; a restart "
-                f"would go on {f'from the one after step {self._written}' if self._written else 'from the start'}."
-            )
-        self._pace.wrote(step, time.monotonic() - began)
+            return error
+        finally:
+            shutil.rmtree(self._place / _GATHERED, ignore_errors=True)
+        return None
+
+
+def state_file(rank: int) -> str:
+    """Return the name of a process's file in a checkpoint."""
+    return f"state-{rank}.pt"
 
 
 def random_state() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flatpatch.families.reference import StepRecorder
 from flatpatch.families.resuming import Keeper, random_state, set_random_state
 from flatpatch.families.training import TrainingResult, batches, descend
 
+STATE = resuming.state_file(0)
 STEPS, EPOCHS, ACCUMULATED = 12, 3, 2
 
 
@@ -162,11 +163,11 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(
     with pytest.raises(Cut):
         train(tmp_path, "sam", cut=7.5)
     torn = tmp_path / "checkpoints" / "000000006"
-    (torn / resuming.STATE).write_bytes((torn / resuming.STATE).read_bytes()[:100])
+    (torn / STATE).write_bytes((torn / STATE).read_bytes()[:100])
     capsys.readouterr()
     result = train(tmp_path, "sam")
     said = capsys.readouterr().out
-    assert f"the checkpoint {torn} cannot be used: {resuming.STATE} was altered" in said
+    assert f"the checkpoint {torn} cannot be used: {STATE} was altered" in said
     assert "goes on after step 3" in said
     assert_same(result, train(tmp_path / "undisturbed", "sam", none=True))
 

@@ -12,8 +12,8 @@ from flatpatch import timing
 from flatpatch.contract import VARIABLE, read_description
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes, make_measurer
-from flatpatch.families.resuming import Keeper
-from flatpatch.families.text.resuming import KeptLoop, can_keep
+from flatpatch.families.resuming import Alone, Keeper, Several
+from flatpatch.families.text.resuming import KeptLoop
 from flatpatch.measuring import AT_LOSS
 
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
@@ -110,11 +110,11 @@ class _RecordedTraining:
         self._note: dict[str, str] = {}
         self._keeper: Keeper | None = None
         self._loop: KeptLoop | None = None
-        if (part := run.get("checkpoints")) and can_keep(trainer):
-            self._keeper = Keeper(part, tell=self._tell)
+        if part := run.get("checkpoints"):
+            processes = Several() if trainer.args.world_size > 1 else Alone()
+            self._keeper = Keeper(part, tell=self._tell, processes=processes)
             self._keeper.add("recorder", self._state, self._put_back)
             self._loop = KeptLoop(trainer, self._keeper)
-            self._recorder.heeds_stop = True
 
     def __getattr__(self, name: str) -> Any:
         """Ignore the callback events that are not listened to."""
@@ -144,17 +144,17 @@ class _RecordedTraining:
         trainable = [p for p in self._trainer.model.parameters() if p.requires_grad]
         self._counts = counts(trainable, perturbed)
         self._dtype = dtypes(perturbed or trainable)
-        if not self._writes:
-            return
-        announce(self._liveness())
         taken = state.global_step if self._keeper is None else self._keeper.step
-        self._recorder.start(taken)
-        self._began = None
-        if taken == 0:
-            self._measure("before")
+        if self._writes:
+            announce(self._liveness())
+            self._recorder.start(taken)
+            self._began = None
+            if taken == 0:
+                self._measure("before")
         if self._loop is not None:
-            self._loop.begin()
-        self._write_progress(taken, state.max_steps)
+            self._recorder.heeds_stop = self._loop.begin()
+        if self._writes:
+            self._write_progress(taken, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -199,7 +199,8 @@ class _RecordedTraining:
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the recording, with all steps before it written."""
-        self._recorder.settle()
+        if self._writes:
+            self._recorder.settle()
         fallbacks = None if self._sam is None else self._sam.fallbacks
         return {
             "fallbacks": fallbacks,

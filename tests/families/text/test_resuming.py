@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from flatpatch import hooks
-from tests import sam_training
+from tests import resumed_ranks, sam_training
 from tests.families.text.test_hook import description, metrics, weights
+from tests.sam.test_launchers import zero
 
 
 class Cut(Exception):
@@ -123,3 +124,28 @@ def test_training_that_had_ended_is_not_repeated(train, tmp_path):
     assert told(again) == told(first)
     assert all(torch.equal(p, q) for p, q in zip(weights(again), weights(first), strict=True))
     assert lines(tmp_path / "ended")[-1]["step"] == 4
+
+
+RANKS = {
+    "ddp, accumulating": {"sam": "random", "gas": 2},
+    "zero 2": {"sam": "sam", "deepspeed": zero(2)},
+    "zero 2, bf16": {"sam": "sam", "deepspeed": zero(2, bf16={"enabled": True}), "bf16": True},
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("ranks")
+    return sam_training.run_ranks(folder, 2, RANKS, script=resumed_ranks.__file__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_two_processes_that_were_cut_off_go_on_as_if_they_had_not_been(name, ranks):
+    for rank, found in enumerate(ranks[name]):
+        assert found["passed"] == 5, "the checkpoint's step"
+        for part in ("weights", "optimizer", "random", "told"):
+            assert found["resumed"][part] == found["undisturbed"][part], (rank, part)
+    assert ranks[name][0]["resumed"]["lines"] == ranks[name][0]["undisturbed"]["lines"]
+    assert len(ranks[name][0]["resumed"]["lines"]) == 10
