@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ class _Training:
     def _drop_models(self, done: int) -> None:
         """Remove the models of tasks that are learned again."""
         for task in range(done, len(self._run["tasks"])) if self._run.get("keep") is not None else ():
-            kept_file(Path(self._run["keep"]["folder"]), task).unlink(missing_ok=True)
+            with suppress(OSError):
+                kept_file(Path(self._run["keep"]["folder"]), task).unlink()
 
     def task_done(self, learner: Any, manager: Any, files: str) -> None:
         from torch.utils.data import DataLoader, Dataset

@@ -287,7 +287,9 @@ def test_killed_run_of_the_authors_code_ends_as_an_undisturbed_one(
     kill_during(command("killed"), lambda: steps.is_file() and NAMES[1] in steps.read_text())
     assert main(command("killed")) == 0
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
-    assert json.loads((tmp_path / "killed/record.json").read_text())["restarts"] == 1
+    record = json.loads((tmp_path / "killed/record.json").read_text())
+    assert record["restarts"] == 1
+    assert [row["tasks_kept"] for row in record["resumed"]] == [1]
     losses = [step["loss_name"] for step in results(tmp_path / "killed")["steps"]]
     # One step a batch in the first task, two in the second; seven batches each.
     assert losses == ["task"] * 7 + ["distillation", "task"] * 7
