@@ -12,7 +12,7 @@ from flatpatch.terminal import Lasting, quietly, without_quiet
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
 verbs:
-  run      train one method over its tasks; the same command continues a stopped run (with images: starts it anew)
+  run      train one method over its tasks; the same command continues a stopped run
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   study    an experiment: its runs, what is measured, and a verdict on each of its hypotheses; alone: lists them
   compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]

@@ -65,6 +65,8 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
             on what it runs, ``place`` where its files and numbers go, ``measure`` what is measured in it.
+            on what it runs, ``place`` where its files are and how often it writes them, ``measure`` what is measured in
+            it.
         family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
@@ -153,6 +155,12 @@ class Settings:
         "none",
         "beside TensorBoard's files, which every run leaves: wandb, trackio or mlflow, each a package to install",
         role="place",
+    checkpoint_every: str = _setting(
+        "auto",
+        "how often a training writes a checkpoint to go on from: 120s (seconds), 50 (steps), 0 (never), or auto: at "
+        "most five minutes are lost, and at most 2 % of the time goes into writing",
+        role="place",
+        whole=True,
     )
     measure: str = _setting(
         "",
@@ -181,6 +189,25 @@ class Settings:
         "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
         role="measure",
     )
+
+    @property
+    def checkpointing(self) -> dict[str, float | int | None] | None:
+        """How often a training writes a checkpoint, by the arguments of ``Pace``; None for never.
+
+        Raises:
+            ValueError: If the setting says nothing of the kind.
+        """
+        word = self.checkpoint_every
+        every: dict[str, float | int | None] = {"every_seconds": None, "every_steps": None}
+        if word == "auto":
+            return every
+        if word == "0":
+            return None
+        seconds = word.endswith("s")
+        number = word.removesuffix("s")
+        if not (number.isascii() and number.replace(".", "", int(seconds)).isdecimal() and float(number)):
+            raise ValueError(word)
+        return every | ({"every_seconds": float(number)} if seconds else {"every_steps": int(number)})
 
     @property
     def measuring(self) -> MeasureRequest | None:
@@ -511,6 +538,13 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
         problems.append(
             f"fraction={settings.fraction:g} is out of range (expected a share over 0 and at most 1, "
             "e.g. fraction=0.1)."
+        )
+    try:
+        _ = settings.checkpointing
+    except ValueError:
+        problems.append(
+            f"checkpoint_every={settings.checkpoint_every} is no pace (expected auto, seconds such as 120s, steps such "
+            "as 50, or 0 for no checkpoints)."
         )
     problems += settings.check_measuring()[1]
     problems += _check_scopes(settings)

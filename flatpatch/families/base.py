@@ -234,7 +234,7 @@ class Plan:
 
     @property
     def resumes(self) -> bool:
-        """Whether a stopped run goes on after its last finished task; one process for all tasks starts anew."""
+        """Whether each task is a process of its own, so that finished ones need no checkpoint to be kept."""
         return len(self.stages) == len(self.tasks)
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flatpatch import patches
+from flatpatch.checkpoints import KEPT
 from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, Deviation, Machine, Plan, Stage
@@ -45,6 +46,7 @@ OURS = (
 )
 # A saved ViT-B/16 with its adapters, of which some repositories' code saves one after every task.
 BYTES_OF_A_MODEL = 400 * 2**20
+_MODELS_IN_CHECKPOINTS = 2 * (KEPT + 1)  # the one being written too; some learners hold a second ViT
 
 
 def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:
@@ -93,6 +95,8 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     benchmark = _benchmark_name(upstream, draft)
     shuffled = " in shuffled order" if editor.current.get("shuffle") else ""
     saves = len(ranges) if upstream.saves_models and not is_quick else 0
+    if settings.checkpointing is not None and not is_quick:
+        saves += _MODELS_IN_CHECKPOINTS
     plan = Plan(
         **draft.facts(),
         world_size=1,
