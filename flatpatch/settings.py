@@ -64,9 +64,7 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         default: Its value where it is left out.
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
-            on what it runs, ``place`` where its files and numbers go, ``measure`` what is measured in it.
-            on what it runs, ``place`` where its files are and how often it writes them, ``measure`` what is measured in
-            it.
+            on what it runs, ``place`` where its files and numbers go and how often, ``measure`` what is measured in it.
         family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
@@ -155,6 +153,7 @@ class Settings:
         "none",
         "beside TensorBoard's files, which every run leaves: wandb, trackio or mlflow, each a package to install",
         role="place",
+    )
     checkpoint_every: str = _setting(
         "auto",
         "how often a training writes a checkpoint to go on from: 120s (seconds), 50 (steps), 0 (never), or auto: at "

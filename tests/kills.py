@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +29,8 @@ def killed_at_random_moments(
         command: From a run's name to the words of its command.
         output: Where its folder is made.
         results: Reads what must not differ from a run's folder.
-        seed: Of the moments, which are anywhere in the time that the undisturbed run takes.
+        seed: Of the moments. Every other one is anywhere in the time that the undisturbed run takes, of which a small
+            training is a small part; the others are within a training, behind a checkpoint.
 
     Returns:
         After which step of its process each restart went on.
@@ -37,15 +40,17 @@ def killed_at_random_moments(
     assert whole.wait() == 0
     seconds = time.monotonic() - began
     draw = random.Random(seed)
-    for _ in range(KILLS):
+    for number in range(KILLS):
         process = _start(command("killed"))
-        try:
-            process.wait(draw.uniform(0, seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if number % 2:
+            _wait(process, draw.uniform(0, seconds))
         else:
-            assert process.returncode == 0
+            step = draw.randint(3, 12)
+            while process.poll() is None and not _has_reached(output / "killed", step):
+                time.sleep(0.01)
+            _wait(process, draw.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
     last = _start(command("killed"))
     assert last.wait() == 0
     assert results(output / "killed") == results(output / "undisturbed")
@@ -60,3 +65,13 @@ def _start(words: list[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=None,
     )
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
+def _has_reached(folder: Path, step: int) -> bool:
+    """Tell whether a task that is not finished has a checkpoint of this step or a later one."""
+    return any(int(path.name) >= step for path in folder.glob("tasks/*/checkpoints/*") if path.name.isdigit())

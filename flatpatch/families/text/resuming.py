@@ -112,11 +112,43 @@ def _engine_state(engine: Any) -> dict[str, Any]:
 
 def _put_engine(engine: Any, kept: Mapping[str, Any]) -> None:
     vars(engine).update(kept["counts"])
-    _base(engine).load_state_dict(kept["optimizer"])
+    base = _base(engine)
+    before = _steps_of(base)
+    base.load_state_dict(kept["optimizer"])
+    if hasattr(base, "ds_opt_adam"):
+        _count_up(base, before)
     if _is_partitioned(engine):
         for weights, values in zip(engine.optimizer.single_partition_of_fp32_groups, kept["masters"], strict=True):
             weights.data.copy_(values)
         vars(engine.optimizer.loss_scaler).update(kept["scale"])
+
+
+def _steps_of(optimizer: Any) -> list[int]:
+    """Return how many steps each of an optimizer's weights has taken."""
+    weights = [each for group in optimizer.param_groups for each in group["params"]]
+    return [int(optimizer.state[each].get("step", 0)) if each in optimizer.state else 0 for each in weights]
+
+
+def _count_up(optimizer: Any, before: list[int]) -> None:
+    """Bring the powers of beta that DeepSpeed's Adam for the CPU keeps in C++ to where they were.
+
+    It multiplies them up step by step, which rounds otherwise than a power, and no state has them. So it takes the
+    steps again, on a weight of its own.
+
+    Args:
+        optimizer: With the state that was kept.
+        before: How many steps each weight had taken in this process.
+    """
+    import torch
+
+    after = _steps_of(optimizer)
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
+    for step in range(min(before, default=0) + 1, max(after, default=0) + 1):
+        for group, first, last in zip(groups, before, after, strict=True):
+            if first < step <= last:
+                rest = (group["eps"], group["weight_decay"], group["bias_correction"])
+                scratch = (torch.zeros(1) for _ in range(4))
+                optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, group["lr"], *group["betas"], *rest, *scratch)
 
 
 def _is_partitioned(engine: Any) -> bool:
