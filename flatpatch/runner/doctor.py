@@ -67,7 +67,7 @@ def doctor(words: Sequence[str]) -> int:
         found = [(section, mark, text) for section, part in sections.items() for mark, text in part]
     wrong = sum(mark == WRONG for _, mark, _ in found)
     if as_json:
-        rows = [{"section": section, "state": _IN_JSON[mark], "text": text} for section, mark, text in found]
+        rows = [{"section": section, "state": _IN_JSON[mark], "finding": text} for section, mark, text in found]
         print(json.dumps(rows, indent=2))
         return 1 if wrong else 0
     for section in dict.fromkeys(section for section, _, _ in found):

@@ -166,11 +166,13 @@ class Tracking:
 
     Args:
         folder: The run's.
-        record: As it is when the run begins.
+        record: As it is when the run begins, and will be changed.
         asked: The tracker asked for beside TensorBoard's files, as ``track=`` names it.
     """
 
     def __init__(self, folder: Path, record: Mapping[str, Any], asked: str = NONE) -> None:
+        self.figures: Sequence[Path] = ()
+        self._record = record
         self._warned: set[str] = set()
         self._trackers: dict[str, Tracker] = {}
         self._steps = 0
@@ -222,8 +224,15 @@ class Tracking:
         }
         self._scalars(values, STEP, self._steps)
 
-    def tasks(self, record: Mapping[str, Any]) -> None:
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def tasks(self) -> None:
         """Take what the record has of tasks that have ended since the last call."""
+        record = self._record
         names = record["tasks"]
         for index in range(self._tasks, len(names)):
             row = record["accuracy_matrix"][index]
@@ -240,14 +249,15 @@ class Tracking:
             self._tasks = index + 1
             self._scalars(values, TASK, self._tasks)
 
-    def end(self, record: Mapping[str, Any], figures: Sequence[Path] = ()) -> None:
+    def end(self) -> None:
         """Take the metrics and the figures, and no more."""
+        record = self._record
         metrics = {f"metrics/{name}": float(value) for name, value in record["metrics"].items() if value is not None}
         if metrics:
             self._scalars(metrics, TASK, max(self._tasks, 1))
         for name, tracker in list(self._trackers.items()):
             with self._forgiven(name):
-                for path in figures:
+                for path in self.figures:
                     if path.suffix == ".png":
                         tracker.figure(path.stem, path)
                 tracker.end(record["status"])

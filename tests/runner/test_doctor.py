@@ -138,7 +138,7 @@ def test_json_says_the_same_as_the_screen(project: Path, nowhere: Path, said: Sa
     assert code == code_of_json == 0
     marks = {"ok": "ok", "missing": "--", "wrong": "NO"}
     for row in rows:
-        shown = row["text"].replace("\n", "\n     ")
+        shown = row["finding"].replace("\n", "\n     ")
         if "GiB of" not in shown:  # what is free changes
             assert f"[{marks[row['state']]}] {shown}" in text
     assert {row["section"] for row in rows} == {"environment", "machine", "the authors' code", "time"}

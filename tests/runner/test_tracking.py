@@ -55,7 +55,7 @@ def test_steps_are_taken_as_they_are_written_and_counted_over_all_tasks(tmp_path
     track.follow(first)
     write_steps(second, [1.5])
     track.follow(second)
-    track.end(record)
+    track.end()
     losses = {place: value for (name, place), value in scalars(tmp_path).items() if name == f"{STEP}/loss"}
     assert losses == {1: 3.0, 2: 2.0, 3: 1.5}
     assert not any("grad_norm" in name for name, _ in scalars(tmp_path))
@@ -68,9 +68,10 @@ def test_tasks_metrics_flatness_and_figures_are_there_at_the_end(tmp_path: Path)
     ]
     Image.new("RGB", (5, 3), "white").save(tmp_path / "matrix.png")
     track = Tracking(tmp_path, record)
-    track.tasks(record)
-    track.tasks(record)
-    track.end(record, [tmp_path / "matrix.png", tmp_path / "matrix.pdf"])
+    track.tasks()
+    track.tasks()
+    track.figures = [tmp_path / "matrix.png", tmp_path / "matrix.pdf"]
+    track.end()
     found = scalars(tmp_path)
     for index, row in enumerate(record["accuracy_matrix"]):
         assert found[f"{TASK}/accuracy/{record['tasks'][index]}", index + 1] == pytest.approx(row[index], rel=1e-6)
@@ -89,7 +90,7 @@ def test_run_that_goes_on_begins_its_event_file_anew(tmp_path: Path) -> None:
         track = Tracking(tmp_path, make_quick_record())
         write_steps(tmp_path / "steps.jsonl", [3.0])
         track.follow(tmp_path / "steps.jsonl")
-        track.end(make_quick_record())
+        track.end()
     assert len([name for name, _ in scalars(tmp_path) if name == f"{STEP}/loss"]) == 1
 
 
@@ -108,8 +109,8 @@ def test_tracker_that_fails_costs_a_warning_and_nothing_else(
     monkeypatch.setattr(tracking, "_MADE", {EVENTS: tracking.TensorBoard, "wandb": Failing})
     record = make_quick_record()
     track = Tracking(tmp_path, record, "wandb")
-    track.tasks(record)
-    track.end(record)
+    track.tasks()
+    track.end()
     said = capsys.readouterr().out
     assert said.count("WARNING: wandb takes no more of this run: ConnectionError: no way there") == 1
     assert scalars(tmp_path)
@@ -139,8 +140,9 @@ def test_other_trackers_take_a_whole_run(
     track = Tracking(run, record, name)
     write_steps(run / "steps.jsonl", [3.0, 2.0])
     track.follow(run / "steps.jsonl")
-    track.tasks(record)
-    track.end(record, [run / "matrix.png"])
+    track.tasks()
+    track.figures = [run / "matrix.png"]
+    track.end()
     assert "WARNING" not in capsys.readouterr().out
     left = [path for place in ("run/wandb", "trackio", "mlruns") for path in (tmp_path / place).rglob("*")]
     assert any(path.is_file() and path.stat().st_size for path in left)
