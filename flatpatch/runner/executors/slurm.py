@@ -139,8 +139,9 @@ echo "$(date +%FT%T) $(hostname): element $SLURM_ARRAY_TASK_ID, restart ${{SLURM
 eval "${{commands[SLURM_ARRAY_TASK_ID]}} &"
 run=$!
 time_is_up=
-trap 'time_is_up=yes; kill -USR1 "$run"' USR1 # comes to this shell alone, before the end of the job's time
-trap : TERM                                    # comes to the run by itself
+# Comes to this shell alone, before the end of the job's time; told twice, a run would not wait to save.
+trap 'trap : USR1; time_is_up=yes; kill -USR1 "$run"' USR1
+trap : TERM # comes to the run by itself
 while kill -0 "$run" 2>/dev/null; do wait "$run"; done
 wait "$run"
 code=$?
