@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +13,13 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.errors import FlatpatchError, Interrupted, UserError
 from flatpatch.families.base import Plan
+from flatpatch.files import digest
 from flatpatch.runner.record import new_record, write_record
+from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.runner.sweep import Options, read_options
 from tests.report_page import with_average
 from tests.report_records import make_quick_record
+from tests.sweep_cases import in_training, numbers, short_words, small_benchmark, status, wait_until
 
 GAINS = (1.0, 2.0, 3.0)
 
@@ -173,3 +178,42 @@ def test_a_machine_without_slurm_is_told(swept, tmp_path: Path, monkeypatch, cap
     assert swept("seed=0..1", "executor=slurm") == 2
     assert "no SLURM on this machine: sbatch and squeue cannot be found." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_three_times_computes_no_run_twice(tmp_path: Path) -> None:
+    data = small_benchmark(tmp_path / "data")
+    words = short_words(data, tmp_path / "runs", "method=nlora", "upstream.num_train_epochs=4", "parallel=2")
+    folders = [
+        make_plan(parse([*(word for word in words[1:] if word != "parallel=2"), f"seed={seed}"])).folder
+        for seed in range(3)
+    ]
+    kept: dict[Path, str] = {}
+
+    def swept_until(condition) -> None:
+        with (tmp_path / "said").open("ab") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flatpatch", *words, "seed=0..2"], stdout=said, stderr=said, cwd=tmp_path
+            )
+        try:
+            wait_until(lambda: condition() or process.poll() is not None, "the moment to kill")
+            assert process.poll() is None, (tmp_path / "said").read_text()
+        finally:
+            process.kill()
+            process.wait()
+        kept.update({folder: digest(folder / "record.json") for folder in folders if status(folder) == "finished"})
+
+    swept_until(lambda: sum(map(in_training, folders)) == 1)
+    swept_until(lambda: sum(status(folder) == "running" for folder in folders) == 2)
+    swept_until(lambda: any(status(folder) == "finished" for folder in folders))
+    assert 1 <= len(kept) < 3
+    assert main([*words, "seed=0..2"]) == 0
+    assert [status(folder) for folder in folders] == ["finished"] * 3
+    assert {folder: digest(folder / "record.json") for folder in kept} == kept
+    restarts = [json.loads((folder / "record.json").read_text())["restarts"] for folder in folders]
+    assert sum(restarts) >= 2
+    assert (
+        main(short_words(data, tmp_path / "undisturbed", *words[-3:-1], f"seed={restarts.index(max(restarts))}")) == 0
+    )
+    worst = folders[restarts.index(max(restarts))]
+    assert numbers(worst) == numbers(tmp_path / "undisturbed" / worst.name)
