@@ -18,6 +18,8 @@ verbs:
   compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]
   report   tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...], report study=NAME
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
+  diff     what two runs' records differ in: diff run=FOLDER with=FOLDER
+  rerun    the run of a record once more: rerun record=runs/NAME/record.json
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
 
@@ -84,6 +86,8 @@ NEEDS = {
     "compare": "run=FOLDER or log=FILE",
     "report": "run=FOLDER, e.g. report run=runs/NAME, or study=NAME",
     "measure": "run=FOLDER, e.g. measure run=runs/NAME",
+    "diff": "run=FOLDER and with=FOLDER",
+    "rerun": "record=FILE, e.g. rerun record=runs/NAME/record.json",
     "patches": "one of its own verbs, e.g. patches verify",
 }
 
@@ -128,6 +132,8 @@ def _dispatch(arguments: list[str]) -> int:
         "compare": _compare,
         "report": _report,
         "measure": _measure,
+        "diff": _diff,
+        "rerun": _rerun,
         "patches": _patches,
         "doctor": _doctor,
     }
@@ -225,6 +231,18 @@ def _measure(words: list[str]) -> int:
     from flatpatch.runner import measure
 
     return measure.measure(asked)
+
+
+def _diff(words: list[str]) -> int:
+    from flatpatch.comparison import two_runs
+
+    return two_runs.diff(words)
+
+
+def _rerun(words: list[str]) -> int:
+    from flatpatch.runner import rerun
+
+    return rerun.rerun(words)
 
 
 def _patches(words: list[str]) -> int:

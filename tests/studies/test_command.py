@@ -43,7 +43,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         (["name=exp4", "seeds=a,b"], "seeds=a,b: 'a' is not a whole number."),
         (["name=exp4", "seeds=3..1"], "the range is empty"),
         (["name=exp4", "profile=quik"], "unknown profile 'quik'. Did you mean 'quick'?"),
-        (["name=exp4", "profile=record"], "study exp4 has no form record. It has: quick, small."),
+        (["name=exp3_2", "profile=small"], "study exp3_2 has no form small. It has: quick, record."),
         (["name=exp4", "grid=half"], "unknown grid 'half'. Expected: short, full."),
         (["name=exp4", "parallel=x"], "parallel='x' is not a whole number"),
     ],

@@ -176,15 +176,25 @@ def _train(
 def _optimizer(
     reference: VisionReference, groups: dict[str, list[nn.Parameter]]
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
-    """Return the optimizer and the factor of its learning rate in each epoch, as in the authors' code."""
+    """Return the optimizer and the factor of its learning rate in each epoch, by default as in the authors' code."""
     named = [{"params": parameters, "name": name} for name, parameters in groups.items()]
-    epochs = reference.epochs
+    epochs, rate, decay = reference.epochs, reference.learning_rate, reference.weight_decay
+
+    def constant(epoch: int) -> float:
+        return 1.0
+
+    def cosine(epoch: int) -> float:
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    def cosine_of_adam(epoch: int) -> float:
+        # The authors' schedule counts the first epoch twice, so that the second has the full rate too.
+        return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
+
+    is_constant = reference.schedule == "constant"
     if reference.optimizer == "sgd":
-        sgd = torch.optim.SGD(named, lr=reference.learning_rate, momentum=0.9, weight_decay=reference.weight_decay)
-        return sgd, lambda epoch: (1 + math.cos(math.pi * epoch / epochs)) / 2
-    adam = torch.optim.Adam(named, lr=reference.learning_rate, weight_decay=reference.weight_decay)
-    # The authors' schedule counts the first epoch twice, so that the second has the full rate too.
-    return adam, lambda epoch: math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
+        sgd = torch.optim.SGD(named, lr=rate, momentum=0.9, weight_decay=decay)
+        return sgd, constant if is_constant else cosine
+    return torch.optim.Adam(named, lr=rate, weight_decay=decay), constant if is_constant else cosine_of_adam
 
 
 @torch.no_grad()
