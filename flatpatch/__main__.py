@@ -55,13 +55,24 @@ examples:
 SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
 
 One run for every combination; finished ones are kept, so the same command goes on where it stopped.
-seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, with what SAM changes,
+seed=0..4 is short for seed=0,1,2,3,4. Before the start it says how many runs are missing and how long they will take;
+a run that fails stops no other. Ends with mean, standard deviation and n over the seeds, with what SAM changes,
 paired by seed, where there are runs with it and without, and one HTML page about
 its runs, report.html in the folder that holds them, in place of one that is there. output=FOLDER gives a sweep its own.
-More than 1000 runs need yes=true.
 
-example:
+  executor=local     on this machine; slurm: a job array, one element for each run; print: prints the commands, one a
+                     line, for another scheduler, and starts nothing
+  parallel=0         how many runs go at once; 0: as many as fit: a GPU each, or on a CPU as their threads leave room
+                     (slurm: as many as it gives)
+  slurm.<name>=      an option of sbatch by its long name: slurm.partition=gpu slurm.time=08:00:00
+                     slurm.gpus_per_node=1; true for one without a value
+  yes=true           needed for more than 200 runs, and for more than a day
+
+examples:
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
+  python -m flatpatch sweep method=nlora sam=sam rho=0.01,0.05 seed=0..4 parallel=1
+  python -m flatpatch sweep method=nlora sam=off,sam seed=0..2 executor=print > commands.txt
+  python -m flatpatch sweep method=nlora profile=upstream seed=0..4 executor=slurm slurm.gpus_per_node=8
 
 settings:
 {settings}

@@ -11,7 +11,7 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.families.text import quick
 from flatpatch.files import ROOT
-from flatpatch.studies import running
+from flatpatch.runner.executors import local
 from flatpatch.studies.schema import read_study
 from tests.study_cases import HYPOTHESIS, write_study
 
@@ -117,6 +117,6 @@ def test_a_whole_study_ends_with_verdicts_and_again_trains_nothing(
     assert [run["status"] for run in verdicts["runs"]] == ["finished"] * 4
     assert verdicts["hypotheses"][0]["tested"]["n"] == 2
     assert (folder / "report.html").is_file(), said
-    monkeypatch.setattr(running, "execute", lambda *_, **__: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(local, "execute", lambda *_, **__: pytest.fail("nothing is missing"))
     assert main([*words, "parallel=1"]) == 0
     assert json.loads((folder / "verdicts.json").read_text()) == verdicts
