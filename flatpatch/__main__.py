@@ -18,6 +18,7 @@ verbs:
   compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]
   report   tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...], report study=NAME
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
+  fork     continuations of a finished run from the state after one of its tasks: fork run=FOLDER task=2 sam=off,sam
   diff     what two runs' records differ in: diff run=FOLDER with=FOLDER
   rerun    the run of a record once more: rerun record=runs/NAME/record.json
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
@@ -86,6 +87,7 @@ NEEDS = {
     "compare": "run=FOLDER or log=FILE",
     "report": "run=FOLDER, e.g. report run=runs/NAME, or study=NAME",
     "measure": "run=FOLDER, e.g. measure run=runs/NAME",
+    "fork": "run=FOLDER, task=N and what to do otherwise, e.g. fork run=runs/NAME task=2 sam=off,sam",
     "diff": "run=FOLDER and with=FOLDER",
     "rerun": "record=FILE, e.g. rerun record=runs/NAME/record.json",
     "patches": "one of its own verbs, e.g. patches verify",
@@ -132,6 +134,7 @@ def _dispatch(arguments: list[str]) -> int:
         "compare": _compare,
         "report": _report,
         "measure": _measure,
+        "fork": _fork,
         "diff": _diff,
         "rerun": _rerun,
         "patches": _patches,
@@ -231,6 +234,12 @@ def _measure(words: list[str]) -> int:
     from flatpatch.runner import measure
 
     return measure.measure(asked)
+
+
+def _fork(words: list[str]) -> int:
+    from flatpatch.runner import fork
+
+    return fork.fork(words)
 
 
 def _diff(words: list[str]) -> int:

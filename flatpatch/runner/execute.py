@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import json
@@ -23,7 +24,7 @@ import psutil
 
 from flatpatch import metrics, patches
 from flatpatch.checkpoints import Checkpoint, newest_checkpoint
-from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
+from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.families.base import Family, Plan, Stage
 from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
@@ -33,6 +34,7 @@ from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
 from flatpatch.runner.record import (
     LOCK,
+    begins_fork,
     check_continues,
     finish_record,
     keep_room,
@@ -90,7 +92,7 @@ def execute(plan: Plan, *, show: bool = True) -> dict[str, Any]:
             record = new_record(plan)
             kept = _kept(plan)
             begun = _begun(plan, kept) if old is not None else None
-            if old is not None:
+            if old is not None and not begins_fork(record, old):
                 done, step = _gone_on(begun)
                 done += sum(len(stage.tasks) for stage in plan.stages[:kept])
                 for note in note_restart(record, old, done, step):
@@ -339,6 +341,30 @@ def _is_done(plan: Plan, stage: Stage) -> bool:
         return all(digest(plan.folder / name) == noted for name, noted in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, cut short or of another kind
         return False
+
+
+def brought(plan: Plan, source: Path, kept: int) -> list[Path]:
+    """Return the files that a finished run left of its first tasks, for another run that begins with them.
+
+    Args:
+        plan: The other run's; each of its processes learns one task.
+        source: The finished run's folder.
+        kept: How many tasks.
+
+    Raises:
+        UserError: If the files of one are not all there and whole.
+    """
+    there = dataclasses.replace(plan, folder=source)
+    files: list[Path] = []
+    for stage in plan.stages[:kept]:
+        if not _is_done(there, stage):
+            raise UserError(f"{source} no longer holds {stage.title} whole. Make the run anew.")
+        own = _stage_folder(there, stage)
+        for folder in (own, _output(there, stage)):
+            files += (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files += _measured(there, stage)
+        files += (source / name for name in stage.models.values())
+    return list(dict.fromkeys(files))
 
 
 def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> None:

@@ -238,6 +238,21 @@ def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
     return found
 
 
+def begins_fork(record: dict[str, Any], old: Mapping[str, Any]) -> bool:
+    """Write into a record whose first tasks are another run's that it is such; tell whether this is its first start."""
+    if "forked" not in old:
+        return False
+    fork = old["forked"]
+    record["forked"] = {**fork, "begun": True}
+    record["labels"] = list(dict.fromkeys([*record["labels"], "off-protocol"]))
+    changed = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in fork["changed"].items())
+    learned = "task 1 was" if fork["tasks"] == 1 else f"tasks 1 to {fork['tasks']} were"
+    record["notes"].append(
+        f"{learned} learned by the run {fork['run']}; from there on: {changed or 'the same settings'}"
+    )
+    return not fork["begun"]
+
+
 def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int, step: int = 0) -> list[str]:
     """Write into a record that the run was resumed, and return what its reader must know of it.
 

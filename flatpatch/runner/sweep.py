@@ -168,7 +168,7 @@ def sweep(words: Sequence[str]) -> int:
     with locked(folder / LOCK, f"another process carries out this sweep, {folder}. Wait for it.", patience=PATIENCE):
         each = None if expected.seconds is None else expected.seconds / max(len(lacking), 1)
         failures = carry_out("sweep", lacking, room=room, logs=folder / LOGS, show=True, expected=each)
-    return _conclude(jobs, failures)
+    return conclude(jobs, failures)
 
 
 def _plan(
@@ -239,7 +239,7 @@ def _announce(jobs: Sequence[Job], lacking: Sequence[Job], expected: Estimate, r
 def _submit(folder: Path, jobs: Sequence[Job], lacking: Sequence[Job], options: Options) -> int:
     """Hand the missing runs to SLURM, unless it has them; with none missing, print what they gave."""
     if not lacking:
-        return _conclude(jobs, [])
+        return conclude(jobs, [])
     if waiting := slurm.queued(folder):
         print(f"SLURM has this sweep: {len(waiting)} elements, {waiting[0]} is the first. Nothing was submitted.")
         return 0
@@ -253,7 +253,7 @@ def _submit(folder: Path, jobs: Sequence[Job], lacking: Sequence[Job], options: 
     return 0
 
 
-def _conclude(jobs: Sequence[Job], failures: Sequence[str]) -> int:
+def conclude(jobs: Sequence[Job], failures: Sequence[str]) -> int:
     """Print what finished runs gave and which failed."""
     folders = [job.plan.folder for job in jobs]
     records = {folder: read_record(folder) for folder in folders if (folder / RECORD_FILE).is_file()}
