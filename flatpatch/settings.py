@@ -29,6 +29,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "adapters": ("upstream", "fp32"),
     "launcher": ("auto", "deepspeed", "python"),
     "sam_on": ("both", "task", "distillation"),
+    "track": ("none", "wandb", "trackio", "mlflow"),
 }
 MOST_BUDGET = 1000
 
@@ -63,8 +64,7 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         default: Its value where it is left out.
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
-            on what it runs, ``place`` where its files are and how often it writes them, ``measure`` what is measured in
-            it.
+            on what it runs, ``place`` where its files and numbers go and how often, ``measure`` what is measured in it.
         family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
@@ -83,8 +83,8 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting(
         "auto",
-        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU; "
-        "small: a pretrained encoder on some of the real texts, CPU (text)",
+        "upstream: its script as it is; paper: the paper's protocol; record: CLIP and seqlora_vit, the record's; "
+        "quick: small, CPU; small: a pretrained encoder on some of the real texts, CPU (text)",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(
@@ -149,6 +149,11 @@ class Settings:
     data: str = _setting("", "folder of the benchmark; default: what the profile needs", whole=True)
     run: str = _setting("", "name of the run's folder; default: made from the settings", role="place", whole=True)
     output: str = _setting("runs", "where run folders are made", role="place", whole=True)
+    track: str = _setting(
+        "none",
+        "beside TensorBoard's files, which every run leaves: wandb, trackio or mlflow, each a package to install",
+        role="place",
+    )
     checkpoint_every: str = _setting(
         "auto",
         "how often a training writes a checkpoint to go on from: 120s (seconds), 50 (steps), 0 (never), or auto: at "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from flatpatch.families.resuming import Keeper
 from flatpatch.families.sample import Sample
 from flatpatch.measuring import AT_LOSS, Request
 from flatpatch.sam import SAM, mixed_seed
+
+_COUNTED = ("steps", "trainable", "perturbed", "fallbacks", "_trainings")
 
 
 class StepRecorder:
@@ -79,6 +81,15 @@ class StepRecorder:
             self.sam.steps = kept["sam_steps"]
         if self._measurer is not None:
             self._measurer.put_back(kept["measurer"])
+
+    def counted(self) -> dict[str, Any]:
+        """Return what the summary and the random directions of later tasks depend on, between two tasks."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def take_up(self, counted: Mapping[str, Any]) -> None:
+        """Go on counting from what another process had counted."""
+        for name in _COUNTED:
+            setattr(self, name, counted[name])
 
     def make_gradients(self, optimizer: torch.optim.Optimizer) -> Callable[[Callable[..., Tensor]], Tensor]:
         """Return the function that leaves the gradient to descend along in ``.grad``."""

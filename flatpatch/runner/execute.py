@@ -44,6 +44,7 @@ from flatpatch.runner.record import (
 )
 from flatpatch.runner.resolve import command_of, headline
 from flatpatch.runner.supervise import Supervised
+from flatpatch.runner.tracking import Tracking
 from flatpatch.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -51,11 +52,12 @@ LOG_LINES_SHOWN = 15
 LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
 STOP = "stop"
+STEPS = "metrics.jsonl"
 PATIENCE = 60.0  # seconds that a process has to come to its step's end and write a checkpoint
 MEASURER = "flatpatch.measurement.in_run:Measurer"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
 BYTES_OF_LAST_WORDS = 5000
-_STARTS_ANEW = "One process learns all tasks of this run, so it cannot go on from its middle: it starts anew."
+_NOTHING_KEPT = "One process learns all tasks of this run, and it has kept no checkpoint:"
 _NONE_KEPT = "No task was finished before: the run starts anew with its first task."
 
 
@@ -83,27 +85,30 @@ def execute(plan: Plan, *, show: bool = True) -> dict[str, Any]:
         return old
     say("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]))
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with only_runner(plan.folder), _Stop() as stop:
-        record = new_record(plan)
-        kept = _kept(plan)
-        begun = _begun(plan, kept) if old is not None else None
-        if old is not None:
-            step = begun.step if begun else 0
-            for note in note_restart(record, old, sum(len(stage.tasks) for stage in plan.stages[:kept]), step):
-                print(f"WARNING: {note}", flush=True)
-            if not kept and not begun:
-                say(_NONE_KEPT if plan.resumes else _STARTS_ANEW)
-        write_record(plan.folder, record)
-        problem: BaseException | None = None
-        try:
-            keep_room(plan.folder)
-            _run_stages(plan, record, kept, begun, stop)
-        except BaseException as error:
-            problem = _with_full_disk_named(plan, error)
-        _conclude(plan, record, problem)
-    if show:
-        say()
-        _show(plan.folder, record)
+    with contextlib.ExitStack() as at_the_end:
+        with only_runner(plan.folder), _Stop() as stop:
+            record = new_record(plan)
+            kept = _kept(plan)
+            begun = _begun(plan, kept) if old is not None else None
+            if old is not None:
+                done, step = _gone_on(begun)
+                done += sum(len(stage.tasks) for stage in plan.stages[:kept])
+                for note in note_restart(record, old, done, step):
+                    print(f"WARNING: {note}", flush=True)
+                if not kept and not begun:
+                    say(_NONE_KEPT if plan.resumes else f"{_NOTHING_KEPT} the run starts anew.")
+            write_record(plan.folder, record)
+            tracking = at_the_end.enter_context(Tracking(plan.folder, record, plan.request.settings.track))
+            problem: BaseException | None = None
+            try:
+                keep_room(plan.folder)
+                _run_stages(plan, record, kept, begun, stop, tracking)
+            except BaseException as error:
+                problem = _with_full_disk_named(plan, error)
+            _conclude(plan, record, problem)
+        if show:
+            say()
+            tracking.figures = _show(plan.folder, record)
     return record
 
 
@@ -142,11 +147,13 @@ def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None)
         raise problem
 
 
-def _show(folder: Path, record: dict[str, Any]) -> None:
-    """Print the table and draw the figures."""
+def _show(folder: Path, record: dict[str, Any]) -> list[Path]:
+    """Print the table and draw the figures; return their files."""
     print(summary_table(record))
-    say(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
-    tell_figures(leave_figures(folder, record))
+    say(f"record   {folder / 'record.json'}\nsteps    {folder / STEPS}")
+    figures = leave_figures(folder, record)
+    tell_figures(figures)
+    return figures
 
 
 def _kept(plan: Plan) -> int:
@@ -170,7 +177,23 @@ def _begun(plan: Plan, kept: int) -> Checkpoint | None:
     return newest_checkpoint(place, made_by=made_by(plan, stage), tell=tell)
 
 
-def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint | None, stop: _Stop) -> None:
+def _gone_on(begun: Checkpoint | None) -> tuple[int, int]:
+    """Return after how many tasks of a process a checkpoint is, and after which step of the next one."""
+    if begun is None:
+        return 0, 0
+    # A process that learns several tasks keeps one after each, and none within.
+    tasks = begun.facts.get("tasks")
+    return (0, begun.step) if tasks is None else (tasks, 0)
+
+
+def _in_words(begun: Checkpoint) -> str:
+    tasks, step = _gone_on(begun)
+    return f"from step {step}" if step else f"after task {tasks}"
+
+
+def _run_stages(
+    plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint | None, stop: _Stop, tracking: Tracking
+) -> None:
     prepare_work(plan, plan.folder / "work")
     # From the first stage that is not whole, later ones started from something else: none of their files may stay.
     for stage in plan.stages[kept:]:
@@ -178,7 +201,7 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint
         (_stage_folder(plan, stage) / "done.json").unlink(missing_ok=True)
     for index, stage in enumerate(plan.stages[kept:], kept):
         if index == kept and begun is not None:
-            _clear_end(plan, stage)
+            _clear_end(plan, stage, begun)
             continue
         shutil.rmtree(_stage_folder(plan, stage), ignore_errors=True)
         shutil.rmtree(_output(plan, stage), ignore_errors=True)
@@ -190,10 +213,12 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint
             say(f"{stage.title}: finished before, kept")
         else:
             if index == kept and begun is not None:
-                say(f"{stage.title}: goes on from step {begun.step}")
-            _run_stage(plan, stage, stop)
+                say(f"{stage.title}: goes on {_in_words(begun)}")
+            _run_stage(plan, stage, stop, tracking)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
+        tracking.follow(own / STEPS)
+        tracking.tasks()
         lost = [*_lost_models(plan, stage), *_short_samples(plan, stage), *_never_at_loss(plan, stage)]
         record["notes"] += lost
         write_record(plan.folder, record)
@@ -203,14 +228,14 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint
                 print(f"WARNING: {note}", flush=True)
 
 
-def _clear_end(plan: Plan, stage: Stage) -> None:
+def _clear_end(plan: Plan, stage: Stage, begun: Checkpoint) -> None:
     """Take away what a process that was cut off leaves at its end; what it learned by its checkpoint stays.
 
     What it measured after the checkpoint is measured again, into the same files.
     """
     for name in (STOP, "progress.json", "summary.json"):
         (_stage_folder(plan, stage) / name).unlink(missing_ok=True)
-    if len(stage.tasks) == 1:  # else the tasks that it has learned left their results there
+    if not _gone_on(begun)[0]:  # else the tasks that it has learned left their results there
         shutil.rmtree(_output(plan, stage), ignore_errors=True)
 
 
@@ -316,7 +341,7 @@ def _is_done(plan: Plan, stage: Stage) -> bool:
         return False
 
 
-def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
+def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> None:
     if stop.asked:
         raise Interrupted(f"stopped by {stop.asked} before {stage.title}. {_way_on(plan)}")
     own = _stage_folder(plan, stage)
@@ -332,7 +357,7 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
         log_begins = log.tell()
         process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
         try:
-            _watch(process, stage.title, own / "progress.json", stop, _shown_names(plan))
+            _watch(process, stage.title, own, stop, _shown_names(plan), tracking)
         finally:
             process.end()
             _end_leftovers(hook)
@@ -354,7 +379,7 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
         *_results(plan, stage),
         *(path for name in stage.models.values() if (path := plan.folder / name).is_file()),
     ]
-    files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, stage)]
+    files += [own / STEPS, own / "summary.json", *_measured(plan, stage)]
     # What cannot be read would be kept, and fail every later call too.
     Family(plan.upstream.family).collect(plan, plan.stages.index(stage) + 1)
     kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
@@ -391,7 +416,7 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
     return {
         "schema": 1,
         "command": stage.command,
-        "metrics": str(own / "metrics.jsonl"),
+        "metrics": str(own / STEPS),
         "progress": str(own / "progress.json"),
         "summary": str(own / "summary.json"),
         "sam": {
@@ -415,7 +440,9 @@ def _shown_names(plan: Plan) -> dict[str, str]:
     return {name: f"task {number}/{len(plan.tasks)} {name}" for number, name in enumerate(plan.tasks, 1)}
 
 
-def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str]) -> None:
+def _watch(
+    process: Supervised, title: str, own: Path, stop: _Stop, names: Mapping[str, str], tracking: Tracking
+) -> None:
     """Show a stage's progress until it ends, or is ended because it does not stop when asked to."""
     started = time.monotonic()
     with Progress(title, "step", leave=True) as shown:
@@ -425,7 +452,7 @@ def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: 
         heeds = False
         while process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
-                state = json.loads(progress.read_text(encoding="utf-8"))
+                state = json.loads((own / "progress.json").read_text(encoding="utf-8"))
                 heeds = bool(state.get("heeds_stop"))
                 if state.get("note", note) != note:
                     note = state["note"]
@@ -439,12 +466,13 @@ def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: 
                     return
                 if asked_at is None:
                     asked_at = time.monotonic()
-                    (progress.parent / STOP).touch()
+                    (own / STOP).touch()
                     shown.tell(
                         f"{title}: {stop.asked}: waiting for the end of a step and its checkpoint, at most "
                         f"{PATIENCE:.0f} s; a second signal ends it at once"
                     )
             shown.update(*last)
+            tracking.follow(own / STEPS)
             time.sleep(0.2)
         shown.end()
     say(f"{title}: {time.monotonic() - started:.0f} s")
@@ -476,20 +504,23 @@ def _way_on(plan: Plan, stage: Stage | None = None) -> str:
         stage: The process that was cut off, which may have kept a checkpoint.
     """
     if stage is not None and (begun := _begun(plan, plan.stages.index(stage))):
-        return f"The same command continues the run from step {begun.step} of {stage.title}."
+        tasks, step = _gone_on(begun)
+        return f"The same command continues the run {_in_words(begun)}{f' of {stage.title}' if step else ''}."
     if plan.resumes:
         return "The same command continues the run; finished tasks are kept."
-    return "One process learns all tasks of this run: the same command starts it anew."
+    if stage is not None:
+        return f"{_NOTHING_KEPT} the same command starts the run anew."
+    return "The same command continues the run from its last checkpoint; without one it starts the run anew."
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     """Put what the first ``count`` tasks measured into the record and into ``metrics.jsonl``."""
     lines = []
     for stage in plan.stages[:count]:
-        path = _stage_folder(plan, stage) / "metrics.jsonl"
+        path = _stage_folder(plan, stage) / STEPS
         if path.is_file():
             lines.append(path.read_text(encoding="utf-8"))
-    write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
+    write_atomically(plan.folder / STEPS, "".join(lines))
     record["training"] = [read_json(_stage_folder(plan, stage) / "summary.json") for stage in plan.stages[:count]]
     names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
     record["flatness"] = measurements.read_entries(plan.folder, names)

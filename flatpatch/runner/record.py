@@ -22,6 +22,7 @@ from flatpatch.settings import OF_PLACES, without_effect
 
 SCHEMA = 1
 LOCK = ".lock"
+SLURM_LOG = "slurm.txt"  # what an element of an array says
 ROOM = ".room"  # kept while a run is at work
 BYTES_OF_ROOM = 2**20
 # Variables of the caller that can change a number.
@@ -182,7 +183,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         raise UserError(
             f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER."
         ) from error
-    if all(name == LOCK for name in names):
+    if all(name in (LOCK, SLURM_LOG) for name in names):
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
