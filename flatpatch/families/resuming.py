@@ -134,6 +134,7 @@ class Keeper:
         self._processes.wait()
         if self._processes.rank == 0:
             problem = problem or self._gather(step)
+            shutil.rmtree(self._place / _GATHERED, ignore_errors=True)
         self._processes.wait()
         if problem is None:
             self._written = step
@@ -175,8 +176,6 @@ class Keeper:
             write_checkpoint(self._place, step, fill, made_by=self._made_by, facts={})
         except OSError as error:
             return error
-        finally:
-            shutil.rmtree(self._place / _GATHERED, ignore_errors=True)
         return None
 
 

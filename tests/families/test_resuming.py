@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +193,40 @@ def test_checkpoint_that_cannot_be_written_is_one_message_and_loses_nothing(
     assert "it cannot be. The training goes on; a restart would go on from the one after step 3." in warning
     assert_same(result, train(tmp_path / "undisturbed", "sam", none=True))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000009", "000000012"]
+
+
+def test_place_that_takes_no_files_is_said_and_the_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    result = train(tmp_path, "off", every_steps=12)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert "the checkpoint after step 12 was not written: " in warning
+    assert warning.endswith("The training goes on; a restart would go on from the start.")
+    assert_same(result, train(tmp_path / "undisturbed", "off", none=True))
+
+
+def test_disk_that_is_full_is_said_and_the_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "checkpoints"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        with pytest.raises(Cut):
+            train(tmp_path, "sam", cut=5)
+        with contextlib.suppress(OSError):  # as full as it gets
+            (disk / "of others").write_bytes(bytes(128 * 1024))
+        capsys.readouterr()
+        result = train(tmp_path, "sam")
+        said = capsys.readouterr().out
+        assert "goes on after step 3" in said
+        assert "WARNING: the checkpoint after step 6 was not written: [Errno 28] No space left on device" in said
+        (disk / "of others").unlink()
+        assert [path.name for path in disk.iterdir()] == ["000000003"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert_same(result, train(tmp_path / "undisturbed", "sam", none=True))
 
 
 def test_random_state_that_was_put_back_gives_the_numbers_that_would_have_come() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from flatpatch import hooks
+from flatpatch.families.text import resuming
 from tests import resumed_ranks, sam_training
 from tests.families.text.test_hook import description, metrics, weights
 from tests.sam.test_launchers import zero
@@ -124,6 +127,43 @@ def test_training_that_had_ended_is_not_repeated(train, tmp_path):
     assert told(again) == told(first)
     assert all(torch.equal(p, q) for p, q in zip(weights(again), weights(first), strict=True))
     assert lines(tmp_path / "ended")[-1]["step"] == 4
+
+
+class Powers:
+    """Keeps the powers of beta as DeepSpeed's Adam for the CPU does in C++ (cpu_adam.h, 0.15.4), in float32."""
+
+    def __init__(self):
+        self.step, self.power = 0, np.float32(1)
+
+    def adam_update(self, opt_id, step, lr, beta1, *_):
+        self.step += 1
+        if self.step == step:
+            self.power *= np.float32(beta1)
+        else:
+            self.step, self.power = step, np.float32(beta1) ** np.float32(step)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_adam_for_the_cpu_is_counted_up_as_it_would_have_counted(count):
+    weights = [torch.zeros(2) for _ in range(count)]
+    group = {"params": weights, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    groups = [group | {"bias_correction": True}]
+
+    def optimizer(steps):
+        taken = {weight: {"step": steps} for weight in weights}
+        return SimpleNamespace(param_groups=groups, state=taken, ds_opt_adam=Powers(), opt_id=0)
+
+    undisturbed, resumed = optimizer(31), optimizer(31)
+    for step in range(1, 32):
+        for _ in weights:
+            undisturbed.ds_opt_adam.adam_update(0, step, 0.1, 0.9)
+    resumed.ds_opt_adam.adam_update(0, 1, 0.1, 0.9)  # as DeepSpeed does when it makes the state
+    for _ in weights[1:]:
+        resumed.ds_opt_adam.adam_update(0, 1, 0.1, 0.9)
+    resuming._count_up(resumed, [1] * count)
+    assert vars(resumed.ds_opt_adam) == vars(undisturbed.ds_opt_adam)
+    if count == 1:
+        assert undisturbed.ds_opt_adam.power != np.float32(0.9) ** np.float32(31), "else there is nothing to test"
 
 
 RANKS = {
