@@ -6,12 +6,15 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+
+from tests.warm import warm_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +81,23 @@ def upstream() -> Callable[[str], Path]:
         pytest.skip(f"no checkout of {name}; run: git submodule update --init third_party/{name}")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Callable[..., Path]]:
+    """Return a function that gives the Python with some modules imported, for processes with some environment."""
+    made: dict[tuple[tuple[str, ...], frozenset[tuple[str, str]]], Path] = {}
+    with ExitStack() as stack:
+
+        def python(modules: tuple[str, ...], environment: Mapping[str, str] | None = None) -> Path:
+            variables = {**os.environ, **(environment or {})}
+            key = (modules, frozenset((environment or {}).items()))
+            if key not in made:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flatpatch-warm-"))
+                made[key] = stack.enter_context(warm_python(Path(folder), modules, variables))
+            return made[key]
+
+        yield python
 
 
 @pytest.fixture
