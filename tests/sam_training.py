@@ -209,7 +209,7 @@ def assert_same(ours, theirs):
         assert not differing, differing
 
 
-def run_ranks(folder, world_size, runs):
+def run_ranks(folder, world_size, runs, python=sys.executable):
     """Run this file once per rank and return each run's results by rank. One launch, as imports take the longest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -228,7 +228,7 @@ def run_ranks(folder, world_size, runs):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, __file__, json.dumps(runs), str(folder / f"rank{rank}.pt")]
+        command = [python, __file__, json.dumps(runs), str(folder / f"rank{rank}.pt")]
         with (folder / f"rank{rank}.log").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:

@@ -15,7 +15,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,13 @@ IMAGES = ("torch._dynamo", "torchvision", "timm", "scipy.spatial.distance", "skl
 
 
 @contextmanager
-def warm_python(folder: Path, modules: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[Path]:
+def warm_python(folder: Path, modules: tuple[str, ...]) -> Iterator[Path]:
     """Serve from a process of its own, and return the executable."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # read by imports
     words = [sys.executable, __file__, str(folder), *modules]
     with (folder / "log.txt").open("w") as log:
         server = subprocess.Popen(
-            words, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=folder
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=folder
         )
     assert server.stdin is not None and server.stdout is not None
     try:
@@ -40,6 +41,20 @@ def warm_python(folder: Path, modules: tuple[str, ...], environment: Mapping[str
         server.stdin.close()
         server.stdout.close()
         server.wait(60)
+
+
+@contextmanager
+def runs_by(python: Path) -> Iterator[None]:
+    """Let the processes of all runs be started by an executable in Python's place."""
+    import pytest
+
+    from flatpatch.runner.resolve import command_of
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "flatpatch.runner.execute.command_of", lambda stage, _, port: command_of(stage, str(python), port)
+        )
+        yield
 
 
 def serve(folder: Path, modules: list[str]) -> None:
@@ -63,7 +78,7 @@ def serve(folder: Path, modules: list[str]) -> None:
         while True:
             ready, _, _ = select.select([listening, 0], [], [])
             if 0 in ready:
-                return
+                os._exit(0)
             caller = listening.accept()[0]
             if os.fork() == 0:
                 listening.close()

@@ -24,10 +24,13 @@ from flatpatch.families.text import quick
 from flatpatch.runner.execute import execute, prepare_work
 from flatpatch.runner.resolve import command_of, make_plan, parse
 from flatpatch.upstreams import UPSTREAMS
-from tests.warm import TEXT
+from tests.warm import TEXT, runs_by
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(1500)]
 TASKS = ("dbpedia", "amazon")
+
+
+Warm = Callable[[tuple[str, ...]], Path]
 
 
 @dataclass
@@ -86,7 +89,7 @@ def outcome(plan: Plan, work: Path) -> Outcome:
 class Runs:
     """Runs of a method with the same data and words: the authors' own, and with the hooks."""
 
-    def __init__(self, warm: Callable[..., Path], folder: Path, *words: str) -> None:
+    def __init__(self, warm: Warm, folder: Path, *words: str) -> None:
         self.warm = warm
         self.folder = folder
         self.data = small_benchmark(folder / "data")
@@ -94,11 +97,7 @@ class Runs:
 
     def patched(self, name: str, *words: str) -> Outcome:
         planned = plan(self.folder / name, self.data, *self.words, *words)
-        python = str(self.warm(TEXT, planned.environment))
-        with pytest.MonkeyPatch.context() as starting:
-            starting.setattr(
-                "flatpatch.runner.execute.command_of", lambda stage, _, port: command_of(stage, python, port)
-            )
+        with runs_by(self.warm(TEXT)):
             execute(planned, show=False)
         return outcome(planned, planned.folder / "work")
 
@@ -110,7 +109,7 @@ class Runs:
         variables = {**os.environ, **planned.environment}
         variables.pop("FLATPATCH_RUN", None)
         for stage in planned.stages:
-            command = command_of(stage, str(self.warm(TEXT, planned.environment)), 29517)
+            command = command_of(stage, str(self.warm(TEXT)), 29517)
             done = subprocess.run(
                 command, cwd=work, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
             )
@@ -140,7 +139,7 @@ def ready(upstream: Callable[[str], Path]) -> Callable[[str], None]:
 
 @pytest.fixture(params=["nlora", "olora"])
 def runs(
-    request: pytest.FixtureRequest, ready: Callable[[str], None], warm: Callable[..., Path], tmp_path: Path
+    request: pytest.FixtureRequest, ready: Callable[[str], None], warm: Warm, tmp_path: Path
 ) -> Callable[..., Runs]:
     ready(request.param)
     return lambda *words: Runs(warm, tmp_path, f"method={request.param}", *words)
