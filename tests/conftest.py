@@ -6,12 +6,15 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+
+from tests.warm import IMAGES, TEXT, runs_by, warm_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +81,35 @@ def upstream() -> Callable[[str], Path]:
         pytest.skip(f"no checkout of {name}; run: git submodule update --init third_party/{name}")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Callable[[tuple[str, ...]], Path]]:
+    """Return a function that gives the Python with some modules imported already, for processes on the CPU."""
+    made: dict[tuple[str, ...], Path] = {}
+    with ExitStack() as stack:
+
+        def python(modules: tuple[str, ...]) -> Path:
+            if modules not in made:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flatpatch-warm-"))
+                made[modules] = stack.enter_context(warm_python(Path(folder), modules))
+            return made[modules]
+
+        yield python
+
+
+@pytest.fixture
+def warm_text_runs(warm: Callable[[tuple[str, ...]], Path]) -> Iterator[None]:
+    """Let a test's runs of text methods start warm: where it is not about how a process starts or ends."""
+    with runs_by(warm(TEXT)):
+        yield
+
+
+@pytest.fixture
+def warm_image_runs(warm: Callable[[tuple[str, ...]], Path]) -> Iterator[None]:
+    """As ``warm_text_runs``, of image methods."""
+    with runs_by(warm(IMAGES)):
+        yield
 
 
 @pytest.fixture

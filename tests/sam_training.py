@@ -209,7 +209,7 @@ def assert_same(ours, theirs):
         assert not differing, differing
 
 
-def run_ranks(folder, world_size, runs, script=__file__):
+def run_ranks(folder, world_size, runs, script=__file__, python=sys.executable):
     """Run this file, or a like one, once per rank and return each run's results by rank.
 
     One launch, as imports take the longest.
@@ -231,7 +231,7 @@ def run_ranks(folder, world_size, runs, script=__file__):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, str(script), json.dumps(runs), str(folder / f"rank{rank}.pt")]
+        command = [python, str(script), json.dumps(runs), str(folder / f"rank{rank}.pt")]
         with (folder / f"rank{rank}.log").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:

@@ -35,7 +35,7 @@ COMMON = {
 CONFIGS = {
     "InfLoRA": COMMON
     | {"model_name": "InfLoRA", "data_path": "data/", "net_type": "sip", "shuffle": False, "fixed_memory": True}
-    | {"init_cls": 2, "increment": 2, "embd_dim": SIZES["embed_dim"], "num_heads": 2, "total_sessions": 10}
+    | {"init_cls": 2, "increment": 2, "embd_dim": SIZES["embed_dim"], "num_heads": 2, "total_sessions": 5}
     | {"optim": "adam", "EPSILON": 1e-8, "init_epoch": 2, "epochs": 2, "batch_size": 9, "num_workers": 0}
     | {"init_lr": 0.01, "init_lr_decay": 0.1, "init_weight_decay": 0.001, "lrate": 0.01, "lrate_decay": 0.1}
     | {"rank": 3, "lamb": 0.7, "lame": 0.9},
@@ -80,11 +80,11 @@ class TinyImages:
         return np.clip(self._patterns[targets] + noise, 0, 255).astype(np.uint8), targets
 
 
-class TwentyImages(TinyImages):
-    """As many classes as ten tasks of two take."""
+class TenImages(TinyImages):
+    """As many classes as five tasks of two take."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(seed, classes=20)
+        super().__init__(seed, classes=10)
 
 
 class FifteenImages(TinyImages):
@@ -94,7 +94,7 @@ class FifteenImages(TinyImages):
         super().__init__(seed, classes=15)
 
 
-DATA = {"InfLoRA": TwentyImages, "CL-LoRA": TinyImages, "SD-LoRA": FifteenImages}
+DATA = {"InfLoRA": TenImages, "CL-LoRA": FifteenImages, "SD-LoRA": FifteenImages}
 
 
 # These can only train under DataParallel, which without a GPU passes its inputs on to the network.

@@ -531,7 +531,8 @@ def test_values_without_a_panel_are_told_in_words(tmp_path):
 
 
 def test_run_that_was_perturbed_from_its_second_task_on_is_drawn_and_named(tmp_path):
-    steps = [row if row["task"] != ORDER_1[0] else other for row, other in zip(make_steps(), make_steps(sam=False))]
+    both = zip(make_steps(), make_steps(sam=False), strict=True)
+    steps = [plain if plain["task"] == ORDER_1[0] else perturbed for perturbed, plain in both]
     groups = group_runs([read_run(write_run(tmp_path / "run", seeded(0), steps))])
     figure = page_figures.make_ascent_figure(groups, ["A"])
     (legend,) = figure.legends

@@ -27,6 +27,7 @@ from flatpatch.report.records import validate_record
 from flatpatch.runner import execute
 from flatpatch.runner.record import check_continues, new_record, write_record
 from flatpatch.runner.resolve import make_plan, parse
+from tests.warm import TEXT, runs_by
 
 pytestmark = pytest.mark.timeout(300)
 TASKS = ("dbpedia", "amazon")
@@ -140,9 +141,10 @@ def assert_page_tells_of(page: Path, *folders: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def undisturbed(data: Path, warm: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     output = tmp_path_factory.mktemp("runs")
-    assert main(words(data, output, "undisturbed")) == 0
+    with runs_by(warm(TEXT)):
+        assert main(words(data, output, "undisturbed")) == 0
     yield output / "undisturbed"
 
 
@@ -499,6 +501,7 @@ def test_run_begun_at_another_commit_is_refused_with_the_commit_to_check_out(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("warm_text_runs")
 def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "t5-broken"
     model.mkdir()
@@ -518,6 +521,7 @@ def test_failed_task_shows_the_end_of_its_log(data: Path, tmp_path: Path, capsys
     assert "dbpedia" in record["error"]
 
 
+@pytest.mark.usefixtures("warm_text_runs")
 def test_a_stage_whose_results_cannot_be_read_is_not_kept(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,6 +534,7 @@ def test_a_stage_whose_results_cannot_be_read_is_not_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_text_runs")
 def test_sweep_runs_every_combination_and_averages_over_seeds(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -546,6 +551,7 @@ def test_sweep_runs_every_combination_and_averages_over_seeds(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_text_runs")
 def test_sweep_goes_on_where_the_figures_of_a_run_cannot_be_drawn(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tests import sam_training
 from tests.sam_training import assert_same
+from tests.warm import TEXT
 
 ZERO = {
     "zero_allow_untested_optimizer": True,
@@ -58,9 +59,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(warm, tmp_path_factory):
     pytest.importorskip("deepspeed", exc_type=ImportError)
-    return sam_training.run_ranks(tmp_path_factory.mktemp("two"), 2, TWO_RANKS)
+    return sam_training.run_ranks(tmp_path_factory.mktemp("two"), 2, TWO_RANKS, warm(TEXT))
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero 2"])
@@ -184,12 +185,12 @@ ONE_RANK |= {
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
+def one_rank(warm, tmp_path_factory):
     pytest.importorskip("deepspeed", exc_type=ImportError)
     for program in ("g++", "ninja"):
         if shutil.which(program) is None:
             pytest.skip(f"DeepSpeed compiles its CPU optimizer with {program}, which is not installed")
-    return sam_training.run_ranks(tmp_path_factory.mktemp("one"), 1, ONE_RANK)
+    return sam_training.run_ranks(tmp_path_factory.mktemp("one"), 1, ONE_RANK, warm(TEXT))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, "2 offload"])

@@ -1,7 +1,8 @@
 """Promise P1: with SAM off, and with rho=0, a patched run of the authors' code equals the unpatched one bit for bit.
 
 Losses at every step, adapter weights, predictions and metrics of two consecutive tasks are compared, with dropout on:
-in plain python, under DeepSpeed ZeRO-2 with CPU offload on one process, and on two gloo processes.
+in plain python, under DeepSpeed ZeRO-2 with CPU offload on one process, and on two gloo processes. All processes start
+warm (tests/warm.py), the authors' and ours.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,13 @@ from flatpatch.families.text import quick
 from flatpatch.runner.execute import execute, prepare_work
 from flatpatch.runner.resolve import command_of, make_plan, parse
 from flatpatch.upstreams import UPSTREAMS
+from tests.warm import TEXT, runs_by
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(1500)]
 TASKS = ("dbpedia", "amazon")
+
+
+Warm = Callable[[tuple[str, ...]], Path]
 
 
 @dataclass
@@ -82,25 +86,35 @@ def outcome(plan: Plan, work: Path) -> Outcome:
     return found
 
 
-def run_patched(folder: Path, data: Path, *words: str) -> Outcome:
-    planned = plan(folder, data, *words)
-    execute(planned)
-    return outcome(planned, folder / "work")
+class Runs:
+    """Runs of a method with the same data and words: the authors' own, and with the hooks."""
 
+    def __init__(self, warm: Warm, folder: Path, *words: str) -> None:
+        self.warm = warm
+        self.folder = folder
+        self.data = small_benchmark(folder / "data")
+        self.words = words
 
-def run_unpatched(folder: Path, data: Path, *words: str) -> Outcome:
-    """Run upstream's own code, as its authors wrote it, with the same arguments and no hook."""
-    planned = plan(folder, data, *words)
-    prepare_work(planned, folder / "work", patched=False)
-    variables = {**os.environ, **planned.environment}
-    variables.pop("FLATPATCH_RUN", None)
-    for stage in planned.stages:
-        command = command_of(stage, sys.executable, 29517)
-        done = subprocess.run(
-            command, cwd=folder / "work", env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    return outcome(planned, folder / "work")
+    def patched(self, name: str, *words: str) -> Outcome:
+        planned = plan(self.folder / name, self.data, *self.words, *words)
+        with runs_by(self.warm(TEXT)):
+            execute(planned, show=False)
+        return outcome(planned, planned.folder / "work")
+
+    def unpatched(self) -> Outcome:
+        """Run upstream's own code, as its authors wrote it, with the same arguments and no hook."""
+        planned = plan(self.folder / "unpatched", self.data, *self.words)
+        work = planned.folder / "work"
+        prepare_work(planned, work, patched=False)
+        variables = {**os.environ, **planned.environment}
+        variables.pop("FLATPATCH_RUN", None)
+        for stage in planned.stages:
+            command = command_of(stage, str(self.warm(TEXT)), 29517)
+            done = subprocess.run(
+                command, cwd=work, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+        return outcome(planned, work)
 
 
 def assert_same(here: Outcome, there: Outcome) -> None:
@@ -123,39 +137,32 @@ def ready(upstream: Callable[[str], Path]) -> Callable[[str], None]:
     return check
 
 
-@pytest.mark.parametrize("method", ["nlora", "olora"])
-def test_patched_run_equals_unpatched_run_bit_for_bit(
-    method: str, ready: Callable[[str], None], tmp_path: Path
-) -> None:
-    ready(method)
-    data = small_benchmark(tmp_path / "data")
-    words = (f"method={method}",)
-    unpatched = run_unpatched(tmp_path / "unpatched", data, *words)
-    assert_same(run_patched(tmp_path / "off", data, *words, "sam=off"), unpatched)
-    assert_same(run_patched(tmp_path / "zero", data, *words, "sam=sam", "rho=0"), unpatched)
-    perturbed = run_patched(tmp_path / "sam", data, *words, "sam=sam", "rho=0.05")
+@pytest.fixture(params=["nlora", "olora"])
+def runs(
+    request: pytest.FixtureRequest, ready: Callable[[str], None], warm: Warm, tmp_path: Path
+) -> Callable[..., Runs]:
+    ready(request.param)
+    return lambda *words: Runs(warm, tmp_path, f"method={request.param}", *words)
+
+
+def test_patched_run_equals_unpatched_run_bit_for_bit(runs: Callable[..., Runs]) -> None:
+    plain = runs()
+    unpatched = plain.unpatched()
+    assert_same(plain.patched("off", "sam=off"), unpatched)
+    assert_same(plain.patched("zero", "sam=sam", "rho=0"), unpatched)
+    perturbed = plain.patched("sam", "sam=sam", "rho=0.05")
     assert perturbed.losses != unpatched.losses  # the comparison can fail
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU optimizer with g++")
-@pytest.mark.parametrize("method", ["nlora", "olora"])
-def test_patched_run_equals_unpatched_run_under_zero_2_with_cpu_offload(
-    method: str, ready: Callable[[str], None], tmp_path: Path
-) -> None:
-    ready(method)
-    data = small_benchmark(tmp_path / "data")
-    words = (f"method={method}", "launcher=deepspeed")
-    unpatched = run_unpatched(tmp_path / "unpatched", data, *words)
-    assert_same(run_patched(tmp_path / "off", data, *words, "sam=off"), unpatched)
-    assert_same(run_patched(tmp_path / "zero", data, *words, "sam=sam", "rho=0"), unpatched)
+def test_patched_run_equals_unpatched_run_under_zero_2_with_cpu_offload(runs: Callable[..., Runs]) -> None:
+    under_zero = runs("launcher=deepspeed")
+    unpatched = under_zero.unpatched()
+    assert_same(under_zero.patched("off", "sam=off"), unpatched)
+    assert_same(under_zero.patched("zero", "sam=sam", "rho=0"), unpatched)
 
 
-@pytest.mark.parametrize("method", ["nlora", "olora"])
-def test_rho_zero_equals_sam_off_on_two_gloo_processes(
-    method: str, ready: Callable[[str], None], tmp_path: Path
-) -> None:
-    ready(method)
-    data = small_benchmark(tmp_path / "data")
-    words = (f"method={method}", "processes=2", "upstream.per_device_train_batch_size=8")
-    off = run_patched(tmp_path / "off", data, *words, "sam=off")
-    assert_same(run_patched(tmp_path / "zero", data, *words, "sam=sam", "rho=0"), off)
+def test_rho_zero_equals_sam_off_on_two_gloo_processes(runs: Callable[..., Runs]) -> None:
+    on_two = runs("processes=2", "upstream.per_device_train_batch_size=8")
+    off = on_two.patched("off", "sam=off")
+    assert_same(on_two.patched("zero", "sam=sam", "rho=0"), off)

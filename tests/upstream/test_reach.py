@@ -26,9 +26,9 @@ from tests.upstream.test_neutrality_vision import differences, run
 from tests.vision_upstream import CONFIGS
 
 pytestmark = pytest.mark.third_party
-TWO_TASKS = {"init_cls": 10, "increment": 10, "total_sessions": 2, "init_epoch": 2, "epochs": 3}
+TWO_TASKS = {"init_cls": 5, "increment": 5, "total_sessions": 2, "init_epoch": 2, "epochs": 3}
 HEAD = {"optim": "sgd", "fc_lrate": 0.02, "epochs": 6, "batch_size": 40}
-ONE_TASK = {"init_cls": 20, "increment": 20, "total_sessions": 1}
+ONE_TASK = {"init_cls": 10, "increment": 10, "total_sessions": 1}
 # The repository, its shipped configuration whose keys are tried, what the small model has otherwise, and its blocks:
 # the b5 variants adapt the first five.
 BASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
@@ -127,7 +127,7 @@ def row_of(repo: str) -> VisionUpstream:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", BASES)
 def test_overrides_change_what_upstream_computes_unless_they_are_refused(
-    name: str, upstream: Callable[[str], Path], tmp_path: Path
+    name: str, warm: Callable[..., Path], upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
     repo, file, base, depth = BASES[name]
     checkout = upstream(repo)
@@ -136,7 +136,7 @@ def test_overrides_change_what_upstream_computes_unless_they_are_refused(
         key: value for key, value in (OTHERS[repo] | MORE.get(name, {})).items() if key not in UNSEEN.get(name, ())
     }
     changes = (base, *(base | {key: value} for key, value in others.items()))
-    found = run(tmp_path / "run", repo, [0], patched=False, changes=changes, depth=depth)
+    found = run(warm, tmp_path / "run", repo, [0], patched=False, changes=changes, depth=depth)
     first, *changed = found["seeds"]
     reaches = {key for key, one in zip(others, changed, strict=True) if differences(first, one)}
     config = CONFIGS[repo] | base
@@ -147,11 +147,14 @@ def test_overrides_change_what_upstream_computes_unless_they_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("repo", "key"), [(repo, key) for repo, keys in FAILING.items() for key in keys])
-def test_values_said_to_stop_upstream_do(repo: str, key: str, upstream: Callable[[str], Path], tmp_path: Path) -> None:
+def test_values_said_to_stop_upstream_do(
+    repo: str, key: str, warm: Callable[..., Path], upstream: Callable[[str], Path], tmp_path: Path
+) -> None:
     upstream(repo)
     value, error = FAILING[repo][key]
     with pytest.raises(AssertionError) as caught:  # that main.py ended well
         run(
+            warm,
             tmp_path / "run",
             repo,
             [0],

@@ -1,7 +1,8 @@
 """The reference engine against the authors' own code: same starting weights, same losses, task after task.
 
-Upstream runs as it does for its users, by its own script in a process of its own; all we add is a recorder around
-``UIETrainer``. Both sides draw the same batches and the same dropout masks from the same seed.
+Upstream runs as it does for its users, by its own script in a process of its own (it starts warm: tests/warm.py); all
+we add is a recorder around ``UIETrainer``. Both sides draw the same batches and the same dropout masks from the same
+seed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flatpatch.families.text.reference.data import INSTRUCTIONS, load_examples, 
 from flatpatch.families.text.reference.evaluate import predict
 from flatpatch.sam import SAM
 from tests.reference_cases import TASKS, make_data, make_model, make_task
+from tests.warm import TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"nlora": ("N-LoRA", "src/run_N_lora.py"), "olora": ("O-LoRA", "src/run_uie_lora.py")}
@@ -63,7 +64,8 @@ with open(os.path.join(record, "losses.json"), "w") as file:
 class Upstream:
     """Upstream's script on the tiny T5, one task after the other."""
 
-    def __init__(self, method: str, checkout: Path, folder: Path, sam: bool) -> None:
+    def __init__(self, python: Path, method: str, checkout: Path, folder: Path, sam: bool) -> None:
+        self.python = python
         self.script = checkout / METHODS[method][1]
         self.folder = folder
         self.sam = sam
@@ -105,13 +107,13 @@ class Upstream:
             **extra,
         }
         words = [f"--{name}={value}" for name, value in arguments.items()]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(place / "cache")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if self.sam:
             environment["FLATPATCH_RUN"] = str(self.hook_settings(place, index))
         recorder = place / "recorder.py"
         recorder.write_text(RECORDER)
         done = subprocess.run(
-            [sys.executable, recorder, place, self.script, "--do_train", "--do_predict", "--predict_with_generate"]
+            [self.python, recorder, place, self.script, "--do_train", "--do_predict", "--predict_with_generate"]
             + ["--no_cuda", "--overwrite_output_dir", *words],
             cwd=place,
             env=environment,
@@ -172,9 +174,9 @@ def has_new_adapter(model: Any, start: Mapping[str, Tensor]) -> bool:
 @pytest.mark.parametrize("sam", [False, True], ids=["plain", "sam"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_losses_equal_upstreams_over_two_tasks(
-    method: str, sam: bool, upstream: Callable[[str], Path], tmp_path: Path
+    method: str, sam: bool, warm: Callable[..., Path], upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    theirs = Upstream(method, upstream(METHODS[method][0]), tmp_path, sam)
+    theirs = Upstream(warm(TEXT), method, upstream(METHODS[method][0]), tmp_path, sam)
     lamdas = {"lamda_1": 0.4} if method == "nlora" else {"lamda_1": 0.5, "lamda_2": 0.1}
     previous = None
     for index in (0, 1):

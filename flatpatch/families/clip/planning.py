@@ -106,7 +106,7 @@ def _stage(arguments: Arguments) -> Stage:
         title=title,
         folder=PROCESS,
         tasks=tuple(range(count)),
-        command=("-m", "flatpatch.families.clip.reference", CONFIG),
+        command=("-m", "flatpatch.families.lean", "flatpatch.families.clip.reference", CONFIG),
         contract={"task_index": None, "task": None, "tasks": arguments.datasets},
         output=OUTPUT,
         results=(f"work/{OUTPUT}/{RESULTS}", f"work/{OUTPUT}/tasks/*.safetensors"),

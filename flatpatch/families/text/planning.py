@@ -241,7 +241,7 @@ def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size:
 def _command(words: Sequence[str], engine: str, launcher: str, device: str, world_size: int) -> tuple[str, ...]:
     """Return what Python is given to train a task."""
     if engine == "reference":
-        return ("-m", "flatpatch.families.text.reference", *words[1:])
+        return ("-m", "flatpatch.families.lean", "flatpatch.families.text.reference", *words[1:])
     if launcher == "deepspeed" and device == "cuda":
         return ("-m", "deepspeed.launcher.runner", "--master_port", PORT, *words)
     if launcher == "deepspeed" or world_size > 1:

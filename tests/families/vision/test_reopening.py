@@ -29,12 +29,13 @@ from flatpatch.measuring import Request
 from flatpatch.report.flatness_figures import read_grid
 from flatpatch.report.records import read_record
 from flatpatch.runner import measure as verb
-from flatpatch.runner.execute import _contract, prepare_work
+from flatpatch.runner.execute import _contract, execute, prepare_work
 from flatpatch.runner.record import new_record, write_record
 from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.upstreams import UPSTREAMS
 from tests.flatness_cases import LoRALinear
 from tests.runner.test_measure import figures, finished_losses, note_hashes, refused
+from tests.warm import IMAGES, runs_by
 
 __all__ = ["figures", "refused"]  # fixtures of the text runs' tests
 pytestmark = pytest.mark.timeout(300)
@@ -322,24 +323,28 @@ SCOPES = ("adapter", "merged", "trainable")
 
 @pytest.fixture(scope="module", params=["inflora", "cllora", "sdlora"])
 def upstream_runs(
-    request: pytest.FixtureRequest, upstream: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    warm: Callable[..., Path],
+    upstream: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Return a folder with three runs in the authors' code, all measured inside: without SAM, with it, another seed."""
     upstream({"inflora": "InfLoRA", "cllora": "CL-LoRA", "sdlora": "SD-LoRA"}[request.param])
     output = tmp_path_factory.mktemp(request.param)
     epochs: dict[str, tuple[str, ...]] = {
-        "inflora": ("upstream.epochs=2", "upstream.init_epoch=2"),
-        "cllora": ("upstream.init_epochs=2",),
+        "inflora": ("upstream.epochs=1", "upstream.init_epoch=1"),
+        "cllora": ("upstream.init_epochs=1",),
         "sdlora": (
-            "upstream.epochs=2",
-            "upstream.init_epoch=2",
+            "upstream.epochs=1",
+            "upstream.init_epoch=1",
             "upstream.shuffle=false",
         ),  # or each seed has its order
     }
     for name, more in {"off": ("sam=off",), "sam": ("sam=sam", "rho=0.5"), "seed": ("sam=off", "seed=1")}.items():
-        words = ["run", f"method={request.param}", "engine=upstream", *TWO_TASKS, *epochs[request.param], *more]
+        words = [f"method={request.param}", "engine=upstream", *TWO_TASKS, *epochs[request.param], *more]
         measure = ("measure=loss", f"measure_scope={','.join(SCOPES)}", "measure_when=after", *SMALL)
-        assert main([*words, f"output={output}", f"run={name}", *measure]) == 0
+        with runs_by(warm(IMAGES)):
+            execute(make_plan(parse([*words, f"output={output}", f"run={name}", *measure])), show=False)
     return output
 
 
