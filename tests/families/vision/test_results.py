@@ -154,13 +154,12 @@ def kill_during(command: list[str], condition: Callable[[], bool], later: float 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("later", [0.0, 0.3])
 def test_run_killed_in_its_second_task_goes_on_after_the_first(
-    later: float, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = words(tmp_path, "killed")
     folder = tmp_path / "killed"
-    kill_during(command, lambda: started(folder, NAMES[1]), later)
+    kill_during(command, lambda: started(folder, NAMES[1]), 0.3)
     assert json.loads((folder / "record.json").read_text())["status"] == "running"
     assert main(command) == 0
     assert "tasks 1-2: goes on after task 1" in capsys.readouterr().out
