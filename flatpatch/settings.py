@@ -32,6 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "track": ("none", "wandb", "trackio", "mlflow"),
 }
 MOST_BUDGET = 1000
+MOST_NODES = 64
 
 
 class Method(Protocol):
@@ -130,6 +131,13 @@ class Settings:
     device: str = _setting("auto", "auto, cpu, cuda, or GPU numbers such as 0 or 0,1", role="machine", whole=True)
     processes: int = _setting(
         0, "number of processes; 0: one on the CPU, one per GPU named in device", role="machine", family="text"
+    )
+    nodes: int = _setting(
+        1,
+        "machines that train one run together, in a SLURM job (sweep executor=slurm); device= and processes= are each "
+        "one's",
+        role="machine",
+        family="text",
     )
     launcher: str = _setting(
         "auto",
@@ -528,6 +536,8 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
             problems.append(
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
+    if not 1 <= settings.nodes <= MOST_NODES:
+        problems.append(f"nodes={settings.nodes} is out of range (expected a whole number from 1 to {MOST_NODES}).")
     if not 1 <= settings.budget <= MOST_BUDGET:
         problems.append(
             f"budget={settings.budget} is out of range (expected a whole number from 1 to {MOST_BUDGET}, "

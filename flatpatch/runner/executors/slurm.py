@@ -107,6 +107,7 @@ def script(folder: Path, jobs: Sequence[Job], asked: Slurm) -> str:
         "open-mode": "append",
         "requeue": "true",
         "signal": f"B:USR1@{SECONDS_BEFORE}",
+        **_several_nodes(jobs),
         **{name.replace("_", "-"): value for name, value in asked.options.items()},
     }
     lines = [
@@ -120,6 +121,20 @@ def script(folder: Path, jobs: Sequence[Job], asked: Slurm) -> str:
         resumable=Interrupted.exit_code,
         most=MOST_RESTARTS,
     )
+
+
+def _several_nodes(jobs: Sequence[Job]) -> dict[str, str]:
+    """Return what gives each run its nodes.
+
+    Raises:
+        UserError: If the runs want different numbers: the elements of an array are alike.
+    """
+    wanted = sorted({job.plan.request.settings.nodes for job in jobs})
+    if len(wanted) > 1:
+        raise UserError(
+            f"nodes={','.join(map(str, wanted))}: all runs of an array get as many nodes. Sweep them one at a time."
+        )
+    return {"nodes": str(wanted[0]), "ntasks-per-node": "1"} if wanted[0] > 1 else {}
 
 
 _SCRIPT = """\

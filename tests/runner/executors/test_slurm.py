@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from flatpatch.__main__ import main
+from flatpatch.errors import UserError
 from flatpatch.runner.executors import slurm
 from flatpatch.runner.executors.slurm import Slurm, script
 from flatpatch.runner.jobs import Job, folder_of, make_job
@@ -68,6 +70,22 @@ def test_the_script_tells_slurm_what_was_asked(jobs: list[Job]) -> None:
     assert told["job-name"] == f"flatpatch-{folder.name}"
     assert told["signal"] == "B:USR1@120"
     assert told["output"] == shlex.quote(f"{folder}/slurm-%a.txt")
+
+
+def over(nodes: int, job: Job) -> Job:
+    """Return a job whose run is spread over several machines."""
+    settings = dataclasses.replace(job.plan.request.settings, nodes=nodes)
+    request = dataclasses.replace(job.plan.request, settings=settings)
+    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, request=request))
+
+
+def test_each_run_gets_the_nodes_it_wants(jobs: list[Job]) -> None:
+    folder = folder_of(jobs)
+    assert "--nodes" not in script(folder, jobs, Slurm({}))
+    text = script(folder, [over(2, job) for job in jobs], Slurm({"partition": "gpu"}))
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --partition=gpu\n" in text
+    with pytest.raises(UserError, match="nodes=1,2: all runs of an array get as many nodes"):
+        script(folder, [jobs[0], over(2, jobs[1])], Slurm({}))
 
 
 def test_a_sweep_is_submitted_once(programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
