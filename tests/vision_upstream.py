@@ -101,6 +101,13 @@ DATA = {"InfLoRA": TenImages, "CL-LoRA": FifteenImages, "SD-LoRA": FifteenImages
 SEVERAL_DEVICES = ("InfLoRA_CA1", "InfLoRA_domain", "InfLoRAb5_domain")
 
 
+class FewProcesses(torch.utils.data.DataLoader):
+    """Upstream's loaders that have four processes whatever its configuration says do without: none of them draws."""
+
+    def __init__(self, *arguments, num_workers: int = 0, **more) -> None:
+        super().__init__(*arguments, num_workers=0 if num_workers == 4 else num_workers, **more)
+
+
 def on_the_cpu(args: dict) -> None:
     args["device"] = [torch.device("cpu")] * (2 if args["model_name"] in SEVERAL_DEVICES else 1)
 
@@ -264,6 +271,7 @@ def main() -> None:
     repo = next(name for file, name in models.items() if any(Path(tree).glob(f"m*/{file}.py")))
     # As for `python main.py`; this file's own folder must stay findable for the data set.
     sys.path.insert(0, tree)
+    torch.utils.data.DataLoader = FewProcesses
     if rest:
         emulate(repo, int(rest[0]))
     else:

@@ -288,18 +288,20 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_products_match_the_dense_hessian_and_are_compiled_once_per_shape() -> None:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    problem = Problem(TinyTransformer(lora=False), token_batches(2, 1, 2), token_loss)
-    operator = HessianOperator(problem, compile=True)
-    expected = dense_hessian(problem)
-    for _ in range(2):  # the first product is the plain one
-        torch.testing.assert_close(all_products(operator), expected, rtol=1e-9, atol=1e-12)
-    assert operator.kept_batches == len(operator._compiled) == 3
-    assert operator._compiler is not None
-    assert operator._compiler.compiled == 2
-    assert operator.compile_seconds > 0
-    operator.problem.model.first.weight.data += 1
-    with pytest.raises(ValueError, match="weights have changed"):
-        operator.matvec(torch.ones(operator.size))
+    transformer = Problem(TinyTransformer(lora=False), token_batches(2, 2), token_loss)
+    perceptron = Problem(mlp(), rows(4, 2, 4), CROSS_ENTROPY)
+    for problem, batches, shapes in ((transformer, 2, 1), (perceptron, 3, 2)):
+        operator = HessianOperator(problem, compile=True)
+        expected = dense_hessian(problem)
+        for _ in range(2):  # the first product is the plain one
+            torch.testing.assert_close(all_products(operator), expected, rtol=1e-9, atol=1e-12)
+        assert operator.kept_batches == len(operator._compiled) == batches
+        assert operator._compiler is not None
+        assert operator._compiler.compiled == shapes
+        assert operator.compile_seconds > 0
+        next(operator.problem.model.parameters()).data += 1
+        with pytest.raises(ValueError, match="weights have changed"):
+            operator.matvec(torch.ones(operator.size))
 
 
 @pytest.mark.usefixtures("nothing_compiled")

@@ -52,6 +52,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.usefixtures("warm_text_runs")
 def test_authors_own_data_goes_through_their_code_with_sam(upstream: Callable[[str], Path], tmp_path: Path) -> None:
     benchmark = upstream("N-LoRA") / "CL_Benchmark"
     data = cut_copy(benchmark, tmp_path / "data", {"amazon": "SC", "agnews": "TC"}, train=32, test=8)

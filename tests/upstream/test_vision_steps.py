@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from flatpatch.patches import build
 from tests import vision_upstream
 from tests.upstream import test_neutrality_vision
+from tests.warm import IMAGES
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow]
 TESTS = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("repo", ["InfLoRA", "CL-LoRA", "SD-LoRA"])
 def test_one_step_of_each_of_two_tasks_is_that_of_the_formulas(
-    repo: str, upstream: Callable[[str], Path], tmp_path: Path
+    repo: str, warm: Callable[..., Path], upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
     upstream(repo)
     tree = build(repo, into=tmp_path).path
@@ -40,7 +40,7 @@ def test_one_step_of_each_of_two_tasks_is_that_of_the_formulas(
     run["vision"]["dataset"] = {"class": "vision_steps:TenImages", "seed": 0}
     (tmp_path / "hook.json").write_text(json.dumps(run))
     done = subprocess.run(
-        [sys.executable, str(TESTS / "vision_steps.py"), str(tree), "config.json", "results.pt"],
+        [warm(IMAGES), str(TESTS / "vision_steps.py"), str(tree), "config.json", "results.pt"],
         cwd=tmp_path,
         env=os.environ
         | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "FLATPATCH_RUN": str(tmp_path / "hook.json")},

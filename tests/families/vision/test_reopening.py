@@ -332,7 +332,7 @@ def upstream_runs(
     upstream({"inflora": "InfLoRA", "cllora": "CL-LoRA", "sdlora": "SD-LoRA"}[request.param])
     output = tmp_path_factory.mktemp(request.param)
     epochs: dict[str, tuple[str, ...]] = {
-        "inflora": ("upstream.epochs=1", "upstream.init_epoch=1"),
+        "inflora": ("upstream.epochs=2", "upstream.init_epoch=2"),  # its schedule wants two
         "cllora": ("upstream.init_epochs=1",),
         "sdlora": (
             "upstream.epochs=1",

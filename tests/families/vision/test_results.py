@@ -216,6 +216,7 @@ def test_other_seed_in_the_same_folder_is_refused(undisturbed: Path, capsys: pyt
 
 @pytest.mark.third_party
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_image_runs")
 def test_overrides_reach_the_authors_code_and_its_log_becomes_the_record(
     upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_overrides_reach_the_authors_code_and_its_log_becomes_the_record(
 
 @pytest.mark.third_party
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_image_runs")
 def test_model_that_could_not_be_kept_is_told(
     upstream: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
