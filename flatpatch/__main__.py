@@ -12,12 +12,15 @@ from flatpatch.terminal import Lasting, quietly, without_quiet
 USAGE = """usage: python -m flatpatch <verb> key=value ...
 
 verbs:
-  run      train one method over its tasks; the same command continues a stopped run (with images: starts it anew)
+  run      train one method over its tasks; the same command continues a stopped run
   sweep    several runs: a=1,2 takes each value in turn, seed=0..4 a range
   study    an experiment: its runs, what is measured, and a verdict on each of its hypotheses; alone: lists them
   compare  finished runs beside published numbers, or beside other runs: compare run=FOLDER[,...] [with=FOLDER[,...]]
   report   tables and figures again, and one HTML page about them: report run=FOLDER[,FOLDER...], report study=NAME
   measure  flatness of finished runs' models, and of what lies between two or three: measure run=FOLDER[,FOLDER...]
+  fork     continuations of a finished run from the state after one of its tasks: fork run=FOLDER task=2 sam=off,sam
+  diff     what two runs' records differ in: diff run=FOLDER with=FOLDER
+  rerun    the run of a record once more: rerun record=runs/NAME/record.json
   patches  verify | apply | show | refresh | drift: the lines inserted into upstream's code
   doctor   say what is here and what is missing: upstream code, libraries, CUDA, disk
 
@@ -53,13 +56,24 @@ examples:
 SWEEP_USAGE = """usage: python -m flatpatch sweep key=value[,value...] ... [--dry-run]
 
 One run for every combination; finished ones are kept, so the same command goes on where it stopped.
-seed=0..4 is short for seed=0,1,2,3,4. Ends with mean, standard deviation and n over the seeds, with what SAM changes,
+seed=0..4 is short for seed=0,1,2,3,4. Before the start it says how many runs are missing and how long they will take;
+a run that fails stops no other. Ends with mean, standard deviation and n over the seeds, with what SAM changes,
 paired by seed, where there are runs with it and without, and one HTML page about
 its runs, report.html in the folder that holds them, in place of one that is there. output=FOLDER gives a sweep its own.
-More than 1000 runs need yes=true.
 
-example:
+  executor=local     on this machine; slurm: a job array, one element for each run; print: prints the commands, one a
+                     line, for another scheduler, and starts nothing
+  parallel=0         how many runs go at once; 0: as many as fit: a GPU each, or on a CPU as their threads leave room
+                     (slurm: as many as it gives)
+  slurm.<name>=      an option of sbatch by its long name: slurm.partition=gpu slurm.time=08:00:00
+                     slurm.gpus_per_node=1; true for one without a value
+  yes=true           needed for more than 200 runs, and for more than a day
+
+examples:
   python -m flatpatch sweep method=nlora sam=off,sam seed=0..2
+  python -m flatpatch sweep method=nlora sam=sam rho=0.01,0.05 seed=0..4 parallel=1
+  python -m flatpatch sweep method=nlora sam=off,sam seed=0..2 executor=print > commands.txt
+  python -m flatpatch sweep method=nlora profile=upstream seed=0..4 executor=slurm slurm.gpus_per_node=8
 
 settings:
 {settings}
@@ -73,6 +87,9 @@ NEEDS = {
     "compare": "run=FOLDER or log=FILE",
     "report": "run=FOLDER, e.g. report run=runs/NAME, or study=NAME",
     "measure": "run=FOLDER, e.g. measure run=runs/NAME",
+    "fork": "run=FOLDER, task=N and what to do otherwise, e.g. fork run=runs/NAME task=2 sam=off,sam",
+    "diff": "run=FOLDER and with=FOLDER",
+    "rerun": "record=FILE, e.g. rerun record=runs/NAME/record.json",
     "patches": "one of its own verbs, e.g. patches verify",
 }
 
@@ -117,6 +134,9 @@ def _dispatch(arguments: list[str]) -> int:
         "compare": _compare,
         "report": _report,
         "measure": _measure,
+        "fork": _fork,
+        "diff": _diff,
+        "rerun": _rerun,
         "patches": _patches,
         "doctor": _doctor,
     }
@@ -214,6 +234,24 @@ def _measure(words: list[str]) -> int:
     from flatpatch.runner import measure
 
     return measure.measure(asked)
+
+
+def _fork(words: list[str]) -> int:
+    from flatpatch.runner import fork
+
+    return fork.fork(words)
+
+
+def _diff(words: list[str]) -> int:
+    from flatpatch.comparison import two_runs
+
+    return two_runs.diff(words)
+
+
+def _rerun(words: list[str]) -> int:
+    from flatpatch.runner import rerun
+
+    return rerun.rerun(words)
 
 
 def _patches(words: list[str]) -> int:

@@ -143,12 +143,18 @@ class Pace:
         """Count from a step on, and from now."""
         self._last_time, self._last_step = self._clock(), step
 
-    def due(self, step: int) -> bool:
-        """Tell whether a checkpoint is due after a step."""
+    def due(self, step: int, *, last: bool = False) -> bool:
+        """Tell whether a checkpoint is due after a step.
+
+        Args:
+            step: The step.
+            last: Whether it is the training's last one. What follows (predicting, saving) can take as long again, so a
+                checkpoint is due unless the training since the one before was short.
+        """
         if self._steps is not None:
             return step - self._last_step >= self._steps
         wait = max(MOST_LOST, self._cost / SHARE) if self._seconds is None else self._seconds
-        return self._clock() - self._last_time >= wait
+        return self._clock() - self._last_time >= (SHARE * wait if last else wait)
 
     def wrote(self, step: int, seconds: float) -> None:
         """Note a checkpoint and what it took."""

@@ -60,7 +60,7 @@ class Checkpoints(Part):
 
     ``every_seconds`` and ``every_steps`` are as for :class:`flatpatch.checkpoints.Pace`. ``made_by`` is what the
     training is. Where the file ``stop`` is there, the process writes a checkpoint at its next step's end and ends with
-    exit code 85.
+    exit code 85. While it can be asked so, the file ``progress`` says ``"heeds_stop": true``; otherwise it is ended.
     """
 
     folder: str

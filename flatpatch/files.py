@@ -147,19 +147,20 @@ def _add(total: hashlib._Hash, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, taken: str | None = None) -> Iterator[None]:
+def locked(path: Path, taken: str | None = None, *, patience: float = 0) -> Iterator[None]:
     """Hold a lock, which the system lets go when this process ends, however it ends.
 
     Args:
         path: The lock's file; made if it is missing.
         taken: The message where another process holds it; None to wait until that one lets it go.
+        patience: Seconds to wait before that message.
 
     Raises:
         UserError: If another process holds it, or it cannot be made.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=-1 if taken is None else 0)
+        lock.acquire(timeout=-1 if taken is None else patience)
     except Timeout:
         raise UserError(str(taken)) from None
     except OSError as error:

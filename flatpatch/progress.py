@@ -30,6 +30,14 @@ def in_words(phase: str) -> str:
     return f"{_PHASES.get(first, first)}{space}{rest}"
 
 
+def drawing_console() -> Console | None:
+    """Return the terminal to draw on; None where nobody looks, or where it cannot draw."""
+    if is_quiet() or not sys.stderr.isatty():
+        return None
+    console = Console(file=sys.stderr)
+    return console if console.is_interactive else None
+
+
 class Progress:
     """Shows one piece of work on stderr.
 
@@ -37,21 +45,19 @@ class Progress:
         title: What the work is.
         unit: What is counted.
         leave: Whether the bar stays when the work has ended.
+        draws: Whether there is a bar on a terminal; without it there are plain lines there too.
     """
 
-    def __init__(self, title: str, unit: str, *, leave: bool = False) -> None:
+    def __init__(self, title: str, unit: str, *, leave: bool = False, draws: bool = True) -> None:
         self._title, self._unit = title, unit
         self._part: tuple[str, int | None] = ("starting", None)  # of the work, and how many units it has
         self._began = self._said = time.monotonic()
         self._drawn = 0.0
-        self._bar = self._make_bar(leave)
+        self._bar = self._make_bar(leave) if draws else None
 
     def _make_bar(self, leave: bool) -> rich.Progress | None:
-        """Return the bar; None where nobody looks, or where a terminal cannot draw one."""
-        if is_quiet() or not sys.stderr.isatty():
-            return None
-        console = Console(file=sys.stderr)
-        if not console.is_interactive:
+        """Return the bar; None where nothing can be drawn."""
+        if (console := drawing_console()) is None:
             return None
         return rich.Progress(
             rich.TextColumn("{task.description}:", markup=False),

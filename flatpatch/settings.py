@@ -29,8 +29,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "adapters": ("upstream", "fp32"),
     "launcher": ("auto", "deepspeed", "python"),
     "sam_on": ("both", "task", "distillation"),
+    "track": ("none", "wandb", "trackio", "mlflow"),
 }
 MOST_BUDGET = 1000
+MOST_NODES = 64
 
 
 class Method(Protocol):
@@ -63,7 +65,7 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         default: Its value where it is left out.
         text: For ``--help``.
         role: What it does for a run. ``identity`` makes it another run, ``sam`` too where SAM is on, ``machine`` says
-            on what it runs, ``place`` where its files are, ``measure`` what is measured in it.
+            on what it runs, ``place`` where its files and numbers go and how often, ``measure`` what is measured in it.
         family: The families for which it has a meaning, with spaces between them; empty for all.
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
@@ -82,8 +84,8 @@ class Settings:
     variant: str = _setting("", "vision: which of the method's variants (a wrong one lists all)", family="vision")
     profile: str = _setting(
         "auto",
-        "upstream: its script as it is; paper: the paper's protocol; record: CLIP, the record's; quick: small, CPU; "
-        "small: a pretrained encoder on some of the real texts, CPU (text)",
+        "upstream: its script as it is; paper: the paper's protocol; record: CLIP and seqlora_vit, the record's; "
+        "quick: small, CPU; small: a pretrained encoder on some of the real texts, CPU (text)",
     )
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(
@@ -130,6 +132,13 @@ class Settings:
     processes: int = _setting(
         0, "number of processes; 0: one on the CPU, one per GPU named in device", role="machine", family="text"
     )
+    nodes: int = _setting(
+        1,
+        "machines that train one run together, in a SLURM job (sweep executor=slurm); device= and processes= are each "
+        "one's",
+        role="machine",
+        family="text",
+    )
     launcher: str = _setting(
         "auto",
         "deepspeed as upstream, or plain python; auto: deepspeed on GPUs, python on the CPU",
@@ -148,6 +157,18 @@ class Settings:
     data: str = _setting("", "folder of the benchmark; default: what the profile needs", whole=True)
     run: str = _setting("", "name of the run's folder; default: made from the settings", role="place", whole=True)
     output: str = _setting("runs", "where run folders are made", role="place", whole=True)
+    track: str = _setting(
+        "none",
+        "beside TensorBoard's files, which every run leaves: wandb, trackio or mlflow, each a package to install",
+        role="place",
+    )
+    checkpoint_every: str = _setting(
+        "auto",
+        "how often a training writes a checkpoint to go on from: 120s (seconds), 50 (steps), 0 (never), or auto: at "
+        "most five minutes are lost, and at most 2 % of the time goes into writing",
+        role="place",
+        whole=True,
+    )
     measure: str = _setting(
         "",
         f"flatness to measure in the run: all (which is correct), recorded (as the experiment record's code does, "
@@ -175,6 +196,25 @@ class Settings:
         "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
         role="measure",
     )
+
+    @property
+    def checkpointing(self) -> dict[str, float | int | None] | None:
+        """How often a training writes a checkpoint, by the arguments of ``Pace``; None for never.
+
+        Raises:
+            ValueError: If the setting says nothing of the kind.
+        """
+        word = self.checkpoint_every
+        every: dict[str, float | int | None] = {"every_seconds": None, "every_steps": None}
+        if word == "auto":
+            return every
+        if word == "0":
+            return None
+        seconds = word.endswith("s")
+        number = word.removesuffix("s")
+        if not (number.isascii() and number.replace(".", "", int(seconds)).isdecimal() and float(number)):
+            raise ValueError(word)
+        return every | ({"every_seconds": float(number)} if seconds else {"every_steps": int(number)})
 
     @property
     def measuring(self) -> MeasureRequest | None:
@@ -496,6 +536,8 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
             problems.append(
                 f"{key}={getattr(settings, key)} is out of range (expected a whole number from 0 to {highest})."
             )
+    if not 1 <= settings.nodes <= MOST_NODES:
+        problems.append(f"nodes={settings.nodes} is out of range (expected a whole number from 1 to {MOST_NODES}).")
     if not 1 <= settings.budget <= MOST_BUDGET:
         problems.append(
             f"budget={settings.budget} is out of range (expected a whole number from 1 to {MOST_BUDGET}, "
@@ -505,6 +547,13 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
         problems.append(
             f"fraction={settings.fraction:g} is out of range (expected a share over 0 and at most 1, "
             "e.g. fraction=0.1)."
+        )
+    try:
+        _ = settings.checkpointing
+    except ValueError:
+        problems.append(
+            f"checkpoint_every={settings.checkpoint_every} is no pace (expected auto, seconds such as 120s, steps such "
+            "as 50, or 0 for no checkpoints)."
         )
     problems += settings.check_measuring()[1]
     problems += _check_scopes(settings)

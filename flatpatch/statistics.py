@@ -275,6 +275,53 @@ def half_width(error: float, freedom: float, confidence: float = CONFIDENCE) -> 
     return float(special.stdtrit(freedom, (1 + confidence) / 2)) * error
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """What pairing does to the interval of a difference of means."""
+
+    paired: float  # half of the interval
+    unpaired: float  # half of Welch's, of the same numbers taken as two groups
+    seeds: int | None  # a side, from which on the unpaired interval is as narrow; None if ``MOST_SEEDS`` are too few
+
+    def sentence(self, unit: str = "") -> str:
+        """Say it in one sentence."""
+        share = f", {self.paired / self.unpaired:.2f} of it" if self.unpaired else ""
+        seeds = "more than 1000" if self.seeds is None else str(self.seeds)
+        return (
+            f"paired -+{self.paired:.3g} {unit}, unpaired -+{self.unpaired:.3g}{share}; unpaired, {seeds} seeds a side "
+            "would be as narrow"
+        )
+
+
+def pairing(a: Sequence[float], b: Sequence[float]) -> Pairing | None:
+    """Set the interval of paired differences beside the one of two groups of the same numbers.
+
+    Args:
+        a: (n,) one number per pair.
+        b: (n,) the other of each pair.
+
+    Returns:
+        Both; None for fewer than two pairs, or where neither side varies.
+    """
+    n = len(a)
+    variances = [deviation(side) ** 2 for side in (a, b)] if n > 1 else [0.0, 0.0]
+    total = math.fsum(variances)
+    if not total:
+        return None
+    # Welch's degrees of freedom for groups of one size.
+    freedom = (n - 1) * total**2 / math.fsum(variance**2 for variance in variances)
+    paired = half_width(deviation([x - y for x, y in zip(a, b, strict=True)]) / math.sqrt(n), n - 1)
+    needed = next(
+        (
+            seeds
+            for seeds in range(2, MOST_SEEDS + 1)
+            if half_width(math.sqrt(total / seeds), freedom * (seeds - 1) / (n - 1)) <= paired
+        ),
+        None,
+    )
+    return Pairing(paired, half_width(math.sqrt(total / n), freedom), needed)
+
+
 def _student(effect: float, spread: float, n: int, confidence: float) -> tuple[float, float, float]:
     from scipy import special
 

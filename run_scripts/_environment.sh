@@ -175,7 +175,7 @@ Words are key=value, with their defaults:
   profile=auto        quick: a miniature, minutes on two CPU cores; small: a real encoder; record: the record's own size
   seeds=0..2          the seeds
   grid=short          full: every value that the study names
-  parallel=0          runs that go at once; 0: two on a CPU where each takes one thread
+  parallel=0          runs that go at once; 0: as many as fit, one GPU each or by their threads
   output=runs         where the runs are; the verdicts are in runs/studies/
   device=, model=, data=   as for run, for all runs
   --dry-run           plan everything and start nothing

@@ -209,8 +209,11 @@ def assert_same(ours, theirs):
         assert not differing, differing
 
 
-def run_ranks(folder, world_size, runs, python=sys.executable):
-    """Run this file once per rank and return each run's results by rank. One launch, as imports take the longest."""
+def run_ranks(folder, world_size, runs, script=__file__, python=sys.executable):
+    """Run this file, or a like one, once per rank and return each run's results by rank.
+
+    One launch, as imports take the longest.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,7 +231,7 @@ def run_ranks(folder, world_size, runs, python=sys.executable):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [python, __file__, json.dumps(runs), str(folder / f"rank{rank}.pt")]
+        command = [python, str(script), json.dumps(runs), str(folder / f"rank{rank}.pt")]
         with (folder / f"rank{rank}.log").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:

@@ -24,7 +24,7 @@ from flatpatch.files import write_atomically
 from flatpatch.report.records import RECORD_FILE
 from flatpatch.report.table import summary_table
 from flatpatch.runner import measure_words, resolve, settings_page
-from flatpatch.runner.sweep import expand
+from flatpatch.runner.sweep import expand, read_options
 from flatpatch.studies import command as study_command
 from flatpatch.upstreams import UPSTREAMS
 from flatpatch.upstreams import __main__ as deviations
@@ -122,7 +122,7 @@ def test_a_command_of_the_pages_can_be_typed(
         starts = "--dry-run" not in words
         assert (check_plan(words, upstream) and starts) == (GPU in command.comment)
     elif verb == "sweep":
-        for combination in expand([word for word in words if word != "--dry-run"]):
+        for combination in expand(read_options([word for word in words if word != "--dry-run"])[1]):
             check_plan(combination, upstream)
     elif verb == "doctor":
         resolve.parse(words)

@@ -90,7 +90,7 @@ def test_lines_of_every_engine_have_one_style(
     (tmp_path / "progress.json").write_text(json.dumps(state))
     names = execute._shown_names(plan)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as process:
-        execute._watch(process, "the title", tmp_path / "progress.json", execute._Stop(), names, "")
+        execute._watch(process, "the title", tmp_path / "progress.json", execute._Stop(), names)
     loss = "" if state["loss"] is None else ", loss 0.500"
     lines = capsys.readouterr().err.splitlines()
     assert lines

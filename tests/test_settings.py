@@ -169,10 +169,10 @@ def test_sweep_refuses_a_list_that_cannot_be_meant(word: str) -> None:
 def test_sweep_of_many_runs_needs_a_word_more() -> None:
     with pytest.raises(UserError, match=r"these are 1100 runs, 100 values of seed alone. If you mean it, add yes=true"):
         expand(["seed=0..99", "rho=0..10"])
-    assert len(expand(["seed=0..99", "rho=0..10", "yes=true"])) == 1100
-    assert expand(["yes=false", "seed=1"]) == [["seed=1"]]
-    with pytest.raises(UserError, match="neither true nor false"):
-        expand(["yes=", "seed=1"])
+    assert len(expand(["seed=0..99", "rho=0..10"], sure=True)) == 1100
+    assert len(expand(["seed=0..199"])) == 200
+    with pytest.raises(UserError, match="these are 201 runs"):
+        expand(["seed=0..200"])
 
 
 def test_sweep_refuses_an_empty_range() -> None:

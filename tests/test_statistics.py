@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from flatpatch.statistics import (
     holm,
     least_squares,
     paired_difference,
+    pairing,
     seeds_that_decide,
 )
 
@@ -265,3 +267,27 @@ def test_wrong_slopes_and_p_values_are_refused():
         least_squares([3.0], [1.0])
     with pytest.raises(UserError, match=r"between 0 and 1; got 1\.5"):
         holm([0.5, 1.5])
+
+
+def test_unpaired_interval_is_welchs_and_the_seeds_are_the_fewest_that_match() -> None:
+    generator = random.Random(3)
+    state = [generator.gauss(0, 2) for _ in range(6)]
+    a = [value + 1 + generator.gauss(0, 0.5) for value in state]
+    b = [value + generator.gauss(0, 0.5) for value in state]
+    found = pairing(a, b)
+    assert found is not None
+    welch = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert found.unpaired == pytest.approx((welch.high - welch.low) / 2, rel=1e-12)
+    student = stats.ttest_rel(a, b).confidence_interval()
+    assert found.paired == pytest.approx((student.high - student.low) / 2, rel=1e-12)
+    assert found.paired < found.unpaired / 3
+    assert found.seeds is not None and found.seeds > 6
+    # Without a common state pairing saves nothing.
+    apart = pairing(a, [generator.gauss(0, 2) for _ in range(6)])
+    assert apart is not None and apart.paired > apart.unpaired / 2
+    assert f"{found.seeds} seeds a side" in found.sentence("points")
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [2.0]), ([1.0, 1.0], [2.0, 2.0])])
+def test_pairing_of_one_pair_or_of_equal_numbers_says_nothing(a: list[float], b: list[float]) -> None:
+    assert pairing(a, b) is None

@@ -292,9 +292,9 @@ def main() -> None:
         sys.argv = ["main.py", *([path] if repo == "CL-LoRA" else ["--config", path])]
         runpy.run_path(str(Path(tree) / "main.py"), run_name="__main__")
     # Evaluating once more, below, takes more numbers and would write more into the log.
-    numbers = [tuple(numbers) for _, numbers in seen]
+    seen = [(learner, tuple(numbers)) for learner, numbers in seen if hasattr(learner, "test_loader")]
     logging.disable()
-    found = [results(learner) | {"numbers": taken} for (learner, _), taken in zip(seen, numbers, strict=True)]
+    found = [results(learner) | {"numbers": numbers} for learner, numbers in seen]
     torch.save({"seeds": found, "features_unperturbed": features}, output)
 
 

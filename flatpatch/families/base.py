@@ -79,6 +79,14 @@ class Deviation:
     tasks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """What a method's own settings were seen to take of a GPU: GiB, and what was measured."""
+
+    gib: float
+    of: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
     """One method, and what is true of it alone. Each family has a subclass with the facts that it reads.
@@ -94,6 +102,7 @@ class Upstream:
         conflicts: Where paper and repository disagree.
         metric_words: By metric of the record: what its paper or its code calls it.
         profiles: Those in which the reference engine runs it.
+        gpu_memory: What its own settings take of a GPU; None where nobody measured it.
     """
 
     family: ClassVar[str]
@@ -108,6 +117,7 @@ class Upstream:
     conflicts: tuple[Conflict, ...] = ()
     metric_words: Mapping[str, str] = field(default_factory=dict)
     profiles: tuple[str, ...] = ("quick",)
+    gpu_memory: GpuMemory | None = None
 
     def check(self, settings: Settings) -> list[str]:
         """Return what is wrong with settings for this method, one message each."""
@@ -224,7 +234,7 @@ class Plan:
 
     @property
     def resumes(self) -> bool:
-        """Whether a stopped run goes on after its last finished task; one process for all tasks starts anew."""
+        """Whether each task is a process of its own, so that finished ones need no checkpoint to be kept."""
         return len(self.stages) == len(self.tasks)
 
     @property

@@ -55,6 +55,11 @@ class Draft:
         """Whether the run is of a small pretrained model on some of the real data."""
         return self.profile == "small"
 
+    @property
+    def is_record(self) -> bool:
+        """Whether the run has the experiment record's settings, in the reference engine."""
+        return self.profile == "record"
+
     def find_machine(self, machine: Machine) -> None:
         """Choose threads and devices, and find the checkout that the engine needs.
 

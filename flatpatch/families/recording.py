@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ class Recorder:
 
     def __init__(self, run: Mapping[str, Any]) -> None:
         self.last_loss: float | None = None
+        self.heeds_stop = False
+        """Whether the process looks at its stop file after each step of its training."""
         self._metrics, self._progress, self._summary = (Path(run[name]) for name in ("metrics", "progress", "summary"))
         self._waiting: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
         self._progress_written = -math.inf
@@ -68,6 +71,12 @@ class Recorder:
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write("".join(lines))
 
+    def settle(self) -> None:
+        """Append what waits, and have the disk keep it, as a checkpoint goes on from there."""
+        self.flush()
+        with self._metrics.open("rb") as stream:
+            os.fsync(stream.fileno())
+
     def progress_due(self) -> bool:
         """Whether the last progress was written some time ago."""
         return time.monotonic() - self._progress_written >= SECONDS_BETWEEN_PROGRESS
@@ -77,6 +86,8 @@ class Recorder:
         self._progress_written = time.monotonic()
         loss = self.last_loss if phase == "train" and step else None  # at step 0 it would be the task before's
         progress = {"phase": phase, "step": step, "total": total, "loss": loss}
+        if self.heeds_stop and phase == "train":
+            progress["heeds_stop"] = True
         # Read while it is fresh alone: the training does not wait for the disk.
         write_atomically(self._progress, json.dumps(progress | more) + "\n", durable=False)
 

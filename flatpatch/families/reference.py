@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,31 @@ from torch import Tensor
 
 from flatpatch.errors import UserError
 from flatpatch.families.recording import MEASURED, Recorder, announce, make_measurer
+from flatpatch.families.resuming import Keeper
 from flatpatch.families.sample import Sample
 from flatpatch.measuring import AT_LOSS, Request
 from flatpatch.sam import SAM, mixed_seed
 
+_COUNTED = ("steps", "trainable", "perturbed", "fallbacks", "_trainings")
+
 
 class StepRecorder:
-    """Gives the training loop its SAM and writes the same files as the hook in upstream's code."""
+    """Gives the training loop its SAM and writes the same files as the hook in upstream's code.
 
-    def __init__(self, run: dict[str, Any]) -> None:
+    Attributes:
+        keeper: Keeps the training's checkpoints, for the loop; None where none are kept.
+    """
+
+    def __init__(self, run: dict[str, Any], *, resumes: bool = False) -> None:
+        """Begin the files, or go on with those of a process that was cut off.
+
+        Args:
+            run: The run's description.
+            resumes: Whether this process makes one training, which can go on from its checkpoints.
+        """
         self.run = run
+        self._told: dict[str, str] = {}
+        self.keeper = Keeper(part, tell=self._note) if resumes and (part := run.get("checkpoints")) else None
         self.sam: SAM | None = None
         self.steps = self.trainable = self.perturbed = self._trainings = 0
         self.fallbacks: Tensor | int = 0
@@ -28,8 +43,10 @@ class StepRecorder:
         self._measure_at: Callable[[str], Any] = lambda when: None
         self._task_index = 0
         self._recorder = Recorder(run)
-        self._told: dict[str, str] = {}
-        self._recorder.start()
+        self._recorder.start(self.keeper.step if self.keeper else 0)
+        if self.keeper is not None:
+            self._recorder.heeds_stop = True
+            self.keeper.add("recorder", self._state, self._put_back)
 
     def __enter__(self) -> StepRecorder:
         return self
@@ -47,6 +64,32 @@ class StepRecorder:
                 "dtype": "float32",
             }
             self._recorder.write_summary(summary)
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the recording, with all steps before it written."""
+        self._recorder.settle()
+        return {
+            "steps": self.steps,
+            "fallbacks": int(self.fallbacks),
+            "sam_steps": 0 if self.sam is None else self.sam.steps,
+            "measurer": None if self._measurer is None else self._measurer.state(),
+        }
+
+    def _put_back(self, kept: dict[str, Any]) -> None:
+        self.steps, self.fallbacks = kept["steps"], kept["fallbacks"]
+        if self.sam is not None:
+            self.sam.steps = kept["sam_steps"]
+        if self._measurer is not None:
+            self._measurer.put_back(kept["measurer"])
+
+    def counted(self) -> dict[str, Any]:
+        """Return what the summary and the random directions of later tasks depend on, between two tasks."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def take_up(self, counted: Mapping[str, Any]) -> None:
+        """Go on counting from what another process had counted."""
+        for name in _COUNTED:
+            setattr(self, name, counted[name])
 
     def make_gradients(self, optimizer: torch.optim.Optimizer) -> Callable[[Callable[..., Tensor]], Tensor]:
         """Return the function that leaves the gradient to descend along in ``.grad``."""
@@ -140,14 +183,18 @@ class StepRecorder:
                 task_index,
                 partial(self._measurer.at, task_index=task_index, task=task, model=model, sample=sample, **loss),
             )
-            self._measure_at(when)
+            if when != "before" or self.keeper is None or not self.keeper.step:  # else it was measured already
+                self._measure_at(when)
         self._begin("train" if when == "before" else "predict", task)
 
     def tell(self, text: str) -> None:
         """Print a line for the log, and show it where the run was started."""
+        self._note(text)
+        self._begin("train")
+
+    def _note(self, text: str) -> None:
         announce(text)
         self._told = {"note": text}
-        self._begin("train")
 
     def _measuring(self, phase: str, step: int, total: int, note: str) -> None:
         self._progress(phase, {"step": step, "total": total}, task="", note=note)

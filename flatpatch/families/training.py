@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -15,6 +17,7 @@ from transformers import AdamW
 
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError
+from flatpatch.families.resuming import Keeper, put_weights, trained_weights
 
 if TYPE_CHECKING:
     from flatpatch.families.text.reference.task import ReferenceTask
@@ -79,6 +82,7 @@ def train_task(
     *,
     make_gradients: MakeGradients = plain_gradients,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> TrainingResult:
     """Train a model's adapter, or where it has none all that requires a gradient, on one task, in place.
 
@@ -97,6 +101,7 @@ def train_task(
         make_gradients: See `descend`. The optimizer's groups are named "A" and "B", or "body" without adapters, and
             where a head learns along with them, "head".
         on_step: See `descend`.
+        keeper: See `descend`.
 
     Returns:
         Steps taken, mean loss and wall time.
@@ -137,6 +142,7 @@ def train_task(
         max_grad_norm=task.max_grad_norm or None,  # for the Trainer 0 means no clipping
         make_gradients=make_gradients,
         on_step=on_step,
+        keeper=keeper,
     )
 
 
@@ -152,6 +158,7 @@ def descend(
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     make_gradients: MakeGradients = plain_gradients,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> TrainingResult:
     """Take an optimizer's steps, the gradients of each from a function of the closure.
 
@@ -174,6 +181,8 @@ def descend(
             descend along in ``.grad`` and returns the loss at the unperturbed weights. SAM goes here.
         on_step: Called after each step with ``step`` (from 1), ``total``, ``loss``, ``learning_rate`` and
             ``seconds`` (of this step, a ``timing.Span``).
+        keeper: Keeps checkpoints, and knows the one to go on from: the batches that it has seen are drawn again and
+            passed over. What else changes from step to step must be added to it before.
 
     Returns:
         Steps taken, mean loss and wall time.
@@ -186,7 +195,23 @@ def descend(
     device = trained[0].device
     start = timing.Moment(device)
     losses: list[float] = []
-    for step in range(1, total + 1):
+    spent: list[float] = []  # seconds, in the processes before this one
+
+    def seconds() -> float:
+        return sum(spent) + float(timing.Span(start, timing.Moment(device)))
+
+    done = 0
+    if keeper is not None:
+        keeper.add("weights", partial(trained_weights, model), partial(put_weights, model))
+        keeper.add("optimizer", optimizer.state_dict, optimizer.load_state_dict)
+        if schedule is not None:
+            keeper.add("schedule", schedule.state_dict, schedule.load_state_dict)
+        keeper.add("losses", lambda: losses, losses.extend)
+        keeper.add("seconds", seconds, spent.append)
+        done = keeper.step
+        deque(itertools.islice(stream, done * accumulated), maxlen=0)
+        keeper.go_on()
+    for step in range(done + 1, total + 1):
         # islice takes no batch too many: the loader's draw for the next epoch comes after this step's.
         inputs = list(itertools.islice(stream, 1))
         began = timing.Moment(device)
@@ -226,8 +251,10 @@ def descend(
                     "seconds": timing.Span(began, timing.Moment(device)),
                 }
             )
+        if keeper is not None:
+            keeper.step_ended(step, last=step == total)
     optimizer.zero_grad()
-    return TrainingResult(total, math.fsum(losses) / total, float(timing.Span(start, timing.Moment(device))))
+    return TrainingResult(total, math.fsum(losses) / total, seconds())
 
 
 def _to(device: str, batch: Batch) -> Batch:

@@ -9,7 +9,15 @@ import importlib
 from typing import Any
 
 from flatpatch.families.text.hook import attach_trainer
-from flatpatch.families.vision.hook import begin_task, classification_loss, end_task, first_pass, second_pass
+from flatpatch.families.vision.hook import (
+    begin_task,
+    classification_loss,
+    done_before,
+    end_task,
+    first_pass,
+    second_pass,
+    task_done,
+)
 from flatpatch.families.vision.places import (
     backbones,
     data_folder,
@@ -42,6 +50,7 @@ __all__ = [
     "classification_loss",
     "data_folder",
     "dataset",
+    "done_before",
     "embed_dim",
     "end_task",
     "first_pass",
@@ -53,6 +62,7 @@ __all__ = [
     "resized",
     "second_pass",
     "should_download",
+    "task_done",
     "upstream",
     "workers",
 ]

@@ -78,6 +78,22 @@ class Measurer:
         self._is_reached = True
         return True
 
+    def state(self) -> dict[str, Any]:
+        """Return what later measuring goes by, for a checkpoint of the training: numbers, lists and tensors."""
+        return {
+            "began": [[task, scope, weights] for (task, scope), weights in self._began.items()],
+            "watched": self._watched,
+            "losses": list(self._losses),
+            "steps": self._steps,
+            "is_reached": self._is_reached,
+        }
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` returned."""
+        self._began = {(task, scope): weights for task, scope, weights in state["began"]}
+        self._watched, self._steps, self._is_reached = state["watched"], state["steps"], state["is_reached"]
+        self._losses.extend(state["losses"])
+
     def at(
         self,
         when: str,

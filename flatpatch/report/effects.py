@@ -16,7 +16,7 @@ from flatpatch.report.groups import Group, apart
 from flatpatch.report.records import setting
 from flatpatch.report.titles import about
 from flatpatch.settings import with_role
-from flatpatch.statistics import Difference, corrected, paired_difference
+from flatpatch.statistics import Difference, corrected, paired_difference, pairing
 
 _WIDTH = 110
 _OF_SAM = frozenset({"sam", *with_role("sam")})
@@ -132,7 +132,15 @@ def sentences(one: Contrast) -> list[str]:
     """Return what is said of two groups: each metric's verdict, and what was left out."""
     if not one.seeds:
         return ["they share no seed, so that no run has a partner"]
-    return [say(effect, one) for effect in one.effects] + one.unpaired
+    return [say(effect, one) for effect in one.effects] + _savings(one) + one.unpaired
+
+
+def _savings(one: Contrast) -> list[str]:
+    """Say what the pairing saves where both sides begin with the same state."""
+    if not all("forked" in record for side in (one.here, one.there) for record in side.records):
+        return []
+    saved = {effect.metric.words.title: pairing(effect.here, effect.there) for effect in one.effects}
+    return [f"{title}, the interval: {found.sentence('points')}" for title, found in saved.items() if found is not None]
 
 
 def say(effect: Effect, one: Contrast) -> str:

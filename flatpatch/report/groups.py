@@ -264,6 +264,8 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
     facets |= {"processes": str(environment["world_size"])} if "world_size" in environment else {}
     facets["sam"] = str(sam)
     facets["tasks"] = ",".join(record["tasks"])
+    if "forked" in record:
+        facets["begun by another run"] = f"{record['forked']['tasks']} tasks"
     if record["upstream"]:
         facets |= {key: record["upstream"][key] for key in ("pin", "patched_tree")}
     return facets

@@ -301,7 +301,7 @@ def _draw_steps(axes: Axes, curves: Sequence[StepCurves], key: str, look: dict[s
     edges = [*curves[0].starts, math.inf]
     for low, high in zip(edges, edges[1:], strict=False):
         inside = (common > low) & (common <= high)
-        if not inside.any():
+        if not np.isfinite(values[:, inside]).any():  # no step of this task, or none that was perturbed
             continue
         most = max(20, _POINTS // len(curves[0].starts))
         x, y = _thinned(common[inside], most), np.array([_thinned(row, most) for row in values[:, inside]])

@@ -176,8 +176,22 @@ RECORD_SCHEMA: Mapping[str, Any] = {
             },
         },
         "restarts": {"type": "integer", "minimum": 0},
-        # One entry for each restart: when, how many tasks were kept, and what changed between the two calls' machines,
-        # as {name: [before, now]}; only where tasks were kept.
+        # Of a run whose first tasks are another run's: which, how many, and the settings that changed then, as
+        # {name: [before, after]}; begun: whether it has been started.
+        "forked": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["run", "tasks", "changed", "begun"],
+            "properties": {
+                "run": _TEXT,
+                "tasks": {"type": "integer", "minimum": 1},
+                "changed": {"type": "object", "additionalProperties": {"type": "array"}},
+                "begun": {"enum": [True, False]},
+            },
+        },
+        # One entry for each restart: when, how many tasks were kept, after which step of the next process it went on
+        # (0: from its start), and what changed between the two calls' machines, as {name: [before, now]}; only where
+        # something was kept.
         "resumed": {
             "type": "array",
             "items": {
@@ -187,6 +201,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
                 "properties": {
                     "at": _TEXT,
                     "tasks_kept": {"type": "integer", "minimum": 0},
+                    "after_step": {"type": "integer", "minimum": 0},
                     "machine_changed": {"type": "object", "additionalProperties": {"type": "array"}},
                 },
             },

@@ -1,15 +1,20 @@
-"""Say what a run would find here, by the checks of the runner itself; changes nothing and fetches nothing."""
+"""The verb ``doctor``: what a run would find here, by the checks of the runner itself; changes and fetches nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
+import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -18,27 +23,31 @@ from flatpatch import patches
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import BYTES_NEEDED
 from flatpatch.files import ROOT
+from flatpatch.report.records import read_record
 from flatpatch.runner.record import check_continues
 from flatpatch.runner.resolve import cuda_devices, headline, make_plan, parse
 from flatpatch.settings import Request
 from flatpatch.upstreams import UPSTREAMS
 
-USAGE = """usage: python -m flatpatch doctor [key=value ...]
+USAGE = """usage: python -m flatpatch doctor [key=value ...] [--json]
 
-Says what is here and what is missing, by the checks of the runner itself; changes nothing and fetches nothing. With
-settings it says whether that run could start, else whether profile quick could. Exit code 1 if something stands in
-the way.
+Says on one screen what is here and what is missing, by the checks of the runner itself; changes nothing and fetches
+nothing. With settings it says whether that run could start, else whether profile quick could. Exit code 1 if something
+stands in the way. --json prints the same for a program.
 
   [ok]  as it should be
-  [--]  not here, and not needed for what was asked
+  [--]  missing, and not needed for what was asked; the line says what would bring it
   [NO]  a run is refused because of it, or its numbers would not be those of the locked versions
 
 examples:
   python -m flatpatch doctor
+  python -m flatpatch doctor --json
   python -m flatpatch doctor method=inflora benchmark=imagenet_r_10 profile=upstream data=/datasets
 """
 OK, ABSENT, WRONG = "ok", "--", "NO"
 Finding = tuple[str, str]  # one of the three above, and what was found
+OLDEST_DRIVER = 525  # of NVIDIA's, for the CUDA of the locked torch: pyproject.toml says why
+_IN_JSON = {OK: "ok", ABSENT: "missing", WRONG: "wrong"}
 
 
 def doctor(words: Sequence[str]) -> int:
@@ -46,15 +55,28 @@ def doctor(words: Sequence[str]) -> int:
     if "-h" in words or "--help" in words:
         print(USAGE)
         return 0
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
     request = parse(words) if words else None
+    sections: dict[str, Iterator[Finding]] = {"environment": _environment(), "machine": _machine()}
+    if request:
+        sections["this run"] = _of_run(request, words)
+    else:
+        sections |= {"the authors' code": _repositories(), "models and data": _inputs(), "time": _times()}
     with patches.nothing_fetched():
-        findings = [*_environment(), *(_of_run(request, words) if request else _of_quick_runs())]
-    for mark, text in findings:
-        print(f"[{mark}] " + text.replace("\n", "\n     "))
-    wrong = sum(mark == WRONG for mark, _ in findings)
+        found = [(section, mark, text) for section, part in sections.items() for mark, text in part]
+    wrong = sum(mark == WRONG for _, mark, _ in found)
+    if as_json:
+        rows = [{"section": section, "state": _IN_JSON[mark], "finding": text} for section, mark, text in found]
+        print(json.dumps(rows, indent=2))
+        return 1 if wrong else 0
+    for section in dict.fromkeys(section for section, _, _ in found):
+        print(section)
+        for _, mark, text in (each for each in found if each[0] == section):
+            print(f"[{mark}] " + text.replace("\n", "\n     "))
     print(f"\n{wrong} thing(s) to put right." if wrong else "\nNothing stands in the way.")
     if not request:
-        print("Another profile needs more: python -m flatpatch doctor method=NAME profile=upstream ... says what.")
+        print("What one run needs: python -m flatpatch doctor method=NAME profile=upstream ...")
     return 1 if wrong else 0
 
 
@@ -74,13 +96,86 @@ def _environment() -> Iterator[Finding]:
         yield OK, "git"
 
 
-def _of_quick_runs() -> Iterator[Finding]:
-    for repo in sorted({method.repository for method in UPSTREAMS.values() if method.repository}):
-        yield from _of_repository(repo)
-    count = cuda_devices()
-    yield OK if count else ABSENT, f"{count} CUDA device(s)" + ("" if count else ": profile quick runs on the CPU")
+def _machine() -> Iterator[Finding]:
+    """Cores, memory, disk and GPUs, beside what runs need of them."""
+    memory = psutil.virtual_memory()
+    yield OK, f"{os.cpu_count()} cores, {memory.total / 2**30:.0f} GiB of memory, {memory.available / 2**30:.0f} free"
     free = shutil.disk_usage(ROOT).free
     yield OK if free >= BYTES_NEEDED else WRONG, f"{free / 2**30:.1f} GiB of disk free"
+    needs = {name: row.gpu_memory for name, row in UPSTREAMS.items() if row.gpu_memory is not None}
+    measured = ", ".join(f"{name} {need.gib:g} GiB ({need.of})" for name, need in needs.items())
+    count, driver = cuda_devices(), _driver()
+    if driver and int(driver.partition(".")[0]) < OLDEST_DRIVER:
+        yield WRONG, f"NVIDIA driver {driver}: the locked torch needs {OLDEST_DRIVER} or later"
+    if not count:
+        why = f"torch sees none of the GPUs of driver {driver}" if driver else "no CUDA device"
+        yield ABSENT, f"{why}: quick and small runs take the CPU. Profile upstream needs one; measured: {measured}"
+    for number in range(count):
+        import torch
+
+        about = torch.cuda.get_device_properties(number)
+        gib = about.total_memory / 2**30
+        small = [name for name, need in needs.items() if need.gib > gib]
+        yield (
+            ABSENT if small else OK,
+            f"GPU {number}: {about.name}, {gib:.0f} GiB, driver {driver or 'unknown'}; measured of profile upstream: "
+            f"{measured}{'; too little for ' + ', '.join(small) if small else ''}",
+        )
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver; empty where there is none."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    found = re.match(r"\s*(\d+[\d.]*)", asked.stdout)
+    return found[1] if found else ""
+
+
+def _repositories() -> Iterator[Finding]:
+    for repo in sorted({method.repository for method in UPSTREAMS.values() if method.repository}):
+        yield from _of_repository(repo)
+
+
+def _inputs() -> Iterator[Finding]:
+    """What the authors' own settings lack here, each lack once with the methods that it stops."""
+    lacks: dict[str, list[str]] = {}
+    for name, row in UPSTREAMS.items():
+        if row.repository is None or not patches.is_available(row.repository)[0]:
+            continue
+        try:
+            found = make_plan(parse([f"method={name}", "profile=upstream", "device=cpu"]), dry_run=True).lacks
+        except UserError as error:
+            found = (str(error),)
+        if not found:
+            yield OK, f"{name}, profile upstream: weights and data are here"
+        for lack in found:
+            lacks.setdefault(lack, []).append(name)
+    for lack, names in lacks.items():
+        yield ABSENT, f"{', '.join(names)}, profile upstream: {lack}"
+
+
+def _times() -> Iterator[Finding]:
+    """How long finished runs of each kind took here."""
+    took: dict[str, list[float]] = {}
+    for path in sorted(Path("runs").glob("*/record.json")):
+        with contextlib.suppress(UserError):
+            record = read_record(path.parent)
+            if record["status"] == "finished" and not record["restarts"]:
+                kind = f"{record['method']} ({record['profile']}, {record['engine']})"
+                took.setdefault(kind, []).append(record["timing"]["total_seconds"])
+    if took:
+        said = (f"{kind} {sum(times) / len(times):.0f} s" for kind, times in took.items())
+        yield OK, "finished runs here took, on average: " + "; ".join(said)
+    else:
+        yield OK, "no run has finished here yet; quick runs take one to five minutes on two cores"
 
 
 def _of_repository(repo: str) -> Iterator[Finding]:

@@ -1,8 +1,9 @@
-"""Carry out a plan: one subprocess per stage, resumable at every stage's end."""
+"""Carry out a plan: one subprocess per stage, which goes on at every stage's end and from checkpoints within one."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import json
@@ -22,7 +23,8 @@ from typing import Any
 import psutil
 
 from flatpatch import metrics, patches
-from flatpatch.errors import DiskFull, FlatpatchError, Interrupted
+from flatpatch.checkpoints import Checkpoint, newest_checkpoint
+from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.families.base import Family, Plan, Stage
 from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
@@ -32,9 +34,11 @@ from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
 from flatpatch.runner.record import (
     LOCK,
+    begins_fork,
     check_continues,
     finish_record,
     keep_room,
+    made_by,
     new_record,
     note_restart,
     write_last_record,
@@ -42,15 +46,20 @@ from flatpatch.runner.record import (
 )
 from flatpatch.runner.resolve import command_of, headline
 from flatpatch.runner.supervise import Supervised
+from flatpatch.runner.tracking import Tracking
 from flatpatch.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LOG_LINES_SHOWN = 15
 LOG = "log.txt"
+CHECKPOINTS = "checkpoints"
+STOP = "stop"
+STEPS = "metrics.jsonl"
+PATIENCE = 60.0  # seconds that a process has to come to its step's end and write a checkpoint
 MEASURER = "flatpatch.measurement.in_run:Measurer"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
 BYTES_OF_LAST_WORDS = 5000
-_STARTS_ANEW = "One process learns all tasks of this run, so it cannot go on from its middle: it starts anew."
+_NOTHING_KEPT = "One process learns all tasks of this run, and it has kept no checkpoint:"
 _NONE_KEPT = "No task was finished before: the run starts anew with its first task."
 
 
@@ -78,25 +87,30 @@ def execute(plan: Plan, *, show: bool = True) -> dict[str, Any]:
         return old
     say("\n".join([headline(plan), *(f"  note: {note}" for note in plan.notes)]))
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with only_runner(plan.folder), _Stop() as stop:
-        record = new_record(plan)
-        kept = _kept(plan)
-        if old is not None:
-            for note in note_restart(record, old, sum(len(stage.tasks) for stage in plan.stages[:kept])):
-                print(f"WARNING: {note}", flush=True)
-            if not kept:
-                say(_NONE_KEPT if plan.resumes else _STARTS_ANEW)
-        write_record(plan.folder, record)
-        problem: BaseException | None = None
-        try:
-            keep_room(plan.folder)
-            _run_stages(plan, record, kept, stop)
-        except BaseException as error:
-            problem = _with_full_disk_named(plan, error)
-        _conclude(plan, record, problem)
-    if show:
-        say()
-        _show(plan.folder, record)
+    with contextlib.ExitStack() as at_the_end:
+        with only_runner(plan.folder), _Stop() as stop:
+            record = new_record(plan)
+            kept = _kept(plan)
+            begun = _begun(plan, kept) if old is not None else None
+            if old is not None and not begins_fork(record, old):
+                done, step = _gone_on(begun)
+                done += sum(len(stage.tasks) for stage in plan.stages[:kept])
+                for note in note_restart(record, old, done, step):
+                    print(f"WARNING: {note}", flush=True)
+                if not kept and not begun:
+                    say(_NONE_KEPT if plan.resumes else f"{_NOTHING_KEPT} the run starts anew.")
+            write_record(plan.folder, record)
+            tracking = at_the_end.enter_context(Tracking(plan.folder, record, plan.request.settings.track))
+            problem: BaseException | None = None
+            try:
+                keep_room(plan.folder)
+                _run_stages(plan, record, kept, begun, stop, tracking)
+            except BaseException as error:
+                problem = _with_full_disk_named(plan, error)
+            _conclude(plan, record, problem)
+        if show:
+            say()
+            tracking.figures = _show(plan.folder, record)
     return record
 
 
@@ -135,11 +149,13 @@ def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None)
         raise problem
 
 
-def _show(folder: Path, record: dict[str, Any]) -> None:
-    """Print the table and draw the figures."""
+def _show(folder: Path, record: dict[str, Any]) -> list[Path]:
+    """Print the table and draw the figures; return their files."""
     print(summary_table(record))
-    say(f"record   {folder / 'record.json'}\nsteps    {folder / 'metrics.jsonl'}")
-    tell_figures(leave_figures(folder, record))
+    say(f"record   {folder / 'record.json'}\nsteps    {folder / STEPS}")
+    figures = leave_figures(folder, record)
+    tell_figures(figures)
+    return figures
 
 
 def _kept(plan: Plan) -> int:
@@ -150,13 +166,45 @@ def _kept(plan: Plan) -> int:
     return kept
 
 
-def _run_stages(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> None:
+def _begun(plan: Plan, kept: int) -> Checkpoint | None:
+    """Return the checkpoint that the first stage which is not finished goes on from, None where it starts anew."""
+    if kept == len(plan.stages) or plan.request.settings.checkpointing is None:
+        return None
+    stage = plan.stages[kept]
+
+    def tell(line: str) -> None:
+        print(f"WARNING: {line}", flush=True)
+
+    place = _stage_folder(plan, stage) / CHECKPOINTS
+    return newest_checkpoint(place, made_by=made_by(plan, stage), tell=tell)
+
+
+def _gone_on(begun: Checkpoint | None) -> tuple[int, int]:
+    """Return after how many tasks of a process a checkpoint is, and after which step of the next one."""
+    if begun is None:
+        return 0, 0
+    # A process that learns several tasks keeps one after each, and none within.
+    tasks = begun.facts.get("tasks")
+    return (0, begun.step) if tasks is None else (tasks, 0)
+
+
+def _in_words(begun: Checkpoint) -> str:
+    tasks, step = _gone_on(begun)
+    return f"from step {step}" if step else f"after task {tasks}"
+
+
+def _run_stages(
+    plan: Plan, record: dict[str, Any], kept: int, begun: Checkpoint | None, stop: _Stop, tracking: Tracking
+) -> None:
     prepare_work(plan, plan.folder / "work")
     # From the first stage that is not whole, later ones started from something else: none of their files may stay.
     for stage in plan.stages[kept:]:
         _end_leftovers(_stage_folder(plan, stage) / "hook.json")
         (_stage_folder(plan, stage) / "done.json").unlink(missing_ok=True)
-    for stage in plan.stages[kept:]:
+    for index, stage in enumerate(plan.stages[kept:], kept):
+        if index == kept and begun is not None:
+            _clear_end(plan, stage, begun)
+            continue
         shutil.rmtree(_stage_folder(plan, stage), ignore_errors=True)
         shutil.rmtree(_output(plan, stage), ignore_errors=True)
         for path in _measured(plan, stage):
@@ -166,9 +214,13 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> N
         if index < kept:
             say(f"{stage.title}: finished before, kept")
         else:
-            _run_stage(plan, stage, stop)
+            if index == kept and begun is not None:
+                say(f"{stage.title}: goes on {_in_words(begun)}")
+            _run_stage(plan, stage, stop, tracking)
         record["timing"]["total_seconds"] += read_json(own / "done.json")["seconds"]
         _collect(plan, record, index + 1)
+        tracking.follow(own / STEPS)
+        tracking.tasks()
         lost = [*_lost_models(plan, stage), *_short_samples(plan, stage), *_never_at_loss(plan, stage)]
         record["notes"] += lost
         write_record(plan.folder, record)
@@ -176,6 +228,17 @@ def _run_stages(plan: Plan, record: dict[str, Any], kept: int, stop: _Stop) -> N
             _say_failures(plan, stage)
             for note in lost:
                 print(f"WARNING: {note}", flush=True)
+
+
+def _clear_end(plan: Plan, stage: Stage, begun: Checkpoint) -> None:
+    """Take away what a process that was cut off leaves at its end; what it learned by its checkpoint stays.
+
+    What it measured after the checkpoint is measured again, into the same files.
+    """
+    for name in (STOP, "progress.json", "summary.json"):
+        (_stage_folder(plan, stage) / name).unlink(missing_ok=True)
+    if not _gone_on(begun)[0]:  # else the tasks that it has learned left their results there
+        shutil.rmtree(_output(plan, stage), ignore_errors=True)
 
 
 def _say_failures(plan: Plan, stage: Stage) -> None:
@@ -280,26 +343,56 @@ def _is_done(plan: Plan, stage: Stage) -> bool:
         return False
 
 
-def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
+def brought(plan: Plan, source: Path, kept: int) -> list[Path]:
+    """Return the files that a finished run left of its first tasks, for another run that begins with them.
+
+    Args:
+        plan: The other run's; each of its processes learns one task.
+        source: The finished run's folder.
+        kept: How many tasks.
+
+    Raises:
+        UserError: If the files of one are not all there and whole.
+    """
+    there = dataclasses.replace(plan, folder=source)
+    files: list[Path] = []
+    for stage in plan.stages[:kept]:
+        if not _is_done(there, stage):
+            raise UserError(f"{source} no longer holds {stage.title} whole. Make the run anew.")
+        own = _stage_folder(there, stage)
+        for folder in (own, _output(there, stage)):
+            files += (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files += _measured(there, stage)
+        files += (source / name for name in stage.models.values())
+    return list(dict.fromkeys(files))
+
+
+def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> None:
+    if stop.asked:
+        raise Interrupted(f"stopped by {stop.asked} before {stage.title}. {_way_on(plan)}")
     own = _stage_folder(plan, stage)
     hook = own / "hook.json"
-    own.mkdir(parents=True)
+    own.mkdir(parents=True, exist_ok=True)
     write_atomically(hook, json.dumps(_contract(plan, stage, own), indent=2))
     command = command_of(stage, sys.executable, plan.request.settings.port or _free_port())
     variables = {**os.environ, **plan.environment, "FLATPATCH_RUN": str(hook)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         variables.pop(name, None)
     started = time.monotonic()
-    with (own / LOG).open("wb") as log:
+    with (own / LOG).open("ab") as log:
+        log_begins = log.tell()
         process = Supervised(command, folder=plan.folder / "work", variables=variables, output=log)
         try:
-            _watch(process, stage.title, own / "progress.json", stop, _shown_names(plan), _way_on(plan))
+            _watch(process, stage.title, own, stop, _shown_names(plan), tracking)
         finally:
             process.end()
             _end_leftovers(hook)
     if code := process.poll():
+        if stop.asked or code == Interrupted.exit_code:
+            by = stop.asked or f"the file {own / STOP}"
+            raise Interrupted(f"stopped by {by} during {stage.title}. {_way_on(plan, stage)}")
         said = _failure(plan, stage, code, own / LOG)
-        if _had_no_room(own / LOG):
+        if _had_no_room(own / LOG, log_begins):
             raise DiskFull(f"the disk is full: {said}\n{_room_left(plan.folder)}")
         raise FlatpatchError(said)
     if not (own / "summary.json").is_file():
@@ -312,11 +405,12 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop) -> None:
         *_results(plan, stage),
         *(path for name in stage.models.values() if (path := plan.folder / name).is_file()),
     ]
-    files += [own / "metrics.jsonl", own / "summary.json", *_measured(plan, stage)]
+    files += [own / STEPS, own / "summary.json", *_measured(plan, stage)]
     # What cannot be read would be kept, and fail every later call too.
     Family(plan.upstream.family).collect(plan, plan.stages.index(stage) + 1)
     kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
+    shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
 
 
 def _results(plan: Plan, stage: Stage) -> list[Path]:
@@ -341,10 +435,14 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
     if settings.measuring is not None:
         folder = str(plan.folder / measurements.FOLDER)
         measure = {"request": settings.measuring.as_dict(), "folder": folder, "by": MEASURER}
+    checkpoints = None
+    if (every := settings.checkpointing) is not None:
+        places = {"folder": str(own / CHECKPOINTS), "stop": str(own / STOP)}
+        checkpoints = {**places, **every, "made_by": made_by(plan, stage)}
     return {
         "schema": 1,
         "command": stage.command,
-        "metrics": str(own / "metrics.jsonl"),
+        "metrics": str(own / STEPS),
         "progress": str(own / "progress.json"),
         "summary": str(own / "summary.json"),
         "sam": {
@@ -358,6 +456,7 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
         },
         "adapters": settings.adapters,
         "measure": measure,
+        "checkpoints": checkpoints,
         **stage.contract,
     }
 
@@ -367,18 +466,20 @@ def _shown_names(plan: Plan) -> dict[str, str]:
     return {name: f"task {number}/{len(plan.tasks)} {name}" for number, name in enumerate(plan.tasks, 1)}
 
 
-def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: Mapping[str, str], way_on: str) -> None:
-    """Show a stage's progress until it ends; stop it when asked to."""
+def _watch(
+    process: Supervised, title: str, own: Path, stop: _Stop, names: Mapping[str, str], tracking: Tracking
+) -> None:
+    """Show a stage's progress until it ends, or is ended because it does not stop when asked to."""
     started = time.monotonic()
     with Progress(title, "step", leave=True) as shown:
         note = ""
         last: tuple[Any, ...] = ("starting",)
+        asked_at: float | None = None
+        heeds = False
         while process.poll() is None:
-            if stop.asked:
-                process.end()
-                raise Interrupted(f"stopped by {stop.asked} during {title}. {way_on}")
             with contextlib.suppress(OSError, ValueError):
-                state = json.loads(progress.read_text(encoding="utf-8"))
+                state = json.loads((own / "progress.json").read_text(encoding="utf-8"))
+                heeds = bool(state.get("heeds_stop"))
                 if state.get("note", note) != note:
                     note = state["note"]
                     shown.tell(f"{title}: {note}")
@@ -386,7 +487,18 @@ def _watch(process: Supervised, title: str, progress: Path, stop: _Stop, names: 
                 doing = f"{in_words(state['phase'])} {names.get(task, task)}".strip()
                 loss = "" if state.get("loss") is None else f"loss {state['loss']:.3f}"
                 last = (doing, state["step"], state["total"], loss)
+            if stop.asked:
+                if not heeds or stop.again or (asked_at and time.monotonic() - asked_at > PATIENCE):
+                    return
+                if asked_at is None:
+                    asked_at = time.monotonic()
+                    (own / STOP).touch()
+                    shown.tell(
+                        f"{title}: {stop.asked}: waiting for the end of a step and its checkpoint, at most "
+                        f"{PATIENCE:.0f} s; a second signal ends it at once"
+                    )
             shown.update(*last)
+            tracking.follow(own / STEPS)
             time.sleep(0.2)
         shown.end()
     say(f"{title}: {time.monotonic() - started:.0f} s")
@@ -396,30 +508,45 @@ def _failure(plan: Plan, stage: Stage, code: int, log: Path) -> str:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     shown = "\n".join(f"  | {line}" for line in tail)
     reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    return f"{stage.title} {reason}. The end of {log}:\n{shown}\n{_way_on(plan)}"
+    return f"{stage.title} {reason}. The end of {log}:\n{shown}\n{_way_on(plan, stage)}"
 
 
-def _had_no_room(log: Path) -> bool:
-    """Tell whether a process failed for want of room: by its last words, or by what is left where they were to go."""
-    last = log.read_text(encoding="utf-8", errors="replace")[-BYTES_OF_LAST_WORDS:]
+def _had_no_room(log: Path, begins: int = 0) -> bool:
+    """Tell whether a process failed for want of room: by its last words, or by what is left where they were to go.
+
+    Args:
+        log: What it said.
+        begins: At which byte its words begin, behind those of an earlier process.
+    """
+    last = log.read_bytes()[begins:][-BYTES_OF_LAST_WORDS:].decode("utf-8", errors="replace")
     return any(words in last for words in NO_ROOM) or shutil.disk_usage(log).free < 2**20
 
 
-def _way_on(plan: Plan) -> str:
-    """Return what the same command will do with a run that has stopped."""
+def _way_on(plan: Plan, stage: Stage | None = None) -> str:
+    """Return what the same command will do with a run that has stopped.
+
+    Args:
+        plan: The run.
+        stage: The process that was cut off, which may have kept a checkpoint.
+    """
+    if stage is not None and (begun := _begun(plan, plan.stages.index(stage))):
+        tasks, step = _gone_on(begun)
+        return f"The same command continues the run {_in_words(begun)}{f' of {stage.title}' if step else ''}."
     if plan.resumes:
         return "The same command continues the run; finished tasks are kept."
-    return "One process learns all tasks of this run: the same command starts it anew."
+    if stage is not None:
+        return f"{_NOTHING_KEPT} the same command starts the run anew."
+    return "The same command continues the run from its last checkpoint; without one it starts the run anew."
 
 
 def _collect(plan: Plan, record: dict[str, Any], count: int) -> None:
     """Put what the first ``count`` tasks measured into the record and into ``metrics.jsonl``."""
     lines = []
     for stage in plan.stages[:count]:
-        path = _stage_folder(plan, stage) / "metrics.jsonl"
+        path = _stage_folder(plan, stage) / STEPS
         if path.is_file():
             lines.append(path.read_text(encoding="utf-8"))
-    write_atomically(plan.folder / "metrics.jsonl", "".join(lines))
+    write_atomically(plan.folder / STEPS, "".join(lines))
     record["training"] = [read_json(_stage_folder(plan, stage) / "summary.json") for stage in plan.stages[:count]]
     names = [name for stage in plan.stages[:count] for name in _measurements(plan, stage)]
     record["flatness"] = measurements.read_entries(plan.folder, names)
@@ -460,13 +587,15 @@ def only_runner(folder: Path) -> AbstractContextManager[None]:
 
 
 class _Stop:
-    """Remembers the first signal that asks to stop, and puts the old handlers back."""
+    """Remembers the first signal that asks to stop, and whether another came; puts the old handlers back."""
 
     def __init__(self) -> None:
         self.asked = ""
+        self.again = False
         self._old: dict[signal.Signals, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.again = bool(self.asked)
         self.asked = self.asked or signal.Signals(number).name
 
     def __enter__(self) -> _Stop:

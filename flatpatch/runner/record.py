@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.errors import UserError
-from flatpatch.families.base import Plan
+from flatpatch.families.base import Plan, Stage
 from flatpatch.families.choices import installed
 from flatpatch.files import folder_hash, write_atomically
 from flatpatch.report.records import read_record
@@ -22,6 +22,7 @@ from flatpatch.settings import OF_PLACES, without_effect
 
 SCHEMA = 1
 LOCK = ".lock"
+SLURM_LOG = "slurm.txt"  # what an element of an array says
 ROOM = ".room"  # kept while a run is at work
 BYTES_OF_ROOM = 2**20
 # Variables of the caller that can change a number.
@@ -150,6 +151,20 @@ def compared_settings(plan: Plan) -> dict[str, Any]:
     return {key: entry["value"] for key, entry in plan.request.as_record().items() if key not in left_out}
 
 
+def made_by(plan: Plan, stage: Stage) -> dict[str, Any]:
+    """Return what a training is, which its checkpoints note: one of another training must not be gone on from."""
+    code, verified = own_code(), plan.verified
+    return {
+        "stage": stage.name,
+        "profile": plan.profile,
+        "engine": plan.engine,
+        "settings": compared_settings(plan),
+        "pin": None if verified is None else verified.pin,
+        "patched_tree": None if verified is None else verified.patched_tree,
+        "flatpatch": {name: code[name] for name in ("version", "code")},
+    }
+
+
 def _idle(plan: Plan) -> frozenset[str]:
     return without_effect(plan.request.settings.sam, plan.request.settings.measure)
 
@@ -168,7 +183,7 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         raise UserError(
             f"the run folder {folder} cannot be read: {error.strerror}. Choose another output=FOLDER."
         ) from error
-    if all(name == LOCK for name in names):
+    if all(name in (LOCK, SLURM_LOG) for name in names):
         return None
     path = folder / "record.json"
     advice = "Choose another folder with run=NAME or output=FOLDER, or remove this one."
@@ -223,18 +238,35 @@ def machine_changes(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
     return found
 
 
-def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> list[str]:
+def begins_fork(record: dict[str, Any], old: Mapping[str, Any]) -> bool:
+    """Write into a record whose first tasks are another run's that it is such; tell whether this is its first start."""
+    if "forked" not in old:
+        return False
+    fork = old["forked"]
+    record["forked"] = {**fork, "begun": True}
+    record["labels"] = list(dict.fromkeys([*record["labels"], "off-protocol"]))
+    changed = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in fork["changed"].items())
+    learned = "task 1 was" if fork["tasks"] == 1 else f"tasks 1 to {fork['tasks']} were"
+    record["notes"].append(
+        f"{learned} learned by the run {fork['run']}; from there on: {changed or 'the same settings'}"
+    )
+    return not fork["begun"]
+
+
+def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int, step: int = 0) -> list[str]:
     """Write into a record that the run was resumed, and return what its reader must know of it.
 
     Args:
         record: The record of this call.
         old: That of the call before.
         kept: How many tasks were finished before and are kept.
+        step: After which step of the next process it goes on, 0 for its start.
     """
     record["restarts"] = old["restarts"] + 1
     record["timing"]["started"] = old["timing"]["started"]
-    changes = machine_changes(old, record) if 0 < kept < len(record["tasks"]) else {}
-    record["resumed"] = [*old.get("resumed", []), {"at": _now(), "tasks_kept": kept, "machine_changed": changes}]
+    changes = machine_changes(old, record) if (kept or step) and kept < len(record["tasks"]) else {}
+    row = {"at": _now(), "tasks_kept": kept, "after_step": step, "machine_changed": changes}
+    record["resumed"] = [*old.get("resumed", []), row]
     said = [_change_note(row) for row in record["resumed"] if row["machine_changed"]]
     record["notes"] += said
     return said[-1:] if changes else []
@@ -242,9 +274,10 @@ def note_restart(record: dict[str, Any], old: Mapping[str, Any], kept: int) -> l
 
 def _change_note(resumed: Mapping[str, Any]) -> str:
     changes = ", ".join(f"{name} {now} (before: {old})" for name, (old, now) in resumed["machine_changed"].items())
+    step = f", step {resumed['after_step'] + 1}," if resumed.get("after_step") else ""
     return (
-        f"since task {resumed['tasks_kept'] + 1} the run is on another machine or set-up: {changes}. Its results are "
-        "not bit for bit those of a run on one machine"
+        f"since task {resumed['tasks_kept'] + 1}{step} the run is on another machine or set-up: {changes}. Its results "
+        "are not bit for bit those of a run on one machine"
     )
 
 

@@ -9,6 +9,7 @@ from flatpatch import settings
 from flatpatch.contract import TITLES
 from flatpatch.families.base import PORT, Family, Machine, Plan, Stage
 from flatpatch.runner.sam_places import where_sam_enters
+from flatpatch.runner.tracking import check_tracker
 from flatpatch.settings import Request, in_name, shown
 from flatpatch.upstreams import UPSTREAMS
 
@@ -32,6 +33,7 @@ def make_plan(request: Request, *, dry_run: bool = False) -> Plan:
     Raises:
         UserError: With the reasons why this run cannot start as asked.
     """
+    check_tracker(request.settings.track)
     upstream = UPSTREAMS[request.settings.method]
     machine = Machine(cuda_devices=cuda_devices())
     return Family(upstream.family).plan(upstream, request, machine, dry_run=dry_run)

@@ -28,7 +28,7 @@ The column "role" says what the setting does for a run:
 | `sam` | the same, where SAM is on; without SAM it has no effect |
 | `measure` | what is measured in the run; the training stays the same, bit for bit |
 | `machine` | what the run runs on |
-| `place` | where its files are |
+| `place` | where its files are, and how often it writes them |
 """
 
 AFTER = """\

@@ -29,6 +29,9 @@ PATIENCE = 2.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# What schedulers send to all processes of a job to announce its end. They are meant for the one who wants the command;
+# here and, since it is inherited, in the command they would end everything at once.
+_ANNOUNCING = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Supervised:
@@ -95,6 +98,8 @@ def main(words: Sequence[str]) -> int:
 
     for number in _ENDING:
         signal.signal(number, note)
+    for number in _ANNOUNCING:
+        signal.signal(number, signal.SIG_IGN)
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     # Should this process be killed too, the command is; what the command started is then found by the next call.
     child = subprocess.Popen(command, preexec_fn=lambda: _control(_PR_SET_PDEATHSIG, signal.SIGKILL))

@@ -10,6 +10,8 @@ from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.files import folder_problems
 from flatpatch.progress import Progress
 from flatpatch.report.study_page import PAGE, write_studies_page
+from flatpatch.runner.executors.local import LOGS, carry_out, room_for
+from flatpatch.runner.jobs import missing
 from flatpatch.runner.resolve import cuda_devices
 from flatpatch.runner.sweep import listed
 from flatpatch.settings import DEFAULTS, check_folder, read_words
@@ -17,7 +19,6 @@ from flatpatch.studies.checks import check_hypotheses, hypotheses_of
 from flatpatch.studies.evaluate import evaluate
 from flatpatch.studies.planning import PASSED_ON, Asked, Cell, folders_of, plan_study
 from flatpatch.studies.result import folder_of, write_result
-from flatpatch.studies.running import LOGS, carry_out, missing_runs, side_by_side
 from flatpatch.studies.schema import FormName, Hypothesis, Study, find_study, library, named_file, read_study
 from flatpatch.studies.verdict_table import verdict_table
 from flatpatch.terminal import say
@@ -35,7 +36,7 @@ words it lists the studies. docs/studies.md says how to write one, and what the 
                    record's own size; auto: record where there is a GPU and the study has it, else quick
   seeds=           0..4, or 0,1,2; default: those of the form
   grid=short       full takes every value that the study names; short those of the form
-  parallel=0       how many runs go at once; 0: two on a CPU where each takes one thread, else one
+  parallel=0       how many runs go at once; 0: as many as fit: a GPU each, or on a CPU as their threads leave room
   output=runs      where the runs are; the verdicts are in OUTPUT/studies/NAME/PROFILE/
   {passed}
                    as for run, for all runs
@@ -92,13 +93,13 @@ def study(words: Sequence[str]) -> int:
 
 def _carry_out(found: Study, asked: Asked, cells: Sequence[Cell], output: Path, parallel: int) -> int:
     runs = folders_of(cells)
-    missing = missing_runs(runs)
-    at_once = side_by_side(parallel, missing)
+    lacking = missing(runs)
+    room = room_for(parallel, lacking)
     folder = folder_of(output, found.name, asked.form)
     if problems := folder_problems(folder, 0, "study"):
         raise UserError.collect(problems)
-    say(_headline(found, asked, runs, len(missing), at_once))
-    failures = carry_out(f"study {found.name}", missing, parallel=at_once, logs=folder / LOGS)
+    say(_headline(found, asked, runs, len(lacking), room.at_once))
+    failures = carry_out(f"study {found.name}", lacking, room=room, logs=folder / LOGS)
     result = evaluate(found, asked, cells, output)
     verdicts = write_result(folder, result)
     print(f"\n{verdict_table(result)}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.measurement.files import GIVEN_BY, VALUES
+from flatpatch.measuring import AT_LOSS
 from flatpatch.metrics import METRICS
 from flatpatch.report.records import RECORD_FILE, read_record
 from flatpatch.report.verdicts import AS_RECORDED
@@ -181,8 +182,9 @@ class Planned:
             return (
                 f"runs {cell.name!r} do not measure over scope {quantity.scope!r}: expected {', '.join(asked.scopes)}"
             )
-        if quantity.when not in asked.when:
-            return f"runs {cell.name!r} do not measure at the time {quantity.when!r}: expected {', '.join(asked.when)}"
+        times = (*asked.when, *((AT_LOSS,) if asked.at_loss else ()))
+        if quantity.when not in times:
+            return f"runs {cell.name!r} do not measure at the time {quantity.when!r}: expected {', '.join(times)}"
         return ""
 
 

@@ -52,7 +52,7 @@ class Measure(Part):
         kinds: As ``measure=`` names them; an empty list measures nothing.
         scope: As ``measure_scope=``.
         when: As ``measure_when=``.
-        samples: As ``measure_samples=``; ``batch``, ``rho`` and ``effort`` likewise.
+        samples: As ``measure_samples=``; ``batch``, ``rho``, ``effort`` and ``at_loss`` likewise.
     """
 
     kinds: Texts | None = None
@@ -62,6 +62,7 @@ class Measure(Part):
     batch: str | None = None
     rho: str | None = None
     effort: str | None = None
+    at_loss: str | None = None
 
     def words(self) -> dict[str, str]:
         """Return it as settings of a run."""

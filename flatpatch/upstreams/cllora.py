@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from flatpatch.errors import FlatpatchError
-from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
+from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict, GpuMemory
 from flatpatch.families.vision import places
 from flatpatch.families.vision.data import PILOT
 from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
@@ -242,6 +242,7 @@ def distillation_loss(
 
 UPSTREAM = CLLoRA(
     name="cllora",
+    gpu_memory=GpuMemory(4.89, "ViT-B/16, batch 32, SAM off"),
     title="CL-LoRA",
     repository="CL-LoRA",
     configs={

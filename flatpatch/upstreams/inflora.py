@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict, Deviation
+from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict, Deviation, GpuMemory
 from flatpatch.families.vision import splits
 from flatpatch.families.vision.data import CIFAR100, IMAGES, SHOWN, SPLITS, Dataset, fetch_it
 from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
@@ -222,6 +222,7 @@ def _draw(place: Path, checkout: Path) -> str:
 
 UPSTREAM = InfLoRA(
     name="inflora",
+    gpu_memory=GpuMemory(12.5, "ViT-B/16, batch 128, SAM off"),
     title="InfLoRA",
     repository="InfLoRA",
     configs={

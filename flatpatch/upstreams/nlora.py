@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict
+from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflict, GpuMemory
 from flatpatch.families.text.upstream import DECLARED_ALONE, TextUpstream
 
 _PAPER = "N-LoRA's paper (arXiv:2410.10179), by secondary sources"
 
 UPSTREAM = TextUpstream(
     name="nlora",
+    gpu_memory=GpuMemory(30.1, "T5-large, ZeRO-2 with offload, SAM off or on"),
     title="N-LoRA",
     repository="N-LoRA",
     default=True,

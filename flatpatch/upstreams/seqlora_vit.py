@@ -33,4 +33,16 @@ UPSTREAM = SequentialLoRA(
     words={"optim": OPTIMIZERS},
     training_keys=("optim", "lamb", "lame", "rank"),
     quick={"epochs": 10, "lrate": 5e-3},
+    profiles=("quick", "record"),
+    record={
+        "init_cls": 5,
+        "increment": 5,
+        "batch_size": 5,
+        "epochs": 2,
+        "lrate": 1e-3,
+        "optim": "sgd",
+        "schedule": "constant",
+        "rank": 8,
+    },
+    record_weights="vit_base_patch16_224.augreg_in21k",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import random
@@ -503,6 +504,28 @@ def test_loss_is_reached_once_a_task_by_the_mean_of_ten_steps(tmp_path: Path) ->
     assert [made.reaches(1, loss) for loss in [2.0] * 10 + [0.5] * 7].index(True) == 16
     assert not any(made.reaches(2, math.nan) for _ in range(30))
     assert not any(measurer(tmp_path, ask("loss")).reaches(0, 0.0) for _ in range(30))
+
+
+def test_measurer_goes_on_from_the_state_of_another_process(tmp_path: Path) -> None:
+    losses = [9.0] * 6 + [1.0] * 20
+    model, batches = linear_problem()
+    sample, loss = Sample(batches, 12), MSE
+    for cut in (3, 11, 15):
+        first, second = (measurer(tmp_path / str(cut), ask("loss", "trainable", at_loss=5.0)) for _ in range(2))
+        first.at("before", task_index=0, task="a", model=model, sample=sample, loss=loss)
+        reached = [first.reaches(0, value) for value in losses[:cut]]
+        kept = io.BytesIO()
+        torch.save(first.state(), kept)
+        kept.seek(0)
+        second.put_back(torch.load(kept, weights_only=True))
+        reached += [second.reaches(0, value) for value in losses[cut:]]
+        assert reached.index(True) == 10 and sum(reached) == 1
+        with torch.no_grad():
+            moved = copy.deepcopy(model)
+            next(moved.parameters()).add_(1.0)
+        (entry,) = second.at("after", task_index=0, task="a", model=moved, sample=sample, loss=loss)
+        size = next(moved.parameters()).numel()
+        assert entry["values"]["distance_moved"] == pytest.approx(size**0.5)
 
 
 def test_point_at_a_loss_says_after_which_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -530,6 +530,17 @@ def test_values_without_a_panel_are_told_in_words(tmp_path):
     assert "thin" not in words
 
 
+def test_run_that_was_perturbed_from_its_second_task_on_is_drawn_and_named(tmp_path):
+    both = zip(make_steps(), make_steps(sam=False), strict=True)
+    steps = [plain if plain["task"] == ORDER_1[0] else perturbed for perturbed, plain in both]
+    groups = group_runs([read_run(write_run(tmp_path / "run", seeded(0), steps))])
+    figure = page_figures.make_ascent_figure(groups, ["A"])
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 1
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) > 2]
+    assert min(line.get_xdata()[0] for line in lines) > 60
+
+
 def test_pictures_are_captioned_in_words(tmp_path):
     folder = write_run(tmp_path / "run", seeded(0))
     picture(folder / "figures" / "flatness_adapter_landscape_2.png", (40, 40))

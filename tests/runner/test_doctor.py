@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from flatpatch.errors import UserError
 from flatpatch.families.text import quick
 from flatpatch.files import ROOT
 from flatpatch.upstreams import UPSTREAMS
+from tests.report_records import make_quick_record
 
 Said = Callable[..., tuple[int, str]]
 REPOSITORIES = sorted({row.repository for row in UPSTREAMS.values() if row.repository})
@@ -126,6 +129,72 @@ def test_checkout_at_another_commit_is_not_ok(nowhere: Path, said: Said) -> None
     assert code == 1
     assert "[ok] N-LoRA" not in text
     assert f"[NO] N-LoRA: every run of its code is refused: {checkout} is at another commit" in text
+
+
+def test_json_says_the_same_as_the_screen(project: Path, nowhere: Path, said: Said) -> None:
+    code, text = said()
+    code_of_json, as_json = said("--json")
+    rows = json.loads(as_json)
+    assert code == code_of_json == 0
+    marks = {"ok": "ok", "missing": "--", "wrong": "NO"}
+    for row in rows:
+        shown = row["finding"].replace("\n", "\n     ")
+        if "GiB of" not in shown:  # what is free changes
+            assert f"[{marks[row['state']]}] {shown}" in text
+    assert {row["section"] for row in rows} == {"environment", "machine", "the authors' code", "time"}
+
+
+@pytest.mark.parametrize(("gib", "mark"), [(80, "ok"), (12, "--")])
+def test_gpus_are_set_beside_what_methods_need(
+    gib: int, mark: str, project: Path, nowhere: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatpatch.runner.doctor.cuda_devices", lambda: 1)
+    monkeypatch.setattr("flatpatch.runner.doctor._driver", lambda: "560.35.05")
+    about = SimpleNamespace(name="Some GPU", total_memory=gib * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: about)
+    text = said()[1]
+    assert f"[{mark}] GPU 0: Some GPU, {gib} GiB, driver 560.35.05" in text
+    assert ("too little for nlora, inflora" in text or "too little for inflora, nlora" in text) == (gib == 12)
+
+
+def test_driver_that_is_too_old_stands_in_the_way(
+    project: Path, nowhere: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    tool = programs / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 470.82.01\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    monkeypatch.setattr("flatpatch.runner.doctor.cuda_devices", lambda: 0)
+    code, text = said()
+    assert code == 1 and "[NO] NVIDIA driver 470.82.01: the locked torch needs 525 or later" in text
+    assert "torch sees none of the GPUs of driver 470.82.01" in text
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "[--] no CUDA device" in said()[1]
+
+
+def test_times_are_of_runs_that_finished_undisturbed(
+    project: Path, nowhere: Path, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no run has finished here yet" in said()[1]
+    for number, (seconds, restarts) in enumerate([(100.0, 0), (50.0, 0), (900.0, 1)]):
+        record = make_quick_record(restarts=restarts)
+        record["timing"]["total_seconds"] = seconds
+        (tmp_path / "runs" / str(number)).mkdir(parents=True)
+        (tmp_path / "runs" / str(number) / "record.json").write_text(json.dumps(record))
+    assert "finished runs here took, on average: nlora (quick, reference) 75 s" in said()[1]
+
+
+@pytest.mark.third_party
+def test_what_the_authors_settings_lack_is_said_once_with_its_remedy(
+    upstream: Callable[[str], Path], said: Said
+) -> None:
+    upstream("N-LoRA"), upstream("O-LoRA")
+    text = said()[1]
+    (line,) = [line for line in text.splitlines() if "the pretrained model is missing" in line]
+    assert line.startswith("[--] nlora, olora, profile upstream:") and "huggingface-cli download" in line
 
 
 @pytest.mark.third_party

@@ -58,7 +58,7 @@ def test_verb_that_trains_says_how_it_is_used_where_nothing_is_said(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flatpatch.runner.execute.execute", lambda plan: pytest.fail("it trains"))
-    monkeypatch.setattr("flatpatch.runner.sweep.execute", lambda plan: pytest.fail("it trains"))
+    monkeypatch.setattr("flatpatch.runner.executors.local.execute", lambda plan: pytest.fail("it trains"))
     assert main([verb]) == 2
     shown = capsys.readouterr().out
     assert shown.startswith(f"{verb} needs at least one setting")

@@ -482,7 +482,7 @@ def test_sweep_stops_where_the_disk_is_full(data: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(execute, "_run_stage", fail)
     command = [word for word in words(data, tmp_path, "x")[1:] if not word.startswith(("run=", "tasks="))]
-    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1"]) == 85
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1", "parallel=1"]) == 85
     assert len(list(tmp_path.glob("*/record.json"))) == 1
 
 
@@ -539,9 +539,9 @@ def test_sweep_runs_every_combination_and_averages_over_seeds(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [word for word in words(data, tmp_path, "x") if not word.startswith(("run", "tasks="))]
-    assert main(["sweep", *command, "tasks=dbpedia", "seed=0..1"]) == 0
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0..1", "parallel=2"]) == 0
     shown = capsys.readouterr().out
-    assert "run 2/2" in shown
+    assert "sweep: run 2 of 2: " in shown
     assert " ±" in shown
     folders = [path.parent for path in tmp_path.glob("*/record.json")]
     assert len(folders) == 2
@@ -560,7 +560,7 @@ def test_sweep_goes_on_where_the_figures_of_a_run_cannot_be_drawn(
 
     monkeypatch.setattr("flatpatch.runner.figures.draw_run", fail)
     command = [word for word in words(data, tmp_path, "x")[1:] if not word.startswith(("run=", "tasks="))]
-    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1"]) == 0
+    assert main(["sweep", *command, "tasks=dbpedia", "seed=0,1", "parallel=1"]) == 0
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*/record.json")]
     assert [record["status"] for record in records] == ["finished", "finished"]
     shown = capsys.readouterr().out

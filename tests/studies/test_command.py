@@ -11,7 +11,7 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.families.text import quick
 from flatpatch.files import ROOT
-from flatpatch.studies import running
+from flatpatch.runner.executors import local
 from flatpatch.studies.schema import read_study
 from tests.study_cases import HYPOTHESIS, write_study
 
@@ -43,7 +43,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         (["name=exp4", "seeds=a,b"], "seeds=a,b: 'a' is not a whole number."),
         (["name=exp4", "seeds=3..1"], "the range is empty"),
         (["name=exp4", "profile=quik"], "unknown profile 'quik'. Did you mean 'quick'?"),
-        (["name=exp4", "profile=record"], "study exp4 has no form record. It has: quick, small."),
+        (["name=exp3_2", "profile=small"], "study exp3_2 has no form small. It has: quick, record."),
         (["name=exp4", "grid=half"], "unknown grid 'half'. Expected: short, full."),
         (["name=exp4", "parallel=x"], "parallel='x' is not a whole number"),
     ],
@@ -118,6 +118,6 @@ def test_a_whole_study_ends_with_verdicts_and_again_trains_nothing(
     assert [run["status"] for run in verdicts["runs"]] == ["finished"] * 4
     assert verdicts["hypotheses"][0]["tested"]["n"] == 2
     assert (folder / "report.html").is_file(), said
-    monkeypatch.setattr(running, "execute", lambda *_, **__: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(local, "execute", lambda *_, **__: pytest.fail("nothing is missing"))
     assert main([*words, "parallel=1"]) == 0
     assert json.loads((folder / "verdicts.json").read_text()) == verdicts

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +11,8 @@ import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.families.text import quick
-from flatpatch.files import ROOT
 from flatpatch.report.records import validate_record
+from tests.kills import killed_at_random_moments
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -75,38 +70,27 @@ def test_authors_own_data_goes_through_their_code_with_sam(upstream: Callable[[s
     assert all(step["perturbed_loss"] > step["loss"] for step in steps)
 
 
+@pytest.mark.parametrize(("repository", "method"), [("N-LoRA", "nlora"), ("O-LoRA", "olora")])
 def test_killed_run_of_the_authors_code_ends_as_an_undisturbed_one(
-    upstream: Callable[[str], Path], tmp_path: Path
+    repository: str, method: str, upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    upstream("N-LoRA")
+    upstream(repository)
     quick.write_benchmark(tmp_path / "whole")
-    data = cut_copy(tmp_path / "whole", tmp_path / "data", {"amazon": "SC", "dbpedia": "TC"}, train=32, test=8)
-    undisturbed = words(data, tmp_path, "undisturbed", "tasks=dbpedia,amazon")
-    assert main(undisturbed) == 0
+    data = cut_copy(tmp_path / "whole", tmp_path / "data", {"amazon": "SC", "dbpedia": "TC"}, train=96, test=8)
 
-    killed = words(data, tmp_path, "killed", "tasks=dbpedia,amazon")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flatpatch", *killed],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "tasks" / "2-amazon" / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert main(killed) == 0
-
-    def measured(name: str) -> tuple[Any, ...]:
-        folder = tmp_path / name
+    def measured(folder: Path) -> tuple[Any, ...]:
         record = record_of(folder)
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses = [(step["task"], step["step"], step["loss"], step["perturbed_loss"]) for step in steps]
+        losses = [{name: value for name, value in step.items() if name != "seconds"} for step in steps]
         adapters = [path.read_bytes() for path in sorted((folder / "work").rglob("adapter_model.bin"))]
-        assert len(adapters) == 2
-        return record["accuracy_matrix"], record["metrics"], losses, adapters
+        trained = [json.loads(path.read_text()) for path in sorted((folder / "work").rglob("train_results.json"))]
+        assert len(adapters) == len(trained) == 2
+        return record["accuracy_matrix"], record["metrics"], losses, adapters, [row["train_loss"] for row in trained]
 
-    assert measured("killed") == measured("undisturbed")
-    assert record_of(tmp_path / "killed")["restarts"] == 1
+    steps = killed_at_random_moments(
+        lambda run: words(data, tmp_path, run, f"method={method}", "tasks=dbpedia,amazon", "checkpoint_every=3"),
+        tmp_path,
+        measured,
+        seed=5,
+    )
+    assert any(steps), "one of the kills should have come behind a checkpoint"

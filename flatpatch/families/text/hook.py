@@ -12,6 +12,8 @@ from flatpatch import timing
 from flatpatch.contract import VARIABLE, read_description
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes, make_measurer
+from flatpatch.families.resuming import Alone, Keeper, Several
+from flatpatch.families.text.resuming import KeptLoop
 from flatpatch.measuring import AT_LOSS
 
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
@@ -36,7 +38,13 @@ def attach_trainer(trainer: Any) -> None:
     run = read_description(Path(path))
     missing = [
         name
-        for name in ("training_step", "compute_loss", "add_callback", "is_world_process_zero")
+        for name in (
+            "training_step",
+            "compute_loss",
+            "add_callback",
+            "is_world_process_zero",
+            "_maybe_log_save_evaluate",
+        )
         if not callable(getattr(trainer, name, None))
     ]
     if missing:
@@ -99,6 +107,14 @@ class _RecordedTraining:
         self._predicted = 0
         self._predicting: Any = None
         self._measurer = make_measurer(run, self._write_measuring)
+        self._note: dict[str, str] = {}
+        self._keeper: Keeper | None = None
+        self._loop: KeptLoop | None = None
+        if part := run.get("checkpoints"):
+            processes = Several() if trainer.args.world_size > 1 else Alone()
+            self._keeper = Keeper(part, tell=self._tell, processes=processes)
+            self._keeper.add("recorder", self._state, self._put_back)
+            self._loop = KeptLoop(trainer, self._keeper)
 
     def __getattr__(self, name: str) -> Any:
         """Ignore the callback events that are not listened to."""
@@ -108,6 +124,8 @@ class _RecordedTraining:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Take the step and keep its loss and measurements."""
+        if self._is_passing():
+            return _no_loss(self._trainer.args.device)
         if self._learning_rate is None:
             self._learning_rate = _learning_rate(self._trainer)
         loss = self._plain_step(*args, **kwargs)
@@ -126,14 +144,17 @@ class _RecordedTraining:
         trainable = [p for p in self._trainer.model.parameters() if p.requires_grad]
         self._counts = counts(trainable, perturbed)
         self._dtype = dtypes(perturbed or trainable)
-        if not self._writes:
-            return
-        announce(self._liveness())
-        self._recorder.start(state.global_step)
-        self._began = None
-        if state.global_step == 0:
-            self._measure("before")
-        self._recorder.write_progress("train", state.global_step, state.max_steps)
+        taken = state.global_step if self._keeper is None else self._keeper.step
+        if self._writes:
+            announce(self._liveness())
+            self._recorder.start(taken)
+            self._began = None
+            if taken == 0:
+                self._measure("before")
+        if self._loop is not None:
+            self._recorder.heeds_stop = self._loop.begin()
+        if self._writes:
+            self._write_progress(taken, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -147,7 +168,7 @@ class _RecordedTraining:
         micro_steps, self._micro_steps = self._micro_steps, []
         learning_rate, self._learning_rate = self._learning_rate, None
         began, self._began = self._began, None
-        if began is None:
+        if began is None or self._is_passing():
             return
         record = {
             "task": self._run["task"],
@@ -163,7 +184,34 @@ class _RecordedTraining:
             self._measure(AT_LOSS)
         if self._recorder.progress_due():
             self._recorder.flush()
-            self._recorder.write_progress("train", state.global_step, state.max_steps)
+            self._write_progress(state.global_step, state.max_steps)
+
+    def _is_passing(self) -> bool:
+        return self._loop is not None and self._loop.passing
+
+    def _tell(self, text: str) -> None:
+        """Print a line for the log, and show it where the run was started."""
+        announce(text)
+        self._note = {"note": text}
+
+    def _write_progress(self, step: int, total: int) -> None:
+        self._recorder.write_progress("train", step, total, **self._note)
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the recording, with all steps before it written."""
+        if self._writes:
+            self._recorder.settle()
+        fallbacks = None if self._sam is None else self._sam.fallbacks
+        return {
+            "fallbacks": fallbacks,
+            "measurer": None if self._measurer is None else self._measurer.state(),
+        }
+
+    def _put_back(self, kept: Mapping[str, Any]) -> None:
+        if self._sam is not None and kept["fallbacks"] is not None:
+            self._sam.fallbacks = kept["fallbacks"].to(self._trainer.args.device)
+        if self._measurer is not None:
+            self._measurer.put_back(kept["measurer"])
 
     def _now(self) -> timing.Moment:
         return timing.Moment(self._trainer.args.device)
@@ -187,7 +235,7 @@ class _RecordedTraining:
         if getattr(args, "do_predict", False):  # saving, loading and the first batch come before any count of batches
             self._recorder.write_progress("predict", 0, None)
         else:
-            self._recorder.write_progress("train", state.global_step, state.max_steps)
+            self._write_progress(state.global_step, state.max_steps)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Count the batches of an evaluation or prediction."""
@@ -232,6 +280,13 @@ class _RecordedTraining:
         settings = self._run["sam"]
         words = describe(settings)
         return words if self._sam is None else f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}"
+
+
+def _no_loss(device: Any) -> Any:
+    """Return the loss of a step that is passed over."""
+    import torch
+
+    return torch.zeros((), device=device)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

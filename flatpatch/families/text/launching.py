@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from flatpatch.errors import UserError
 from flatpatch.settings import Request
@@ -21,13 +22,16 @@ def choose_launcher(asked: str, device: str, engine: str) -> str:
     return "deepspeed" if device == "cuda" else "python"
 
 
-def choose_world_size(asked: int, device: str, devices: tuple[str, ...], theirs: int, engine: str) -> int:
-    """Return the number of processes; upstream's own where there are as many GPUs."""
+def choose_world_size(
+    asked: int, device: str, devices: tuple[str, ...], theirs: int, engine: str, nodes: int = 1
+) -> int:
+    """Return the number of processes of a machine; upstream's own where there are as many GPUs."""
     if engine == "reference":
-        if asked > 1:
-            raise UserError(
-                f"processes={asked}: the reference engine runs in one process. Use engine=upstream or processes=1."
-            )
+        for key, value in {"processes": asked, "nodes": nodes}.items():
+            if value > 1:
+                raise UserError(
+                    f"{key}={value}: the reference engine runs in one process. Use engine=upstream or {key}=1."
+                )
         return 1
     if device == "cuda":
         if asked > len(devices):
@@ -36,6 +40,15 @@ def choose_world_size(asked: int, device: str, devices: tuple[str, ...], theirs:
             )
         return asked or min(len(devices), theirs)
     return asked or 1
+
+
+def nodes_problems(nodes: int) -> list[str]:
+    """Return why a run cannot be spread over several machines from here."""
+    if nodes == 1 or "SLURM_JOB_ID" in os.environ:
+        return []
+    return [
+        f"nodes={nodes} needs a job of SLURM on as many: python -m flatpatch sweep ... nodes={nodes} executor=slurm"
+    ]
 
 
 def settle(request: Request, engine: str, reason: str, launcher: str, world_size: int, notes: list[str]) -> Request:

@@ -19,7 +19,7 @@ from flatpatch.families.base import BYTES_NEEDED, PORT, Deviation, Machine, Plan
 from flatpatch.families.text import overrides, quick, small
 from flatpatch.families.text.changes import Datasets, Editor, dataset_of
 from flatpatch.families.text.data import check_benchmark, thin_benchmark
-from flatpatch.families.text.launching import choose_launcher, choose_world_size, settle
+from flatpatch.families.text.launching import choose_launcher, choose_world_size, nodes_problems, settle
 from flatpatch.families.text.models import lacks
 from flatpatch.families.text.results import RESULT_FILE
 from flatpatch.families.text.scripts import Invocation, parse_script
@@ -74,14 +74,14 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
 
     variables = choices.environment(draft.device, draft.devices, draft.threads)
     if draft.device == "cpu" and launcher == "deepspeed":
-        variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size)}
+        variables |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size // settings.nodes)}
     plan = Plan(
         **draft.facts(),
         world_size=world_size,
         launcher=launcher,
         folder=_run_folder(draft.request, draft.profile, draft.engine),
         tasks=editor.names,
-        stages=_stages(editor, draft.engine, launcher, draft.device, world_size),
+        stages=_stages(editor, draft.engine, launcher, draft.device, world_size, settings.nodes),
         sequence=f"order {settings.order} ({' > '.join(editor.names)})",
         benchmark=_benchmark_name(draft.request, draft.profile),
         deviations=(*editor.deviations(), *_library_deviations(draft.verified)),
@@ -99,6 +99,7 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     problems = _data_problems(plan, folder, evaluates)
     if dry_run:
         return replace(plan, lacks=(*plan.lacks, *problems))
+    problems += nodes_problems(settings.nodes)
     if problems := [*problems, *folder_problems(plan.folder, plan.bytes_needed)]:
         raise UserError.collect(problems)
     return plan
@@ -150,8 +151,9 @@ def _launch(draft: choices.Draft, editor: Editor, theirs: int) -> tuple[str, int
     """
     settings, engine = draft.request.settings, draft.engine
     launcher = choose_launcher(settings.launcher, draft.device, engine)
-    world_size = choose_world_size(settings.processes, draft.device, draft.devices, theirs, engine)
-    draft.devices = draft.devices[:world_size]
+    of_each = choose_world_size(settings.processes, draft.device, draft.devices, theirs, engine, settings.nodes)
+    draft.devices = draft.devices[:of_each]
+    world_size = of_each * settings.nodes
     draft.request = settle(draft.request, engine, draft.engine_reason, launcher, world_size, draft.notes)
     settings = draft.request.settings
     if settings.measuring is not None and world_size > 1:
@@ -160,6 +162,9 @@ def _launch(draft: choices.Draft, editor: Editor, theirs: int) -> tuple[str, int
             "leave measure= out and measure the finished run: python -m flatpatch measure run=FOLDER."
         )
     off_protocol = editor.fit_world_size(world_size, launcher, draft.profile) or bool(settings.tasks)
+    if settings.nodes > 1:
+        why = "setting nodes=; torch.distributed.run starts the processes of each, not DeepSpeed's launcher"
+        editor.note("machines", "1", str(settings.nodes), why)
     if settings.adapters != "upstream" and launcher == "deepspeed":
         editor.note("LoRA weights", "as the engine makes them (bf16)", settings.adapters, "setting adapters=")
         off_protocol = True
@@ -218,7 +223,7 @@ def _lengthen(budget: int, editor: Editor) -> bool:
     return True
 
 
-def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size: int) -> tuple[Stage, ...]:
+def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size: int, nodes: int) -> tuple[Stage, ...]:
     """Return the processes, one for each task."""
     stages = []
     for index, (name, invocation) in enumerate(zip(editor.names, editor.current, strict=True)):
@@ -229,7 +234,7 @@ def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size:
                 title=f"task {index + 1}/{len(editor.names)} {name}",
                 folder=Path(output).name,
                 tasks=(index,),
-                command=_command(invocation.words(), engine, launcher, device, world_size),
+                command=_command(invocation.words(), engine, launcher, device, world_size, nodes),
                 contract={"task_index": index, "task": name},
                 output=output,
                 results=(f"work/{output}/adapter/*", f"work/{output}/{RESULT_FILE}"),
@@ -238,10 +243,15 @@ def _stages(editor: Editor, engine: str, launcher: str, device: str, world_size:
     return tuple(stages)
 
 
-def _command(words: Sequence[str], engine: str, launcher: str, device: str, world_size: int) -> tuple[str, ...]:
+def _command(
+    words: Sequence[str], engine: str, launcher: str, device: str, world_size: int, nodes: int
+) -> tuple[str, ...]:
     """Return what Python is given to train a task."""
     if engine == "reference":
         return ("-m", "flatpatch.families.lean", "flatpatch.families.text.reference", *words[1:])
+    if nodes > 1:
+        across = ("-m", "flatpatch.families.text.across_nodes", str(nodes), PORT)
+        return (*across, "torch.distributed.run", f"--nproc_per_node={world_size // nodes}", *words)
     if launcher == "deepspeed" and device == "cuda":
         return ("-m", "deepspeed.launcher.runner", "--master_port", PORT, *words)
     if launcher == "deepspeed" or world_size > 1:
@@ -457,6 +467,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
             "fraction",
             "tasks",
             "processes",
+            "nodes",
             "device",
             "launcher",
             "threads",

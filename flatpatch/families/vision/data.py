@@ -71,13 +71,13 @@ PILOT: Mapping[str, Dataset] = {
 }
 
 
-def check_images(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[str, str], list[str]]:
+def check_images(dataset: Dataset, root: Path, checkout: Path | None) -> tuple[dict[str, str], list[str]]:
     """Check that a benchmark's images are all there.
 
     Args:
         dataset: The benchmark.
         root: The data folder, upstream's ``data/``.
-        checkout: Upstream's checkout, which may hold lists of files.
+        checkout: Upstream's checkout, which may hold lists of files; CIFAR-100 needs none.
 
     Returns:
         Hashes for the record, and notes to show.
@@ -88,6 +88,7 @@ def check_images(dataset: Dataset, root: Path, checkout: Path) -> tuple[dict[str
     place = root / dataset.folder
     if dataset is CIFAR100:
         return _check_cifar(dataset, root), []
+    assert checkout is not None
     if not place.is_dir():
         raise UserError(f"the images are missing: there is no folder {place}. {fetch_it(dataset, root)}")
     if dataset.lists:

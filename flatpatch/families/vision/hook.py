@@ -1,21 +1,28 @@
-"""The hooks in a training loop written out by hand: SAM around each of its steps, and a record of each step.
+"""The hooks in a training loop written out by hand: SAM around each of its steps, a record of each, checkpoints.
 
 The loop's own forward and backward pass is the first of SAM's two. Between its ``backward()`` and its ``step()`` the
 hook takes the second: at the perturbed weights it computes the loss that the loop computed, and leaves the gradient
 found there. So every statement of upstream still runs, in its order, and ``step()`` is upstream's own.
+
+After each task a checkpoint takes all that upstream's learner holds, whatever it is: network, lists that grow, memory.
+A process started again makes learner and data as ever, takes up what the learner held, and leaves out the tasks done.
+Only gradients are not in it: upstream clears them before it takes others.
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer
-from flatpatch.families.vision.keeping import keep_model
-from flatpatch.families.vision.places import vision_run
+from flatpatch.families.task_checkpoints import TaskCheckpoints
+from flatpatch.families.vision.keeping import keep_model, kept_file
+from flatpatch.families.vision.places import log_files, vision_run
 from flatpatch.measuring import AT_LOSS
 
 
@@ -35,9 +42,8 @@ def begin_task(learner: Any, optimizer: Any, loader: Any, epochs: int, steps_per
     run = vision_run()
     if run is None:
         return
-    if not _trainings:
-        _trainings.append(_Training(run))
-    _trainings[0].begin_task(learner, optimizer, loader, epochs * len(loader) * steps_per_batch, steps_per_batch > 1)
+    training = _begun(run)
+    training.begin_task(learner, optimizer, loader, epochs * len(loader) * steps_per_batch, steps_per_batch > 1)
 
 
 def first_pass(name: str = "task") -> None:
@@ -72,6 +78,31 @@ def end_task() -> None:
         _training().end_task()
 
 
+def done_before(learner: Any, task: int, *curves: Any) -> bool:
+    """Tell whether a process that was stopped had done a task; before the first, put back what it held after the last.
+
+    Args:
+        learner: As upstream has just made it, where ``task`` is 0; has ``args``.
+        task: Counted from 0.
+        curves: The lists and dictionaries of upstream's loop that grow from task to task.
+    """
+    run = vision_run()
+    return run is not None and run.get("checkpoints") is not None and _begun(run).done_before(learner, task, curves)
+
+
+def task_done(learner: Any, manager: Any, files: str = "") -> None:
+    """Say that a task is learned, answered and logged: write the checkpoint with which the next one may begin.
+
+    Args:
+        learner: As the next task finds it.
+        manager: Upstream's manager of the data, which every process makes anew.
+        files: How the paths of the files begin that the learner reads in the next task; empty where it reads none.
+    """
+    run = vision_run()
+    if run is not None and run.get("checkpoints") is not None:
+        _training().task_done(learner, manager, files)
+
+
 def classification_loss(network: Any, inputs: Any, targets: Any, classes: int | None = None) -> Any:
     """Compute the cross-entropy over the classes of the task.
 
@@ -93,6 +124,12 @@ def classification_loss(network: Any, inputs: Any, targets: Any, classes: int | 
 _trainings: list[_Training] = []  # at most one; a process has one run
 
 
+def _begun(run: dict[str, Any]) -> _Training:
+    if not _trainings:
+        _trainings.append(_Training(run))
+    return _trainings[0]
+
+
 def _training() -> _Training:
     if not _trainings:
         raise FlatpatchError("a hook of the training loop was called before begin_task; the patch needs a refresh.")
@@ -108,12 +145,68 @@ class _Training:
         self._sharpened = self._settings["kind"] != "off"
         self._sharpened_steps = run["vision"]["sam_on"]
         self._recorder = Recorder(run)
-        self._recorder.start()
+        self._checkpoints = TaskCheckpoints(run)
+        self._before = self._checkpoints.restore()
+        self._seeds: list[dict[str, Any]] = []  # in turn: how many tasks are done, curves, logs
         self._tasks: list[dict[str, Any]] = []
+        if self._before is None:
+            self._recorder.start()
+        else:
+            self._tasks = self._before["tasks"]
         self._pending: tuple[str, dict[str, Any]] | None = None
         self._earlier: list[tuple[Any, Any]] = []
         self._random_states: dict[str, Any] = {}
         self._measurer = make_measurer(run, self._write_measuring)
+
+    def done_before(self, learner: Any, task: int, curves: Sequence[Any]) -> bool:
+        if task == 0:
+            self._seeds.append({"seed": learner.args["seed"], "done": 0, "curves": curves})
+            self._take_up(learner, self._seeds[-1])
+        done: int = self._seeds[-1]["done"]
+        return task < done
+
+    def _take_up(self, learner: Any, now: dict[str, Any]) -> None:
+        """Put back what a seed's tasks had left, if any were done before."""
+        before, place = self._before, len(self._seeds) - 1
+        if before is None or place >= len(before["seeds"]):
+            return
+        then = before["seeds"][place]
+        if then["seed"] != now["seed"]:
+            raise FlatpatchError(f"the checkpoint is of seed {then['seed']}, and this is seed {now['seed']}.")
+        now.update(done=then["done"], logs=then["logs"])
+        for curve, values in zip(now["curves"], then["curves"], strict=True):
+            curve.clear()
+            curve.update(values) if isinstance(curve, dict) else curve.extend(values)
+        # The settings, which this process has logged so far, are at the beginning of what was logged then.
+        for log, content in zip(log_files(), then["logs"], strict=True):
+            log.write_bytes(content)
+        if place == len(before["seeds"]) - 1:
+            vars(learner).update(before["learner"])
+            before["random"].restore()
+            self._before = None
+            self._drop_models(now["done"])
+
+    def _drop_models(self, done: int) -> None:
+        """Remove the models of tasks that are learned again."""
+        for task in range(done, len(self._run["tasks"])) if self._run.get("keep") is not None else ():
+            with suppress(OSError):
+                kept_file(Path(self._run["keep"]["folder"]), task).unlink()
+
+    def task_done(self, learner: Any, manager: Any, files: str) -> None:
+        from torch.utils.data import DataLoader, Dataset
+
+        now = self._seeds[-1]
+        now["done"] += 1
+        now["logs"] = [log.read_bytes() for log in log_files()]
+        # All that the learner holds but the data, which are the process's, and its arguments, which are the command's.
+        held = {
+            name: value
+            for name, value in vars(learner).items()
+            if not (value is manager or value is learner.args or isinstance(value, (DataLoader, Dataset)))
+        }
+        found = [Path(path) for path in sorted(glob.glob(f"{glob.escape(files)}*"))] if files else []
+        state = {"seeds": self._seeds, "tasks": self._tasks, "learner": held}
+        self._checkpoints.write(sum(seed["done"] for seed in self._seeds), state, found)
 
     def begin_task(self, learner: Any, optimizer: Any, loader: Any, total: int, several_steps: bool) -> None:
         from flatpatch.sam import select_parameters

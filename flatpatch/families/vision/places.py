@@ -132,8 +132,19 @@ def new_log() -> None:
         handler.close()
 
 
+def log_files() -> list[Path]:
+    """Return the files into which this process logs, with all that it has logged in them."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    for handler in handlers:
+        handler.flush()
+    return [path for handler in handlers if (path := Path(handler.baseFilename)).is_file()]
+
+
 def redirect_paths(args: MutableMapping[str, Any]) -> None:
     """Put the run's device, image-loading processes and data where upstream's arguments name theirs.
+
+    Upstream has logged nothing yet. Where a run keeps checkpoints, these bring back what an earlier process logged, so
+    that nothing may be left of it here.
 
     Args:
         args: Upstream's arguments, in which ``device`` is a list of devices.
@@ -141,6 +152,10 @@ def redirect_paths(args: MutableMapping[str, Any]) -> None:
     Raises:
         UserError: If ``./data`` is already there and is not the run's data.
     """
+    run = vision_run()
+    if run is not None and run.get("checkpoints") is not None:
+        for log in log_files():
+            log.write_bytes(b"")
     vision = _vision()
     if vision.get("device") is not None:
         import torch
@@ -216,7 +231,17 @@ def resized(model_class: Callable[..., Any]) -> Callable[..., Any]:
     model = model_sizes()
     if model is None:
         return model_class
-    return lambda **arguments: model_class(**{**arguments, **model})
+    if not isinstance(model_class, type):
+        return lambda **arguments: model_class(**{**arguments, **model})
+
+    parent: Any = model_class
+
+    def begin(self: Any, **arguments: Any) -> None:
+        parent.__init__(self, **{**arguments, **model})
+
+    # A class under the name of the one whose place it takes, so that its objects can be saved whole.
+    names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(model_class.__name__, (model_class,), {**names, "__init__": begin})
 
 
 def embed_dim(upstream: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flatpatch import patches
+from flatpatch.checkpoints import KEPT
 from flatpatch.errors import FlatpatchError, UserError, named_path
 from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, Deviation, Machine, Plan, Stage
@@ -37,8 +38,15 @@ from flatpatch.settings import DEFAULTS, Request, as_default, in_name, shown
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 QUICK_CLASS = "flatpatch.families.vision.quick:QuickImages"
+RECORD_CLASS = "flatpatch.families.vision.cifar:CIFAR100Images"
+# What the experiment record's script for these images does not say, or has otherwise.
+OURS = (
+    "which pretrained weights of a ViT-B/16 on ImageNet-21k; SAM's scope, the classes' order; LoRA on keys and values; "
+    "its update is not scaled, where the record's alpha of 32 at rank 8 makes it 4 times as large"
+)
 # A saved ViT-B/16 with its adapters, of which some repositories' code saves one after every task.
 BYTES_OF_A_MODEL = 400 * 2**20
+_MODELS_IN_CHECKPOINTS = 2 * (KEPT + 1)  # the one being written too; some learners hold a second ViT
 
 
 def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, dry_run: bool = False) -> Plan:
@@ -53,7 +61,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     file = upstream.config(settings.variant, settings.benchmark) if upstream.configs else None
     editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else REFERENCE_DEFAULTS)
     off_protocol = _configure(upstream, draft, editor, file)
-    dataset = None if is_quick else _dataset(upstream, editor)
+    dataset = None if is_quick else _dataset(upstream, draft, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
     off_protocol |= _override(upstream, draft, editor, file, classes)
     off_protocol |= _lengthen(upstream, draft, editor) or settings.fraction < 1
@@ -64,7 +72,7 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     weights: Path | None = quick.WEIGHTS
     inputs = {quick.WEIGHTS.name: file_hash(quick.WEIGHTS)}
     if dataset is not None:
-        timm_name = upstream.pretrained(editor.current)
+        timm_name = upstream.pretrained(editor.current) if verified else upstream.record_weights
         weights, inputs = _find_inputs(draft, dataset, timm_name, root)
         theirs = data.weights_file(timm_name)
         if settings.model and weights and weights.name != theirs:
@@ -82,10 +90,13 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     own: dict[str, Any] = {}
     if draft.engine == "reference":
         own = {"method": settings.method, "tuning": settings.tuning, "fraction": settings.fraction}
+        own |= {"schedule": upstream.record["schedule"]} if draft.is_record else {}
         own |= {"tasks": len(names)} if settings.tasks else {}
     benchmark = _benchmark_name(upstream, draft)
     shuffled = " in shuffled order" if editor.current.get("shuffle") else ""
     saves = len(ranges) if upstream.saves_models and not is_quick else 0
+    if settings.checkpointing is not None and not is_quick:
+        saves += _MODELS_IN_CHECKPOINTS
     plan = Plan(
         **draft.facts(),
         world_size=1,
@@ -125,6 +136,10 @@ def _configure(upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEdi
         for key, value in {"dataset": QUICK_DATASET, **quick.PRESET, **upstream.quick}.items():
             if verified or key in REFERENCE_DEFAULTS:
                 editor.set(key, value, "profile quick: small images and model of ours, minutes on two CPU cores")
+    if draft.is_record:
+        for key in upstream.record.keys() & REFERENCE_DEFAULTS.keys():
+            editor.set(key, upstream.record[key], "profile record: the experiment record's script")
+        draft.notes.append(f"ours, as the record does not state it or has it otherwise: {OURS}")
     if draft.profile == "paper":
         for argument, why in upstream.paper_arguments(str(file)):
             editor.set(argument.argument, argument.value, why)
@@ -226,6 +241,7 @@ def _stage(
 ) -> Stage:
     """Return the one process of the run."""
     is_quick = draft.is_quick
+    images = QUICK_CLASS if is_quick else RECORD_CLASS
     contract: dict[str, Any] = {
         "task_index": None,
         "task": None,
@@ -236,7 +252,7 @@ def _stage(
             "weights": str(weights) if weights else None,
             "workers": 0 if is_quick else None,
             "model": dict(quick.MODEL) if is_quick else None,
-            "dataset": {"class": QUICK_CLASS, "seed": 0} if is_quick else None,
+            "dataset": None if draft.verified and not is_quick else {"class": images, "seed": 0},
             "sam_on": draft.request.settings.sam_on,
         },
     }
@@ -342,12 +358,14 @@ def _choose_seed(request: Request, editor: ConfigEditor, file: str | None) -> Re
     return request
 
 
-def _dataset(upstream: VisionUpstream, editor: ConfigEditor) -> data.Dataset:
+def _dataset(upstream: VisionUpstream, draft: choices.Draft, editor: ConfigEditor) -> data.Dataset:
     """Return what is said of the images of a configuration.
 
     Raises:
         FlatpatchError: If nothing is.
     """
+    if draft.is_record:
+        return data.CIFAR100
     name = editor.current["dataset"].lower()
     if name not in upstream.datasets:
         raise FlatpatchError(f"{upstream.title}: the row does not say what must be there of the data set '{name}'.")
@@ -358,12 +376,11 @@ def _find_inputs(
     draft: choices.Draft, dataset: data.Dataset, timm_name: str, root: Path
 ) -> tuple[Path | None, dict[str, str]]:
     """Find images and weights and check them; what is missing stops a run, and a dry one says it."""
-    assert draft.verified is not None
     problems: list[str] = []
     inputs: dict[str, str] = {}
     weights = None
     try:
-        found, notes = data.check_images(dataset, root, draft.verified.checkout)
+        found, notes = data.check_images(dataset, root, draft.verified.checkout if draft.verified else None)
         inputs |= found
         draft.notes += notes
     except UserError as error:
@@ -407,5 +424,7 @@ def _benchmark_name(upstream: VisionUpstream, draft: choices.Draft) -> str:
     settings = draft.request.settings
     if draft.is_quick:
         return "quick images"
+    if draft.is_record:
+        return "CIFAR-100 in tasks of five classes"
     files = upstream.configs[settings.variant or next(iter(upstream.configs))]
     return settings.benchmark or next(iter(files))

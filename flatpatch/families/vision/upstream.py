@@ -40,6 +40,8 @@ class VisionUpstream(Upstream):
         several_gpus: Names of models whose code stops on a single device.
         saves_models: Whether its own code saves a model after every task.
         quick: Its own keys in profile ``quick``.
+        record: Its keys in profile ``record``, on CIFAR-100, where the reference engine runs it in that.
+        record_weights: timm's name of the pretrained weights there.
         kept: Pattern of the names of the weights that training changes and a task's loss depends on, with ``{task}``
             for the task's number from 0.
         kept_by_task: Whether what was kept of each task up to one lies in other weights of the network, or that of the
@@ -63,6 +65,8 @@ class VisionUpstream(Upstream):
     several_gpus: tuple[str, ...] = ()
     saves_models: bool = False
     quick: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    record_weights: str = ""
     kept: str = ""
     kept_by_task: bool = False
     shuffles: bool = False

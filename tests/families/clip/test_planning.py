@@ -73,7 +73,7 @@ def test_default_is_the_quick_form_of_the_reference_engine(method: str) -> None:
     assert (plan.profile, plan.engine, plan.labels) == ("quick", "reference", ("quick", "reference"))
     assert plan.tasks == tuple(quick.DOMAINS)
     assert plan.threads == 1
-    assert not plan.resumes, "one process learns all tasks"
+    assert not plan.resumes, "one process learns all tasks, and needs checkpoints to go on"
     assert plan.links == {"model": quick.MODEL_FOLDER}
     assert config_of(plan)["data"] is None
     assert plan.folder.name == f"{method}-quick-off-seed42"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from flatpatch.families.clip.reference.inflora import InfLoRA
 from flatpatch.families.clip.reference.model import build, factor
 from flatpatch.families.clip.reference.tasks import load_tasks
 from flatpatch.families.dualgpm import input_covariances
-from flatpatch.sam import SAM
+from flatpatch.sam import SAM, RandomState
 from tests.clip_cases import CLASSES, SMALL, few_images, make_clip, make_reference, results_of
 
 __all__ = ["few_images"]
@@ -223,3 +224,25 @@ def test_joined_model_of_inflora_has_the_factors_of_all_tasks_and_the_same_logit
     assert factor(layer, "A").shape[0] == 2 * SMALL.rank
     assert {name.split(".")[-3] for name, p in joined.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     assert {name.split(".")[-3] for name, p in apart.named_parameters() if p.requires_grad} == {"lora_B"}
+
+
+@pytest.mark.parametrize("design", ["sequential", "per_task", "inflora"])
+def test_run_that_was_stopped_goes_on_after_its_last_task(design: str, folder: Path, tmp_path: Path) -> None:
+    whole, parts = (make_reference(folder, tmp_path / name, design) for name in ("whole", "parts"))
+    run(whole)
+    held: dict[str, Any] = {}
+
+    def stop(tasks: int, state: dict[str, Any]) -> None:
+        held.update(copy.deepcopy(state), random=RandomState())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, task_done=stop)
+    seen: list[int] = []
+    run(parts, before=held, after_task=lambda state: seen.append(state.index))
+    assert seen == [1]
+    assert same(whole, parts)
+    ours, theirs = (
+        {name: value for name, value in results_of(each).items() if "seconds" not in name} for each in (parts, whole)
+    )
+    assert ours == theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -550,6 +551,126 @@ def test_a_loop_that_leaves_out_a_hook_is_refused(started):
         cllora.forget_the_step()
 
 
+class Learner:
+    """What a learner of upstream's may hold: a network that grows, lists, its data; args of the process's own."""
+
+    def __init__(self, args):
+        self.args = args
+        self._network = Network(dropout=0.5)
+        self._network.heads = nn.ModuleList()
+        self._cur_task = -1
+        self.memory = []
+
+    def learn(self, manager):
+        self._cur_task += 1
+        self.manager, self.loader = manager, torch.utils.data.DataLoader([0])
+        self._network.heads.append(nn.Linear(4, 3))
+        self._network.latest = self._network.heads[-1]
+        optimizer = torch.optim.SGD(self._network.parameters(), lr=0.5)
+        train(self._network, manager, optimizer, who=self)
+        self.memory.append(self._network.heads[-1].weight)
+
+
+class CutOff(Exception):
+    pass
+
+
+def learn_tasks(folder, log, cut_off_in=None, seeds=(7,)):
+    """The shape of upstream's trainer, with the log that it writes."""
+    args = {"calls": 0}
+    for args["seed"] in seeds:  # noqa: B020 - as upstream's do
+        handler = logging.FileHandler(folder / f"{args['seed']}.log")
+        log.addHandler(handler)
+        try:
+            hooks.redirect_paths(args)
+            log.warning("settings")
+            data = batches(2, dtype=torch.float32)
+            torch.manual_seed(args["seed"])
+            who, curve, matrix = Learner(args), {"top1": []}, []
+            for task in range(3):
+                if hooks.done_before(who, task, curve, matrix):
+                    continue
+                who.learn(data)
+                log.warning("task %s", task)
+                if (args["seed"], task) == cut_off_in:
+                    raise CutOff
+                curve["top1"].append(task)
+                matrix.append([float(torch.rand(()))])
+                hooks.task_done(who, data)
+            log.warning("%s %s", curve, matrix)
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+    return who
+
+
+def weights(who):
+    return [*who._network.parameters(), *who.memory]
+
+
+@pytest.mark.parametrize("cut_off_in", [(7, 0), (7, 1), (7, 2), (8, 0), (8, 2)])
+def test_training_goes_on_after_the_last_task_that_was_done(cut_off_in, started, tmp_path, monkeypatch):
+    log = logging.getLogger()
+    keep = {"folder": str(tmp_path / "models"), "names": ".*"}
+    made = {"folder": str(tmp_path / "checkpoints"), "made_by": {}, "stop": str(tmp_path / "stop")}
+    tasks = {"tasks": ["0-2", "3-5", "6-8"], "keep": keep}
+
+    def begin_process(**more):
+        monkeypatch.setattr(loop, "_trainings", [])
+        started(tasks | more, kind="random")
+
+    begin_process()
+    theirs = learn_tasks(tmp_path, log, seeds=(7, 8))
+    names = ("7.log", "8.log", "summary.json", "metrics.jsonl")
+    expected = {name: (tmp_path / name).read_text() for name in names}
+    for path in (*tmp_path.glob("*.log"), tmp_path / "metrics.jsonl"):
+        path.unlink()
+
+    begin_process(checkpoints=made)
+    with pytest.raises(CutOff):
+        learn_tasks(tmp_path, log, cut_off_in, seeds=(7, 8))
+    begin_process(checkpoints=made)
+    ours = learn_tasks(tmp_path, log, seeds=(7, 8))
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs), strict=True))
+    assert ours._network.latest is ours._network.heads[-1], "what is shared stays shared"
+    for name in ("7.log", "8.log", "summary.json"):
+        assert (tmp_path / name).read_text() == expected[name]
+    found, then = (
+        [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in text.splitlines()]
+        for text in ((tmp_path / "metrics.jsonl").read_text(), expected["metrics.jsonl"])
+    )
+    assert found == then != []
+
+
+def test_models_of_tasks_that_are_learned_again_go_away_first(started, tmp_path, monkeypatch):
+    models = tmp_path / "models"
+    made = {"folder": str(tmp_path / "checkpoints"), "made_by": {}, "stop": str(tmp_path / "stop")}
+    more = {"tasks": ["0-2", "3-5", "6-8"], "keep": {"folder": str(models), "names": ".*"}, "checkpoints": made}
+    started(more)
+    with pytest.raises(CutOff):
+        learn_tasks(tmp_path, logging.getLogger(), (7, 1))
+    assert sorted(path.name for path in models.iterdir()) == ["1.safetensors", "2.safetensors"]
+
+    def cut_off_at_once(*_):
+        raise CutOff
+
+    monkeypatch.setattr(Learner, "learn", cut_off_at_once)
+    monkeypatch.setattr(loop, "_trainings", [])
+    with pytest.raises(CutOff):
+        learn_tasks(tmp_path, logging.getLogger())
+    assert [path.name for path in models.iterdir()] == ["1.safetensors"]
+
+
+def test_a_checkpoint_of_another_seed_is_refused(started, tmp_path, monkeypatch):
+    made = {"folder": str(tmp_path / "checkpoints"), "made_by": {}, "stop": str(tmp_path / "stop")}
+    started({"tasks": ["0-2", "3-5", "6-8"], "checkpoints": made})
+    learn_tasks(tmp_path, logging.getLogger())
+    monkeypatch.setattr(loop, "_trainings", [])
+    with pytest.raises(FlatpatchError, match="the checkpoint is of seed 7, and this is seed 8"):
+        hooks.done_before(Learner({"seed": 8}), 0, {}, [])
+
+
 def test_without_a_run_no_hook_touches_anything(monkeypatch):
     monkeypatch.delenv("FLATPATCH_RUN", raising=False)
     untouched = object()
@@ -562,6 +683,8 @@ def test_without_a_run_no_hook_touches_anything(monkeypatch):
     hooks.first_pass()
     hooks.second_pass(untouched, untouched, untouched)
     hooks.end_task()
+    assert hooks.done_before(untouched, 0, untouched) is False
+    hooks.task_done(untouched, untouched)
     for hook in (hooks.backbones, hooks.resized, hooks.workers, hooks.embed_dim, hooks.data_folder):
         assert hook(untouched) is untouched
     assert hooks.should_download(True) is True

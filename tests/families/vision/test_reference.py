@@ -30,7 +30,7 @@ from flatpatch.families.vision.reference import checkpoints
 from flatpatch.families.vision.reference.images import load_tasks
 from flatpatch.families.vision.reference.vit import KeyValueLoRA, build
 from flatpatch.flatness.scope import find_scope
-from flatpatch.sam import SAM
+from flatpatch.sam import SAM, RandomState
 from tests.reference_images import CLASSES, SIZES, TinyImages, make_reference
 
 METHODS = ("inflora", "seqlora")
@@ -597,3 +597,32 @@ def test_tuning_tasks_and_fraction_out_of_range_are_refused(tmp_path: Path) -> N
         vision.run(make_reference(tmp_path, method="seqlora", tuning="hed"))
     with pytest.raises(UserError, match="tasks=5, but there are 4"):
         vision.run(make_reference(tmp_path, tasks=5))
+
+
+# Going on after a task
+
+
+@pytest.mark.parametrize(("method", "done"), [("inflora", 2), ("inflora", TASKS), ("seqlora", 1)])
+def test_run_that_was_stopped_goes_on_after_its_last_task(
+    method: str, done: int, runs: dict[str, Run], tmp_path: Path
+) -> None:
+    undisturbed = runs[method]
+    reference = dataclasses.replace(undisturbed.reference, output_dir=tmp_path)
+    held: dict[str, Any] = {}
+
+    def stop(tasks: int, state: dict[str, Any]) -> None:
+        if tasks == done:
+            held.update(copy.deepcopy(state), random=RandomState())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        do_run(reference, task_done=stop)
+    assert not (tmp_path / "results.json").exists()
+    again = do_run(reference, before=held)
+    assert again.results == undisturbed.results
+    assert [state.index for state in again.after] == [*range(done, TASKS)]
+    for task in range(TASKS):
+        ours, theirs = (
+            load_file(run.reference.output_dir / "tasks" / f"{task}.safetensors") for run in (again, undisturbed)
+        )
+        assert differing(ours, theirs) == set()

@@ -135,7 +135,7 @@ def started(folder: Path, task: str) -> bool:
     return False
 
 
-def kill_during(command: list[str], condition: Callable[[], bool]) -> None:
+def kill_during(command: list[str], condition: Callable[[], bool], later: float = 0.0) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "flatpatch", *command],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -148,21 +148,38 @@ def kill_during(command: list[str], condition: Callable[[], bool]) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    time.sleep(later)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
 
 
 @pytest.mark.slow
-def test_killed_run_says_that_it_starts_anew_and_ends_as_an_undisturbed_one(
+def test_run_killed_in_its_second_task_goes_on_after_the_first(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = words(tmp_path, "killed")
     folder = tmp_path / "killed"
-    kill_during(command, lambda: started(folder, NAMES[1]))
+    kill_during(command, lambda: started(folder, NAMES[1]), 0.3)
     assert json.loads((folder / "record.json").read_text())["status"] == "running"
+    assert main(command) == 0
+    assert "tasks 1-2: goes on after task 1" in capsys.readouterr().out
+    assert results(folder) == results(undisturbed)
+    record = json.loads((folder / "record.json").read_text())
+    assert [(row["tasks_kept"], row["after_step"]) for row in record["resumed"]] == [(1, 0)]
+    assert not (folder / "tasks/all/checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_run_killed_in_its_first_task_starts_anew_and_says_so(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = words(tmp_path, "killed")
+    folder = tmp_path / "killed"
+    kill_during(command, lambda: started(folder, NAMES[0]))
+    (folder / "work/logs").mkdir(exist_ok=True)
     (folder / "work/logs/left.log").write_text("of the first attempt")
     assert main(command) == 0
-    assert "so it cannot go on from its middle: it starts anew" in capsys.readouterr().out
+    assert "it has kept no checkpoint: the run starts anew" in capsys.readouterr().out
     assert results(folder) == results(undisturbed)
     assert not (folder / "work/logs/left.log").exists()
     assert json.loads((folder / "record.json").read_text())["restarts"] == 1
@@ -180,7 +197,7 @@ def test_stopped_run_says_that_it_starts_over(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 85
-    assert "stopped by SIGTERM" in said and "the same command starts it anew" in said
+    assert "stopped by SIGTERM" in said and "kept no checkpoint: the same command starts the run anew" in said
     assert "continues" not in said
 
 
@@ -271,7 +288,9 @@ def test_killed_run_of_the_authors_code_ends_as_an_undisturbed_one(
     kill_during(command("killed"), lambda: steps.is_file() and NAMES[1] in steps.read_text())
     assert main(command("killed")) == 0
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
-    assert json.loads((tmp_path / "killed/record.json").read_text())["restarts"] == 1
+    record = json.loads((tmp_path / "killed/record.json").read_text())
+    assert record["restarts"] == 1
+    assert [row["tasks_kept"] for row in record["resumed"]] == [1]
     losses = [step["loss_name"] for step in results(tmp_path / "killed")["steps"]]
     # One step a batch in the first task, two in the second; seven batches each.
     assert losses == ["task"] * 7 + ["distillation", "task"] * 7

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ def run(
     on_zero_shot: Callable[[dict[str, float]], None] | None = None,
     before_task: Callable[[TaskState], None] | None = None,
     after_task: Callable[[TaskState], None] | None = None,
+    before: Mapping[str, Any] | None = None,
+    task_done: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> None:
     """Learn all tasks in turn and write how well each is sorted after each.
 
@@ -85,6 +87,9 @@ def run(
         on_zero_shot: Called with the accuracies before the first task, by task.
         before_task: Called when the model is ready to learn a task.
         after_task: Called when a task is learned, tested and saved.
+        before: What a process that was stopped had given ``task_done`` last, with the random generators of that time
+            (``random``): go on after its tasks, whose checkpoints are in ``output_dir``.
+        task_done: Called after ``after_task`` with how many tasks are done and what the next one begins with.
 
     Raises:
         UserError: If the model or the data are not usable.
@@ -99,13 +104,21 @@ def run(
     )
     tell_predicted = functools.partial(_tell_predicted, on_predict)
     # With B = 0 the factors change nothing.
-    zero_shot, _ = _evaluate(reference, model, tasks, tell_predicted(0))
+    zero_shot = before["zero_shot"] if before else _evaluate(reference, model, tasks, tell_predicted(0))[0]
     if on_zero_shot is not None:
         on_zero_shot({task.name: row["accuracy"] for task, row in zip(tasks, zero_shot, strict=True)})
     inflora = InfLoRA(arguments, model) if reference.design == "inflora" else None
     rows: list[dict[str, Any]] = []
     torch.manual_seed(reference.seed)  # batches do not depend on what came before
+    if before is not None:
+        model.load_state_dict(before["model"])
+        rows = list(before["rows"])
+        if inflora:
+            inflora.subspaces = before["subspaces"]
+        before["random"].restore()
     for index, task in enumerate(tasks):
+        if index < len(rows):
+            continue
         if index and reference.design == "per_task":
             model.restart()
         model.ask(task.classes, task.templates[0])
@@ -134,6 +147,10 @@ def run(
         save(reference, model, index)
         model.ask(task.classes, task.templates[0])
         _call(after_task, TaskState(index, model, task))
+        if task_done is not None:
+            subspaces = inflora.subspaces if inflora else []
+            held = {"model": model.state_dict(), "rows": rows, "subspaces": subspaces, "zero_shot": zero_shot}
+            task_done(index + 1, held)
     results = {
         "design": reference.design,
         "tasks": [task.name for task in tasks],

@@ -15,6 +15,7 @@ from flatpatch.families.clip.measuring import loss_name
 from flatpatch.families.clip.results import compare_zero_shot
 from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import images_sample_of
+from flatpatch.families.task_checkpoints import TaskCheckpoints
 from flatpatch.flatness import supervised_loss
 
 
@@ -28,7 +29,11 @@ def main(words: Sequence[str]) -> int:
         reference = clip.read_reference(config, Path(), config["device"])
         loss = supervised_loss(clip.criterion(reference.arguments))
         names = run["tasks"]
+        checkpoints = TaskCheckpoints(run)
         with StepRecorder(run) as recorder:
+            before = checkpoints.restore()
+            if before is not None:
+                recorder.take_up(before["counted"])
 
             def measure(when: str, state: clip.TaskState) -> None:
                 recorder.measure(
@@ -53,6 +58,8 @@ def main(words: Sequence[str]) -> int:
                 on_zero_shot=tell_zero_shot,
                 before_task=lambda state: measure("before", state),
                 after_task=lambda state: measure("after", state),
+                before=before,
+                task_done=lambda tasks, state: checkpoints.write(tasks, state | {"counted": recorder.counted()}),
             )
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)

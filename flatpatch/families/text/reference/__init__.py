@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.families.resuming import Keeper
 from flatpatch.families.text.data import check_benchmark
 from flatpatch.families.text.models import is_encoder
 from flatpatch.families.text.reference import adapters, classifier, inclora, nlora, olora, seqlora, whole
@@ -172,10 +173,12 @@ def learn(
     make_gradients: MakeGradients | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     at: AtTrainingsEnds | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[TrainingResult, int]:
     """Train a prepared model on the task's training split.
 
-    ``at`` is called as ``at("before", model, examples, collate)`` and, after the last step, with "after".
+    ``at`` is called as ``at("before", model, examples, collate)`` and, after the last step, with "after". ``keeper``
+    lets the training go on from a checkpoint, see `train_task`.
 
     Returns:
         The training's result and the number of training examples.
@@ -198,6 +201,7 @@ def learn(
         lambda: method.penalty(layers, task.lamda_1, task.lamda_2) if layers else None,
         make_gradients=make_gradients or plain_gradients,
         on_step=on_step,
+        keeper=keeper,
     )
     if at is not None:
         at("after", model, examples, collate)
@@ -211,6 +215,7 @@ def run_task(
     on_step: Callable[[dict[str, Any]], None] | None = None,
     on_predict: Callable[[dict[str, int]], None] | None = None,
     at: AtTrainingsEnds | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Train on one task, save its adapter or the whole model, answer the test sets and write the results.
 
@@ -225,6 +230,7 @@ def run_task(
         on_step: See `train_task`.
         on_predict: Called after each predicted batch with ``step`` (from 1) and ``total``.
         at: See `learn`.
+        keeper: See `learn`.
 
     Raises:
         UserError: If the method, the data, the model or the previous adapter is not usable.
@@ -236,7 +242,9 @@ def run_task(
         raise UserError(f"unknown method '{task.method}'.{hint} Known methods: {', '.join(METHODS)}.")
     check_benchmark(task.data_dir, [(*task.task, "train"), *((*each, "test") for each in task.eval_tasks)])
     model, tokenizer = prepare(task)
-    result, train_samples = learn(model, tokenizer, task, make_gradients=make_gradients, on_step=on_step, at=at)
+    result, train_samples = learn(
+        model, tokenizer, task, make_gradients=make_gradients, on_step=on_step, at=at, keeper=keeper
+    )
     if task.tuning == "full":
         whole.save(task.output_dir / "adapter", body_of(model))
     else:

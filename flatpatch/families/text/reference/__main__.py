@@ -29,7 +29,7 @@ def main(words: Sequence[str]) -> int:
         task = read_task(arguments)
         task.output_dir.mkdir(parents=True, exist_ok=True)
         run = read_description(Path(os.environ[VARIABLE]))
-        with StepRecorder(run) as recorder:
+        with StepRecorder(run, resumes=True) as recorder:
 
             def measure(when: str, model: nn.Module, examples: Sequence[Any], collate: Callable[..., Any]) -> None:
                 recorder.measure(when, model, sample_of(examples, collate), run["task_index"], run["task"])
@@ -40,6 +40,7 @@ def main(words: Sequence[str]) -> int:
                 on_step=recorder.on_step,
                 on_predict=recorder.on_predict,
                 at=measure,
+                keeper=recorder.keeper,
             )
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)

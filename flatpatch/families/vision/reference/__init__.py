@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ def run(
     on_predict: Callable[[dict[str, int]], None] | None = None,
     before_task: Callable[[TaskState], None] | None = None,
     after_task: Callable[[TaskState], None] | None = None,
+    before: Mapping[str, Any] | None = None,
+    task_done: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> None:
     """Learn all tasks in turn and write how well each is remembered.
 
@@ -72,6 +74,9 @@ def run(
         on_predict: Called after each predicted batch with ``task``, ``step`` (from 1) and ``total``.
         before_task: Called when the model is ready to learn a task.
         after_task: Called when a task is learned, answered and saved.
+        before: What a process that was stopped had given ``task_done`` last, with the random generators of that time
+            (``random``): go on after its tasks, whose checkpoints are in ``output_dir``.
+        task_done: Called after ``after_task`` with how many tasks are done and what the next one begins with.
 
     Raises:
         UserError: If the arguments, the weights or the data are not usable.
@@ -89,7 +94,15 @@ def run(
     # Batches do not depend on how the weights were drawn.
     torch.manual_seed(reference.seed)
     learned = tasks[: reference.tasks]
+    if before is not None:
+        model.load_state_dict(before["model"])
+        rows = list(before["rows"])
+        if inflora:
+            inflora.subspaces = before["subspaces"]
+        before["random"].restore()
     for index, task in enumerate(learned):
+        if index < len(rows):
+            continue
         model.task = index
         loader = DataLoader(
             task.train, batch_size=reference.batch_size, shuffle=True, num_workers=reference.num_workers
@@ -113,6 +126,9 @@ def run(
             rows[-1]["protected_dimensions"] = [space.dimension for space in inflora.subspaces]
         save(reference, model)
         _call(after_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
+        if task_done is not None:
+            subspaces = inflora.subspaces if inflora else []
+            task_done(index + 1, {"model": model.state_dict(), "rows": rows, "subspaces": subspaces})
     results = {
         "method": reference.method,
         "classes": [list(task.names) for task in learned],
@@ -176,15 +192,25 @@ def _train(
 def _optimizer(
     reference: VisionReference, groups: dict[str, list[nn.Parameter]]
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
-    """Return the optimizer and the factor of its learning rate in each epoch, as in the authors' code."""
+    """Return the optimizer and the factor of its learning rate in each epoch, by default as in the authors' code."""
     named = [{"params": parameters, "name": name} for name, parameters in groups.items()]
-    epochs = reference.epochs
+    epochs, rate, decay = reference.epochs, reference.learning_rate, reference.weight_decay
+
+    def constant(epoch: int) -> float:
+        return 1.0
+
+    def cosine(epoch: int) -> float:
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    def cosine_of_adam(epoch: int) -> float:
+        # The authors' schedule counts the first epoch twice, so that the second has the full rate too.
+        return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
+
+    is_constant = reference.schedule == "constant"
     if reference.optimizer == "sgd":
-        sgd = torch.optim.SGD(named, lr=reference.learning_rate, momentum=0.9, weight_decay=reference.weight_decay)
-        return sgd, lambda epoch: (1 + math.cos(math.pi * epoch / epochs)) / 2
-    adam = torch.optim.Adam(named, lr=reference.learning_rate, weight_decay=reference.weight_decay)
-    # The authors' schedule counts the first epoch twice, so that the second has the full rate too.
-    return adam, lambda epoch: math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
+        sgd = torch.optim.SGD(named, lr=rate, momentum=0.9, weight_decay=decay)
+        return sgd, constant if is_constant else cosine
+    return torch.optim.Adam(named, lr=rate, weight_decay=decay), constant if is_constant else cosine_of_adam
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from flatpatch.contract import VARIABLE
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import images_sample_of
+from flatpatch.families.task_checkpoints import TaskCheckpoints
 from flatpatch.families.vision import reference as vision
 from flatpatch.families.vision.measuring import IMAGE_LOSS
 from flatpatch.families.vision.places import vision_run
@@ -29,7 +30,11 @@ def main(words: Sequence[str]) -> int:
             raise FlatpatchError(f"{VARIABLE} names no description of a run: this process is started by flatpatch.")
         reference = read_reference(config, run["vision"])
         names = run["tasks"]
+        checkpoints = TaskCheckpoints(run)
         with StepRecorder(run) as recorder:
+            before = checkpoints.restore()
+            if before is not None:
+                recorder.take_up(before["counted"])
 
             def measure(when: str, state: vision.TaskState) -> None:
                 task = state.tasks[state.index]
@@ -50,6 +55,8 @@ def main(words: Sequence[str]) -> int:
                 on_predict=lambda state: recorder.on_predict(state, names[state["task"]]),
                 before_task=lambda state: measure("before", state),
                 after_task=lambda state: measure("after", state),
+                before=before,
+                task_done=lambda tasks, state: checkpoints.write(tasks, state | {"counted": recorder.counted()}),
             )
     except FlatpatchError as error:
         print(f"flatpatch: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ TRAINED: Mapping[str, tuple[str, ...]] = {"inflora": ("B",), "seqlora": ("A", "B
 """The factors that each method trains, beside the present task's classifier."""
 TUNINGS = ("lora", "head", "full")
 OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class VisionReference:
     weight_decay: float = 0.0
     batch_size: int = 128
     optimizer: str = "adam"
-    """adam, or sgd with momentum 0.9; either with a cosine schedule."""
+    """adam, or sgd with momentum 0.9."""
+    schedule: str = "cosine"
+    """Of the learning rate: cosine, or constant."""
     num_workers: int = 0
     device: str = "cpu"
 
@@ -79,6 +82,7 @@ class VisionReference:
             ("method", self.method, tuple(TRAINED)),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("tuning", self.tuning, TUNINGS),
+            ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in known:
                 hint = did_you_mean(value, known)
@@ -104,7 +108,7 @@ class VisionReference:
 
 
 # Settings of ours that stand in the configuration under their own names, where they are not left out.
-OWN = ("tuning", "tasks", "fraction")
+OWN = ("tuning", "tasks", "fraction", "schedule")
 # By the method's name in settings: the engine's own.
 _METHODS = {"inflora": "inflora", "seqlora_vit": "seqlora"}
 # Where the engine's word for a setting is not InfLoRA's.
@@ -120,7 +124,7 @@ def read_reference(config: Mapping[str, Any], description: Mapping[str, Any]) ->
         method=_METHODS.get(config["method"], config["method"]),
         dataset=lambda settings: images(settings, seed=seed),
         output_dir=Path("logs"),
-        model=description["model"],
+        model=description["model"] or VIT_BASE,
         weights=Path(description["weights"]),
         seed=config["seed"][0],
         **{key: config[key] for key in OWN if key in config},

@@ -1,0 +1,1 @@
+"""Who carries out a list of runs: this machine, or SLURM."""
