@@ -95,6 +95,7 @@ def test_the_example_of_the_page_on_studies_plans(tmp_path: Path, capsys: pytest
 
 @pytest.mark.slow  # four trainings in processes of their own
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("warm_text_runs")
 def test_a_whole_study_ends_with_verdicts_and_again_trains_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
