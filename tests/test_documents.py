@@ -131,6 +131,9 @@ def test_a_command_of_the_pages_can_be_typed(
             study_command.parse_words(own if any(word.startswith("name=") for word in own) else [*own, "name=exp4"])
     elif verb == "measure":
         measure_words.parse_words(words)
+    elif verb in ("diff", "fork", "rerun"):
+        assert main([verb, *words]) == 2  # its words are sound, and its runs are made up
+        assert "there is no run" in capsys.readouterr().err
     elif verb == "patches":
         check_patches(words, upstream, capsys)
     elif any(word.startswith("study=") for word in words):
