@@ -163,9 +163,9 @@ def test_every_variant_of_inflora_goes_on_also_past_a_torn_checkpoint_and_when_a
     upstream: Callable[[str], Path], tmp_path: Path
 ) -> None:
     upstream("InfLoRA")
-    few = {"init_cls": 10, "increment": 10, "total_sessions": 2, "fc_lrate": 0.01}
+    few = {"init_cls": 5, "increment": 5, "total_sessions": 2, "fc_lrate": 0.01}
     # One process trains all in turn. CA1 stops with an AttributeError in its second task, as upstream does.
-    one = {"model_name": "InfLoRA_CA1", "init_cls": 20, "increment": 20, "total_sessions": 1}
+    one = {"model_name": "InfLoRA_CA1", "init_cls": 10, "increment": 10, "total_sessions": 1}
     names = ("InfLoRAb5", "InfLoRA_CA", "InfLoRA_domain", "InfLoRAb5_domain")
     variants = [*(few | {"model_name": name} for name in names), few | one]
     more = {"changes": variants, "depth": 6, "kind": "off"}
