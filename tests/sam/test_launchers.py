@@ -61,7 +61,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def two_ranks(warm, tmp_path_factory):
     pytest.importorskip("deepspeed", exc_type=ImportError)
-    return sam_training.run_ranks(tmp_path_factory.mktemp("two"), 2, TWO_RANKS, warm(TEXT))
+    return sam_training.run_ranks(tmp_path_factory.mktemp("two"), 2, TWO_RANKS, python=warm(TEXT))
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero 2"])
@@ -190,7 +190,7 @@ def one_rank(warm, tmp_path_factory):
     for program in ("g++", "ninja"):
         if shutil.which(program) is None:
             pytest.skip(f"DeepSpeed compiles its CPU optimizer with {program}, which is not installed")
-    return sam_training.run_ranks(tmp_path_factory.mktemp("one"), 1, ONE_RANK, warm(TEXT))
+    return sam_training.run_ranks(tmp_path_factory.mktemp("one"), 1, ONE_RANK, python=warm(TEXT))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, "2 offload"])
