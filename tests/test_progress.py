@@ -18,7 +18,9 @@ from flatpatch.families.reference import StepRecorder
 from flatpatch.progress import Progress
 from flatpatch.runner import execute
 from flatpatch.runner.resolve import make_plan, parse
+from flatpatch.runner.tracking import Tracking
 from flatpatch.terminal import quietly
+from tests.report_records import make_quick_record
 
 # As the hooks in an image repository, the reference engine on images, and both on text write it.
 STATES = [
@@ -90,7 +92,7 @@ def test_lines_of_every_engine_have_one_style(
     (tmp_path / "progress.json").write_text(json.dumps(state))
     names = execute._shown_names(plan)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as process:
-        execute._watch(process, "the title", tmp_path / "progress.json", execute._Stop(), names)
+        execute._watch(process, "the title", tmp_path, execute._Stop(), names, Tracking(tmp_path, make_quick_record()))
     loss = "" if state["loss"] is None else ", loss 0.500"
     lines = capsys.readouterr().err.splitlines()
     assert lines
