@@ -26,7 +26,7 @@ from flatpatch.report.records import read_record
 from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
 from tests.reference_images import make_reference
-from tests.upstream.test_neutrality_text import assert_same, ready, run_patched, small_benchmark
+from tests.upstream.test_neutrality_text import Runs, Warm, assert_same, ready, small_benchmark
 
 __all__ = ["ready"]  # the fixture
 pytestmark = pytest.mark.timeout(600)
@@ -226,14 +226,15 @@ def test_mistakes_in_the_settings_are_told_with_the_others() -> None:
 
 @pytest.mark.third_party
 @pytest.mark.slow
-def test_measured_run_of_upstreams_code_is_bit_for_bit_the_same(ready: Callable[[str], None], tmp_path: Path) -> None:
+def test_measured_run_of_upstreams_code_is_bit_for_bit_the_same(
+    ready: Callable[[str], None], warm: Warm, tmp_path: Path
+) -> None:
     """With N-LoRA's own dropout; what is measured before the second task has the first one's factors frozen in it."""
     ready("nlora")
-    data = small_benchmark(tmp_path / "data")
-    words = ("method=nlora", "sam=sam", "rho=0.05")
-    plain = run_patched(tmp_path / "plain", data, *words)
+    runs = Runs(warm, tmp_path, "method=nlora", "sam=sam", "rho=0.05")
+    plain = runs.patched("plain")
     asked = ("measure=eigenvalues,sam,slice", "measure_samples=2", "measure_batch=2")
-    measured = run_patched(tmp_path / "measured", data, *words, *asked)
+    measured = runs.patched("measured", *asked)
     assert_same(measured, plain)
     entries = read_record(tmp_path / "measured")["flatness"]
     assert len(entries) == 8
