@@ -8,18 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flatpatch.families.text import quick
-
-
-def small_benchmark(folder: Path) -> Path:
-    """Write a benchmark of which a task takes a few seconds."""
-    quick.write_benchmark(folder)
-    for path in folder.rglob("*.json"):
-        if path.name != "labels.json":
-            rows = json.loads(path.read_text())
-            path.write_text(json.dumps(rows[: 48 if path.name == "train.json" else 8]))
-    return folder
-
 
 def short_words(data: Path, output: Path, *more: str) -> list[str]:
     """Return the words of a sweep of runs with one short task each."""

@@ -87,3 +87,23 @@ class TaskCheckpoints:
         if Path(self._asked["stop"]).exists():
             announce(f"stopped after task {tasks}, as asked")
             raise SystemExit(Interrupted.exit_code)
+
+
+def held_after_task(model: Any, rows: list[dict[str, Any]], protecting: Any | None) -> dict[str, Any]:
+    """Return what a reference engine's next task begins with.
+
+    Args:
+        model: As it is after a task.
+        rows: What was found after each task so far.
+        protecting: Has ``subspaces`` that later tasks leave alone; None where nothing is protected.
+    """
+    return {"model": model.state_dict(), "rows": rows, "subspaces": protecting.subspaces if protecting else []}
+
+
+def take_up(before: Mapping[str, Any], model: Any, protecting: Any | None) -> list[dict[str, Any]]:
+    """Put a reference engine where :func:`held_after_task` found it, the random generators last; return the rows."""
+    model.load_state_dict(before["model"])
+    if protecting:
+        protecting.subspaces = before["subspaces"]
+    before["random"].restore()
+    return list(before["rows"])

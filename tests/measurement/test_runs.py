@@ -26,7 +26,8 @@ from flatpatch.report.records import read_record
 from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
 from tests.reference_images import make_reference
-from tests.upstream.test_neutrality_text import Runs, Warm, assert_same, ready, small_benchmark
+from tests.text_benchmark import small_benchmark
+from tests.upstream.test_neutrality_text import Runs, Warm, assert_same, ready
 
 __all__ = ["ready"]  # the fixture
 pytestmark = pytest.mark.timeout(600)

@@ -27,6 +27,7 @@ from flatpatch.report.records import validate_record
 from flatpatch.runner import execute
 from flatpatch.runner.record import check_continues, new_record, write_record
 from flatpatch.runner.resolve import make_plan, parse
+from tests.text_benchmark import small_benchmark
 from tests.warm import TEXT, runs_by
 
 pytestmark = pytest.mark.timeout(300)
@@ -35,13 +36,7 @@ TASKS = ("dbpedia", "amazon")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("benchmark") / "data"
-    quick.write_benchmark(folder)
-    for path in folder.rglob("*.json"):
-        if path.name != "labels.json":
-            rows = json.loads(path.read_text())
-            path.write_text(json.dumps(rows[: 48 if path.name == "train.json" else 8]))
-    return folder
+    return small_benchmark(tmp_path_factory.mktemp("benchmark") / "data")
 
 
 def words(data: Path, output: Path, run: str, *more: str) -> list[str]:

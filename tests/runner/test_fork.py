@@ -11,7 +11,7 @@ from flatpatch.__main__ import main
 from flatpatch.report.records import read_record, read_step_metrics
 from flatpatch.settings import DEFAULTS
 from tests.report_records import make_quick_record, make_record
-from tests.sweep_cases import small_benchmark
+from tests.text_benchmark import small_benchmark
 
 TWO_TASKS = [
     *("method=seqlora", "profile=quick", "engine=reference", "tasks=dbpedia,amazon", "device=cpu", "seed=3"),

@@ -31,7 +31,7 @@ from flatpatch.runner.resolve import make_plan, parse
 from tests import reference_cases
 from tests.report_page import Reader
 from tests.report_records import make_quick_record
-from tests.upstream.test_neutrality_text import small_benchmark
+from tests.text_benchmark import small_benchmark
 
 pytestmark = pytest.mark.timeout(300)
 SMALL = ("measure_samples=6", "measure_batch=4")

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from flatpatch.__main__ import main
-from flatpatch.families.text import quick
 from flatpatch.report.records import validate_record
 from flatpatch.runner import execute
 from tests.kills import killed_at_random_moments
 from tests.runner.test_execute import assert_nothing_runs_on, results, start, wait_until, words
+from tests.text_benchmark import small_benchmark
 
 pytestmark = pytest.mark.timeout(1800)
 LONG = ("upstream.num_train_epochs=6", "checkpoint_every=3")
@@ -46,13 +46,7 @@ FAILING = "print('begins again'); raise SystemExit(3)"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("benchmark") / "data"
-    quick.write_benchmark(folder)
-    for path in folder.rglob("*.json"):
-        if path.name != "labels.json":
-            rows = json.loads(path.read_text())
-            path.write_text(json.dumps(rows[: 48 if path.name == "train.json" else 8]))
-    return folder
+    return small_benchmark(tmp_path_factory.mktemp("benchmark") / "data")
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.runner.sweep import Options, read_options
 from tests.report_page import with_average
 from tests.report_records import make_quick_record
-from tests.sweep_cases import in_training, numbers, short_words, small_benchmark, status, wait_until
+from tests.sweep_cases import in_training, numbers, short_words, status, wait_until
+from tests.text_benchmark import small_benchmark
 
 GAINS = (1.0, 2.0, 3.0)
 

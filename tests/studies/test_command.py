@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from flatpatch.__main__ import main
-from flatpatch.families.text import quick
 from flatpatch.files import ROOT
 from flatpatch.runner.executors import local
 from flatpatch.studies.schema import read_study
 from tests.study_cases import HYPOTHESIS, write_study
+from tests.text_benchmark import small_benchmark
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -99,11 +99,7 @@ def test_the_example_of_the_page_on_studies_plans(tmp_path: Path, capsys: pytest
 def test_a_whole_study_ends_with_verdicts_and_again_trains_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = tmp_path / "data"
-    quick.write_benchmark(data)
-    for file in data.rglob("*.json"):
-        if file.name != "labels.json":
-            file.write_text(json.dumps(json.loads(file.read_text())[: 32 if file.name == "train.json" else 8]))
+    data = small_benchmark(tmp_path / "data", train=32)
     path = write_study(tmp_path)
     path.write_text(path.read_text().replace("{profile: quick}", "{profile: quick, upstream.num_train_epochs: 1}"))
     path.write_text(

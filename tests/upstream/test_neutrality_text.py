@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from flatpatch.families.base import Plan
-from flatpatch.families.text import quick
 from flatpatch.runner.execute import execute, prepare_work
 from flatpatch.runner.resolve import command_of, make_plan, parse
 from flatpatch.upstreams import UPSTREAMS
+from tests.text_benchmark import small_benchmark
 from tests.warm import TEXT, runs_by
 
 pytestmark = [pytest.mark.third_party, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -41,16 +41,6 @@ class Outcome:
     weights: list[dict[str, torch.Tensor]]
     predictions: list[str]
     metrics: list[dict[str, Any]]
-
-
-def small_benchmark(folder: Path, train: int = 48, test: int = 8) -> Path:
-    """Write the quick benchmark, cut to a few steps."""
-    quick.write_benchmark(folder)
-    for path in folder.rglob("*.json"):
-        if path.name != "labels.json":
-            rows = json.loads(path.read_text())
-            path.write_text(json.dumps(rows[: train if path.name == "train.json" else test]))
-    return folder
 
 
 def plan(folder: Path, data: Path, *words: str) -> Plan:

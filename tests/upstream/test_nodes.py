@@ -11,7 +11,8 @@ import pytest
 from flatpatch.__main__ import main
 from flatpatch.runner.resolve import make_plan, parse
 from tests.slurm_cluster import ask, cluster
-from tests.sweep_cases import numbers, small_benchmark, status, wait_until
+from tests.sweep_cases import numbers, status, wait_until
+from tests.text_benchmark import small_benchmark
 
 pytestmark = [pytest.mark.third_party, pytest.mark.timeout(900)]
 SHORT = (

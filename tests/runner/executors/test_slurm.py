@@ -23,7 +23,8 @@ from flatpatch.runner.executors.slurm import Slurm, script
 from flatpatch.runner.jobs import Job, folder_of, make_job
 from flatpatch.runner.resolve import make_plan, parse
 from tests.slurm_cluster import ask, cluster
-from tests.sweep_cases import in_training, numbers, short_words, small_benchmark, status, wait_until
+from tests.sweep_cases import in_training, numbers, short_words, status, wait_until
+from tests.text_benchmark import small_benchmark
 
 WORDS = ["method=seqlora", "profile=quick", "engine=reference"]
 

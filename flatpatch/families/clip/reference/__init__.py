@@ -27,6 +27,7 @@ from flatpatch.families.clip.reference.inflora import InfLoRA
 from flatpatch.families.clip.reference.model import PromptClassifier, build
 from flatpatch.families.clip.reference.options import ClipReference, read_reference
 from flatpatch.families.clip.reference.tasks import ClipTask, load_tasks
+from flatpatch.families.task_checkpoints import held_after_task, take_up
 from flatpatch.families.training import Batch, MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.files import write_atomically
 
@@ -111,11 +112,7 @@ def run(
     rows: list[dict[str, Any]] = []
     torch.manual_seed(reference.seed)  # batches do not depend on what came before
     if before is not None:
-        model.load_state_dict(before["model"])
-        rows = list(before["rows"])
-        if inflora:
-            inflora.subspaces = before["subspaces"]
-        before["random"].restore()
+        rows = take_up(before, model, inflora)
     for index, task in enumerate(tasks):
         if index < len(rows):
             continue
@@ -148,9 +145,7 @@ def run(
         model.ask(task.classes, task.templates[0])
         _call(after_task, TaskState(index, model, task))
         if task_done is not None:
-            subspaces = inflora.subspaces if inflora else []
-            held = {"model": model.state_dict(), "rows": rows, "subspaces": subspaces, "zero_shot": zero_shot}
-            task_done(index + 1, held)
+            task_done(index + 1, {**held_after_task(model, rows, inflora), "zero_shot": zero_shot})
     results = {
         "design": reference.design,
         "tasks": [task.name for task in tasks],

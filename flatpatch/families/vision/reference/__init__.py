@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from flatpatch.errors import UserError
 from flatpatch.families.dualgpm import Subspace
+from flatpatch.families.task_checkpoints import held_after_task, take_up
 from flatpatch.families.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.families.vision.reference.checkpoints import restore, save
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks
@@ -95,11 +96,7 @@ def run(
     torch.manual_seed(reference.seed)
     learned = tasks[: reference.tasks]
     if before is not None:
-        model.load_state_dict(before["model"])
-        rows = list(before["rows"])
-        if inflora:
-            inflora.subspaces = before["subspaces"]
-        before["random"].restore()
+        rows = take_up(before, model, inflora)
     for index, task in enumerate(learned):
         if index < len(rows):
             continue
@@ -127,8 +124,7 @@ def run(
         save(reference, model)
         _call(after_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
         if task_done is not None:
-            subspaces = inflora.subspaces if inflora else []
-            task_done(index + 1, {"model": model.state_dict(), "rows": rows, "subspaces": subspaces})
+            task_done(index + 1, held_after_task(model, rows, inflora))
     results = {
         "method": reference.method,
         "classes": [list(task.names) for task in learned],
