@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatpatch.files import digest, made_whole, write_atomically
+from flatpatch.files import digest, made_whole, written_atomically
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -68,8 +68,11 @@ def write_checkpoint(
             "facts": dict(facts),
             "files": {str(path.relative_to(unfinished)): digest(path) for path in files},
         }
-        write_atomically(unfinished / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    for old in _folders(place)[KEPT:]:
+        with written_atomically(unfinished / MANIFEST) as path:
+            path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    # One of a later step could not be used, and what a killed process left unfinished has any step's name.
+    folders = _folders(place)
+    for old in (*folders[: folders.index(folder)], *folders[folders.index(folder) + KEPT :], *place.glob(".*.tmp")):
         shutil.rmtree(old, ignore_errors=True)
     return Checkpoint(folder, step, facts)
 

@@ -494,8 +494,8 @@ def _follow_tuning(settings: Settings, sources: Mapping[str, str]) -> Settings:
 
 
 def shown(value: Any) -> str:
-    """Return a setting's value as one writes it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a setting's value as one writes it, with as many digits as it takes to read the same value again."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def given_twice(words: Sequence[str]) -> list[str]:

@@ -97,6 +97,28 @@ def test_spoilt_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, s
     assert newest(tmp_path)[0] is None
 
 
+def test_two_usable_ones_are_kept_and_no_leftover_stays(tmp_path: Path) -> None:
+    for step in (5, 10):
+        write(tmp_path, step)
+    alter(tmp_path / "000000010")
+    (tmp_path / ".000000007.x.tmp").mkdir()
+    write(tmp_path, 8)  # it went on from 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000005", "000000008"]
+    assert newest(tmp_path) == (8, [])
+
+
+def test_disk_that_is_full_at_the_manifest_is_an_oserror_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 5)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flatpatch.files.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, 10)
+    assert newest(tmp_path) == (5, [])
+
+
 def test_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
     write(tmp_path, 5, rho=0.1)
     step, lines = newest(tmp_path)

@@ -91,8 +91,9 @@ def test_lines_of_every_engine_have_one_style(
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     (tmp_path / "progress.json").write_text(json.dumps(state))
     names = execute._shown_names(plan)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as process:
-        execute._watch(process, "the title", tmp_path, execute._Stop(), names, Tracking(tmp_path, make_quick_record()))
+    sleep = [sys.executable, "-c", "import time; time.sleep(1)"]
+    with subprocess.Popen(sleep) as process, Tracking(tmp_path, make_quick_record()) as tracking:
+        execute._watch(process, "the title", tmp_path, execute._Stop(), names, tracking)
     loss = "" if state["loss"] is None else ", loss 0.500"
     lines = capsys.readouterr().err.splitlines()
     assert lines

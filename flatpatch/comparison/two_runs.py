@@ -22,7 +22,7 @@ examples:
   python -m flatpatch diff run=runs/NAME/record.json with=/other/machine/record.json
 """
 
-_OF_RUN = ("schema", "method", "family", "benchmark", "profile", "engine", "labels", "seeds", "tasks")
+_OF_RUN = ("schema", "method", "family", "benchmark", "profile", "engine", "labels", "seeds", "tasks", "forked")
 _RESULTS = ("status", "accuracy_matrix", "accuracy_before_training", "metrics")
 _TOLD_OTHERWISE = (*OF_PLACES, "profile", "engine")  # the last two by what they came to
 _ABSENT = "-"
@@ -73,9 +73,9 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Row]:
     one, other = _contents(here), _contents(there)
     for section in one:
         for name in dict.fromkeys([*one[section], *other[section]]):
-            values = [_shown(side[section].get(name)) for side in (one, other)]
+            values = [side[section].get(name) for side in (one, other)]
             if values[0] != values[1]:
-                rows.append(Row(section, name, *values))
+                rows.append(Row(section, name, *map(_shown, values)))
     return rows
 
 

@@ -45,7 +45,7 @@ class StepRecorder:
         self._recorder = Recorder(run)
         self._recorder.start(self.keeper.step if self.keeper else 0)
         if self.keeper is not None:
-            self._recorder.heeds_stop = True
+            self._recorder.heeds_stop = not self.keeper.step  # else once the steps taken before are passed over
             self.keeper.add("recorder", self._state, self._put_back)
 
     def __enter__(self) -> StepRecorder:
@@ -76,6 +76,7 @@ class StepRecorder:
         }
 
     def _put_back(self, kept: dict[str, Any]) -> None:
+        self._recorder.heeds_stop = True
         self.steps, self.fallbacks = kept["steps"], kept["fallbacks"]
         if self.sam is not None:
             self.sam.steps = kept["sam_steps"]

@@ -213,8 +213,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    # There may be fewer GPUs than there were: the run is then another one's in its last bits, which its record says.
+    for number, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(own, number)
 
 
 def trained_weights(model: Any) -> dict[str, Any]:

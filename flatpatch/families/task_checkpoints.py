@@ -16,6 +16,7 @@ from typing import Any
 from flatpatch.checkpoints import newest_checkpoint, write_checkpoint
 from flatpatch.errors import Interrupted
 from flatpatch.families.recording import announce
+from flatpatch.families.resuming import random_state, set_random_state
 
 STATE = "state.pt"
 
@@ -35,7 +36,8 @@ class TaskCheckpoints:
     def restore(self) -> dict[str, Any] | None:
         """Return what the newest usable checkpoint holds, its files put back; None without one.
 
-        The random generators are put back by the caller, with ``["random"].restore()``, once nothing more is drawn.
+        The random generators are put back by the caller, with ``set_random_state(["random"])``, once nothing more is
+        drawn.
         """
         if self._asked is None:
             return None
@@ -67,8 +69,6 @@ class TaskCheckpoints:
             return
         import torch
 
-        from flatpatch.sam import RandomState
-
         paths = [path for path in (*self._own_files, *files) if path.is_file()]
         # Seen from the work folder, since a run's folder may be moved.
         copies = {f"file-{number}": os.path.relpath(path) for number, path in enumerate(paths)}
@@ -76,7 +76,7 @@ class TaskCheckpoints:
         def fill(folder: Path) -> None:
             for name, path in copies.items():
                 shutil.copyfile(path, folder / name)
-            torch.save({**state, "files": copies, "random": RandomState()}, folder / STATE)
+            torch.save({**state, "files": copies, "random": random_state()}, folder / STATE)
 
         try:
             write_checkpoint(
@@ -105,5 +105,5 @@ def take_up(before: Mapping[str, Any], model: Any, protecting: Any | None) -> li
     model.load_state_dict(before["model"])
     if protecting:
         protecting.subspaces = before["subspaces"]
-    before["random"].restore()
+    set_random_state(before["random"])
     return list(before["rows"])

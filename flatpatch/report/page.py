@@ -41,9 +41,9 @@ from flatpatch.report.groups import (
     spread,
     where,
 )
-from flatpatch.report.records import setting
+from flatpatch.report.records import fork_command, setting
 from flatpatch.report.titles import sam_title, warning
-from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings
+from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, shown
 from flatpatch.upstreams import UPSTREAMS
 
 LARGEST_SVG = 150_000  # bytes
@@ -524,7 +524,7 @@ def _rerun(group: Group) -> dict[str, Any]:
     environment = record["environment"]
     words = [f"method={record['method']}", f"profile={record['profile']}", f"engine={record['engine']}"]
     words += [
-        f"{key}={_word(entry['value'])}"
+        f"{key}={shown(entry['value'])}"
         for key, entry in record["settings"].items()
         if entry["source"] != "default" and key not in _NOT_REPEATED and key != "method" and entry["value"] != "auto"
     ]
@@ -550,6 +550,8 @@ def _rerun(group: Group) -> dict[str, Any]:
     if upstream := record["upstream"]:
         steps.append(f"git submodule update --init {shlex.quote('third_party/' + upstream['repo'])}")
     command = "".join(callers) + f"bash run_scripts/run.sh {verb} " + shlex.join([*words, "output=runs-again"])
+    if "forked" in record:
+        command = "".join(callers) + shlex.join(fork_command(record))
     return {
         "commands": [*steps, command],
         "edited": commit.endswith("-dirty"),
@@ -557,10 +559,6 @@ def _rerun(group: Group) -> dict[str, Any]:
         "pin": upstream["pin"] if upstream else "",
         "patched_tree": upstream["patched_tree"] if upstream else "",
     }
-
-
-def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def heat() -> list[str]:

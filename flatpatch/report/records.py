@@ -17,6 +17,7 @@ from typing import Any
 
 from flatpatch import families
 from flatpatch.errors import UserError, did_you_mean, named_path
+from flatpatch.settings import shown, with_role
 
 RECORD_FILE = "record.json"
 # One answer of all verbs: to run the command again alone would not do, as it continues what the record says.
@@ -321,6 +322,15 @@ def _use_todays_words(record: Any) -> None:
     labels = record.get("labels") if isinstance(record, dict) else None
     if isinstance(labels, list):
         record["labels"] = [_EARLIER_LABELS.get(label, label) if isinstance(label, str) else label for label in labels]
+
+
+def fork_command(record: Mapping[str, Any]) -> list[str]:
+    """Return the words of the command that makes a run again whose first tasks are another run's."""
+    fork = record["forked"]
+    changed = [
+        f"{key}={shown(setting(record, key))}" for key in ("sam", *with_role("sam")) if key in record["settings"]
+    ]
+    return ["bash", "run_scripts/run.sh", "fork", f"run=runs/{fork['run']}", f"task={fork['tasks']}", *changed]
 
 
 def read_step_metrics(path: Path, said: list[str] | None = None) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from flatpatch import patches
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.base import BYTES_NEEDED
 from flatpatch.files import ROOT
-from flatpatch.report.records import read_record
+from flatpatch.runner.estimate import seconds_taken
 from flatpatch.runner.record import check_continues
 from flatpatch.runner.resolve import cuda_devices, headline, make_plan, parse
 from flatpatch.settings import Request
@@ -106,7 +106,7 @@ def _machine() -> Iterator[Finding]:
     measured = ", ".join(f"{name} {need.gib:g} GiB ({need.of})" for name, need in needs.items())
     count, driver = cuda_devices(), _driver()
     if driver and int(driver.partition(".")[0]) < OLDEST_DRIVER:
-        yield WRONG, f"NVIDIA driver {driver}: the locked torch needs {OLDEST_DRIVER} or later"
+        yield ABSENT, f"NVIDIA driver {driver}: the locked torch takes GPUs from driver {OLDEST_DRIVER} on"
     if not count:
         why = f"torch sees none of the GPUs of driver {driver}" if driver else "no CUDA device"
         yield ABSENT, f"{why}: quick and small runs take the CPU. Profile upstream needs one; measured: {measured}"
@@ -164,15 +164,12 @@ def _inputs() -> Iterator[Finding]:
 
 def _times() -> Iterator[Finding]:
     """How long finished runs of each kind took here."""
-    took: dict[str, list[float]] = {}
-    for path in sorted(Path("runs").glob("*/record.json")):
-        with contextlib.suppress(UserError):
-            record = read_record(path.parent)
-            if record["status"] == "finished" and not record["restarts"]:
-                kind = f"{record['method']} ({record['profile']}, {record['engine']})"
-                took.setdefault(kind, []).append(record["timing"]["total_seconds"])
+    took = seconds_taken(Path("runs"))
     if took:
-        said = (f"{kind} {sum(times) / len(times):.0f} s" for kind, times in took.items())
+        said = (
+            f"{method} ({profile}, {engine}) {statistics.fmean(times):.0f} s"
+            for (method, profile, engine), times in took.items()
+        )
         yield OK, "finished runs here took, on average: " + "; ".join(said)
     else:
         yield OK, "no run has finished here yet; quick runs take one to five minutes on two cores"

@@ -47,7 +47,7 @@ def estimate(plans: Sequence[Plan], output: Path) -> Estimate:
         output: The folder with the runs to judge by.
     """
     kinds = Counter((plan.request.settings.method, plan.profile, plan.engine) for plan in plans)
-    known = _finished(output)
+    known = seconds_taken(output)
     guessed = {kind for kind in kinds if kind not in known and kind[1] == "quick"}
     if unknown := [kind for kind in kinds if kind not in known and kind not in guessed]:
         return Estimate(None, f"no run of {' '.join(unknown[0])} is finished in {output}")
@@ -61,13 +61,14 @@ def estimate(plans: Sequence[Plan], output: Path) -> Estimate:
     return Estimate(sum(means[kind] * count for kind, count in kinds.items()), " and ".join(sources))
 
 
-def _finished(output: Path) -> dict[Kind, list[float]]:
-    """Return the seconds that finished runs took, by what they are runs of."""
+def seconds_taken(output: Path) -> dict[Kind, list[float]]:
+    """Return the seconds that runs took, by what they are runs of: finished ones that were never stopped."""
     found: dict[Kind, list[float]] = {}
-    for path in output.glob(f"*/{RECORD_FILE}"):
+    for path in sorted(output.glob(f"*/{RECORD_FILE}")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_text(encoding="utf-8"))
             kind = (record["method"], record["profile"], record["engine"])
-            if record["status"] == "finished" and (seconds := float(record["timing"]["total_seconds"])) > 0:
+            whole = record["status"] == "finished" and not record["restarts"]
+            if whole and (seconds := float(record["timing"]["total_seconds"])) > 0:
                 found.setdefault(kind, []).append(seconds)
     return found

@@ -55,6 +55,7 @@ LOG = "log.txt"
 CHECKPOINTS = "checkpoints"
 STOP = "stop"
 STEPS = "metrics.jsonl"
+SPENT = "seconds.txt"  # of all processes that worked at a stage, as far as this one saw them end
 PATIENCE = 60.0  # seconds that a process has to come to its step's end and write a checkpoint
 MEASURER = "flatpatch.measurement.in_run:Measurer"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
@@ -387,8 +388,11 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> Non
         finally:
             process.end()
             _end_leftovers(hook)
+            seconds = _spent(own) + time.monotonic() - started
+            with contextlib.suppress(OSError):  # on a full disk it is told too little
+                (own / SPENT).write_text(f"{seconds:.2f}\n", encoding="utf-8")
     if code := process.poll():
-        if stop.asked or code == Interrupted.exit_code:
+        if stop.asked or (own / STOP).exists():
             by = stop.asked or f"the file {own / STOP}"
             raise Interrupted(f"stopped by {by} during {stage.title}. {_way_on(plan, stage)}")
         said = _failure(plan, stage, code, own / LOG)
@@ -400,7 +404,6 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> Non
             f"{stage.title} ended, but flatpatch's hook in {plan.upstream.title} never ran: not the run asked for. "
             f"See {own / 'log.txt'}, and check the patches: python -m flatpatch patches verify"
         )
-    seconds = time.monotonic() - started
     files = [
         *_results(plan, stage),
         *(path for name in stage.models.values() if (path := plan.folder / name).is_file()),
@@ -411,6 +414,14 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> Non
     kept = {str(path.relative_to(plan.folder)): digest(path) for path in files}
     write_atomically(own / "done.json", json.dumps({"files": kept, "seconds": round(seconds, 2)}, indent=2))
     shutil.rmtree(own / CHECKPOINTS, ignore_errors=True)
+
+
+def _spent(own: Path) -> float:
+    """Return the seconds that earlier processes of a stage took, whose work this one goes on with."""
+    try:
+        return float((own / SPENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _results(plan: Plan, stage: Stage) -> list[Path]:
@@ -487,6 +498,8 @@ def _watch(
                 doing = f"{in_words(state['phase'])} {names.get(task, task)}".strip()
                 loss = "" if state.get("loss") is None else f"loss {state['loss']:.3f}"
                 last = (doing, state["step"], state["total"], loss)
+                # By now it has taken away the steps that an earlier process took after the checkpoint.
+                tracking.follow(own / STEPS)
             if stop.asked:
                 if not heeds or stop.again or (asked_at and time.monotonic() - asked_at > PATIENCE):
                     return
@@ -498,7 +511,6 @@ def _watch(
                         f"{PATIENCE:.0f} s; a second signal ends it at once"
                     )
             shown.update(*last)
-            tracking.follow(own / STEPS)
             time.sleep(0.2)
         shown.end()
     say(f"{title}: {time.monotonic() - started:.0f} s")

@@ -18,11 +18,11 @@ from flatpatch.report.records import read_record, run_folder
 from flatpatch.runner.execute import brought
 from flatpatch.runner.executors.local import LOGS, carry_out, room_for
 from flatpatch.runner.jobs import Job, make_job, missing
-from flatpatch.runner.record import new_record, write_record
+from flatpatch.runner.record import made_otherwise, new_record, write_record
 from flatpatch.runner.rerun import words_of
 from flatpatch.runner.resolve import make_plan, parse
 from flatpatch.runner.sweep import conclude, expand
-from flatpatch.settings import named_runs, read_words, split_word, with_role
+from flatpatch.settings import in_name, named_runs, read_words, split_word, with_role
 from flatpatch.terminal import say
 
 VARIED = ("sam", *with_role("sam"))
@@ -118,10 +118,14 @@ def _kept(task: str, parent: Path, record: Mapping[str, Any]) -> int:
 
 def _job(parent: Path, record: Mapping[str, Any], kept: int, combination: Sequence[str], *, dry_run: bool) -> Job:
     """Plan one continuation."""
-    settings = dict(split_word(word) for word in combination)
-    own = "-".join(f"{key}{value}" for key, value in settings.items() if key in VARIED)
-    settings |= {"run": f"{parent.resolve().name}-after{kept}-{own}", "output": str(parent.resolve().parent)}
-    words = words_of(record, settings)
+    settings = {"output": str(parent.resolve().parent), **dict(split_word(word) for word in combination)}
+    asked = parse(words_of(record, settings)).settings
+    name = [parent.resolve().name, f"after{kept}", asked.sam]
+    name += [f"rho{asked.rho:g}"] if asked.sam != "off" else []
+    name += [f"{key}{value}" for key, value in in_name(asked, VARIED).items() if key not in ("sam", "rho")]
+    name += ["measured"] if "measure" in settings else []
+    name += [f"{key}{value}" for key, value in in_name(asked, with_role("machine")).items() if key in settings]
+    words = words_of(record, {**settings, "run": "-".join(name)})
     plan = make_plan(parse(words), dry_run=dry_run)
     if any(len(stage.tasks) != 1 for stage in plan.stages):
         raise UserError(
@@ -144,12 +148,9 @@ def lay_out(plan: Plan, parent: Path, record: Mapping[str, Any], kept: int) -> N
     if problems := folder_problems(plan.folder, plan.bytes_needed):
         raise UserError.collect(problems)
     files = brought(plan, parent, kept)
+    if different := made_otherwise(record, plan):
+        raise UserError(f"run={parent} was made otherwise than it would be here: {'; '.join(different)}.")
     own = new_record(plan)
-    tree = plan.verified.patched_tree if plan.verified else None
-    if (record["upstream"] or {}).get("patched_tree") != tree or record["inputs"] != own["inputs"]:
-        raise UserError(
-            f"run={parent} was made with another patched tree, model or data. Make it anew with this version."
-        )
     before = {key: record["settings"].get(key, {}).get("value") for key in VARIED}
     after = {key: own["settings"].get(key, {}).get("value") for key in VARIED}
     changed = {key: [before[key], after[key]] for key in VARIED if before[key] != after[key]}

@@ -116,8 +116,8 @@ def _check_list(path: Path, jobs: Sequence[Job]) -> None:
         raise UserError(f"the job list {path} was changed: it lists other runs than this sweep has. {advice}")
 
 
-def missing(jobs: Sequence[Anything]) -> list[Anything]:
-    """Return the jobs whose runs are not finished.
+def missing(jobs: Sequence[Anything], *, elsewhere: bool = False) -> list[Anything]:
+    """Return the jobs whose runs are not finished; ``elsewhere`` says that another machine carries them out.
 
     Raises:
         UserError: With every folder that holds something else.
@@ -125,7 +125,7 @@ def missing(jobs: Sequence[Anything]) -> list[Anything]:
     found, problems = [], []
     for job in jobs:
         try:
-            old = check_continues(job.plan.folder, job.plan)
+            old = check_continues(job.plan.folder, job.plan, elsewhere=elsewhere)
         except UserError as error:
             problems.append(str(error))
             continue

@@ -169,8 +169,13 @@ def _idle(plan: Plan) -> frozenset[str]:
     return without_effect(plan.request.settings.sam, plan.request.settings.measure)
 
 
-def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
+def check_continues(folder: Path, plan: Plan, *, elsewhere: bool = False) -> dict[str, Any] | None:
     """Return the record that this plan continues, or None for a new run.
+
+    Args:
+        folder: The run's.
+        plan: What is to run there.
+        elsewhere: As for :func:`made_otherwise`.
 
     Raises:
         UserError: If the folder holds something else.
@@ -198,28 +203,42 @@ def check_continues(folder: Path, plan: Plan) -> dict[str, Any] | None:
         for key in sorted({*theirs, *ours})
         if theirs.get(key) != ours.get(key) and key not in idle
     ]
+    different += made_otherwise(old, plan, elsewhere=elsewhere)
+    if different:
+        raise UserError(f"the run folder {folder} is occupied by another run: {'; '.join(different)}. {advice}")
+    return old
+
+
+def made_otherwise(old: Mapping[str, Any], plan: Plan, *, elsewhere: bool = False) -> list[str]:
+    """Return in what a recorded run was made otherwise than this plan would make it, its settings aside.
+
+    Args:
+        old: The record.
+        plan: The plan.
+        elsewhere: Whether the plan was made on another machine than the one that carries it out, with other GPUs
+            and data: what follows from these is then left out.
+    """
+    different = []
     for name in ("profile", "engine"):
         mine = getattr(plan, name)
         if old.get(name) != mine:
             different.append(f"{name} is {old.get(name)!r} there and {mine!r} here")
     here = new_record(plan)
-    for name in ("device", "world_size", "launcher", "libraries"):
+    for name in ("libraries",) if elsewhere else ("device", "world_size", "launcher", "libraries"):
         if old.get("environment", {}).get(name) != here["environment"][name]:
             different.append(
                 f"{name} is {old.get('environment', {}).get(name)} there and {here['environment'][name]} here"
             )
     if said := other_code(old.get("environment", {}).get("flatpatch"), here["environment"]["flatpatch"]):
         different.append(said)
-    if _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
+    if not elsewhere and _without_why(old.get("deviations", [])) != _without_why(here["deviations"]):
         different.append("its deviations from upstream were others")
-    if old.get("inputs") != here["inputs"]:
+    if not elsewhere and old.get("inputs") != here["inputs"]:
         different.append("its model or data were other files")
     tree = plan.verified.patched_tree if plan.verified else None
     if (old.get("upstream") or {}).get("patched_tree") != tree:
         different.append("it was made with another patched tree")
-    if different:
-        raise UserError(f"the run folder {folder} is occupied by another run: {'; '.join(different)}. {advice}")
-    return old
+    return different
 
 
 def _without_why(deviations: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatpatch.comparison.two_runs import render as render_differences
 from flatpatch.errors import UserError
-from flatpatch.report.records import RECORD_FILE, read_record, run_folder
+from flatpatch.report.records import RECORD_FILE, fork_command, read_record, run_folder
 from flatpatch.runner.execute import execute
 from flatpatch.runner.pages import leave_page
 from flatpatch.runner.resolve import make_plan, parse, render
@@ -47,6 +48,8 @@ def rerun(words: Sequence[str]) -> int:
     place = run_folder(given.pop("record"), "record")
     folder = place.parent if place.name == RECORD_FILE else place
     record = read_record(folder)
+    if "forked" in record:
+        raise UserError(f"{folder} continues another run's state. To make it again: {shlex.join(fork_command(record))}")
     request = parse(words_of(record, {"run": folder.resolve().name, **given}))
     plan = make_plan(request, dry_run=dry_run)
     if plan.folder.resolve() == folder.resolve():

@@ -154,7 +154,7 @@ def sweep(words: Sequence[str]) -> int:
         return 0
     if options.executor == "slurm":
         slurm.check_here()
-    lacking = missing(jobs)
+    lacking = missing(jobs, elsewhere=options.executor != "local")
     if prints:
         print("".join(f"cd {shlex.quote(str(Path.cwd()))} && {command_of(job)}\n" for job in lacking), end="")
         return 0

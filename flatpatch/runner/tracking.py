@@ -7,11 +7,14 @@ fails costs a warning and nothing of the run.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +23,7 @@ from flatpatch.errors import UserError
 
 EVENTS = "tensorboard"
 NONE = "none"
+SECONDS_UNSEEN = 5.0  # at most, before what was written can be looked at
 PROJECT = "flatpatch"
 STEP, TASK = "step", "task"
 _NOT_SCALARS = ("task", "step", "seed")
@@ -42,17 +46,37 @@ class TensorBoard:
     """Event files in the run's folder, made anew by each call that continues the run."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.record_writer import RecordWriter
 
         shutil.rmtree(folder / EVENTS, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder / EVENTS), flush_secs=10)
-        self._writer.add_text("settings", "\n".join(f"- {key} = {value}" for key, value in about.items()))
+        (folder / EVENTS).mkdir()
+        self._summary = summary
+        # Not its SummaryWriter: that writes from a thread, which a full disk ends, and then the caller waits for ever.
+        self._file = RecordWriter(
+            str(folder / EVENTS / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        )
+        self._flushed_at = time.monotonic()
         self._last = 0
+        self._write(file_version="brain.Event:2")
+        self._write(summary=summary.text("settings", "\n".join(f"- {key} = {value}" for key, value in about.items())))
+
+    def _write(self, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        try:
+            self._file.write(Event(wall_time=time.time(), **content).SerializeToString())
+            if time.monotonic() - self._flushed_at > SECONDS_UNSEEN:
+                self._flushed_at = time.monotonic()
+                self._file.flush()
+        except BaseException:
+            self._file.close()
+            raise
 
     def scalars(self, values: Mapping[str, float], axis: str, place: int) -> None:
         """See :class:`Tracker`."""
         for name, value in values.items():
-            self._writer.add_scalar(f"{axis}/{name}", value, place)
+            self._write(summary=self._summary.scalar(f"{axis}/{name}", value), step=place)
         self._last = max(self._last, place)
 
     def figure(self, name: str, path: Path) -> None:
@@ -61,12 +85,12 @@ class TensorBoard:
         from PIL import Image
 
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        self._writer.add_image(f"figures/{name}", pixels, self._last, dataformats="HWC")
+        self._write(summary=self._summary.image(f"figures/{name}", pixels, dataformats="HWC"), step=self._last)
 
     def end(self, status: str) -> None:
         """See :class:`Tracker`."""
-        self._writer.add_text("status", status)
-        self._writer.close()
+        self._write(summary=self._summary.text("status", status), step=self._last)
+        self._file.close()
 
 
 class Wandb:
@@ -77,18 +101,21 @@ class Wandb:
         with _told_nothing_else(WANDB_DISABLED=None):  # the trainings are told this, for upstream's own reports
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
-                id=folder.name[-100:],
+                id=hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16],
                 name=folder.name,
                 dir=str(folder),
                 config=dict(about),
                 resume="allow",
             )
+        self._known: dict[str, int] = {}  # what an earlier call has told of the same run
         for axis in (STEP, TASK):
             self._run.define_metric(f"{axis}/*", step_metric=axis)
+            self._known[axis] = int(self._run.summary.get(axis) or 0)
 
     def scalars(self, values: Mapping[str, float], axis: str, place: int) -> None:
         """See :class:`Tracker`."""
-        self._run.log({axis: place, **{f"{axis}/{name}": value for name, value in values.items()}})
+        if place > self._known[axis]:
+            self._run.log({axis: place, **{f"{axis}/{name}": value for name, value in values.items()}})
 
     def figure(self, name: str, path: Path) -> None:
         """See :class:`Tracker`."""
@@ -200,12 +227,10 @@ class Tracking:
                 tracker.scalars(values, axis, place)
 
     def follow(self, steps: Path) -> None:
-        """Take what a process has written of its steps since the last call."""
+        """Take what a process has written of its steps since the last call; it only adds to the file."""
         read = self._files.get(steps, 0)
         try:
             with steps.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < read:  # begun anew
-                    return
                 file.seek(read)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:

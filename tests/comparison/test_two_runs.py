@@ -52,6 +52,15 @@ def test_each_difference_is_a_row_of_its_section() -> None:
     assert all(isinstance(row, Row) for row in differences(here, there))
 
 
+def test_numbers_that_differ_in_late_digits_differ() -> None:
+    here = make_quick_record()
+    there = copy.deepcopy(here)
+    here["settings"]["rho"]["value"], there["settings"]["rho"]["value"] = 0.0123456789, 0.0123457
+    assert [(row.what, row.here, row.there) for row in differences(here, there)] == [
+        ("rho", "0.0123456789", "0.0123457")
+    ]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "said"),
     [

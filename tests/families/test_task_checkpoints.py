@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from flatpatch.families.resuming import set_random_state
 from flatpatch.families.task_checkpoints import TaskCheckpoints
 
 
@@ -51,7 +52,7 @@ def test_state_files_and_random_numbers_come_back(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
     assert memory.read_text() == "memory of the task"
     draw()
-    state["random"].restore()
+    set_random_state(state["random"])
     assert draw() == then
 
 

@@ -20,7 +20,7 @@ def plan(output: Path, *words: str) -> Plan:
 def leave(output: Path, name: str, seconds: float, **change: str) -> None:
     row = {"method": "seqlora", "profile": "quick", "engine": "reference", "status": "finished", **change}
     (output / name).mkdir()
-    (output / name / "record.json").write_text(json.dumps({**row, "timing": {"total_seconds": seconds}}))
+    (output / name / "record.json").write_text(json.dumps({"restarts": 0, **row, "timing": {"total_seconds": seconds}}))
 
 
 def test_finished_runs_of_the_same_kind_are_what_is_judged_by(tmp_path: Path) -> None:

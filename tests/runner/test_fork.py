@@ -75,7 +75,7 @@ def test_fork_with_the_runs_own_settings_is_that_run_bit_for_bit(
     text = capsys.readouterr().out
     assert "paired by seed" in text and "WARNING" not in text
     runs = {path.name: path for path in Path("runs").iterdir() if (path / "record.json").is_file()}
-    assert set(runs) == {"parent", "parent-after1-samoff-rho0.1", "parent-after1-samsam-rho0.1"}
+    assert set(runs) == {"parent", "parent-after1-off", "parent-after1-sam-rho0.1"}
     parent, off, on = (runs[name] for name in sorted(runs))
 
     losses = {run: [row["loss"] for row in read_step_metrics(run / "metrics.jsonl")] for run in (parent, off, on)}

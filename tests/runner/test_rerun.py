@@ -55,6 +55,15 @@ def test_damaged_record_and_unknown_method_are_refused(tmp_path: Path, capsys: p
     assert "method gone, which is not here" in capsys.readouterr().err
 
 
+def test_continuation_is_not_run_again_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = make_quick_record()
+    record["forked"] = {"run": "parent", "tasks": 2, "changed": {}, "begun": True}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert main(["rerun", f"record={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "continues another run's state" in said and "fork run=runs/parent task=2" in said and "rho=0.05" in said
+
+
 @pytest.mark.slow
 def test_rerun_gives_the_same_numbers_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from flatpatch.errors import UserError
-from flatpatch.runner import tracking
+from flatpatch.runner import execute, tracking
 from flatpatch.runner.tracking import EVENTS, STEP, TASK, Tracking, check_tracker
 from tests.report_records import make_quick_record
 
@@ -85,6 +87,22 @@ def test_tasks_metrics_flatness_and_figures_are_there_at_the_end(tmp_path: Path)
     assert [(value.tag, value.image.width, value.image.height) for value in pictures] == [("figures/matrix", 5, 3)]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_steps_of_an_earlier_process_are_not_taken_before_the_new_one_has_cut_them_off(
+    begun: bool, tmp_path: Path
+) -> None:
+    """It cuts them off before it first writes its progress."""
+    write_steps(tmp_path / "metrics.jsonl", [3.0, 2.0])
+    if begun:
+        state = {"phase": "train", "step": 2, "total": 9, "loss": 2.0}
+        (tmp_path / "progress.json").write_text(json.dumps(state))
+    sleep = [sys.executable, "-c", "import time; time.sleep(0.6)"]
+    with Tracking(tmp_path, make_quick_record()) as track, subprocess.Popen(sleep) as process:
+        execute._watch(process, "the title", tmp_path, execute._Stop(), {}, track)
+    losses = [name for name, _ in scalars(tmp_path) if name == f"{STEP}/loss"]
+    assert len(losses) == (2 if begun else 0)
+
+
 def test_run_that_goes_on_begins_its_event_file_anew(tmp_path: Path) -> None:
     for _ in range(2):
         track = Tracking(tmp_path, make_quick_record())
@@ -92,6 +110,21 @@ def test_run_that_goes_on_begins_its_event_file_anew(tmp_path: Path) -> None:
         track.follow(tmp_path / "steps.jsonl")
         track.end()
     assert len([name for name, _ in scalars(tmp_path) if name == f"{STEP}/loss"]) == 1
+
+
+def test_full_disk_ends_the_event_file_and_neither_fails_nor_holds_up_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    track = Tracking(tmp_path, make_quick_record())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    write_steps(tmp_path / "steps.jsonl", [3.0] * 50)
+    track.follow(tmp_path / "steps.jsonl")
+    track.end()
+    assert capsys.readouterr().out.count("WARNING: tensorboard takes no more of this run: OSError") == 1
 
 
 def test_tracker_that_fails_costs_a_warning_and_nothing_else(

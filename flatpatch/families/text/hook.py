@@ -152,7 +152,8 @@ class _RecordedTraining:
             if taken == 0:
                 self._measure("before")
         if self._loop is not None:
-            self._recorder.heeds_stop = self._loop.begin()
+            keeps = self._loop.begin()
+            self._recorder.heeds_stop = keeps and not self._loop.passing
         if self._writes:
             self._write_progress(taken, state.max_steps)
 
@@ -208,6 +209,9 @@ class _RecordedTraining:
         }
 
     def _put_back(self, kept: Mapping[str, Any]) -> None:
+        self._recorder.heeds_stop = True
+        if self._writes and self._keeper is not None:
+            self._write_progress(self._keeper.step, self._trainer.state.max_steps)
         if self._sam is not None and kept["fallbacks"] is not None:
             self._sam.fallbacks = kept["fallbacks"].to(self._trainer.args.device)
         if self._measurer is not None:

@@ -50,7 +50,7 @@ class KeptLoop:
         trainer, keeper = self._trainer, self._keeper
         self._keeps = can_keep(trainer)
         if not self._keeps:
-            announce("no checkpoints within this task: it trains by an optimizer whose state is not known here")
+            announce("no checkpoints within this task: its optimizer or its best model is kept where we do not look")
             return False
         keeper.add("weights", partial(trained_weights, trainer.model), partial(put_weights, trainer.model))
         if trainer.deepspeed is None:
@@ -162,7 +162,12 @@ def _base(engine: Any) -> Any:
 
 
 def can_keep(trainer: Any) -> bool:
-    """Tell whether the whole state of a trainer is known; DeepSpeed has optimizers that are not."""
+    """Tell whether the whole state of a trainer is known.
+
+    DeepSpeed has optimizers that are not, and the best model of a training so far is in files that are not kept.
+    """
+    if trainer.args.load_best_model_at_end:
+        return False
     engine = trainer.deepspeed
     return engine is None or _is_partitioned(engine) or not hasattr(engine.optimizer, "optimizer")
 

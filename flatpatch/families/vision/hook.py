@@ -20,6 +20,7 @@ from typing import Any
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer
+from flatpatch.families.resuming import set_random_state
 from flatpatch.families.task_checkpoints import TaskCheckpoints
 from flatpatch.families.vision.keeping import keep_model, kept_file
 from flatpatch.families.vision.places import log_files, vision_run
@@ -182,7 +183,7 @@ class _Training:
             log.write_bytes(content)
         if place == len(before["seeds"]) - 1:
             vars(learner).update(before["learner"])
-            before["random"].restore()
+            set_random_state(before["random"])
             self._before = None
             self._drop_models(now["done"])
 

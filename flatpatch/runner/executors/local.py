@@ -64,10 +64,9 @@ def room_for(asked: int, jobs: Sequence[Planned]) -> Room:
         fit, limit = len(gpus), f"each run takes a GPU, and {len(gpus)} are here"
     elif on_gpu := [plan.folder.name for plan in plans if plan.device != "cpu"]:
         fit, limit = 1, f"{on_gpu[0]} runs on a GPU, whose memory two runs may not share"
-    elif width > 1:
-        fit, limit = max(1, cores // width), f"{widest} takes {width} of {cores} cores"
     else:
-        fit = max(1, min(cores, psutil.virtual_memory().available // BYTES_OF_A_RUN))
+        fit = max(1, min(cores // width, psutil.virtual_memory().available // BYTES_OF_A_RUN))
+        limit = f"{widest} takes {width} of {cores} cores" if width > 1 else ""
     if asked > fit and limit:
         raise UserError(f"parallel={asked}: {limit}. Leave parallel= out, and as many go at once as fit ({fit}).")
     return Room(max(1, min(asked or fit, len(plans))), gpus)

@@ -21,7 +21,8 @@ from flatpatch.families.clip.reference.inflora import InfLoRA
 from flatpatch.families.clip.reference.model import build, factor
 from flatpatch.families.clip.reference.tasks import load_tasks
 from flatpatch.families.dualgpm import input_covariances
-from flatpatch.sam import SAM, RandomState
+from flatpatch.families.resuming import random_state
+from flatpatch.sam import SAM
 from tests.clip_cases import CLASSES, SMALL, few_images, make_clip, make_reference, results_of
 
 __all__ = ["few_images"]
@@ -233,7 +234,7 @@ def test_run_that_was_stopped_goes_on_after_its_last_task(design: str, folder: P
     held: dict[str, Any] = {}
 
     def stop(tasks: int, state: dict[str, Any]) -> None:
-        held.update(copy.deepcopy(state), random=RandomState())
+        held.update(copy.deepcopy(state), random=random_state())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from flatpatch.errors import UserError
 from flatpatch.families.dualgpm import input_covariances
+from flatpatch.families.resuming import random_state
 from flatpatch.families.vision import reference as vision
 from flatpatch.families.vision.reference import checkpoints
 from flatpatch.families.vision.reference.images import load_tasks
 from flatpatch.families.vision.reference.vit import KeyValueLoRA, build
 from flatpatch.flatness.scope import find_scope
-from flatpatch.sam import SAM, RandomState
+from flatpatch.sam import SAM
 from tests.reference_images import CLASSES, SIZES, TinyImages, make_reference
 
 METHODS = ("inflora", "seqlora")
@@ -612,7 +613,7 @@ def test_run_that_was_stopped_goes_on_after_its_last_task(
 
     def stop(tasks: int, state: dict[str, Any]) -> None:
         if tasks == done:
-            held.update(copy.deepcopy(state), random=RandomState())
+            held.update(copy.deepcopy(state), random=random_state())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
