@@ -197,7 +197,12 @@ def _start(job: Planned, logs: Path, gpu: str, show: bool) -> _Worker:
         )
     else:
         process = multiprocessing.get_context("fork").Process(target=_run, args=(job.plan, log, os.getpid(), show))
-    process.start()
+    # A signal to the new process waits until that has put its own handlers in the place of this one's.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _Worker(job.plan, log, process, gpu)
 
 
@@ -222,6 +227,7 @@ def _speaking_into(log: Path, parent: int) -> Iterator[None]:
     os.setpgid(0, 0)  # what is typed at the terminal comes to the parent, which asks each run once
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if os.getppid() != parent:  # it ended before it could be asked
         sys.exit(Interrupted.exit_code)
     with log.open("wb") as output:

@@ -167,6 +167,18 @@ def test_a_run_that_was_stopped_ends_the_study_and_the_runs_beside_it(
     assert not (cells[2].plan.folder / "by").exists()
 
 
+def test_signal_that_comes_before_a_run_has_its_own_handlers_is_not_lost(
+    cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with(monkeypatch, lambda plan: time.sleep(60))
+    monkeypatch.setattr(local, "end_with_parent", lambda number: time.sleep(1))
+    with local._asked_to_stop():
+        worker = local._start(cells[0], tmp_path, "", False)
+        worker.process.terminate()
+        worker.process.join(30)
+    assert worker.process.exitcode == -signal.SIGTERM
+
+
 def test_a_signal_ends_the_runs_and_says_how_to_go_on(
     cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
