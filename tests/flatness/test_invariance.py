@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -99,6 +101,24 @@ def test_a_model_that_is_no_function_of_the_products_is_refused() -> None:
     with pytest.raises(UserError, match="the model is no function of the products B A"):
         certify(problem, {"loss": lambda each: each.loss()})
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("scope", ["merged", "tangent"])
+def test_merged_matrices_are_read_anew_for_each_way_of_writing(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nothing could change: written so that the product differs, the loss tells."""
+
+    @contextmanager
+    def wrongly(
+        pairs: list[tuple[nn.Parameter, nn.Parameter]], *, scale: float, rotation: int | None
+    ) -> Iterator[None]:
+        with torch.no_grad():
+            for up, _ in pairs:
+                up.mul_(scale)
+        yield
+
+    monkeypatch.setattr("flatpatch.flatness.invariance.written", wrongly)
+    with pytest.raises(UserError, match=r"written differently \(c = 0.25\)"):
+        certify(make_problem(make_model(), scope), {"loss": lambda problem: problem.loss()})
 
 
 def test_a_model_without_lora_is_refused() -> None:

@@ -128,13 +128,22 @@ def test_spectrum_is_that_of_the_merged_hessian_in_the_directions_of_the_factors
     check_against_merged(model, problems, bases)
 
 
-def test_pairs_of_several_tasks_span_the_sum_of_their_spaces_and_unused_factors_nothing() -> None:
-    """InfLoRA's code marks factors of tasks to come as trainable, which no forward pass uses yet."""
+def test_factors_that_no_forward_pass_uses_move_nothing() -> None:
+    """InfLoRA's code marks factors of tasks to come as trainable; A is frozen."""
+    model = after_two_tasks(TaskAttention())
+    bases = []
+    for name in "kv":
+        A, B = (getattr(model.attention, f"lora_{factor}_{name}") for factor in "AB")
+        B[2].weight.requires_grad_(True)
+        bases.append(dense_tangent([(B[1].weight, A[1].weight, True, False)]))
+    check_against_merged(model, both(model, rows(4, 3)), bases)
+
+
+def test_pairs_of_several_tasks_span_the_sum_of_their_spaces() -> None:
     model = after_two_tasks(TaskAttention())
     for name in "kv":
         for factor in "AB":
             getattr(model.attention, f"lora_{factor}_{name}")[0].weight.requires_grad_(True)
-        getattr(model.attention, f"lora_B_{name}")[2].weight.requires_grad_(True)
     bases = []
     for name in "kv":
         A, B = ([each.weight for each in getattr(model.attention, f"lora_{factor}_{name}")] for factor in "AB")
