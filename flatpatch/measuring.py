@@ -21,15 +21,30 @@ CORRECT_KINDS: Mapping[str, str] = {
     "landscape": "loss on a plane of two random filter-normalised directions",
     "slice": "loss along the first of them, more finely",
 }
+# Beyond what is measured of every run: more operators, parts of the Hessian, and what a number depends on.
+CURVATURE_KINDS: Mapping[str, str] = {
+    "layers": "largest eigenvalue and trace of the Hessian's diagonal blocks: each layer's, all factors A's, all B's",
+    "gauss_newton": "the same of the Gauss-Newton matrix",
+    "fisher": "the same of Fisher's information, and of the empirical Fisher",
+}
+CERTIFICATE_KINDS: Mapping[str, str] = {
+    "invariance": "how much top eigenvalue, trace, Keskar and SAM ball change with the way LoRA's factors are written",
+}
 # With the faults of the experiment record's code, for comparison alone: flatpatch/flatness/as_recorded.py.
 RECORDED_KINDS: Mapping[str, str] = {
     "recorded_eigenvalues": "as recorded: block Lanczos on a basis that is not orthogonal, pooled over batches",
     "recorded_landscape": "as recorded: loss on a plane of directions scaled tensor by tensor",
     "recorded_keskar": "as recorded: the highest loss on a random walk",
 }
-KINDS: Mapping[str, str] = {**CORRECT_KINDS, **RECORDED_KINDS}
-GROUPS: Mapping[str, Mapping[str, str]] = {"all": CORRECT_KINDS, "recorded": RECORDED_KINDS}
-SCOPES = ("adapter", "merged", "trainable", "model")
+KINDS: Mapping[str, str] = {**CORRECT_KINDS, **CURVATURE_KINDS, **CERTIFICATE_KINDS, **RECORDED_KINDS}
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "all": CORRECT_KINDS,
+    "curvature": CURVATURE_KINDS,
+    "recorded": RECORDED_KINDS,
+}
+SCOPES = ("adapter", "merged", "tangent", "trainable", "model")
+# Where no measure depends on how LoRA's product is split into factors.
+INVARIANT_SCOPES = ("merged", "tangent")
 WHENS = ("before", "after")
 AT_LOSS = "at_loss"
 LOSSES_AVERAGED = 10
@@ -91,6 +106,21 @@ class Request:
     def as_dict(self) -> dict[str, Any]:
         """Return it for a JSON file."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+
+def writing_mark(scope: str, values: Mapping[str, float | None]) -> str:
+    """Say in a few words whether what was measured over a scope depends on how LoRA's factors are written.
+
+    Args:
+        scope: Of ``SCOPES``.
+        values: What was measured there; ``invariance_change`` where there is a certificate.
+    """
+    change, tolerance = values.get("invariance_change"), values.get("invariance_tolerance")
+    if tolerance is None:
+        return "invariant" if scope in INVARIANT_SCOPES else "depends on writing"
+    if change is None:
+        return "depends on writing (beyond all bounds)"
+    return f"invariant (to {change:.1g})" if change <= tolerance else f"depends on writing (by {change:.2g})"
 
 
 def make_request(

@@ -171,8 +171,9 @@ class Settings:
     )
     measure: str = _setting(
         "",
-        f"flatness to measure in the run: all (which is correct), recorded (as the experiment record's code does, "
-        f"with its faults), or some of {', '.join(KINDS)}",
+        "flatness to measure in the run: all (from loss to slice, which is correct), curvature (layers, gauss_newton, "
+        "fisher), recorded (as the experiment record's code does, with its faults), or some of "
+        f"{', '.join(KINDS)}",
         role="measure",
         whole=True,
     )
@@ -580,7 +581,7 @@ def _check_scopes(settings: Settings) -> list[str]:
             f"scope={settings.scope} has nothing to perturb: tuning={settings.tuning} trains no LoRA. Use scope=all."
         )
     measured = [name.strip() for name in settings.measure_scope.split(",")]
-    if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged")]):
+    if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged", "tangent")]):
         problems.append(
             f"measure_scope={','.join(absent)} has nothing to measure: tuning={settings.tuning} trains no LoRA. Use "
             "measure_scope=trainable or model."

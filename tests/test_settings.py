@@ -238,8 +238,8 @@ def test_scopes_follow_what_is_trained() -> None:
             "scope=lora has nothing to perturb: tuning=full trains no LoRA. Use scope=all.",
         ),
         (
-            "method=seqlora_vit tuning=head measure=loss measure_scope=adapter,merged,model",
-            "measure_scope=adapter,merged has nothing to measure: tuning=head trains no LoRA. Use "
+            "method=seqlora_vit tuning=head measure=loss measure_scope=adapter,merged,tangent,model",
+            "measure_scope=adapter,merged,tangent has nothing to measure: tuning=head trains no LoRA. Use "
             "measure_scope=trainable or model.",
         ),
         ("fraction=0", "fraction=0 is out of range (expected a share over 0 and at most 1, e.g. fraction=0.1)."),

@@ -8,10 +8,13 @@ For example, the five largest eigenvalues of the loss over the LoRA factors of a
 
 from flatpatch.flatness.as_recorded import recorded_eigenvalues, recorded_keskar, recorded_landscape
 from flatpatch.flatness.batchwise import BatchEigenvalues, batch_eigenvalues
+from flatpatch.flatness.blocks import BlockCurvature, BlockOperator, block_curvature, factor_blocks, layer_blocks
 from flatpatch.flatness.connectivity import Connectivity, checkpoint_point, linear_connectivity, model_point
 from flatpatch.flatness.density import Quadrature, kernel_width, quadrature, spectral_density, spectral_distribution
 from flatpatch.flatness.directions import Direction, given_direction, random_direction
 from flatpatch.flatness.eigenvalues import Eigenpairs, best_block_size, lanczos, power_iteration
+from flatpatch.flatness.gauss_newton import EmpiricalFisherOperator, FisherOperator, GaussNewtonOperator
+from flatpatch.flatness.invariance import Invariance, certify
 from flatpatch.flatness.landscape import Landscape, Mark, Plane, landscape, plane_landscape, plane_through
 from flatpatch.flatness.operator import HessianOperator, LinearOperator, MatrixOperator
 from flatpatch.flatness.points import Point
@@ -33,10 +36,16 @@ __all__ = [
     "SCOPES",
     "BallSharpness",
     "BatchEigenvalues",
+    "BlockCurvature",
+    "BlockOperator",
     "Connectivity",
     "Direction",
     "Eigenpairs",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
+    "GaussNewtonOperator",
     "HessianOperator",
+    "Invariance",
     "KeskarSharpness",
     "Landscape",
     "LinearOperator",
@@ -55,8 +64,11 @@ __all__ = [
     "ball_sharpness",
     "batch_eigenvalues",
     "best_block_size",
+    "block_curvature",
+    "certify",
     "checkpoint_point",
     "count_terms",
+    "factor_blocks",
     "find_scope",
     "first_to_fifth",
     "given_direction",
@@ -66,6 +78,7 @@ __all__ = [
     "kernel_width",
     "lanczos",
     "landscape",
+    "layer_blocks",
     "linear_connectivity",
     "m_sharpness",
     "model_loss",

@@ -182,12 +182,13 @@ def checkpoint_point(problem: Problem, state: Mapping[str, Any], *, name: str = 
         (n,) float64; if buffers differ from the model's, a point with them.
 
     Raises:
-        UserError: If tensors are missing, unknown, of another shape (another rank), or of another base, or a buffer
-            that differs is no number that can be moved.
+        UserError: If tensors are missing, unknown, of another shape (another rank), or of another base, a buffer that
+            differs is no number that can be moved, or the scope is "tangent".
         ValueError: If called inside ``problem.active()``, where merged layers do not compute with their factors.
     """
     if any("forward" in vars(layer) for layer in problem.scope.layers):
         raise ValueError("a checkpoint must be read before the problem is active")
+    _refuse_tangent(problem)
     parameters = dict(problem.model.named_parameters())
     merged = problem.scope.name == "merged"
     absorbed = {id(parameter) for parameter in problem.scope.absorbed}
@@ -228,9 +229,10 @@ def model_point(problem: Problem, other: Problem, *, name: str = "the other mode
 
     Raises:
         UserError: If the variables differ in name or shape (rank), the frozen weights differ (base), or a buffer that
-            differs is no number that can be moved.
+            differs is no number that can be moved, or the scope is "tangent".
     """
     mine, others = problem.scope, other.scope
+    _refuse_tangent(problem)
     if mine.name != others.name or mine.names != others.names:
         raise UserError(
             f"{name} varies {len(others.names)} tensors of scope {others.name}, the first model {len(mine.names)} of "
@@ -246,6 +248,14 @@ def model_point(problem: Problem, other: Problem, *, name: str = "the other mode
     # A copy: the other model may be moved, or trained on.
     moved = _moved_buffers(problem.model, dict(other.model.named_buffers()), name)
     return _with_buffers(problem.flatten(other.variables, torch.float64), moved)
+
+
+def _refuse_tangent(problem: Problem) -> None:
+    if problem.scope.name == "tangent":
+        raise UserError(
+            "scope=tangent has no lines between models: each model has directions of its own, and coordinates by them. "
+            "Compare models in scope=adapter or scope=merged."
+        )
 
 
 def _with_buffers(weights: Tensor, moved: dict[str, Tensor]) -> Tensor | Point:

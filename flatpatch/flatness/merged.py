@@ -34,13 +34,14 @@ class MergedLayer(Protocol):
 
     Attributes:
         layer: The module whose forward is replaced.
-        weights: The matrices M by name, ``(out, in)``, leaf tensors with the values they have now.
+        weights: The matrices M by name, ``(out, in)``, leaf tensors with the values they have now. A forward looks them
+            up anew, so that what takes their place may compute them.
         factors: By the same names, the factors that each matrix is made of beside W.
         scales: Learned scales of the factors, which the matrices hold too.
     """
 
     layer: nn.Module
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     factors: dict[str, list[nn.Parameter]]
     scales: Sequence[nn.Parameter]
 
@@ -91,8 +92,12 @@ def _forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
             module.forward = previous
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+def _linear(weights: Mapping[str, Tensor], name: str, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = weights[name]
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    return forward
 
 
 # --- one linear layer, its factors inside
@@ -109,7 +114,7 @@ class _Linear:
         # Newer releases of peft wrap the layer that owns weight and bias.
         self._holder: Any = getattr(layer, "base_layer", layer)
         self._bias: Tensor | None = getattr(self._holder, "bias", None)
-        self.weights = {f"{prefix}merged": self._read(prefix)}
+        self.weights: Mapping[str, Tensor] = {f"{prefix}merged": self._read(prefix)}
         own = {id(self._holder.weight), id(self._bias)}
         self.factors = {f"{prefix}merged": [p for p in layer.parameters() if id(p) not in own]}
         self.scales: Sequence[nn.Parameter] = ()
@@ -140,8 +145,8 @@ class _Linear:
         return _trainable(columns.T)
 
     def installed(self) -> Any:
-        (weight,) = self.weights.values()
-        return _forward(self.layer, _linear(weight, self._bias))
+        (name,) = self.weights
+        return _forward(self.layer, _linear(self.weights, name, self._bias))
 
 
 # --- an attention with one pair of factors per task
@@ -167,7 +172,9 @@ class _TaskAttention:
             )
         rows = dict(zip(PROJECTIONS, self._qkv.weight.detach().chunk(3), strict=True))
         self.scales: Sequence[nn.Parameter] = ()
-        self.weights, self.factors, self._learned = {}, {}, 0
+        weights: dict[str, Tensor] = {}
+        self.weights: Mapping[str, Tensor] = weights
+        self.factors, self._learned = {}, 0
         self._ups: dict[str, Any] = {}
         for name in PROJECTIONS:
             A, B = (getattr(layer, f"lora_{factor}_{name}", None) for factor in "AB")
@@ -181,7 +188,7 @@ class _TaskAttention:
                 if bool(change.any()):
                     self._learned = max(self._learned, task + 1)
                     matrix = matrix + change
-            self.weights[f"{prefix}{name}.merged"] = _trainable(matrix)
+            weights[f"{prefix}{name}.merged"] = _trainable(matrix)
             self.factors[f"{prefix}{name}.merged"] = [*A.parameters(), *B.parameters()]
             self._ups[name] = B
         self._where = where
@@ -189,11 +196,12 @@ class _TaskAttention:
     @contextmanager
     def installed(self) -> Iterator[None]:
         original = self.layer.forward
-        stand_ins = dict(zip(self._ups, self.weights.values(), strict=True))
+        matrices = self.weights
         rows = self._qkv.weight.chunk(3)
         zeros = {f"lora_B_{name}": _zeros_like(B) for name, B in self._ups.items()}
 
         def project(x: Tensor) -> Tensor:
+            stand_ins = dict(zip(self._ups, matrices.values(), strict=True))
             weight = torch.cat([stand_ins.get(name, row) for name, row in zip(PROJECTIONS, rows, strict=True)])
             return F.linear(x, weight, self._qkv.bias)
 
@@ -253,7 +261,9 @@ class _ScaledQkv:
         self._qkv: Any = layer.get_submodule("qkv")
         matrices = dict(zip(PROJECTIONS, self._read().chunk(3), strict=True))
         self._key = matrices.pop("k")
-        self.weights = {f"{prefix}{name}.merged": _trainable(matrix) for name, matrix in matrices.items()}
+        self.weights: Mapping[str, Tensor] = {
+            f"{prefix}{name}.merged": _trainable(matrix) for name, matrix in matrices.items()
+        }
         # Earlier tasks' may lie in modules below.
         self.factors = {
             f"{prefix}{name}.merged": [
@@ -278,8 +288,13 @@ class _ScaledQkv:
         return columns.T
 
     def installed(self) -> Any:
-        query, value = self.weights.values()
-        return _forward(self.layer, lambda x: F.linear(x, torch.cat([query, self._key, value]), self._qkv.bias))
+        matrices = self.weights
+
+        def forward(x: Tensor) -> Tensor:
+            query, value = matrices.values()
+            return F.linear(x, torch.cat([query, self._key, value]), self._qkv.bias)
+
+        return _forward(self.layer, forward)
 
 
 # --- a transformer that hands adapters to its attentions
@@ -318,7 +333,9 @@ class _AdaptedAttention:
         self._adapters = adapters
         self._scale = scale
         self._where = prefix.removesuffix(".")
-        self.weights, self.factors, self.scales = {}, {}, scales
+        weights: dict[str, Tensor] = {}
+        self.weights: Mapping[str, Tensor] = weights
+        self.factors, self.scales = {}, scales
         self._projections: list[nn.Linear] = []
         for index, name in enumerate(PROJECTIONS):
             if layer.msa[index] != 1:
@@ -328,13 +345,14 @@ class _AdaptedAttention:
             with torch.no_grad():
                 change = adapters[index](unit).T
             matrix = projection.weight.detach() + (1.0 if scale is None else scale[index]) * change
-            self.weights[f"{prefix}{name}_proj.merged"] = _trainable(matrix)
+            weights[f"{prefix}{name}_proj.merged"] = _trainable(matrix)
             self.factors[f"{prefix}{name}_proj.merged"] = list(adapters[index].parameters())
             self._projections.append(projection)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         original = self.layer.forward
+        matrices = self.weights
 
         def forward(
             x: Tensor, adapt: Any = None, prompt: Any = None, rank_prompt: Any = None, block_weight: Any = None
@@ -350,8 +368,8 @@ class _AdaptedAttention:
                     "so that one matrix does not describe it. Choose scope=adapter."
                 )
             with ExitStack() as stack:
-                for projection, weight in zip(self._projections, self.weights.values(), strict=True):
-                    stack.enter_context(_forward(projection, _linear(weight, projection.bias)))
+                for projection, name in zip(self._projections, matrices, strict=True):
+                    stack.enter_context(_forward(projection, _linear(matrices, name, projection.bias)))
                 result: Tensor = original(x, None, prompt, rank_prompt, None)
             return result
 

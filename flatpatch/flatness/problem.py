@@ -102,7 +102,7 @@ class Problem:
             own if it knows them (:class:`WeightedLoss`), else its labels are counted: those that are not ignored,
             without the first of each sequence where the loss does not look at it, as in causal language models; two
             or three evaluations of one batch tell.
-        scope: "adapter", "merged", "trainable" or "model"; see :func:`flatpatch.flatness.scope.find_scope`.
+        scope: "adapter", "merged", "tangent", "trainable" or "model"; see :func:`flatpatch.flatness.scope.find_scope`.
         check: Whether to make two passes, and refuse a loss that is not finite, does not repeat or has no gradient; and
             whether to compare the loss of a few examples with the weighted mean of their parts', and refuse one that
             divides by something else than its terms. Beside the passes this takes three batches' time. It sees nothing
@@ -148,6 +148,9 @@ class Problem:
             if not 0 < count < math.inf:
                 raise UserError(f"batch {index} has {count} loss terms (all labels ignored?). Leave such batches out.")
         self.weights = [count / math.fsum(self.num_terms) for count in self.num_terms]
+        if scope == "tangent":  # a factor that no forward pass uses moves nothing
+            unused = self.with_scope("adapter").unused_variables()
+            self.scope = find_scope(self.model, scope, unused=unused) if unused else self.scope
         if check:
             self._check(given=terms is not None)
 

@@ -2,14 +2,16 @@ r"""Which tensors a measure varies: LoRA factors, merged weights, whatever is tr
 
 A LoRA layer computes :math:`(W + s\,B A)\,x`. In the scope "adapter" the variables are the factors A and B; in
 "merged" the variable is the whole matrix :math:`M = W + s\,B A`, so that a measure can be compared with that of
-ordinary fine-tuning and does not depend on how the product is split into factors. The frozen base enters "merged"
-as a part of M and "model" as a part of the model; it never enters "adapter" and "trainable".
+ordinary fine-tuning and does not depend on how the product is split into factors. In "tangent" M moves in the
+directions alone that the factors can move it in, :math:`s (B\,dA + dB\,A)`, measured as M is
+(:mod:`flatpatch.flatness.tangent`): neither does that depend on how the factors are written. The frozen base enters
+"merged" and "tangent" as a part of M and "model" as a part of the model; it never enters "adapter" and "trainable".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -17,8 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.flatness.merged import MergedLayer, merged_layers
+from flatpatch.flatness.tangent import TangentLayer
 
-SCOPES = ("adapter", "merged", "trainable", "model")
+SCOPES = ("adapter", "merged", "tangent", "trainable", "model")
+INVARIANT_SCOPES = ("merged", "tangent")
+"""Where no measure depends on how LoRA's product is split into factors."""
 
 # lora_A, loranew_A, lora_A_k, lora_embedding_A: the factor's letter ends its word. linear_a_q: SD-LoRA's.
 _FACTOR = re.compile(r"(?:^|[._])(?:lora\w*?|linear(?=_[ab]_[qv]\b))_([AB])(?![A-Za-z])", re.IGNORECASE)
@@ -80,12 +85,13 @@ class Scope:
     Attributes:
         name: One of ``SCOPES``.
         names: One name per variable.
-        variables: Leaf tensors: the model's own parameters, or in "merged" new ones that start as W + s B A.
-        layers: In "merged" the modules that the variables stand in for, in the model's order; else empty.
-        factors: In "merged" the LoRA factors that each variable is made of, by its name; else empty.
-        merged: In "merged" the layers as they are merged, in the model's order; else empty.
+        variables: Leaf tensors: the model's own parameters, in "merged" new ones that start as W + s B A, in "tangent"
+            its coordinates.
+        layers: In "merged" and "tangent" the modules that the variables stand in for, in the model's order; else empty.
+        factors: There also the LoRA factors that each variable is made of, by its name; else empty.
+        merged: There also the layers as they are merged, in the model's order; else empty.
         others: Names of the variables that are not the scope's own; see :func:`find_scope`.
-        absorbed: In "merged" all parameters that the variables are made of beside the frozen weights: the factors, and
+        absorbed: There also all parameters that the variables are made of beside the frozen weights: the factors, and
             scales of theirs that are learned; else empty.
 
     Raises:
@@ -127,16 +133,18 @@ class Scope:
             yield
 
 
-def find_scope(model: nn.Module, name: str, *, others: bool = False) -> Scope:
+def find_scope(model: nn.Module, name: str, *, others: bool = False, unused: Collection[str] = ()) -> Scope:
     """Choose the variables of a scope.
 
     Args:
         model: Any module. For "merged", one of the structures of :mod:`flatpatch.flatness.merged`.
-        name: "adapter": the trainable LoRA factors A and B. "merged": W + s B A of every LoRA layer. "trainable":
-            whatever requires a gradient. "model": every floating-point parameter, frozen or not; weights that are
-            integers, as quantised ones are, stay as they are.
+        name: "adapter": the trainable LoRA factors A and B. "merged": W + s B A of every LoRA layer. "tangent": the
+            directions that the trainable factors can move it in. "trainable": whatever requires a gradient. "model":
+            every floating-point parameter, frozen or not; weights that are integers, as quantised ones are, stay as
+            they are.
         others: Whether to add whatever else requires a gradient (a classifier) and is no part of the variables: the
             line between two models ends at both only if it moves all that differs.
+        unused: For "tangent", names of trainable factors that are not to count, as the loss does not use them.
 
     Returns:
         The scope; tensors that are used in several places are in it once.
@@ -152,6 +160,8 @@ def find_scope(model: nn.Module, name: str, *, others: bool = False) -> Scope:
         return _with_others(model, find_scope(model, name))
     if name == "merged":
         return _merged(model)
+    if name == "tangent":
+        return _tangent(model, unused)
     parameters = [
         (key, p)
         for key, p in model.named_parameters()
@@ -217,13 +227,40 @@ def _refuse_shared_storage(named: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _merged(model: nn.Module) -> Scope:
+    found = _known_layers(model, "merged")
+    named = [pair for layer in found for pair in layer.weights.items()]
+    return Scope(model, "merged", named, found)
+
+
+def _tangent(model: nn.Module, unused: Collection[str]) -> Scope:
+    bases = _known_layers(model, "tangent")
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    pairs, varied = {}, set()
+    for name, parameter in parameters.items():
+        if adapter_factor(name) is None or (other := parameters.get(partner_factor(name))) is None:
+            continue
+        pairs[id(parameter)] = (other, parameter) if rank_axis(name, shapes) == 0 else (parameter, other)
+        if parameter.requires_grad and name not in unused:
+            varied.add(id(parameter))
+    found: list[MergedLayer] = [TangentLayer(base, pairs, varied) for base in bases]
+    named = [pair for layer in found for pair in layer.weights.items()]
+    if not named:
+        raise UserError(
+            f"scope=tangent has no direction: of the {len(pairs)} LoRA factors of {len(bases)} layers {len(varied)} "
+            "are trainable and used, and the other one of each pair is zero. Set requires_grad on those to be "
+            "measured, or choose scope=merged."
+        )
+    return Scope(model, "tangent", named, found)
+
+
+def _known_layers(model: nn.Module, scope: str) -> list[MergedLayer]:
     found = merged_layers(model)
     if not found:
         raise UserError(
-            "scope=merged needs LoRA layers that are known to be one matrix each: factors in lora_A and lora_B beside "
-            "the weight they change (peft's, N-LoRA's), lists of them beside qkv (InfLoRA's), linear_a_q and the like "
-            "beside it (SD-LoRA's), or a transformer with blocks, cur_adapter, adapt_pos and specfic_pos (CL-LoRA's). "
-            "The model has none. Choose scope=adapter or scope=trainable."
+            f"scope={scope} needs LoRA layers that are known to be one matrix each: factors in lora_A and lora_B "
+            "beside the weight they change (peft's, N-LoRA's), lists of them beside qkv (InfLoRA's), linear_a_q and "
+            "the like beside it (SD-LoRA's), or a transformer with blocks, cur_adapter, adapt_pos and specfic_pos "
+            "(CL-LoRA's). The model has none. Choose scope=adapter or scope=trainable."
         )
-    named = [pair for layer in found for pair in layer.weights.items()]
-    return Scope(model, "merged", named, found)
+    return found

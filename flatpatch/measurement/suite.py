@@ -15,18 +15,26 @@ from torch import Tensor, nn
 from flatpatch.errors import UserError
 from flatpatch.flatness import (
     Eigenpairs,
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GaussNewtonOperator,
     HessianOperator,
     Landscape,
+    LinearOperator,
     Loss,
     Problem,
     ball_sharpness,
     batch_eigenvalues,
+    block_curvature,
+    certify,
+    factor_blocks,
     find_scope,
     first_to_fifth,
     hutchinson,
     keskar_sharpness,
     lanczos,
     landscape,
+    layer_blocks,
     model_loss,
     quadrature,
     random_direction,
@@ -46,7 +54,12 @@ RECORDED_PRODUCTS = 40
 # What a recorded landscape's arrays are called before a landscape's own names, which are those of the correct one.
 RECORDED = "as_recorded_"
 # These vary the weights themselves, or make operators of their own.
-_WITHOUT_OPERATOR = ("keskar", "sam", "landscape", "slice", *RECORDED_KINDS)
+_WITHOUT_OPERATOR = ("keskar", "sam", "landscape", "slice", "gauss_newton", "fisher", "invariance", *RECORDED_KINDS)
+# Of at most so many variables the certificate's trace is exact; above, it is that of fixed probes.
+EXACT_TRACE = 256
+WAYS_OF_WRITING = 7
+# These ask for no product with the Hessian or its kin.
+_LOSSES_ALONE = ("keskar", "sam", "landscape", "slice", "recorded_landscape", "recorded_keskar")
 _LOUD_SECONDS = 60.0
 Say = Callable[[str], None]
 Progress = Callable[[str, float, float, str], None]
@@ -75,7 +88,7 @@ class Costs:
     gradient: float
     product: float
 
-    def of(self, kind: str, effort: Effort, num_batches: int, *, at_most: bool = False) -> float:
+    def of(self, kind: str, effort: Effort, num_batches: int, *, at_most: bool = False, num_blocks: int = 1) -> float:
         """Return about how long a kind takes, or how long at most where its searches never converge."""
         # One batch takes its share of a product; one more search from a random start, and one over all batches.
         batchwise = effort.batch_products * (2 + 1 / num_batches)
@@ -84,8 +97,10 @@ class Costs:
         # Seen on the quick text model: 15 to 17 products for five eigenvalues, 46 for ten to a smaller residual; and of
         # the products that a search on batches may take about half.
         lanczos = effort.eigenvalue_products
+        one, block = lanczos, effort.batch_products
         if not at_most:
             lanczos, batchwise = min(lanczos, 5 * effort.eigenvalues), 0.5 * batchwise
+            one, block = min(one, 8), min(block, 6)
         seconds: Mapping[str, float] = {
             "loss": 0.0,
             "eigenvalues": lanczos * self.product,
@@ -96,6 +111,12 @@ class Costs:
             "sam": 2 * (1 + 4 * climb) * self.gradient,
             "landscape": effort.grid_points**2 * self.loss,
             "slice": effort.slice_points * self.loss,
+            # A product with these is a pass more, forth and back, than one with the Hessian, whose time is known.
+            "gauss_newton": 1.5 * (one + effort.trace_probes) * self.product,
+            "fisher": 3 * (one + effort.trace_probes) * self.product,
+            "layers": (effort.trace_probes + num_blocks * block) * self.product,
+            "invariance": WAYS_OF_WRITING
+            * ((one + effort.trace_probes) * self.product + ((22 if at_most else 12) + climb) * self.gradient),
             # Of the sample's batches some are taken: each product and each loss costs their share.
             "recorded_eigenvalues": RECORDED_PRODUCTS * self.product * min(1, effort.recorded_batches / num_batches),
             "recorded_landscape": effort.recorded_points**2
@@ -140,7 +161,7 @@ def measure_model(
         try:
             problem = Problem(model, batches, loss, scope=scope)
             terms = list(problem.num_terms)
-            if keep_weights:
+            if keep_weights and scope != "tangent":  # whose coordinates are others at another time
                 result.weights = problem.flatten(problem.variables, torch.float32).cpu()
             _measure_scope(problem, request, result, f"{title}, {scope}" if title else scope, say, progress)
         except Exception as error:  # whatever it is: training must go on
@@ -163,13 +184,14 @@ def _measure_scope(
         costs = _time_once(
             problem,
             operator,
-            products=bool({"eigenvalues", "trace", "density", "batchwise", "recorded_eigenvalues"} & {*kinds}),
+            products=bool({*kinds} - {*_LOSSES_ALONE}),
         )
     except Exception as error:
         result.errors["eigenvalues"] = _reason(error)
         return
-    plan = {kind: costs.of(kind, effort, len(problem.batches)) for kind in kinds}
-    most = sum(costs.of(kind, effort, len(problem.batches), at_most=True) for kind in kinds)
+    batches, blocks = len(problem.batches), len(layer_blocks(problem)) + 2
+    plan = {kind: costs.of(kind, effort, batches, num_blocks=blocks) for kind in kinds}
+    most = sum(costs.of(kind, effort, batches, num_blocks=blocks, at_most=True) for kind in kinds)
     _say_estimate(title, problem, costs, plan, most, say)
     measures: Mapping[str, Callable[[_Work], None]] = {
         "eigenvalues": _eigenvalues,
@@ -180,6 +202,10 @@ def _measure_scope(
         "sam": _sam,
         "landscape": _landscape,
         "slice": _slice,
+        "gauss_newton": _gauss_newton,
+        "fisher": _fisher,
+        "layers": _layers,
+        "invariance": _invariance,
         "recorded_eigenvalues": _recorded_eigenvalues,
         "recorded_landscape": _recorded_landscape,
         "recorded_keskar": _recorded_keskar,
@@ -408,6 +434,92 @@ def _slice(work: _Work) -> None:
     work.result.results["slice"] = {**found.about, "losses": found.losses.tolist(), "coordinates": axis.tolist()}
     work.result.arrays |= {"slice_coordinates": axis, "slice_losses": found.losses}
     work.result.values["slice_mean_rise"] = float(found.losses.mean()) - found.origin_loss
+
+
+def _gauss_newton(work: _Work) -> None:
+    work.result.results["gauss_newton"] = {}
+    _top_and_trace(work, "gauss_newton", GaussNewtonOperator(work.problem), "gauss_newton")
+
+
+def _fisher(work: _Work) -> None:
+    work.result.results["fisher"] = {}
+    _top_and_trace(work, "fisher", FisherOperator(work.problem), "fisher")
+    _top_and_trace(work, "fisher", EmpiricalFisherOperator(work.problem), "empirical_fisher")
+
+
+def _top_and_trace(work: _Work, kind: str, operator: LinearOperator, name: str) -> None:
+    effort = work.effort
+    pairs = lanczos(
+        operator,
+        1,
+        tol=effort.eigenvalue_tolerance,
+        max_products=effort.eigenvalue_products,
+        seed=SEED,
+        progress=work.course.update,
+    )
+    found = hutchinson(operator, num_probes=effort.trace_probes, known=pairs, seed=SEED + 1)
+    work.result.results[kind][name] = {"eigenvalues": pairs.as_dict(), "trace": found.as_dict()}
+    work.result.values |= {f"{name}_top_eigenvalue": float(pairs.values[0]), f"{name}_trace": found.value}
+
+
+def _layers(work: _Work) -> None:
+    layers, factors = layer_blocks(work.problem), factor_blocks(work.problem)
+    found = block_curvature(
+        work.hessian,
+        {**{f"layer {name}": block for name, block in layers.items()}, **factors},
+        num_probes=work.effort.trace_probes,
+        tol=work.effort.batch_tolerance,
+        max_products=work.effort.batch_products,
+        seed=SEED,
+        progress=work.course.update,
+    )
+    of_layers = {name: found[f"layer {name}"] for name in layers}
+    work.result.results["layers"] = {
+        "layers": {name: block.as_dict() for name, block in of_layers.items()},
+        "factors": {name: found[name].as_dict() for name in factors},
+    }
+    work.result.values |= {
+        "layer_top_eigenvalue_max": max(block.top_eigenvalue for block in of_layers.values()),
+        "layer_trace_max": max(block.trace for block in of_layers.values()),
+    }
+    for name in factors:
+        work.result.values[f"factor_{name.lower()}_top_eigenvalue"] = found[name].top_eigenvalue
+        work.result.values[f"factor_{name.lower()}_trace"] = found[name].trace
+
+
+def _invariance(work: _Work) -> None:
+    effort = work.effort
+    is_exact = work.problem.size <= EXACT_TRACE
+
+    def top_eigenvalue(problem: Problem) -> float:
+        operator = HessianOperator(problem, compile=False)
+        products = min(effort.eigenvalue_products, problem.size)
+        pairs = lanczos(operator, 1, tol=effort.eigenvalue_tolerance, max_products=products, seed=SEED)
+        return float(pairs.values[0])
+
+    def trace(problem: Problem) -> float:
+        operator = HessianOperator(problem, compile=False)
+        if is_exact:
+            unit = torch.eye(problem.size, dtype=torch.float64, device=problem.device)
+            return float(operator.matmat(unit).trace())
+        return hutchinson(operator, num_probes=effort.trace_probes, seed=SEED + 1).value
+
+    found = certify(
+        work.problem,
+        {
+            "top_eigenvalue": top_eigenvalue,
+            "trace": trace,
+            "keskar_sharpness": lambda problem: keskar_sharpness(problem, ascent_steps=0, random_starts=0).phi,
+            "sam_sharpness_ascent": lambda problem: (
+                ball_sharpness(problem, work.request.rho, ascent_steps=effort.ascent_steps, random_starts=0).ascent
+            ),
+        },
+        progress=work.course.update,
+    )
+    by_probes = "exact" if is_exact else f"{effort.trace_probes} fixed probes"
+    work.result.results["invariance"] = {**found.as_dict(), "trace_by": by_probes}
+    work.result.values |= {"invariance_change": found.change, "invariance_tolerance": found.tolerance}
+    work.result.values |= {f"invariance_change_{name}": change for name, change in found.changes.items()}
 
 
 def _recorded_eigenvalues(work: _Work) -> None:

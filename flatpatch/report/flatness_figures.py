@@ -52,12 +52,14 @@ _KERNEL = 0.01
 _SCOPES = {
     "adapter": "LoRA factors A and B",
     "merged": "merged matrices W + s B A",
+    "tangent": "directions s (B dA + dB A) of the merged matrices",
     "trainable": "all trainable weights",
     "model": "all weights of the model",
 }
 _PICTURES = {
     "over_tasks": "Flatness over the tasks",
     "eigenvalues": "Hessian eigenvalues",
+    "layers": "Curvature by layer and factor",
     "density": "Density of the Hessian's eigenvalues",
     "slices": "Loss along one direction",
     "landscape": "Loss landscape",
@@ -515,6 +517,57 @@ def make_eigenvalues_figure(
     figure.legend(**BELOW, ncols=3)
     how = "bars: residuals" + ("; crossed out: not converged" if crossed else "")
     return finish(figure, title, [describe_variation({"scope": scope, "note": how}), note], record=record)
+
+
+def make_layers_figure(
+    found: Mapping[str, Mapping[str, Any]],
+    *,
+    scope: str | None = None,
+    places: Mapping[str, tuple[int, str]] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Return the largest eigenvalue and the trace of each layer's block and of the factors' blocks.
+
+    Args:
+        found: By name, mappings with ``layers`` and ``factors``, each by name a mapping with ``top_eigenvalue``,
+            ``residual``, ``trace`` and ``trace_standard_error``.
+        scope: What was varied: one of the scopes' names, or other words.
+        places: By the same names, of which task and when: a task keeps its colour and marker.
+        record: Of the run they were measured on.
+
+    Returns:
+        The figure, with residuals and standard errors as bars.
+
+    Raises:
+        ValueError: If there is nothing to show.
+    """
+    if not found:
+        raise ValueError("a figure of layers needs at least one measuring point")
+    names = list(dict.fromkeys(name for each in found.values() for name in each["layers"]))
+    factors = list(dict.fromkeys(name for each in found.values() for name in each["factors"]))
+    figure = Figure(figsize=(min(6.4 + 0.15 * max(len(names) - 12, 0), 12), 5.2), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    rows = (("top_eigenvalue", "residual", "largest eigenvalue"), ("trace", "trace_standard_error", "trace"))
+    for axes, (key, error, words) in zip(panels, rows, strict=True):
+        for k, (title, each) in enumerate(found.items()):
+            blocks = {**each["layers"], **{f"all {name}": block for name, block in each["factors"].items()}}
+            order = [*names, *(f"all {name}" for name in factors)]
+            values = [math.nan if (v := blocks.get(name, {}).get(key)) is None else v for name in order]
+            bars = [blocks.get(name, {}).get(error) or 0.0 for name in order]
+            beside = np.arange(len(order)) + 0.5 * ((k + 0.5) / len(found) - 0.5)
+            own = look(*(places or {}).get(title, (k, "")))
+            axes.errorbar(beside, values, yerr=bars, color=own["color"], linestyle="none", capsize=3, linewidth=1)
+            axes.plot(beside, values, **{**own, "linestyle": "none"}, label=title)
+        axes.set_ylabel(words)
+        axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
+        if factors:
+            axes.axvline(len(names) - 0.5, color="0.6", linewidth=0.8)
+    panels[1].set_xticks(range(len(names) + len(factors)), [*names, *(f"all {name}" for name in factors)])
+    panels[1].tick_params(axis="x", labelrotation=60 if len(names) > 6 else 20, labelsize=7.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), **BELOW, ncols=3)
+    how = "each block by itself; bars: residual, standard error"
+    title = "Curvature by layer" + (" and factor" if factors else "")
+    return finish(figure, title, [describe_variation({"scope": scope, "note": how})], record=record)
 
 
 def make_recorded_eigenvalues_figure(

@@ -20,11 +20,13 @@ from flatpatch.report.flatness_figures import (
     make_density_figure,
     make_eigenvalues_figure,
     make_landscapes_figure,
+    make_layers_figure,
     make_recorded_eigenvalues_figure,
     make_slices_figure,
     make_surface_figure,
     read_grid,
 )
+from flatpatch.report.writing import certificate_table, mark_of
 
 _DPI = 150
 _PREFIX = "flatness_"
@@ -65,10 +67,10 @@ def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
         folder: The run's folder, in which the measurements' files are.
 
     Returns:
-        The files written, none where nothing was measured: per scope the values over the tasks, eigenvalues, densities
-        and slices, and per task its landscapes side by side; the last landscape as a surface too. Those side
-        by side have the same colours and levels. What was measured as recorded has figures of its own. A file that is
-        missing or damaged is left out.
+        The files written, none where nothing was measured: per scope the values over the tasks, eigenvalues, the
+        curvature by layer, densities and slices, and per task its landscapes side by side; the last landscape as a
+        surface too. Those side by side have the same colours and levels. What was measured as recorded has figures of
+        its own. A file that is missing or damaged is left out.
     """
     target = folder / "figures"
     for suffix in SUFFIXES:
@@ -86,11 +88,13 @@ def _figures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Fig
         chosen = [entry for entry in record["flatness"] if entry["scope"] == scope]
         if (figure := make_over_tasks_figure(chosen, record)) is not None:
             yield f"{scope}_over_tasks", figure
-        results = {_name(entry): _results(folder, entry) for entry in chosen}
+        results = {_name(entry): results_of(folder, entry) for entry in chosen}
         places = {_name(entry): (entry["task_index"], entry["when"]) for entry in chosen}
         if spectra := {name: found["eigenvalues"] for name, found in results.items() if "eigenvalues" in found}:
             figure = make_eigenvalues_figure(spectra, scope=scope, places=places, record=record)
             yield f"{scope}_eigenvalues", figure
+        if blocks := {name: found["layers"] for name, found in results.items() if "layers" in found}:
+            yield f"{scope}_layers", make_layers_figure(blocks, scope=scope, places=places, record=record)
         latest = [entry for entry in chosen if entry["when"] != "before"] or chosen
         densities = {_name(entry): results[_name(entry)].get("density") for entry in latest}
         if shown := {name: density for name, density in densities.items() if density}:
@@ -190,7 +194,11 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
 
 
 def flatness_table(record: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a small table of what was measured; none where nothing was."""
+    """Return the lines of a small table of what was measured; none where nothing was.
+
+    Each row ends with the mark of its scope: whether it depends on how LoRA's factors are written. Below stand the
+    certificates of that, as far as they were measured.
+    """
     entries = record["flatness"]
     shown = [name for name in _COLUMNS if any(_value(entry, name) is not None for entry in entries)]
     if not entries:
@@ -200,12 +208,13 @@ def flatness_table(record: Mapping[str, Any]) -> list[str]:
     wide = {name: max(12, 1 + max(map(len, _COLUMNS[name]))) for name in shown}
     upper, lower = ("".join(f"{_COLUMNS[name][k]:>{wide[name]}}" for name in shown) for k in (0, 1))
     lines = [f"{'':<{width}} {'':<9}{upper}"] if upper.strip() else []
-    lines.append(f"{title:<{width}} {'scope':<9}{lower}".rstrip())
-    for entry in entries:
+    marks = [mark_of(record, entry) for entry in entries]
+    lines.append(f"{title:<{width}} {'scope':<9}{lower}".rstrip() + ("  LoRA's writing" if any(marks) else ""))
+    for entry, mark in zip(entries, marks, strict=True):
         place = f"{entry['task_index'] + 1} {entry['task']} {entry['when']}"
         numbers = "".join(f"{_short(_value(entry, name)):>{wide[name]}}" for name in shown)
-        lines.append(f"{place:<{width}} {entry['scope']:<9}{numbers}")
-    return lines
+        lines.append(f"{place:<{width}} {entry['scope']:<9}{numbers}" + (f"  {mark}" if mark else ""))
+    return lines + certificate_table(entries)
 
 
 def _value(entry: Entry, name: str | None) -> float | None:
@@ -223,7 +232,8 @@ def _name(entry: Entry) -> str:
     return f"{entry['task_index'] + 1} {entry['task']}, {entry['when']}"
 
 
-def _results(folder: Path, entry: Entry) -> dict[str, Any]:
+def results_of(folder: Path, entry: Entry) -> dict[str, Any]:
+    """Return all that each kind found at a measuring point, by kind; empty where the file cannot be read."""
     try:
         content = json.loads((folder / entry["file"]).read_text(encoding="utf-8"))
         found: dict[str, Any] = content["scopes"][entry["scope"]]["results"]

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from flatpatch.report import page_figures
 from flatpatch.report.flatness_figures import picture_words
 from flatpatch.report.page import embedded, heat, page_environment
+from flatpatch.report.records import setting
 from flatpatch.report.titles import describe, warning
+from flatpatch.report.writing import writing_sentence
 
 # What is drawn between the models; every other figure sets their own values side by side.
 _BETWEEN = ("connectivity", "plane", "surface")
@@ -51,6 +53,12 @@ def make_joint_page(
         "runs": [(name, describe(record)) for name, record in records.items()],
         "barriers": all("barrier" in row for row in found["scopes"].values()),
         "values": values,
+        "writing": {
+            scope: writing_sentence(scope, [own[scope]["values"] for own in results if scope in own])
+            for scope in values
+        }
+        if all(setting(record, "tuning", "lora") == "lora" for record in records.values())
+        else {},
         "pictures": pictures,
         "colours": page_figures.COLOURS,
         "heat": heat(),

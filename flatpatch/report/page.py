@@ -41,8 +41,10 @@ from flatpatch.report.groups import (
     spread,
     where,
 )
+from flatpatch.report.layers import layer_tables
 from flatpatch.report.records import fork_command, setting
 from flatpatch.report.titles import sam_title, warning
+from flatpatch.report.writing import writing_sentence
 from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, shown
 from flatpatch.upstreams import UPSTREAMS
 
@@ -102,6 +104,7 @@ def make_page(
         "finals": {group.letter: _finals(group) for group in groups},
         "ascent": [(group, _ascent(group)) for group in groups],
         "flatness": _flatness(groups),
+        "layers": layer_tables(groups),
         "pictures": _pictures(groups),
         "comparisons": comparisons or {},
         "settings": _by_group(groups, _settings),
@@ -310,10 +313,17 @@ def _flatness(groups: Sequence[Group]) -> list[dict[str, Any]]:
                     "rows": rows,
                     "samples": sorted({entry["samples"] for entry in facts}),
                     "figure": f"flatness-{scope}-{members[0].letter}",
+                    "writing": writing_sentence(scope, [entry["values"] for entry in facts])
+                    if _has_lora(members)
+                    else "",
                     "undefined": sum(value is None for entry in facts for value in entry["values"].values()),
                 }
             )
     return tables
+
+
+def _has_lora(groups: Sequence[Group]) -> bool:
+    return any(setting(run.record, "tuning", "lora") == "lora" for group in groups for run in group.counted)
 
 
 def _scalars(groups: Sequence[Group], scope: str) -> list[str]:

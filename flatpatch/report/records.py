@@ -154,7 +154,7 @@ RECORD_SCHEMA: Mapping[str, Any] = {
                     "task": _TEXT,
                     "task_index": {"type": "integer", "minimum": 0},
                     "when": {"enum": ["before", "after", "at_loss", "finished"]},
-                    "scope": {"enum": ["adapter", "merged", "trainable", "model"]},
+                    "scope": {"enum": ["adapter", "merged", "tangent", "trainable", "model"]},
                     "samples": {"type": "integer", "minimum": 0},
                     "loss": _MAYBE_NUMBER,
                     "values": {"type": "object", "additionalProperties": _MAYBE_NUMBER},

@@ -51,7 +51,7 @@ class Asked:
 def usage() -> str:
     """Return the help."""
     return USAGE.format(
-        kinds=f"all, recorded (as the experiment record's code does it, faults\n"
+        kinds="all, curvature, recorded (as the experiment record's code does it, faults\n"
         f"                          included), or some of {', '.join(KINDS)}",
         scopes=", ".join(SCOPES),
         efforts="|".join(EFFORTS),

@@ -178,6 +178,8 @@ class Planned:
             return f"runs {cell.name!r} do not measure {kind}, which gives {quantity.value}: they measure " + ", ".join(
                 asked.kinds
             )
+        if (quantity.value, quantity.scope) == ("distance_moved", "tangent"):
+            return "scope 'tangent' has no distance_moved: its directions at two times are not the same. Take 'merged'"
         if quantity.scope not in asked.scopes:
             return (
                 f"runs {cell.name!r} do not measure over scope {quantity.scope!r}: expected {', '.join(asked.scopes)}"

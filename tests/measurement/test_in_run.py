@@ -26,6 +26,7 @@ from flatpatch.measurement.in_run import Measurer
 from flatpatch.measurement.suite import Costs, measure_model
 from flatpatch.measuring import (
     CORRECT_KINDS,
+    CURVATURE_KINDS,
     EFFORTS,
     KINDS,
     RECORDED_KINDS,
@@ -74,7 +75,9 @@ def test_scopes_are_those_that_flatness_knows() -> None:
 def test_all_means_every_kind_and_loss_is_always_there() -> None:
     assert ask("all").kinds == tuple(CORRECT_KINDS)
     assert ask("trace").kinds == ("loss", "trace")
-    assert ask("all,recorded").kinds == tuple(KINDS)
+    assert ask("all,curvature,invariance,recorded").kinds == tuple(KINDS)
+    assert ask("all,recorded").kinds == (*CORRECT_KINDS, *RECORDED_KINDS)
+    assert ask("curvature").kinds == ("loss", *CURVATURE_KINDS)
     assert ask("recorded").kinds == ("loss", *RECORDED_KINDS)
     assert ask("recorded_keskar,trace").kinds == ("loss", "trace", "recorded_keskar")
     assert make_request("", "adapter", samples=1, batch=1, rho=0.05, effort="quick") is None
@@ -206,8 +209,9 @@ def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     phi = 100 * (max(map(float, corners)) - result.loss) / (1 + result.loss)
     assert values["keskar_lower_bound"] == pytest.approx(phi, rel=1e-6)
     assert values["keskar_sharpness"] <= values["keskar_lower_bound"]
-    two_times = {"distance_moved"}  # what takes two measuring times
-    assert set(values) == set(files.VALUES) - two_times  # each is documented, and each was measured
+    # Each is documented, and each was measured, but for what takes two measuring times and an entry's own.
+    given = {name for kind in asked.kinds for name in files.GIVEN_BY[kind]}
+    assert set(values) == given - {"distance_moved", "loss"}
 
 
 @pytest.mark.parametrize(("kinds", "known"), [("trace", 0), ("eigenvalues,trace", 6)])
@@ -247,7 +251,7 @@ def test_new_adapter_with_b_zero_has_a_landscape_that_is_not_flat_by_constructio
     model = flatness_lora.make_model(zero_b=True)
     batches = flatness_lora.make_problem(model).batches
     loss = supervised_loss(nn.functional.cross_entropy)
-    found, _ = measure_model(model, batches, ask(scopes="adapter,merged"), loss=loss, say=lambda text: None)
+    found, _ = measure_model(model, batches, ask(scopes="adapter,merged,tangent"), loss=loss, say=lambda text: None)
     for result in found.values():
         assert result.errors == {}
         assert np.ptp(result.arrays["losses"]) > 1e-3
@@ -279,6 +283,11 @@ def test_estimate_is_the_planned_work_and_at_most_that_of_searches_that_never_co
         "sam": (2 * (1 + 4 * 5) * 10, 2 * (1 + 4 * 9) * 10),
         "landscape": (81, 81),
         "slice": (17, 17),
+        # One eigenvalue in 8 products, 40 at most, and 16 probes; each half as long again as the Hessian's.
+        "gauss_newton": (1.5 * 24 * 100, 1.5 * 56 * 100),
+        "fisher": (3 * 24 * 100, 3 * 56 * 100),
+        "layers": ((16 + 6) * 100, (16 + 20) * 100),
+        "invariance": (7 * (24 * 100 + (12 + 5) * 10), 7 * (56 * 100 + (22 + 9) * 10)),
         # Two of the four batches.
         "recorded_eigenvalues": (40 * 100 / 2, 40 * 100 / 2),
         "recorded_landscape": (81 / 2, 81 / 2),
@@ -637,10 +646,13 @@ def test_values_of_a_single_task_stand_side_by_side_or_in_the_table_alone(whens:
 
 
 def test_distance_moved_is_the_change_of_the_scopes_weights_since_before_the_task(tmp_path: Path) -> None:
-    """Of the factors the changes themselves; of W + s B A the change of s B A, with s of 0.5 and 2."""
+    """Of the factors the changes themselves; of W + s B A the change of s B A, with s of 0.5 and 2.
+
+    Directions of before are not those of after, so in the scope tangent there is none.
+    """
     model = flatness_lora.make_model()
     batches = flatness_lora.make_problem(model).batches
-    measuring = measurer(tmp_path, ask("loss", "adapter,merged"))
+    measuring = measurer(tmp_path, ask("loss", "adapter,merged,tangent"))
 
     def values(when: str, task_index: int) -> list[float | None]:
         entries = measuring.at(
@@ -658,7 +670,7 @@ def test_distance_moved_is_the_change_of_the_scopes_weights_since_before_the_tas
         pairs = flatness_lora.factors(model)
         return [scale * (B @ A).detach() for scale, (A, B) in zip((0.5, 2.0), pairs, strict=True)]
 
-    assert values("before", 0) == [None, None]
+    assert values("before", 0) == [None] * 3
     before, changes = products(), []
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -668,8 +680,43 @@ def test_distance_moved_is_the_change_of_the_scopes_weights_since_before_the_tas
             changes.append(change.flatten())
     moved = [(now - then).flatten() for now, then in zip(products(), before, strict=True)]
     expected = [torch.cat(changes).norm().item(), torch.cat(moved).norm().item()]
-    assert values("after", 0) == pytest.approx(expected, rel=1e-6)  # the weights before are kept in float32
+    *moved_by, in_tangent = values("after", 0)
+    assert moved_by == pytest.approx(expected, rel=1e-6)  # the weights before are kept in float32
+    assert in_tangent is None
     # Of another task nothing was measured before it.
-    assert values("after", 1) == [None, None]
-    assert values("before", 1) == [None, None]
-    assert values("after", 1) == [0.0, 0.0]
+    assert values("after", 1) == [None] * 3
+    assert values("before", 1) == [None] * 3
+    assert values("after", 1) == [0.0, 0.0, None]
+
+
+def test_more_operators_blocks_and_the_certificate_are_measured_over_lora(tmp_path: Path) -> None:
+    """Small enough for exact traces: each value beside the dense matrix's, and the certificate as it must be."""
+    model = flatness_lora.make_model()
+    batches = flatness_lora.make_problem(model).batches
+    before = copy.deepcopy(model.state_dict())
+    asked = ask("curvature,invariance", "adapter,tangent", effort="full")
+    loss = supervised_loss(nn.functional.cross_entropy)
+    found, _ = measure_model(model, batches, asked, loss=loss, say=lambda text: None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for scope, result in found.items():
+        assert result.errors == {}
+        assert set(result.values) == {name for kind in asked.kinds[1:] for name in files.GIVEN_BY[kind]}
+        problem = flatness_lora.make_problem(model, scope)
+        unit = torch.eye(problem.size, dtype=torch.float64)
+        dense = flatness.GaussNewtonOperator(problem).matmat(unit)
+        top = float(torch.linalg.eigvalsh(dense)[-1])
+        for name in ("gauss_newton", "fisher"):
+            assert result.values[f"{name}_top_eigenvalue"] == pytest.approx(top, rel=1e-5)
+        hessian = flatness.HessianOperator(problem).matmat(unit)
+        a = flatness.factor_blocks(problem)["A"]
+        top = float(torch.linalg.eigvalsh(hessian[a][:, a])[-1])
+        assert result.values["factor_a_top_eigenvalue"] == pytest.approx(top, rel=1e-3)
+        assert set(result.results["layers"]["layers"]) == {"0", "3"}
+        assert result.results["invariance"]["trace_by"] == "exact"
+    assert found["tangent"].values["invariance_change"] < 1e-4 < 0.1 < found["adapter"].values["invariance_change"]
+
+
+def test_the_certificate_of_a_model_without_lora_says_why_there_is_none() -> None:
+    model, batches = linear_problem()
+    found, _ = measure_model(model, batches, ask("invariance"), loss=MSE, say=lambda text: None)
+    assert "there is no LoRA pair to write differently" in found["trainable"].errors["invariance"]

@@ -20,6 +20,7 @@ from flatpatch.report.flatness_figures import (
     make_density_figure,
     make_eigenvalues_figure,
     make_landscapes_figure,
+    make_layers_figure,
     make_slices_figure,
     make_surface_figure,
     read_grid,
@@ -71,6 +72,8 @@ def connection(space="factor space (A and B)", height=2.0):
 
 
 SPECTRUM = {"nodes": [[-1.0, 0.0, 3.0], [-1.0, 0.1, 4.0]], "weights": [[0.1, 0.8, 0.1], [0.2, 0.7, 0.1]], "size": 1000}
+_BLOCK = {"top_eigenvalue": 2.0, "residual": 0.1, "trace": 3.0, "trace_standard_error": None}
+LAYERS = {"layers": {"block.0": _BLOCK, "block.1": {**_BLOCK, "trace": None}}, "factors": {"A": _BLOCK, "B": _BLOCK}}
 EIGENVALUES = {"values": [4.0, 2.0, -1.0], "residuals": [0.1, 0.2, 0.3], "converged": [True, True, False]}
 
 MAKERS = {
@@ -79,6 +82,7 @@ MAKERS = {
     "surface": lambda record=None: make_surface_figure(surface(), record=record),
     "slices": lambda record=None: make_slices_figure({"after task 1": line()}, record=record),
     "connectivity": lambda record=None: make_connectivity_figure({"1 to 2": connection()}, record=record),
+    "layers": lambda record=None: make_layers_figure({"after": LAYERS}, scope="adapter", record=record),
     "density": lambda record=None: make_density_figure({"after": SPECTRUM}, scope="adapter", record=record),
     "eigenvalues": lambda record=None: make_eigenvalues_figure({"after": EIGENVALUES}, scope="adapter", record=record),
 }
@@ -467,3 +471,13 @@ def test_bad_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_layers_stand_beside_the_factors_with_their_errors_and_gaps_where_nothing_was_found():
+    axes = make_layers_figure({"after": LAYERS, "before": {**LAYERS, "factors": {}}}).axes
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["block.0", "block.1", "all A", "all B"]
+    shown = {line.get_label(): line.get_ydata() for line in axes[1].get_lines()}
+    np.testing.assert_array_equal(shown["after"], [3.0, np.nan, 3.0, 3.0])
+    np.testing.assert_array_equal(shown["before"], [3.0, np.nan, np.nan, np.nan])
+    with pytest.raises(ValueError, match="at least one"):
+        make_layers_figure({})

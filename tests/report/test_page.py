@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 import shlex
@@ -297,8 +298,26 @@ def test_flatness_is_tabled_per_time_and_setting(page):
     assert reader.row(caption, "top eigenvalue", "before", "A")[3:] == ["11 ± 1", "12 ± 1", "13 ± 1", "14 ± 1"]
     assert reader.row(caption, "top eigenvalue", "after", "B")[3] == "5.25 ± 0.35"
     assert [row for row in reader.table(caption) if row[0] == "trace"] == []
+    assert any("These numbers depend on how LoRA's factors are written" in text for text in reader.tables)
     # 5 finished runs, 4 tasks, 2 times
     assert any("40 measured values have no number" in text for text in reader.tables)
+
+
+def test_blocks_are_tabled_by_layer_and_factor(tmp_path):
+    record = make_record()
+    record["flatness"] = [flatness_entry(k, "after", "adapter", {"layer_trace_max": 3.0}) for k in range(2)]
+    folder = write_run(tmp_path / "run", record)
+    blocks = {"layers": {"block.0": {"size": 5, "top_eigenvalue": 2.0, "trace": 3.0}}}
+    blocks["factors"] = {"A": {"size": 7, "top_eigenvalue": None, "trace": 1.5}}
+    path = folder / record["flatness"][1]["file"]
+    path.parent.mkdir()
+    path.write_text(json.dumps({"scopes": {"adapter": {"results": {"layers": blocks}}}}), encoding="utf-8")
+    _, reader = read([folder])
+    caption = f"Curvature by layer and factor in scope adapter, after task 2 {record['tasks'][1]}"
+    assert reader.row(caption, "block.0") == ["block.0", "A", "5", "2", "3"]
+    assert reader.row(caption, "all factors A") == ["all factors A", "A", "7", "–", "1.5"]
+    path.write_text("damaged", encoding="utf-8")
+    assert not any("Curvature by layer" in text for text in read([folder])[1].tables)
 
 
 def test_entries_that_measured_nothing_are_no_number(tmp_path):

@@ -134,6 +134,11 @@ def test_a_mistake_in_every_run_is_told_once(tmp_path: Path) -> None:
         ),
         (
             "metric: average_accuracy",
+            "value: distance_moved, scope: tangent, when: after",
+            "scope 'tangent' has no distance_moved",
+        ),
+        (
+            "metric: average_accuracy",
             "value: top_eigenvalue, scope: adapter, when: later",
             "do not measure at the time 'later': expected before, after",
         ),
