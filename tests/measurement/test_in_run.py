@@ -75,6 +75,7 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
     assert ask("all").kinds == tuple(CORRECT_KINDS)
     assert ask("trace").kinds == ("loss", "trace")
     assert ask("all,recorded").kinds == tuple(KINDS)
+    assert ask("ledger,all").kinds == (*CORRECT_KINDS, "ledger")
     assert ask("recorded").kinds == ("loss", *RECORDED_KINDS)
     assert ask("recorded_keskar,trace").kinds == ("loss", "trace", "recorded_keskar")
     assert make_request("", "adapter", samples=1, batch=1, rho=0.05, effort="quick") is None
@@ -94,6 +95,9 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
         ({"at_loss": -0.5}, "measure_at_loss=-0.5 is out of range"),
         ({"at_loss": math.inf}, "measure_at_loss=inf is out of range"),
         ({"kinds": "record"}, "measure=record: unknown name 'record'. Did you mean 'recorded'?"),
+        ({"ledger_every": 0}, "measure_ledger_every=0 is out of range"),
+        ({"kinds": "leger"}, "measure=leger: unknown name 'leger'. Did you mean 'ledger'?"),
+        ({"kinds": "update", "when": "after"}, "it needs measure_when=before,after"),
         ({"effort": "ful"}, "unknown measure_effort 'ful'. Did you mean 'full'?"),
     ],
 )
@@ -109,7 +113,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_givensurvives_its_file() -> None:
-    request = ask("trace,sam", "merged,adapter", when="after", rho=0.1, at_loss=0.5)
+    request = ask("trace,sam,ledger", "merged,adapter", when="after", rho=0.1, at_loss=0.5, ledger_every=3)
     assert read_request(json.loads(json.dumps(request.as_dict())), "here") == request
 
 
@@ -206,7 +210,7 @@ def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     phi = 100 * (max(map(float, corners)) - result.loss) / (1 + result.loss)
     assert values["keskar_lower_bound"] == pytest.approx(phi, rel=1e-6)
     assert values["keskar_sharpness"] <= values["keskar_lower_bound"]
-    two_times = {"distance_moved"}  # what takes two measuring times
+    two_times = {"distance_moved", *files.GIVEN_BY["update"]}  # what takes two measuring times
     assert set(values) == set(files.VALUES) - two_times  # each is documented, and each was measured
 
 
