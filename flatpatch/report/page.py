@@ -41,6 +41,7 @@ from flatpatch.report.groups import (
     spread,
     where,
 )
+from flatpatch.report.predicting import make_predictors_figure, predictors
 from flatpatch.report.records import fork_command, setting
 from flatpatch.report.titles import sam_title, warning
 from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, shown
@@ -103,6 +104,7 @@ def make_page(
         "ascent": [(group, _ascent(group)) for group in groups],
         "flatness": _flatness(groups),
         "pictures": _pictures(groups),
+        "predictors": predictors(groups),
         "comparisons": comparisons or {},
         "settings": _by_group(groups, _settings),
         "deviations": _deviations(groups),
@@ -362,6 +364,12 @@ def _drawings(groups: Sequence[Group]) -> Iterator[tuple[str, str, Callable[[], 
                     members, letters, scope, scalars
                 ),
             )
+    if found := predictors(groups):
+        yield (
+            "predictors",
+            f"Rank correlation with forgetting: {'; '.join(each.title for each in found)}",
+            lambda: make_predictors_figure(found),
+        )
     for group in groups:
         yield (
             f"tasks-{group.letter}",
