@@ -196,8 +196,8 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
 ) -> None:
     data = small_benchmark(tmp_path / "data", train=8, test=4)
     words = ["run", "profile=quick", "engine=reference", "device=cpu", "tasks=dbpedia,amazon", f"data={data}"]
-    words += [f"output={tmp_path}", "run=measured", "measure=trace", "measure_scope=adapter", *TINY]
-    words += ["measure_samples=12", "measure_at_loss=0.001"]
+    words += [f"output={tmp_path}", "run=measured", "measure=trace,ledger,update", "measure_scope=adapter", *TINY]
+    words += ["measure_samples=12", "measure_at_loss=0.001", "measure_ledger_every=1"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     short = [f"measure_samples=12, and {task} has 8 training examples" for task in ("dbpedia", "amazon")]
@@ -216,6 +216,10 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
     ]
     assert all((folder / entry["file"]).is_file() for entry in record["flatness"])
     assert (folder / "figures" / "flatness_adapter_over_tasks.png").is_file()
+    assert (folder / "figures" / "flatness_ledger.png").is_file()
+    assert all(("update_curvature" in entry["values"]) == (entry["when"] == "after") for entry in record["flatness"])
+    ledger = json.loads((folder / "flatness" / "2-amazon-ledger.json").read_text())
+    assert ledger["error"] is None and ledger["ledger"]["earlier"][0]["samples"] == 8
     # As a run that was cut off in its second task.
     (folder / "record.json").write_text(json.dumps({**record, "status": "interrupted"}))
     (folder / "tasks" / "2-amazon" / "done.json").unlink()
@@ -226,6 +230,8 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
     assert again["restarts"] == 1
     values = [[{**entry, "seconds": 0} for entry in each["flatness"]] for each in (record, again)]
     assert values[0] == values[1]
+    again_kept = json.loads((folder / "flatness" / "2-amazon-ledger.json").read_text())
+    assert {**again_kept, "seconds": 0} == {**ledger, "seconds": 0}
 
 
 def test_several_processes_are_refused_before_anything_starts(upstream: Callable[[str], Path], tmp_path: Path) -> None:
