@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
+from flatpatch.measuring import FOLLOWED_KINDS, KINDS, LEDGER, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
 SCOPE_WITHOUT_LORA = "trainable"  # over which is measured where no LoRA is trained, unless said otherwise
@@ -173,7 +173,7 @@ class Settings:
         "",
         "flatness to measure in the run: all (from loss to slice, which is correct), curvature (layers, gauss_newton, "
         "fisher), recorded (as the experiment record's code does, with its faults), or some of "
-        f"{', '.join(KINDS)}",
+        f"{', '.join((*KINDS, *FOLLOWED_KINDS))}",
         role="measure",
         whole=True,
     )
@@ -196,6 +196,9 @@ class Settings:
         "quick",
         "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
         role="measure",
+    )
+    measure_ledger_every: int = _setting(
+        10, "measure=ledger: steps of the training that one entry of the ledger covers", role="measure"
     )
 
     @property
@@ -233,6 +236,7 @@ class Settings:
             rho=self.measure_rho,
             effort=self.measure_effort,
             at_loss=self.measure_at_loss,
+            ledger_every=self.measure_ledger_every,
         )
 
 
@@ -297,11 +301,16 @@ def without_effect(sam: str, measure: str) -> frozenset[str]:
         "random": ("eta", "ascent_loss"),
         "recorded": ("eta", "ascent_loss"),
     }.get(sam, ())
-    return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
+    of_measuring = () if measure.strip(" ,") else HOW_MEASURED
+    if LEDGER not in (word.strip() for word in measure.split(",")):
+        of_measuring = (*of_measuring, "measure_ledger_every")
+    return frozenset((*of_sam, *of_measuring))
 
 
 def why_without_effect(key: str, sam: str) -> str:
     """Say why one of these settings changes nothing, and what would give it an effect."""
+    if key == "measure_ledger_every":
+        return f"no ledger is kept. Add measure={LEDGER}."
     if key in HOW_MEASURED:
         return "nothing is measured. Add measure=all."
     return f"sam={sam}. Add sam={'asam' if key == 'eta' else 'sam'}."

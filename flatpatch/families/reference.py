@@ -149,6 +149,8 @@ class StepRecorder:
             measured["perturbed_loss"] = self.sam.perturbed_loss
         if self._measurer is not None and self._measurer.reaches(self._task_index, state["loss"]):
             self._measure_at(AT_LOSS)
+        if self._measurer is not None:
+            self._measurer.step(state["step"])
         record = {"task": task or self.run["task"], **{k: state[k] for k in ("step", "learning_rate", "seconds")}}
         self._recorder.add(record, measured)
         if state["step"] == state["total"]:
@@ -167,6 +169,7 @@ class StepRecorder:
         sample: Callable[[Request], Sample],
         task_index: int,
         task: str,
+        loss_of: Callable[[int, str], Any] | None = None,
         **loss: Any,
     ) -> None:
         """Measure a loss on a fixed sample of a task's training data, if asked to at this time.
@@ -178,12 +181,15 @@ class StepRecorder:
             task_index: The task, counted from 0.
             task: Its name.
             loss: ``loss`` and ``loss_name`` where the loss is not the model's own.
+            loss_of: From a task's number and name to its loss, where that is not one for all.
         """
         if self._measurer is not None:
-            self._task_index, self._measure_at = (
-                task_index,
-                partial(self._measurer.at, task_index=task_index, task=task, model=model, sample=sample, **loss),
-            )
+            measured = {"task_index": task_index, "task": task, "model": model, "sample": sample, **loss}
+            self._task_index, self._measure_at = task_index, partial(self._measurer.at, **measured)
+            if when == "before":
+                self._measurer.begin(**measured, loss_of=loss_of)
+            else:
+                self._measurer.end()
             if when != "before" or self.keeper is None or not self.keeper.step:  # else it was measured already
                 self._measure_at(when)
         self._begin("train" if when == "before" else "predict", task)

@@ -42,6 +42,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.layers import layer_tables
+from flatpatch.report.predicting import make_predictors_figure, predictors
 from flatpatch.report.records import fork_command, setting
 from flatpatch.report.titles import sam_title, warning
 from flatpatch.report.writing import writing_sentence
@@ -106,6 +107,7 @@ def make_page(
         "flatness": _flatness(groups),
         "layers": layer_tables(groups),
         "pictures": _pictures(groups),
+        "predictors": predictors(groups),
         "comparisons": comparisons or {},
         "settings": _by_group(groups, _settings),
         "deviations": _deviations(groups),
@@ -372,6 +374,12 @@ def _drawings(groups: Sequence[Group]) -> Iterator[tuple[str, str, Callable[[], 
                     members, letters, scope, scalars
                 ),
             )
+    if found := predictors(groups):
+        yield (
+            "predictors",
+            f"Rank correlation with forgetting: {'; '.join(each.title for each in found)}",
+            lambda: make_predictors_figure(found),
+        )
     for group in groups:
         yield (
             f"tasks-{group.letter}",

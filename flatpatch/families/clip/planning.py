@@ -37,6 +37,7 @@ def make_plan(upstream: ClipUpstream, request: Request, machine: Machine, *, dry
             f"data= has no meaning in profile quick ({draft.profile_reason}), which draws its images. Leave it out, or "
             "use profile=record."
         )
+    choices.refuse_ledger(draft)  # the model in training holds the present task's prompts alone
     draft.find_machine(machine)
     draft.devices = draft.devices[:1]
     base = replace(Arguments(num_workers=0), **{**quick.PRESET, **upstream.quick}) if draft.is_quick else Arguments()

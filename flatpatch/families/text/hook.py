@@ -151,6 +151,8 @@ class _RecordedTraining:
             self._began = None
             if taken == 0:
                 self._measure("before")
+            if self._measurer is not None:
+                self._measurer.begin(**self._measured())
         if self._loop is not None:
             keeps = self._loop.begin()
             self._recorder.heeds_stop = keeps and not self._loop.passing
@@ -183,6 +185,8 @@ class _RecordedTraining:
         watched = self._measurer is not None and self._measurer.wants(AT_LOSS)
         if watched and self._measurer.reaches(self._run["task_index"], float(measured["loss"])):
             self._measure(AT_LOSS)
+        if self._measurer is not None:
+            self._measurer.step(state.global_step)
         if self._recorder.progress_due():
             self._recorder.flush()
             self._write_progress(state.global_step, state.max_steps)
@@ -234,6 +238,8 @@ class _RecordedTraining:
             "launcher": _launcher(self._trainer),
             "dtype": self._dtype,
         }
+        if self._measurer is not None:
+            self._measurer.end()
         self._measure("after")
         self._recorder.write_summary(summary)
         if getattr(args, "do_predict", False):  # saving, loading and the first batch come before any count of batches
@@ -251,24 +257,26 @@ class _RecordedTraining:
             self._recorder.write_progress("predict", self._predicted, total)
 
     def _measure(self, when: str) -> None:
-        """Measure the task loss, as the trainer computes it, on a fixed sample of the training data."""
-        if self._measurer is None or not self._measurer.wants(when):
-            return
+        """Measure at this point of the training, if asked to."""
+        if self._measurer is not None and self._measurer.wants(when):
+            self._measurer.at(when, **self._measured())
+
+    def _measured(self) -> dict[str, Any]:
+        """Return what is measured: the task loss, as the trainer computes it, on a fixed sample."""
         from flatpatch.families.sample import sample_of
 
         trainer = self._trainer
         collator = copy.copy(trainer.data_collator)
         if getattr(collator, "input_record_file", None):
             collator.input_record_file = None  # upstream's log of what it trains on
-        self._measurer.at(
-            when,
-            task_index=self._run["task_index"],
-            task=self._run["task"],
-            model=trainer.model,
-            sample=sample_of(trainer.train_dataset, collator),
-            loss=trainer_loss(trainer),
-            loss_name="the trainer's compute_loss, without the penalties that training_step adds",
-        )
+        return {
+            "task_index": self._run["task_index"],
+            "task": self._run["task"],
+            "model": trainer.model,
+            "sample": sample_of(trainer.train_dataset, collator),
+            "loss": trainer_loss(trainer),
+            "loss_name": "the trainer's compute_loss, without the penalties that training_step adds",
+        }
 
     def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
         if self._recorder.progress_due():

@@ -58,6 +58,8 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     if draft.device == "cuda" and settings.device.strip() in ("auto", "cuda"):
         draft.devices = draft.devices[:1]  # as upstream's commands; several only where they are named
     verified, is_quick = draft.verified, draft.is_quick
+    if draft.engine == "upstream":
+        choices.refuse_ledger(draft)  # the network in training answers through the present task's classes alone
     file = upstream.config(settings.variant, settings.benchmark) if upstream.configs else None
     editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else REFERENCE_DEFAULTS)
     off_protocol = _configure(upstream, draft, editor, file)
