@@ -23,7 +23,8 @@ SCHEMA = 1
 if TYPE_CHECKING:
     KindOrOff = str
 else:
-    KindOrOff = Literal[("off", *KINDS)]
+    _CHOICES = ("off", *KINDS)
+    KindOrOff = Literal[_CHOICES]
 
 
 class Part(BaseModel):
