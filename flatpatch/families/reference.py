@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.families.recording import MEASURED, Recorder, announce, make_measurer
+from flatpatch.families.recording import Recorder, announce, make_measurer, of_step
 from flatpatch.families.resuming import Keeper
 from flatpatch.families.sample import Sample
+from flatpatch.kinds import make_kind
 from flatpatch.measuring import AT_LOSS, Request
 from flatpatch.sam import SAM, mixed_seed
 
@@ -71,7 +72,7 @@ class StepRecorder:
         return {
             "steps": self.steps,
             "fallbacks": int(self.fallbacks),
-            "sam_steps": 0 if self.sam is None else self.sam.steps,
+            "sam": None if self.sam is None else {"steps": self.sam.steps, "kind": self.sam.kind.state()},
             "measurer": None if self._measurer is None else self._measurer.state(),
         }
 
@@ -79,7 +80,8 @@ class StepRecorder:
         self._recorder.heeds_stop = True
         self.steps, self.fallbacks = kept["steps"], kept["fallbacks"]
         if self.sam is not None:
-            self.sam.steps = kept["sam_steps"]
+            self.sam.steps = kept["sam"]["steps"]
+            self.sam.kind.put_back(kept["sam"]["kind"])
         if self._measurer is not None:
             self._measurer.put_back(kept["measurer"])
 
@@ -111,27 +113,20 @@ class StepRecorder:
         task = self.run["task_index"]
         place = mixed_seed(settings["seed"], self._trainings if task is None else task)
         self._trainings += 1
-        self.sam = SAM(
-            optimizer,
-            rho=settings["rho"],
-            adaptive=settings["kind"] == "asam",
-            eta=settings["eta"],
-            parameters=chosen,
-            random_seed=place if settings["kind"] == "random" else None,
-        )
+        kind = make_kind(settings, seed=place)
+        self.sam = SAM(optimizer, rho=settings["rho"], parameters=chosen, kind=kind)
         task_only = settings["ascent_loss"] == "task"
         recorded = settings["kind"] == "recorded"
+        share = settings.get("ascent_batch", 1.0) if kind.climbs else 1.0
 
         def gradients(closure: Callable[..., Tensor]) -> Tensor:
             assert self.sam is not None
-            passes = 0
+            sam = self.sam
 
             def one_pass() -> Tensor:
-                nonlocal passes
-                passes += 1
                 if recorded:  # it clips what it climbs along, which does not matter to a step of a given length
-                    return closure(recorded="all" if passes == 1 else "last")
-                return closure(penalised=passes == 2 or not task_only)
+                    return closure(recorded="all" if sam.climbing else "last")
+                return closure(penalised=not (sam.climbing and task_only), share=share if sam.climbing else 1.0)
 
             result: Tensor = self.sam.gradients(one_pass)
             return result
@@ -142,11 +137,12 @@ class StepRecorder:
         """Write one line of measurements; a process that learns several tasks says which one."""
         self.steps += 1
         measured = {"loss": torch.tensor(state["loss"], dtype=torch.float64)}
-        if self.sam is not None and self.sam.last_step is not None:
+        if self.sam is not None:
             report = self.sam.last_step
-            self.fallbacks = self.fallbacks + ~report.finite
-            measured |= {name: getattr(report, name) for name in MEASURED if hasattr(report, name)}
-            measured["perturbed_loss"] = self.sam.perturbed_loss
+            self.fallbacks = self.fallbacks + (0 if report is None else ~report.finite)
+            measured |= of_step(report)
+            if self.sam.perturbed_loss is not None:
+                measured["perturbed_loss"] = self.sam.perturbed_loss
         if self._measurer is not None and self._measurer.reaches(self._task_index, state["loss"]):
             self._measure_at(AT_LOSS)
         if self._measurer is not None:

@@ -47,6 +47,7 @@ from flatpatch.runner.record import (
 from flatpatch.runner.resolve import command_of, headline
 from flatpatch.runner.supervise import Supervised
 from flatpatch.runner.tracking import Tracking
+from flatpatch.settings import effective_settings, options_of
 from flatpatch.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -464,8 +465,10 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
             "eta": settings.eta,
             "scope": settings.scope,
             "sync": settings.sync,
-            "ascent_loss": settings.ascent_loss,
+            "ascent_loss": effective_settings(settings).ascent_loss,
+            "ascent_batch": effective_settings(settings).ascent_batch,
             "seed": settings.seed,
+            "options": options_of(settings),
         },
         "adapters": settings.adapters,
         "measure": measure,

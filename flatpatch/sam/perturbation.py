@@ -18,7 +18,6 @@ SAM's. Nothing here waits for a GPU: guards and measurements stay on the device.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.kinds import mixed_seed
 
 SYNCS = ("local", "global")
 ADAPTIVE_AT_RANDOM = "a random direction has no adaptive form: give adaptive=True or random_seed, not both"
@@ -185,11 +185,6 @@ def perturbed(
             for group in groups:
                 group.restore()
             torch.clear_autocast_cache()
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return one seed for some numbers: equal for equal ones, and unrelated for others, however near they are."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1  # torch takes 63 bits
 
 
 def check_settings(rho: float, eta: float, sync: str) -> None:

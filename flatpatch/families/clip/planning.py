@@ -19,7 +19,7 @@ from flatpatch.families.clip.datasets import DATASETS
 from flatpatch.families.clip.results import CONFIG, OUTPUT, PROCESS, RESULTS
 from flatpatch.families.clip.upstream import DESIGNS, ClipUpstream
 from flatpatch.files import ROOT, folder_hash, folder_problems
-from flatpatch.settings import Request, in_name, shown
+from flatpatch.settings import OF_SAM_NAMED, Request, in_name, shown
 
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "numpy", "pillow")
 MODEL = "openai/clip-vit-base-patch16"
@@ -239,7 +239,7 @@ def _run_folder(draft: choices.Draft) -> Path:
         parts = [settings.method, Path(settings.model).name, draft.profile, settings.sam]
         parts += [f"rho{settings.rho:g}"] if settings.sam != "off" else []
         parts += [
-            f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "budget", "device", "threads")).items()
+            f"{key}{value}" for key, value in in_name(settings, (*OF_SAM_NAMED, "budget", "device", "threads")).items()
         ]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]

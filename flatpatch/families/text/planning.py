@@ -25,7 +25,7 @@ from flatpatch.families.text.results import RESULT_FILE
 from flatpatch.families.text.scripts import Invocation, parse_script
 from flatpatch.families.text.upstream import STANDARD_ORDERS, WORDS_IN_PATHS, TextUpstream
 from flatpatch.files import ROOT, folder_problems
-from flatpatch.settings import MINIATURES, Request, in_name
+from flatpatch.settings import MINIATURES, OF_SAM_NAMED, Request, in_name
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 QUICK_DATA = "quick_benchmark"
@@ -457,10 +457,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
         keys = (
-            "eta",
-            "scope",
-            "sync",
-            "ascent_loss",
+            *OF_SAM_NAMED,
             "adapters",
             "tuning",
             "budget",
