@@ -19,6 +19,7 @@ class Momentum(Kind):
     name = "msam"
     title = "momentum-SAM"
     climbs = False
+    takes_radius = False
 
     def step(self, passes: Passes) -> None:
         """Move along the momentum, and descend with the gradient found there."""

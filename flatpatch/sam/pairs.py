@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from flatpatch.errors import UserError
 from flatpatch.sam.scope import FACTOR, is_adapter
 
+_INSTEAD = "Choose sam_radius=factors, and a kind of SAM that does not go by the weights that LoRA changes."
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -53,18 +55,27 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         if star in found:
             continue
         if partner not in named:
-            raise UserError(
-                f"sam_radius=effective: {name} has no partner {partner}, so what it changes is not known. "
-                "Choose sam_radius=factors."
-            )
+            raise UserError(f"{name} has no partner {partner}, so what weight it changes is not known. {_INSTEAD}")
         A, B = sorted((parameter, named[partner]), key=lambda factor: factor.shape[0] - factor.shape[-1])
         if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0]:
             raise UserError(
-                f"sam_radius=effective: {name} {tuple(parameter.shape)} and {partner} {tuple(named[partner].shape)} "
-                "are no (r, in) and (out, r), so what they change is not known. Choose sam_radius=factors."
+                f"{name} {tuple(parameter.shape)} and {partner} {tuple(named[partner].shape)} are no (r, in) and "
+                f"(out, r), so what weight they change is not known. {_INSTEAD}"
             )
         found[star] = LoraPair(A, B, _scale(model, name), star)
     return list(found.values())
+
+
+def trained_lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Find the pairs as `lora_pairs` does, in a model that must have some.
+
+    Raises:
+        UserError: As `lora_pairs`, or if the model trains no LoRA factor.
+    """
+    pairs = lora_pairs(model)
+    if not pairs:
+        raise UserError(f"this model trains no LoRA factors. {_INSTEAD}")
+    return pairs
 
 
 def _partner(name: str) -> tuple[str, str]:
@@ -85,8 +96,7 @@ def _scale(model: nn.Module, name: str) -> float | Tensor:
         return float(scaling[name[match.end(1) :].split(".")[1]])
     if scaling != 1.0:
         raise UserError(
-            f"sam_radius=effective: {name} is scaled by {scaling!r}, which may be another scale than that of the "
-            "factors' product. Choose sam_radius=factors."
+            f"{name} is scaled by {scaling!r}, which may be another scale than that of the factors' product. {_INSTEAD}"
         )
     learned = getattr(owner, "scaling_factor", None)
     if learned is not None:  # one for all layers

@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 
-from flatpatch.sam import perturbed
+from flatpatch.sam import SAM, LoraPair, SAMTrainingStep, lora_pairs, perturbed
 from flatpatch.sam.effective import length, make_steepest, steepest
-from flatpatch.sam.pairs import LoraPair
+from tests import sam_training
+from tests.sam_training import assert_same
 
 CASES = ["full", "rank 1", "B = 0", "deficient", "wider than the layer", "one factor in 32 bits"]
 
@@ -299,3 +300,70 @@ def test_what_of_a_training_is_the_same_for_every_c(c):
     assert difference(*(trained(k, effective=True, rates="carried over") for k in (1.0, c))) < 1e-10
     assert difference(*(trained(k, effective=False, rates="carried over") for k in (1.0, c))) > 1e-3
     assert difference(*(trained(k, effective=True, rates="steepest") for k in (1.0, c))) < 1e-10
+
+
+def test_sam_around_an_optimizer_takes_the_steps_of_the_formula():
+    net, twin, rates = Network(2.0), Network(2.0), 0.1
+    sam = SAM(torch.optim.SGD(net.factors, lr=rates), rho=0.1, pairs=net.pairs, radius="effective")
+
+    def closure():
+        loss = net.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        loss = sam.step(closure)
+        loss_twin, climbed = twin.gradients()
+        steps = {id(p): g.clone() for p, g in zip(twin.factors, climbed, strict=True)}
+        make_steepest(twin.pairs, steps)
+        size = length(twin.pairs, steps)
+        with torch.no_grad():
+            for factor in twin.factors:
+                factor += 0.1 * steps[id(factor)] / size
+            _, descended = 0, torch.autograd.grad(twin_loss(twin), twin.factors)
+            for factor, gradient in zip(twin.factors, descended, strict=True):
+                factor -= 0.1 * steps[id(factor)] / size + rates * gradient
+        assert loss.item() == pytest.approx(loss_twin, rel=1e-9)
+    for ours, theirs in zip(net.factors, twin.factors, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def twin_loss(net):
+    with torch.enable_grad():
+        return net.loss()
+
+
+@pytest.mark.parametrize("gas", [1, 4])
+def test_trainer_with_radius_zero_equals_the_plain_one_bit_for_bit_with_dropout(tmp_path, gas):
+    plain = sam_training.train(tmp_path, gas=gas)
+    assert_same(sam_training.train(tmp_path, gas=gas, sam={"rho": 0.0, "radius": "effective"}), plain)
+
+
+def test_trainer_moves_the_merged_weights_by_rho(tmp_path):
+    trainer = sam_training.make_trainer(tmp_path, dropout=0.0)
+    step = SAMTrainingStep(trainer, rho=1e-3, radius="effective")
+    inputs = next(iter(trainer.get_train_dataloader()))
+    pairs = lora_pairs(trainer.model)
+    before = [(pair.B @ pair.A).detach() for pair in pairs]
+    changes, forward = [], trainer.model.forward
+
+    def watched(*args, **kwargs):
+        changes.append(flat(*(pair.scale * (pair.B @ pair.A - old) for pair, old in zip(pairs, before, strict=True))))
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = watched
+    step(trainer.model, inputs)
+    norms = [change.norm().item() for change in changes]
+    assert norms == [0.0, pytest.approx(1e-3, rel=0.02)]
+
+
+def test_radius_without_pairs_or_unknown_is_refused(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="give their pairs"):
+        SAM(torch.optim.SGD([weight], lr=0.1), radius="effective")
+    for make in (
+        lambda: SAM(torch.optim.SGD([weight], lr=0.1), radius="merged"),
+        lambda: SAMTrainingStep(sam_training.make_trainer(tmp_path), radius="merged"),
+    ):
+        with pytest.raises(ValueError, match="radius must be one of factors, effective, got 'merged'"):
+            make()

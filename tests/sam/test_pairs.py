@@ -149,5 +149,5 @@ def scaled(model):
     ],
 )
 def test_what_cannot_be_paired_is_refused_in_one_message(change, message):
-    with pytest.raises(UserError, match=f"sam_radius=effective: {message}.*Choose sam_radius=factors"):
+    with pytest.raises(UserError, match=f"{message}.*Choose sam_radius=factors"):
         lora_pairs(change(PerTask()))
