@@ -319,9 +319,11 @@ def without_effect(sam: str, measure: str) -> frozenset[str]:
     """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
     if sam == "off":
         of_sam = with_role("sam")
+    elif sam in KINDS_OF_SAM:
+        kind = KINDS_OF_SAM[sam]
+        of_sam = (*kind.idle, *(name for name in OF_SOME_KINDS if name not in kind.settings()))
     else:
-        own = KINDS_OF_SAM[sam].settings() if sam in KINDS_OF_SAM else OF_SOME_KINDS
-        of_sam = tuple(name for name in OF_SOME_KINDS if name not in own)
+        of_sam = ()
     return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
 
 

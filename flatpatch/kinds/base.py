@@ -85,6 +85,7 @@ class Kind:
         arguments: Its settings, of those that not all kinds have, each with the argument of ``__init__`` that takes it.
         takes_radius: Whether its radius may be that of the weights that LoRA changes (``sam_radius=``).
         of_pairs: Whether it goes by LoRA's factors as pairs.
+        idle: Settings that all other kinds have and that change nothing in it.
         seeded: Whether ``__init__`` takes a ``seed``.
         climbs: Whether the gradient of a pass of its own says where to climb and does nothing else: whether that pass
             may be taken on another loss or on fewer examples (``ascent_loss=``, ``ascent_batch=``).
@@ -97,6 +98,7 @@ class Kind:
     arguments: ClassVar[Mapping[str, str]] = {}
     takes_radius: ClassVar[bool] = True
     of_pairs: ClassVar[bool] = False
+    idle: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False
     climbs: ClassVar[bool] = True
     combines: ClassVar[bool] = False
