@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.kinds import KINDS as KINDS_OF_SAM
-from flatpatch.kinds import OF_SOME_KINDS, of_pairs
+from flatpatch.kinds import OF_SOME_KINDS, balances, of_pairs
 from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
@@ -98,7 +98,8 @@ class Settings:
     )
     rho: float = _setting(
         0.05,
-        "radius of the perturbation, in weight units (asam: on ASAM's own scale; nbar, obar: the balancing's strength)",
+        "radius of the perturbation, in weight units (asam: on ASAM's own scale; nbar, obar: the balancing's strength; "
+        "flatlora: sigma, a share of the weights' norm)",
         role="sam",
     )
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
@@ -621,7 +622,7 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
 
 def _check_scopes(settings: Settings) -> list[str]:
     """Refuse scopes of LoRA's factors where none are trained, and those of one of them where both are needed."""
-    if of_pairs(settings.sam) and settings.scope in ("A", "B", "head"):
+    if balances(settings.sam) and settings.scope in ("A", "B", "head"):
         return [
             f"scope={settings.scope} has nothing for sam={settings.sam}, which weighs LoRA's A against its B. Use "
             "scope=lora."
@@ -639,7 +640,7 @@ def _check_scopes(settings: Settings) -> list[str]:
             "sam_radius=factors."
         )
     if of_pairs(settings.sam):
-        problems.append(f"sam={settings.sam} has nothing to balance: tuning={settings.tuning} trains no LoRA.")
+        problems.append(f"sam={settings.sam} has nothing to go by: tuning={settings.tuning} trains no LoRA.")
     measured = [name.strip() for name in settings.measure_scope.split(",")]
     if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged")]):
         problems.append(

@@ -225,7 +225,7 @@ def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_n
     assert "sam_radius=effective has nothing to go by: tuning=full" in message(
         *without, "sam=sam", "sam_radius=effective"
     )
-    assert "sam=obar has nothing to balance: tuning=full" in message(*without, "sam=obar")
+    assert "sam=obar has nothing to go by: tuning=full" in message(*without, "sam=obar")
     assert "scope=B has nothing for sam=nbar" in message("sam=nbar", "scope=B")
     for method in ("inflora", "inflora_clip"):
         assert "trains B alone" in message(f"method={method}", "sam=nbar")

@@ -59,6 +59,14 @@ class Passes(Protocol):
             combine: Makes of this pass's gradient, as of :meth:`whole_gradient`, the one to descend along.
         """
 
+    def noised(self, share: float, seed: int) -> AbstractContextManager[None]:
+        """Hold noise inside the block on the weights that LoRA's factors add to, see :mod:`flatpatch.sam.noise`.
+
+        Args:
+            share: How much of its standard deviation, which is the radius.
+            seed: The noise follows from this.
+        """
+
     def balance(self, by: str, share: float) -> None:
         """Let LoRA's factors be rescaled against each other before the optimizer's next update.
 
@@ -85,6 +93,7 @@ class Kind:
         arguments: Its settings, of those that not all kinds have, each with the argument of ``__init__`` that takes it.
         takes_radius: Whether its radius may be that of the weights that LoRA changes (``sam_radius=``).
         of_pairs: Whether it goes by LoRA's factors as pairs.
+        balances: Whether it weighs the two factors of a pair against each other, and so needs both.
         idle: Settings that all other kinds have and that change nothing in it.
         seeded: Whether ``__init__`` takes a ``seed``.
         climbs: Whether the gradient of a pass of its own says where to climb and does nothing else: whether that pass
@@ -98,6 +107,7 @@ class Kind:
     arguments: ClassVar[Mapping[str, str]] = {}
     takes_radius: ClassVar[bool] = True
     of_pairs: ClassVar[bool] = False
+    balances: ClassVar[bool] = False
     idle: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False
     climbs: ClassVar[bool] = True

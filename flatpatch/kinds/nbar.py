@@ -26,6 +26,7 @@ class BalancedByGradients(Kind):
     climbs = False
     takes_radius = False
     of_pairs = True
+    balances = True
     idle = ("sync",)
     by: ClassVar[str] = "gradient"
 

@@ -32,10 +32,15 @@ At B = 0 (a new adapter) A cannot change the weight to first order: dA = 0 and
 :math:`dB = s^{-2} g_B (A A^\top)^+`. Of a pair with one perturbed factor, the other frozen or out of scope, J has that
 factor alone, and its step is :math:`s^{-2} (B^\top B)^+ g_A` or :math:`s^{-2} g_B (A A^\top)^+`.
 
-Two limits. The length is one to first order: the change of the weight also has :math:`s\,dB\,dA`, which is small only
-where :math:`\rho` is small beside the singular values of :math:`s\,B A`, and a new adapter's are small. And a loss that
-sees the factors otherwise than by their product (a penalty on A or B) has a gradient that is no :math:`J^\top G`; the
-step is then still of length :math:`\rho`, along what the formulas above make of it.
+The change of the weight also has :math:`s\,dB\,dA`. Where both factors move, it is of the order of
+:math:`\rho^2 / \sigma` for a singular value :math:`\sigma` of :math:`s\,B A`, and a new adapter's are small: a step of
+A that changes the weight by :math:`\rho` through a B of nearly zero is long beyond measure. So singular values
+:math:`\sigma \le \rho` count as zero, and their directions are treated as at B = 0: :math:`P_B` is the projection onto
+the left singular vectors of :math:`s\,B A` with :math:`\sigma > \rho`. Which these are does not depend on the
+factoring, and the second order is at most of the size of the first; for :math:`\rho \to 0` nothing is left out.
+
+A limit: a loss that sees the factors otherwise than by their product (a penalty on A or B) has a gradient that is no
+:math:`J^\top G`; the step is then still of length :math:`\rho`, along what the formulas above make of it.
 
 Not from a paper. The tangent space and its projection are those of matrices of fixed rank (Vandereycken 2013,
 arXiv:1209.3834, sec. 2).
@@ -55,16 +60,17 @@ from flatpatch.sam.pairs import LoraPair
 SMALLEST = 1e-12
 
 
-def make_steepest(pairs: Iterable[LoraPair], steps: Mapping[int, Tensor]) -> None:
+def make_steepest(pairs: Iterable[LoraPair], steps: Mapping[int, Tensor], *, smallest: float = 0.0) -> None:
     """Turn the gradients of the pairs' factors into their steepest step, in place and up to one factor for all steps.
 
     Args:
         pairs: The pairs; one that has neither factor in ``steps`` is passed over.
         steps: By ``id`` of the parameter, its gradient as a tensor of its shape, which is written to. What is in no
             pair stays.
+        smallest: Singular values of s B A up to this count as zero where both factors move: the step's length.
     """
     for stack in _stacks(pairs, steps):
-        dA, dB = steepest(*stack.factors, *stack.moves)
+        dA, dB = steepest(*stack.factors, *stack.moves, smallest=smallest * stack.scales.abs())
         for index, pair in enumerate(stack.pairs):
             for factor, step in ((pair.A, dA), (pair.B, dB)):
                 if step is not None:
@@ -95,17 +101,25 @@ def steepest(
     B: Tensor,  # (..., out, r)
     g_A: Tensor | None,  # (..., r, in)
     g_B: Tensor | None,  # (..., out, r)
+    *,
+    smallest: Tensor | float = 0.0,  # (...)
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the steepest dA and dB for gradients of A and B, for both factors times s; see the module.
 
-    A factor without a gradient is not moved, and the other's step is then the steepest of it alone.
+    A factor without a gradient is not moved, and the other's step is then the steepest of it alone. Otherwise singular
+    values of B A up to ``smallest`` count as zero.
     """
-    of_A, of_B = gram_inverse(A @ A.mT), gram_inverse(B.mT @ B)
-    dA = None if g_A is None else of_B @ g_A
-    dB = None if g_B is None else g_B @ of_A
-    if dA is not None and dB is not None:
-        dA, dB = dA - dA @ A.mT @ of_A @ A / 2, dB - B @ of_B @ (B.mT @ dB) / 2
-    return dA, dB
+    if g_B is None:
+        return None if g_A is None else _power(B.mT @ B, -1.0) @ g_A, None
+    if g_A is None:
+        return None, g_B @ _power(A @ A.mT, -1.0)
+    # A = root Q with orthonormal rows Q, and B A = (B root) Q, whose singular values are those of B root.
+    root, inverse_root = _power(A @ A.mT, 0.5), _power(A @ A.mT, -0.5)
+    Q, B = inverse_root @ A, B @ root
+    inverse = _power(B.mT @ B, -1.0, smallest=torch.as_tensor(smallest) ** 2)
+    dA, dB = inverse @ root @ g_A, g_B @ inverse_root
+    dA, dB = dA - dA @ Q.mT @ Q / 2, dB - B @ inverse @ (B.mT @ dB) / 2
+    return root @ dA, dB @ inverse_root
 
 
 def squared_change(A: Tensor, B: Tensor, dA: Tensor | None, dB: Tensor | None) -> Tensor:
@@ -120,13 +134,16 @@ def squared_change(A: Tensor, B: Tensor, dA: Tensor | None, dB: Tensor | None) -
     return squares
 
 
-def gram_inverse(gram: Tensor) -> Tensor:
-    """Return the pseudo-inverse of positive semidefinite matrices (..., r, r); it waits for a GPU, once for all."""
+def _power(gram: Tensor, exponent: float, *, smallest: Tensor | float = 0.0) -> Tensor:
+    """Return a power of positive semidefinite matrices (..., r, r) on their range; it waits for a GPU, once for all.
+
+    Eigenvalues up to ``smallest``, (...), count as zero too.
+    """
     values, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))
-    usable = values > SMALLEST * values[..., -1:]
-    inverse = torch.where(usable, 1 / torch.where(usable, values, 1.0), 0.0)
-    inverted: Tensor = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-    return inverted
+    usable = (values > SMALLEST * values[..., -1:]) & (values > torch.as_tensor(smallest).to(values)[..., None])
+    powers = torch.where(usable, torch.where(usable, values, 1.0) ** exponent, 0.0)
+    found: Tensor = (vectors * powers.unsqueeze(-2)) @ vectors.mT
+    return found
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,7 @@ class _Stack:
     pairs: list[LoraPair]
     factors: tuple[Tensor, Tensor]  # (k, r, in), (k, out, r)
     moves: tuple[Tensor | None, Tensor | None]  # of the same shapes
+    scales: Tensor  # (k,)
 
 
 def _stacks(pairs: Iterable[LoraPair], steps: Mapping[int, Tensor]) -> Iterator[_Stack]:
@@ -154,4 +172,5 @@ def _stacks(pairs: Iterable[LoraPair], steps: Mapping[int, Tensor]) -> Iterator[
             torch.stack([steps[id(factor)].double() for factor in factors]) if id(factors[0]) in steps else None
             for factors in by_factor
         )
-        yield _Stack(members, (A, B), (dA, dB))
+        scales = torch.stack([torch.as_tensor(pair.scale, dtype=A.dtype, device=A.device) for pair in members])
+        yield _Stack(members, (A, B), (dA, dB), scales)

@@ -23,12 +23,14 @@ class LoraPair:
         B: The factor at the output, ``(out, r)``.
         scale: The scale s; a tensor without dimensions where it is learned, and then read at each step.
         name: The parameters' name, with ``*`` for the letter.
+        owner: The module in which they lie, if known.
     """
 
     A: Tensor
     B: Tensor
     scale: float | Tensor = 1.0
     name: str = ""
+    owner: nn.Module | None = None
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
@@ -62,7 +64,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
                 f"{name} {tuple(parameter.shape)} and {partner} {tuple(named[partner].shape)} are no (r, in) and "
                 f"(out, r), so what weight they change is not known. {_INSTEAD}"
             )
-        found[star] = LoraPair(A, B, _scale(model, name), star)
+        found[star] = LoraPair(A, B, _scale(model, name), star, _owner(model, name))
     return list(found.values())
 
 
@@ -87,10 +89,16 @@ def _partner(name: str) -> tuple[str, str]:
     return f"{name[:start]}*{name[end:]}", f"{name[:start]}{other}{name[end:]}"
 
 
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    match = FACTOR.search(name)
+    assert match is not None
+    return model.get_submodule(name[: match.start(1)].rpartition(".")[0])
+
+
 def _scale(model: nn.Module, name: str) -> float | Tensor:
     match = FACTOR.search(name)
     assert match is not None
-    owner: Any = model.get_submodule(name[: match.start(1)].rpartition(".")[0])
+    owner: Any = _owner(model, name)
     scaling = getattr(owner, "scaling", 1.0)
     if isinstance(scaling, Mapping):  # by the adapter's name, which follows the factor's
         return float(scaling[name[match.end(1) :].split(".")[1]])

@@ -276,7 +276,7 @@ def _scale_to_steps(
             id(p): view for group in groups for p, view in zip(group.parameters, group.views(group.step), strict=True)
         }
         if random_seed is None:
-            make_steepest(pairs, steps)
+            make_steepest(pairs, steps, smallest=max(group.rho for group in groups))
         norm = length(pairs, steps).to(norm.device)
         usable = usable & (norm > 0)
     _divide(groups, norm, usable)

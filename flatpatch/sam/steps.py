@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flatpatch.errors import UserError
 from flatpatch.kinds import Kind, make_kind
 from flatpatch.sam.balance import balance_before_update
+from flatpatch.sam.noise import frozen_weights, noised
 from flatpatch.sam.pairs import LoraPair
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, perturbed
@@ -158,6 +159,24 @@ class StepPasses(ABC):
             )
         states = [self.optimizer.state.get(weight, {}) for weight in self._chosen]
         return [next((state[name] for name in _MOMENTA if state.get(name) is not None), None) for state in states]
+
+    @contextmanager
+    def noised(self, share: float, seed: int) -> Iterator[None]:
+        """Hold noise inside the block on the weights that LoRA's factors add to, see `sam.noise`."""
+        sigma = share * max(self._radii)
+        if not self._pairs:
+            raise UserError(
+                "noise on the weights that LoRA changes needs LoRA's pairs, as lora_pairs(model) finds them"
+            )
+        if sigma == 0:
+            yield
+            return
+        with noised(frozen_weights(self._pairs), sigma=sigma, seed=seed):
+            self._moved += 1
+            try:
+                yield
+            finally:
+                self._moved -= 1
 
     def balance(self, by: str, share: float) -> None:
         """Let LoRA's factors be rescaled against each other before the optimizer's next update, see `sam.balance`."""

@@ -150,6 +150,50 @@ def test_whole_change_of_the_weight_is_the_same_however_it_is_factored(case, how
     assert how == "rotated" or (plain[1] - plain[0]).norm() > 0.1 * plain[0].norm()
 
 
+def with_small_singular_values(seed=5):
+    """A pair whose s B A has the singular values 2, 0.3, 1e-3 and 1e-7, as a new adapter's after a few steps."""
+    torch.manual_seed(seed)
+    n, m = 8, 6
+    values = torch.tensor([2.0, 0.3, 1e-3, 1e-7], dtype=torch.float64)
+    U, V = (torch.linalg.qr(torch.randn(size, 4, dtype=torch.float64)).Q for size in (m, n))
+    mixed = torch.randn(4, 4, dtype=torch.float64)
+    pair = LoraPair(mixed @ V.T, U @ torch.diag(values / 1.7) @ torch.linalg.inv(mixed), 1.7)
+    G = torch.randn(m, n, dtype=torch.float64)
+    return pair, G, U, V
+
+
+def test_directions_that_are_shorter_than_the_step_are_treated_as_those_of_a_new_adapter():
+    """Closed form with the left singular vectors above 0.05, and the whole change bounded by twice the step."""
+    pair, G, U, V = with_small_singular_values()
+    P_B, P_A = U[:, :2] @ U[:, :2].T, V @ V.T
+    steps = dict(zip((id(pair.A), id(pair.B)), gradients(pair, G), strict=True))
+    make_steepest([pair], steps, smallest=0.05)
+    dA, dB = steps.values()
+    change = pair.scale * (pair.B @ dA + dB @ pair.A)
+    torch.testing.assert_close(change, P_B @ G + G @ P_A - P_B @ G @ P_A, rtol=1e-8, atol=1e-8)
+    weights = [pair.A.clone(), pair.B.clone()]
+    for rho in (0.01, 0.05, 0.5, 5.0):
+        with perturbed(weights, gradients(pair, G), rho=rho, pairs=[LoraPair(*weights, pair.scale)]):
+            moved_by = pair.scale * (weights[1] @ weights[0] - pair.B @ pair.A)
+        assert moved_by.norm() < 2 * rho
+    make_steepest([pair], steps := dict(zip((id(pair.A), id(pair.B)), gradients(pair, G), strict=True)))
+    first_order_alone = moved(pair, *(0.05 * step / length([pair], steps) for step in steps.values()))
+    assert first_order_alone.norm() > 3 * 0.05
+
+
+@pytest.mark.parametrize("how", ["scaled", "rotated", "any"])
+def test_which_directions_those_are_does_not_depend_on_the_factoring(how):
+    pair, G, *_ = with_small_singular_values()
+    other, _ = refactored(pair, how)
+    changes = []
+    for each in (pair, other):
+        steps = dict(zip((id(each.A), id(each.B)), gradients(each, G), strict=True))
+        make_steepest([each], steps, smallest=0.05)
+        size = length([each], steps)
+        changes.append(moved(each, *(0.05 * step / size for step in steps.values())))
+    torch.testing.assert_close(changes[1], changes[0], rtol=1e-7, atol=1e-9)
+
+
 def test_length_is_one_over_all_pairs_and_what_is_in_no_pair_counts_as_it_is():
     first, _, *g_first = problem("full")
     second, _, *g_second = problem("B = 0", seed=1)
@@ -315,7 +359,7 @@ def test_sam_around_an_optimizer_takes_the_steps_of_the_formula():
         loss = sam.step(closure)
         loss_twin, climbed = twin.gradients()
         steps = {id(p): g.clone() for p, g in zip(twin.factors, climbed, strict=True)}
-        make_steepest(twin.pairs, steps)
+        make_steepest(twin.pairs, steps, smallest=0.1)
         size = length(twin.pairs, steps)
         with torch.no_grad():
             for factor in twin.factors:
