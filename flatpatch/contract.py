@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -18,6 +18,13 @@ from flatpatch.kinds import KINDS
 
 VARIABLE = "FLATPATCH_RUN"
 SCHEMA = 1
+
+
+if TYPE_CHECKING:
+    KindOrOff = str
+else:
+    _CHOICES = ("off", *KINDS)
+    KindOrOff = Literal[_CHOICES]
 
 
 class Part(BaseModel):
@@ -32,7 +39,7 @@ class Sam(Part):
     ``options`` has the settings that some kinds alone have, by their names.
     """
 
-    kind: str = Field(pattern=f"^({'|'.join(('off', *KINDS))})$")
+    kind: KindOrOff
     rho: float = Field(ge=0, allow_inf_nan=False)
     eta: float = Field(ge=0, allow_inf_nan=False)
     scope: Literal["lora", "A", "B", "head", "all"]

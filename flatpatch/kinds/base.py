@@ -98,7 +98,7 @@ class Kind:
         seeded: Whether ``__init__`` takes a ``seed``.
         climbs: Whether the gradient of a pass of its own says where to climb and does nothing else: whether that pass
             may be taken on another loss or on fewer examples (``ascent_loss=``, ``ascent_batch=``).
-        combines: Whether it descends along something else than the last pass's gradient.
+        reads_momentum: Whether it needs ``passes.momentum``.
     """
 
     name: ClassVar[str]
@@ -111,7 +111,7 @@ class Kind:
     idle: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False
     climbs: ClassVar[bool] = True
-    combines: ClassVar[bool] = False
+    reads_momentum: ClassVar[bool] = False
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:

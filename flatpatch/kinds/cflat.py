@@ -22,7 +22,6 @@ class ContinualFlat(Kind):
     title = "C-Flat"
     arguments = {"cflat_lambda": "weight"}
     climbs = False
-    combines = True
 
     def __init__(self, weight: float = 0.2) -> None:
         self.weight = weight

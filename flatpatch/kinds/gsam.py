@@ -22,7 +22,6 @@ class SurrogateGap(Kind):
     title = "GSAM"
     arguments = {"gsam_alpha": "alpha"}
     climbs = False
-    combines = True
 
     def __init__(self, alpha: float = 0.4) -> None:
         self.alpha = alpha

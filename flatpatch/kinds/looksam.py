@@ -25,7 +25,6 @@ class LookAgain(Kind):
     title = "LookSAM"
     arguments = {"looksam_k": "every", "looksam_alpha": "alpha"}
     climbs = False
-    combines = True
 
     def __init__(self, every: int = 5, alpha: float = 0.7) -> None:
         self.every = every

@@ -20,6 +20,7 @@ class Momentum(Kind):
     title = "momentum-SAM"
     climbs = False
     takes_radius = False
+    reads_momentum = True
 
     def step(self, passes: Passes) -> None:
         """Move along the momentum, and descend with the gradient found there."""

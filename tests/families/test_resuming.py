@@ -131,7 +131,7 @@ def assert_same(ours: tuple[TrainingResult, nn.Module], theirs: tuple[TrainingRe
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("kind", ["off", "sam", "random", "nbar"])
+@pytest.mark.parametrize("kind", ["off", "sam", "random", "nbar", "fsam"])
 def test_training_cut_off_anywhere_goes_on_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
     undisturbed = train(tmp_path / "undisturbed", kind, none=True)
     after = random_state()["torch"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flatpatch.errors import UserError
 from flatpatch.families.vision.passes import LoopPasses
 from flatpatch.kinds import KINDS, Kind, make_kind
-from flatpatch.sam import SAM, RandomState, SAMTrainingStep
+from flatpatch.sam import SAM, RandomState, SAMTrainingStep, first_examples
 from flatpatch.settings import DEFAULTS, FIELDS
 
 RHO, RATE, MOMENTUM, STEPS = 0.3, 0.1, 0.5, 7
@@ -223,7 +223,7 @@ def trained(place: str, kind: Kind | None, rho: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("name", sorted(name for name, kind in KINDS.items() if not kind.of_pairs))
 def test_radius_zero_is_the_plain_training_bit_for_bit_with_dropout_on(name: str, place: str) -> None:
     options = OPTIONS.get(name, {})
     torch.testing.assert_close(
@@ -360,6 +360,40 @@ def test_gradients_of_micro_batches_add_up_in_a_trainer() -> None:
             step(model, {"inputs": model.inputs[2 * half : 2 * half + 2]})
         parts.append(model.lora_A.grad.clone())  # type: ignore[union-attr]
     torch.testing.assert_close(parts[0], parts[1] + parts[2], rtol=1e-13, atol=0)
+
+
+def test_trainer_climbs_on_the_first_examples_where_that_is_all_that_they_are_for() -> None:
+    model, twin = Problem(), Problem()
+    examples = model.inputs  # five, of which two fifths are the first two
+
+    def gradients(share: Tensor, name: str, ascent_batch: float) -> list[Tensor]:
+        model.zero_grad()
+        trainer = SimpleNamespace(model=model, optimizer=optimizer_of(model))
+        trainer.training_step = lambda model, inputs: backward_of(model(**inputs))
+        kind = make_kind({"kind": name})
+        step = SAMTrainingStep(trainer, rho=RHO, kind=kind, scope="all", ascent_batch=ascent_batch)
+        loss = step(model, {"inputs": examples})
+        assert float(loss) == pytest.approx(twin(share).item(), rel=1e-14)
+        return [model.lora_A.grad.clone(), model.lora_B.grad.clone()]  # type: ignore[union-attr]
+
+    found = gradients(examples[:2], "sam", 0.3)
+    weights = [twin.lora_A, twin.lora_B]
+    up = torch.autograd.grad(twin(examples[:2]), weights)
+    norm = torch.cat([part.flatten() for part in up]).norm()
+    with torch.no_grad():
+        for weight, part in zip(weights, up, strict=True):
+            weight.add_(RHO * part / norm)
+    expected = list(torch.autograd.grad(twin(examples), weights))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    twin = Problem()
+    assert all(map(torch.equal, gradients(examples, "gsam", 0.3), gradients(examples, "gsam", 1.0)))
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.ones(4), "y": torch.ones(3)}, {"x": torch.ones(4), "weight": 1.0}])
+def test_a_batch_that_is_no_list_of_examples_is_not_cut(batch: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="^ascent_batch=0.5: a batch here is no list of examples"):
+        first_examples(batch, 0.5)
+    assert first_examples(batch, 1) is batch
 
 
 def backward_of(loss: Tensor) -> Tensor:

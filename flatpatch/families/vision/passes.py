@@ -51,6 +51,7 @@ class LoopPasses(StepPasses):
     def _take(self) -> Tensor:
         if self._taken == 1 and not self._moved:
             return self._own
+        self._random_state.restore()  # the first pass, too, may have to be taken anew
         self.optimizer.zero_grad()
         with self._at():
             loss = self._again()
