@@ -141,13 +141,14 @@ def make_steps(settings: SimpleNamespace, torch: Any) -> dict[str, Callable[[dic
 
 
 def family_steps(settings: SimpleNamespace, fresh: Any, adamw: Any) -> dict[str, Callable[[dict[str, Any]], None]]:
-    """The kinds of SAM, with the defaults of their settings; and SAM with its ascent on a quarter of the batch."""
+    """The kinds of SAM with the defaults of their settings, SAM on a quarter of the batch, and its effective radius."""
     from flatpatch.kinds import KINDS, make_kind
-    from flatpatch.sam import SAM, first_examples
+    from flatpatch.sam import SAM, first_examples, lora_pairs
 
-    def step_of(name: str, share: float = 1.0) -> Callable[[dict[str, Any]], None]:
+    def step_of(name: str, share: float = 1.0, radius: str = "factors") -> Callable[[dict[str, Any]], None]:
         kind = make_kind({"kind": name})
         model, sam = fresh(lambda p: SAM(adamw(p), rho=settings.rho, diagnostics=settings.diagnostics, kind=kind))
+        sam.pairs, sam.radius = lora_pairs(model), radius
 
         def step(inputs: dict[str, Any]) -> None:
             def closure() -> Any:
@@ -161,7 +162,11 @@ def family_steps(settings: SimpleNamespace, fresh: Any, adamw: Any) -> dict[str,
         return step
 
     steps = {name: step_of(name) for name in KINDS if name not in ("sam", "recorded")}
-    return {"sam ascent_batch=0.25": step_of("sam", 0.25), **steps}
+    variants = {
+        "sam ascent_batch=0.25": step_of("sam", 0.25),
+        "sam sam_radius=effective": step_of("sam", radius="effective"),
+    }
+    return variants | steps
 
 
 def deepspeed_steps(settings: SimpleNamespace, original: Any) -> dict[str, Callable[[dict[str, Any]], None]]:

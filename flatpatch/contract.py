@@ -46,6 +46,7 @@ class Sam(Part):
     sync: Literal["local", "global"]
     ascent_loss: Literal["total", "task"]
     ascent_batch: float = Field(default=1.0, gt=0, le=1)
+    radius: Literal["factors", "effective"] = "factors"
     seed: int = Field(ge=0)
     options: dict[str, int | float] = {}
 

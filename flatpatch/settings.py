@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.kinds import KINDS as KINDS_OF_SAM
-from flatpatch.kinds import OF_SOME_KINDS
+from flatpatch.kinds import OF_SOME_KINDS, balances, of_pairs
 from flatpatch.measuring import FOLLOWED_KINDS, KINDS, LEDGER, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
@@ -27,6 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "tuning": ("lora", "head", "full"),
     "scope": ("lora", "A", "B", "head", "all"),
     "sync": ("local", "global"),
+    "sam_radius": ("factors", "effective"),
     "ascent_loss": ("total", "task"),
     "adapters": ("upstream", "fp32"),
     "launcher": ("auto", "deepspeed", "python"),
@@ -95,10 +96,21 @@ class Settings:
         "off, sam, asam (adaptive), a relative of them (docs/sam-family.md), random: a control that moves along random "
         "directions, or recorded: the experiment record's step, which is not SAM (text, quick, engine=reference alone)",
     )
-    rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")
+    rho: float = _setting(
+        0.05,
+        "radius of the perturbation, in weight units (asam: on ASAM's own scale; nbar, obar: the balancing's strength; "
+        "flatlora: sigma, a share of the weights' norm)",
+        role="sam",
+    )
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
     scope: str = _setting(
         "lora", "which trainable parameters are perturbed (A and B by upstream's own names)", role="sam"
+    )
+    sam_radius: str = _setting(
+        "factors",
+        "what rho is the norm of: factors: their own step; effective: the change of the weights that they add to, the "
+        "same however LoRA is factored",
+        role="sam",
     )
     sync: str = _setting("local", "several ranks: each its own perturbation, or one for all", role="sam", family="text")
     ascent_loss: str = _setting(
@@ -313,9 +325,11 @@ def without_effect(sam: str, measure: str) -> frozenset[str]:
     """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
     if sam == "off":
         of_sam = with_role("sam")
+    elif sam in KINDS_OF_SAM:
+        kind = KINDS_OF_SAM[sam]
+        of_sam = (*kind.idle, *(name for name in OF_SOME_KINDS if name not in kind.settings()))
     else:
-        own = KINDS_OF_SAM[sam].settings() if sam in KINDS_OF_SAM else OF_SOME_KINDS
-        of_sam = tuple(name for name in OF_SOME_KINDS if name not in own)
+        of_sam = ()
     of_measuring = () if measure.strip(" ,") else HOW_MEASURED
     if LEDGER not in (word.strip() for word in measure.split(",")):
         of_measuring = (*of_measuring, "measure_ledger_every")
@@ -617,7 +631,12 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
 
 
 def _check_scopes(settings: Settings) -> list[str]:
-    """Refuse scopes of LoRA's factors where none are trained."""
+    """Refuse scopes of LoRA's factors where none are trained, and those of one of them where both are needed."""
+    if balances(settings.sam) and settings.scope in ("A", "B", "head"):
+        return [
+            f"scope={settings.scope} has nothing for sam={settings.sam}, which weighs LoRA's A against its B. Use "
+            "scope=lora."
+        ]
     if settings.tuning not in ("head", "full"):
         return []
     problems = []
@@ -625,6 +644,13 @@ def _check_scopes(settings: Settings) -> list[str]:
         problems.append(
             f"scope={settings.scope} has nothing to perturb: tuning={settings.tuning} trains no LoRA. Use scope=all."
         )
+    if settings.sam != "off" and settings.sam_radius == "effective":
+        problems.append(
+            f"sam_radius=effective has nothing to go by: tuning={settings.tuning} trains no LoRA. Use "
+            "sam_radius=factors."
+        )
+    if of_pairs(settings.sam):
+        problems.append(f"sam={settings.sam} has nothing to go by: tuning={settings.tuning} trains no LoRA.")
     measured = [name.strip() for name in settings.measure_scope.split(",")]
     if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged", "tangent")]):
         problems.append(

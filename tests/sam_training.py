@@ -170,7 +170,7 @@ def train(folder, *, sam=None, adapters="upstream", penalty=PENALTY, shuffled=Tr
         "random": torch.get_rng_state(),
         "losses": losses.values,
         "passes": trainer.passes,
-        "report": None if step is None else {k: v.item() for k, v in vars(step.last_step).items()},
+        "report": {k: v.item() for k, v in vars(step.last_step).items()} if step and step.last_step else None,
     }
 
 

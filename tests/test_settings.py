@@ -211,6 +211,27 @@ def test_random_directions_have_no_use_for_what_shapes_the_ascent() -> None:
     assert parse(["sam=random", "rho=0.1", "scope=A", "sync=global"]).notes == ()
 
 
+def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_nothing() -> None:
+    assert parse(["method=nlora", "sam=sam", "sam_radius=effective"]).notes == ()
+    assert parse(["sam=asam", "sam_radius=effective"]).notes == (
+        "sam_radius=effective has no effect: sam=asam. Add sam=sam.",
+    )
+    assert parse(["sam=nbar", "sync=global", "sam_radius=effective"]).notes == (
+        "sam_radius=effective has no effect: sam=nbar. Add sam=sam.",
+        "sync=global has no effect: sam=nbar. Add sam=sam.",
+    )
+    assert "unknown sam_radius 'merged'" in message("sam=sam", "sam_radius=merged")
+    without = ("method=seqlora", "tuning=full", "profile=small")
+    assert "sam_radius=effective has nothing to go by: tuning=full" in message(
+        *without, "sam=sam", "sam_radius=effective"
+    )
+    assert "sam=obar has nothing to go by: tuning=full" in message(*without, "sam=obar")
+    assert "scope=B has nothing for sam=nbar" in message("sam=nbar", "scope=B")
+    for method in ("inflora", "inflora_clip"):
+        assert "trains B alone" in message(f"method={method}", "sam=nbar")
+    assert parse(["method=seqlora_clip", "sam=nbar"]).settings.sam == "nbar"
+
+
 def test_a_kind_of_sam_has_the_settings_that_it_uses_and_no_others() -> None:
     assert parse(["sam=fsam", "fsam_sigma=0.5", "ascent_loss=task", "ascent_batch=0.25"]).notes == ()
     assert parse(["sam=gsam", "fsam_sigma=0.5", "ascent_batch=0.25", "ascent_loss=task"]).notes == (

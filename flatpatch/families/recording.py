@@ -106,6 +106,7 @@ def describe(settings: Mapping[str, Any]) -> str:
         return TITLES["off"]
     given = {**settings, **settings.get("options", {})}
     own = "".join(f" {name}={given[name]:g}" for name in KINDS[settings["kind"]].arguments if name in given)
+    own += " sam_radius=effective" if settings.get("radius") == "effective" else ""
     return f"{TITLES[settings['kind']]} rho={settings['rho']:g}{own} scope={settings['scope']}"
 
 

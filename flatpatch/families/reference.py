@@ -15,7 +15,7 @@ from flatpatch.families.resuming import Keeper
 from flatpatch.families.sample import Sample
 from flatpatch.kinds import make_kind
 from flatpatch.measuring import AT_LOSS, Request
-from flatpatch.sam import SAM, mixed_seed
+from flatpatch.sam import SAM, mixed_seed, trained_lora_pairs
 
 _COUNTED = ("steps", "trainable", "perturbed", "fallbacks", "_trainings")
 
@@ -43,6 +43,7 @@ class StepRecorder:
         self._measurer = make_measurer(run, self._measuring)
         self._measure_at: Callable[[str], Any] = lambda when: None
         self._task_index = 0
+        self._model: torch.nn.Module | None = None
         self._recorder = Recorder(run)
         self._recorder.start(self.keeper.step if self.keeper else 0)
         if self.keeper is not None:
@@ -72,7 +73,9 @@ class StepRecorder:
         return {
             "steps": self.steps,
             "fallbacks": int(self.fallbacks),
-            "sam": None if self.sam is None else {"steps": self.sam.steps, "kind": self.sam.kind.state()},
+            "sam": None
+            if self.sam is None
+            else {"steps": self.sam.steps, "progress": self.sam.progress, "kind": self.sam.kind.state()},
             "measurer": None if self._measurer is None else self._measurer.state(),
         }
 
@@ -80,7 +83,7 @@ class StepRecorder:
         self._recorder.heeds_stop = True
         self.steps, self.fallbacks = kept["steps"], kept["fallbacks"]
         if self.sam is not None:
-            self.sam.steps = kept["sam"]["steps"]
+            self.sam.steps, self.sam.progress = kept["sam"]["steps"], kept["sam"]["progress"]
             self.sam.kind.put_back(kept["sam"]["kind"])
         if self._measurer is not None:
             self._measurer.put_back(kept["measurer"])
@@ -114,7 +117,12 @@ class StepRecorder:
         place = mixed_seed(settings["seed"], self._trainings if task is None else task)
         self._trainings += 1
         kind = make_kind(settings, seed=place)
-        self.sam = SAM(optimizer, rho=settings["rho"], parameters=chosen, kind=kind)
+        radius = settings.get("radius", "factors")
+        pairs = None
+        if radius == "effective" or kind.of_pairs:
+            assert self._model is not None, "the model is told before its training, by measure()"
+            pairs = trained_lora_pairs(self._model)
+        self.sam = SAM(optimizer, rho=settings["rho"], parameters=chosen, kind=kind, pairs=pairs, radius=radius)
         task_only = settings["ascent_loss"] == "task"
         recorded = settings["kind"] == "recorded"
         share = settings.get("ascent_batch", 1.0) if kind.climbs else 1.0
@@ -138,6 +146,7 @@ class StepRecorder:
         self.steps += 1
         measured = {"loss": torch.tensor(state["loss"], dtype=torch.float64)}
         if self.sam is not None:
+            self.sam.progress = state["step"] / state["total"]
             report = self.sam.last_step
             self.fallbacks = self.fallbacks + (0 if report is None else ~report.finite)
             measured |= of_step(report)
@@ -179,6 +188,7 @@ class StepRecorder:
             loss: ``loss`` and ``loss_name`` where the loss is not the model's own.
             loss_of: From a task's number and name to its loss, where that is not one for all.
         """
+        self._model = model
         if self._measurer is not None:
             measured = {"task_index": task_index, "task": task, "model": model, "sample": sample, **loss}
             self._task_index, self._measure_at = task_index, partial(self._measurer.at, **measured)

@@ -30,6 +30,16 @@ OF_SOME_KINDS: tuple[str, ...] = tuple(dict.fromkeys(name for kind in KINDS.valu
 """Settings that have a meaning for some of the kinds alone."""
 
 
+def of_pairs(name: str) -> bool:
+    """Whether a value of ``sam=`` is a kind that goes by LoRA's factors as pairs."""
+    return name in KINDS and KINDS[name].of_pairs
+
+
+def balances(name: str) -> bool:
+    """Whether a value of ``sam=`` is a kind that needs both factors of a pair trained."""
+    return name in KINDS and KINDS[name].balances
+
+
 def make_kind(settings: Mapping[str, Any], *, seed: int = 0) -> Kind:
     """Make the kind that a run's description asks for, with no state yet.
 
@@ -46,4 +56,4 @@ def make_kind(settings: Mapping[str, Any], *, seed: int = 0) -> Kind:
     return kind(**values, **({"seed": seed} if kind.seeded else {}))
 
 
-__all__ = ["KINDS", "OF_SOME_KINDS", "Kind", "Passes", "make_kind", "mixed_seed"]
+__all__ = ["KINDS", "OF_SOME_KINDS", "Kind", "Passes", "balances", "make_kind", "mixed_seed", "of_pairs"]

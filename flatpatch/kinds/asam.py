@@ -17,6 +17,7 @@ class Adaptive(Kind):
     title = "ASAM"
     place = 1
     arguments = {"eta": "eta"}
+    takes_radius = False
 
     def __init__(self, eta: float = 0.01) -> None:
         self.eta = eta

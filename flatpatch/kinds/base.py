@@ -16,10 +16,12 @@ class Passes(Protocol):
 
     Attributes:
         place: Numbers that tell this step from all others of the training.
+        progress: How far the training is, from 0 to 1; 0 where nobody knows.
         optimizer: What descends with the gradient that the step leaves; its state is read alone.
     """
 
     place: tuple[int, ...]
+    progress: float
     optimizer: Any
 
     def gradient(self, *, keep: bool = False) -> Vector:
@@ -57,6 +59,22 @@ class Passes(Protocol):
             combine: Makes of this pass's gradient, as of :meth:`whole_gradient`, the one to descend along.
         """
 
+    def noised(self, share: float, seed: int) -> AbstractContextManager[None]:
+        """Hold noise inside the block on the weights that LoRA's factors add to, see :mod:`flatpatch.sam.noise`.
+
+        Args:
+            share: How much of its standard deviation, which is the radius.
+            seed: The noise follows from this.
+        """
+
+    def balance(self, by: str, share: float) -> None:
+        """Let LoRA's factors be rescaled against each other before the optimizer's next update.
+
+        Args:
+            by: "gradient" or "norm", see :mod:`flatpatch.sam.balance`.
+            share: How much of the strength, which is the radius.
+        """
+
     def momentum(self) -> Vector:
         """Return what the optimizer has of momentum for each weight that is to be perturbed.
 
@@ -73,6 +91,10 @@ class Kind:
         title: What it is called.
         place: Where it stands among the others where they are listed.
         arguments: Its settings, of those that not all kinds have, each with the argument of ``__init__`` that takes it.
+        takes_radius: Whether its radius may be that of the weights that LoRA changes (``sam_radius=``).
+        of_pairs: Whether it goes by LoRA's factors as pairs.
+        balances: Whether it weighs the two factors of a pair against each other, and so needs both.
+        idle: Settings that all other kinds have and that change nothing in it.
         seeded: Whether ``__init__`` takes a ``seed``.
         climbs: Whether the gradient of a pass of its own says where to climb and does nothing else: whether that pass
             may be taken on another loss or on fewer examples (``ascent_loss=``, ``ascent_batch=``).
@@ -83,6 +105,10 @@ class Kind:
     title: ClassVar[str]
     place: ClassVar[int] = 10
     arguments: ClassVar[Mapping[str, str]] = {}
+    takes_radius: ClassVar[bool] = True
+    of_pairs: ClassVar[bool] = False
+    balances: ClassVar[bool] = False
+    idle: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False
     climbs: ClassVar[bool] = True
     reads_momentum: ClassVar[bool] = False
@@ -90,7 +116,8 @@ class Kind:
     @classmethod
     def settings(cls) -> tuple[str, ...]:
         """Return its settings, of those that not all kinds have."""
-        return (*cls.arguments, *(("ascent_loss", "ascent_batch") if cls.climbs else ()))
+        radius = ("sam_radius",) if cls.takes_radius else ()
+        return (*cls.arguments, *radius, *(("ascent_loss", "ascent_batch") if cls.climbs else ()))
 
     def step(self, passes: Passes) -> None:
         """Take one step's passes, the last of them by ``passes.descend``.

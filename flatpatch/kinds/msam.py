@@ -19,6 +19,7 @@ class Momentum(Kind):
     name = "msam"
     title = "momentum-SAM"
     climbs = False
+    takes_radius = False
     reads_momentum = True
 
     def step(self, passes: Passes) -> None:

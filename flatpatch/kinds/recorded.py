@@ -12,6 +12,7 @@ class Recorded(SharpnessAware):
     title = "as recorded (not SAM)"
     place = 20
     climbs = False
+    takes_radius = False
 
 
 KIND = Recorded

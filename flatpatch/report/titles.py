@@ -61,6 +61,8 @@ def describe(record: Mapping[str, Any]) -> str:
     parts.append(sam_title(sam, setting(record, "rho")))
     if sam != "off" and setting(record, "sam_on", "both") != "both":
         parts.append(f"on the {setting(record, 'sam_on')} step alone")
+    if sam != "off" and setting(record, "sam_radius", DEFAULTS["sam_radius"]) != DEFAULTS["sam_radius"]:
+        parts.append(f"sam_radius={setting(record, 'sam_radius')}")
     parts += [
         f"{key}={setting(record, key)}"
         for key in ("tuning", "budget", "fraction")

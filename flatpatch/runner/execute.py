@@ -467,6 +467,7 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
             "sync": settings.sync,
             "ascent_loss": effective_settings(settings).ascent_loss,
             "ascent_batch": effective_settings(settings).ascent_batch,
+            "radius": effective_settings(settings).sam_radius,
             "seed": settings.seed,
             "options": options_of(settings),
         },

@@ -2,6 +2,7 @@
 
 from flatpatch.kinds import mixed_seed
 from flatpatch.sam.optimizer import SAM
+from flatpatch.sam.pairs import LoraPair, lora_pairs, trained_lora_pairs
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import AscentStep, perturbed
 from flatpatch.sam.radii import group_radii
@@ -15,6 +16,7 @@ __all__ = [
     "AscentStep",
     "Combine",
     "Gradients",
+    "LoraPair",
     "RandomState",
     "SAMTrainingStep",
     "StepPasses",
@@ -24,8 +26,10 @@ __all__ = [
     "is_adapter",
     "keep_adapters_fp32",
     "kept",
+    "lora_pairs",
     "mixed_seed",
     "perturbed",
     "put_gradients",
     "select_parameters",
+    "trained_lora_pairs",
 ]

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from flatpatch.errors import UserError
 from flatpatch.kinds import Kind
+from flatpatch.sam.pairs import LoraPair
 from flatpatch.sam.perturbation import AscentStep, check_settings
 from flatpatch.sam.radii import group_radii
-from flatpatch.sam.steps import Combine, Gradients, StepPasses, chosen_kind, kept, put_gradients
+from flatpatch.sam.steps import Combine, Gradients, StepPasses, check_radius, chosen_kind, kept, put_gradients
 
 Loss = Any  # what a closure returns: a Tensor, a float, or nothing
 
@@ -68,6 +69,8 @@ class SAM(Optimizer):
     BatchNorm layers count both passes in their running statistics, unless SAM knows the model:
     ``SAM(optimizer, model=model)``.
 
+    ``sam.progress``, from 0 to 1, tells the kinds that grow weaker with it how far the training is.
+
     A parameter group may have a ``rho`` of its own, as it may have an ``lr``. The perturbation of group k is
     then ``rho_k * g_k / norm(g)``, with one norm over all the perturbed weights (see ``group_radii``).
 
@@ -111,6 +114,8 @@ class SAM(Optimizer):
         random_seed: int | None = None,
         diagnostics: bool = True,
         kind: Kind | None = None,
+        pairs: Iterable[LoraPair] | None = None,
+        radius: str = "factors",
     ) -> None:
         """Wrap ``base_optimizer``.
 
@@ -132,9 +137,14 @@ class SAM(Optimizer):
             diagnostics: Whether to measure the effective perturbation.
             kind: Another kind of SAM, from :mod:`flatpatch.kinds`, instead of ``adaptive`` or ``random_seed``. What
                 it remembers from step to step is not in the checkpoint: keep ``sam.kind.state()`` beside it.
+            pairs: The model's LoRA factors, as :func:`flatpatch.sam.lora_pairs` finds them, where a radius or a kind
+                goes by the weights that they change.
+            radius: "factors": rho is the norm of the perturbation itself; "effective": that of the change that it
+                makes to the weights that LoRA's factors add to, see :mod:`flatpatch.sam.effective`.
 
         Raises:
-            ValueError: If a setting is out of range, a random direction is to be adaptive, or a kind is given twice.
+            ValueError: If a setting is out of range, a random direction is to be adaptive, a kind is given twice, or
+                an effective radius has no pairs.
             TypeError: If ``base_optimizer`` is not an optimizer instance.
             UserError: If it is one that SAM cannot step, or a group has an option that only a whole step can have.
         """
@@ -153,14 +163,18 @@ class SAM(Optimizer):
         self.model = model
         self.steps = 0
         self.climbing = False
+        self.progress = 0.0
+        self.pairs = None if pairs is None else list(pairs)
+        self.radius = radius
+        check_radius(radius, self.pairs)
         self.diagnostics = diagnostics
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Loss = None
         self._chosen = None if parameters is None else list(parameters)
         self._left: weakref.ref[Tensor] | None = None  # the first gradient of the latest step
         self._warned = False
-        for radius in self._radii(self._parameters()):
-            check_settings(radius, eta, sync)
+        for each in self._radii(self._parameters()):
+            check_settings(each, eta, sync)
 
     def gradients(self, closure: Callable[[], Loss]) -> Loss:
         """Leave the SAM gradient in ``.grad``, with the weights as they were.
@@ -316,6 +330,9 @@ class _ClosurePasses(StepPasses):
             sync=sam.sync,
             model=sam.model,
             diagnostics=sam.diagnostics,
+            pairs=sam.pairs,
+            radius=sam.radius,
+            progress=sam.progress,
         )
         self._sam, self._closure = sam, closure
 

@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from flatpatch.errors import UserError
 from flatpatch.kinds import Kind, make_kind
+from flatpatch.sam.balance import balance_before_update
+from flatpatch.sam.noise import frozen_weights, noised
+from flatpatch.sam.pairs import LoraPair
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, perturbed
 
 Gradients = list[Tensor | None]
 Combine = Callable[[Gradients], Gradients]
+
+RADII = ("factors", "effective")
+"""What a radius is of: the norm of the step of LoRA's factors, or that of the change of the weights they add to."""
 
 # What the momentum is called in an optimizer's state.
 _MOMENTA = ("momentum_buffer", "exp_avg")
@@ -44,6 +50,9 @@ class StepPasses(ABC):
         model: nn.Module | None = None,
         diagnostics: bool = True,
         random_state: RandomState | None = None,
+        pairs: Sequence[LoraPair] | None = None,
+        radius: str = "factors",
+        progress: float = 0.0,
     ) -> None:
         """Begin a step.
 
@@ -57,14 +66,19 @@ class StepPasses(ABC):
             model: Whose BatchNorm statistics come from the step's first pass alone.
             diagnostics: As for :func:`flatpatch.sam.perturbed`.
             random_state: Where the random generators stood before the first pass, if that is taken already.
+            pairs: Of the model's LoRA factors, where they are asked for.
+            radius: What the radius is of, see :data:`RADII`.
+            progress: As in :class:`flatpatch.kinds.base.Passes`.
         """
         self.place = place
         self.optimizer = optimizer
+        self.progress = progress
         self.report: AscentStep | None = None
         self.loss: Any = None
         self.perturbed_loss: Any = None
         self._chosen, self._trained, self._radii = list(chosen), list(trained), list(radii)
         self._sync, self._model, self._diagnostics = sync, model, diagnostics
+        self._pairs, self._effective = pairs, radius == "effective"
         self._random_state = random_state or RandomState()
         self._taken = 0
         self._moved = 0
@@ -123,6 +137,7 @@ class StepPasses(ABC):
             eta=0.0 if eta is None else eta,
             sync=self._sync,
             random_seed=seed,
+            pairs=self._pairs if self._effective and eta is None else None,
             diagnostics=self._diagnostics,
         )
         del direction
@@ -146,6 +161,28 @@ class StepPasses(ABC):
         return [next((state[name] for name in _MOMENTA if state.get(name) is not None), None) for state in states]
 
     @contextmanager
+    def noised(self, share: float, seed: int) -> Iterator[None]:
+        """Hold noise inside the block on the weights that LoRA's factors add to, see `sam.noise`."""
+        sigma = share * max(self._radii)
+        if not self._pairs:
+            raise UserError(
+                "noise on the weights that LoRA changes needs LoRA's pairs, as lora_pairs(model) finds them"
+            )
+        if sigma == 0:
+            yield
+            return
+        with noised(frozen_weights(self._pairs), sigma=sigma, seed=seed):
+            self._moved += 1
+            try:
+                yield
+            finally:
+                self._moved -= 1
+
+    def balance(self, by: str, share: float) -> None:
+        """Let LoRA's factors be rescaled against each other before the optimizer's next update, see `sam.balance`."""
+        balance_before_update(self._pairs or (), self.optimizer, self._chosen, self._radii, share=share, by=by)
+
+    @contextmanager
     def _pass(self) -> Iterator[None]:
         """Give each pass the first one's random numbers, and have the first one alone count for BatchNorm."""
         first = self._taken == 0
@@ -158,6 +195,14 @@ class StepPasses(ABC):
     def _heard(self, loss: Any) -> None:
         if self._taken == 1:
             self.loss = loss
+
+
+def check_radius(radius: str, pairs: Sequence[LoraPair] | None) -> None:
+    """Raise ValueError for what no radius can be of."""
+    if radius not in RADII:
+        raise ValueError(f"radius must be one of {', '.join(RADII)}, got {radius!r}")
+    if radius == "effective" and not pairs:
+        raise ValueError("an effective radius is of LoRA's factors: give their pairs, as lora_pairs(model) finds them")
 
 
 def chosen_kind(kind: Kind | None, *, adaptive: bool, eta: float, random_seed: int | None) -> Kind:

@@ -25,10 +25,11 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from flatpatch.errors import UserError
 from flatpatch.kinds import Kind
+from flatpatch.sam.pairs import LoraPair, trained_lora_pairs
 from flatpatch.sam.perturbation import AscentStep, check_settings
 from flatpatch.sam.radii import group_radii
 from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
-from flatpatch.sam.steps import Combine, Gradients, StepPasses, chosen_kind, first_examples, kept
+from flatpatch.sam.steps import RADII, Combine, Gradients, StepPasses, chosen_kind, first_examples, kept
 
 ASCENT_LOSSES = ("total", "task")
 
@@ -69,6 +70,7 @@ class SAMTrainingStep:
         ascent_batch: float = 1.0,
         random_seed: int | None = None,
         kind: Kind | None = None,
+        radius: str = "factors",
     ) -> None:
         """Wrap ``trainer.training_step``, without assigning it.
 
@@ -88,6 +90,7 @@ class SAMTrainingStep:
                 directions follow from this seed, the trainer's step and the place in it, so that a training that
                 was resumed has those that it would have had.
             kind: Another kind of SAM, from :mod:`flatpatch.kinds`, instead of ``adaptive`` or ``random_seed``.
+            radius: As for :class:`flatpatch.sam.SAM`; the pairs are found in ``trainer.model``.
 
         Raises:
             ValueError: If a setting is out of range, a random direction is to be adaptive, or a kind is given twice.
@@ -100,7 +103,10 @@ class SAMTrainingStep:
             raise ValueError(f"ascent_batch must be over 0 and at most 1, got {ascent_batch!r}")
         if ascent_loss not in ASCENT_LOSSES:
             raise ValueError(f"ascent_loss must be one of {', '.join(ASCENT_LOSSES)}, got {ascent_loss!r}")
+        if radius not in RADII:
+            raise ValueError(f"radius must be one of {', '.join(RADII)}, got {radius!r}")
         self.trainer = trainer
+        self.radius = radius
         self.rho = rho
         self.scope = scope
         self.sync = sync
@@ -112,6 +118,7 @@ class SAMTrainingStep:
         self._plain_step = trainer.training_step
         self._place = (-1, 0)  # the latest step, and how many of its micro-batches came before
         self._prepared: tuple[nn.Module, list[Tensor]] | None = None
+        self.pairs: list[LoraPair] | None = None
 
     def parameters(self) -> list[Tensor]:
         """Return the weights that are perturbed, after checking that this trainer can be served.
@@ -125,6 +132,8 @@ class SAMTrainingStep:
         if self._prepared is None or self._prepared[0] is not self.trainer.model:
             _refuse_unsupported(self.trainer)
             chosen = select_parameters(self.trainer.model.named_parameters(), self.scope)
+            if self.radius == "effective" or self.kind.of_pairs:
+                self.pairs = trained_lora_pairs(self.trainer.model)
             self._prepared = (self.trainer.model, [parameter for _, parameter in chosen])
         return self._prepared[1]
 
@@ -194,6 +203,9 @@ class _TrainerPasses(StepPasses):
             optimizer=getattr(optimizer, "optimizer", optimizer),
             sync=step.sync,
             model=trainer.model,
+            pairs=step.pairs,
+            radius=step.radius,
+            progress=_progress(trainer),
         )
         self.scale: Tensor | float = 1.0
         self._trainer, self._training_step = trainer, step._plain_step
@@ -230,6 +242,13 @@ class _TrainerPasses(StepPasses):
         descent = _CombinedPass(self._trainer, self._trained, combine)
         with descent.intercepted():
             return self._training_step(model, inputs)  # type: ignore[no-any-return]
+
+
+def _progress(trainer: Any) -> float:
+    """Return how far the training is, from 0 to 1."""
+    state = getattr(trainer, "state", None)
+    total: int = getattr(state, "max_steps", 0)
+    return getattr(state, "global_step", 0) / total if total > 0 else 0.0
 
 
 class _AscentPass:

@@ -60,7 +60,7 @@ def attach_trainer(trainer: Any) -> None:
     settings, step = run["sam"], None
     if settings["kind"] != "off":
         kind = make_kind(settings, seed=sam.mixed_seed(settings["seed"], run["task_index"]))
-        names = ("rho", "scope", "sync", "ascent_loss", "ascent_batch")
+        names = ("rho", "scope", "sync", "ascent_loss", "ascent_batch", "radius")
         options = {name: settings[name] for name in names if name in settings}
         step = sam.SAMTrainingStep(trainer, kind=kind, **options)
     recording = _RecordedTraining(trainer, run, step)

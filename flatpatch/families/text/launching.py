@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from flatpatch.errors import UserError
-from flatpatch.kinds import KINDS
+from flatpatch.kinds import KINDS, balances
 from flatpatch.settings import Request
 
 
@@ -68,6 +68,11 @@ def settle(request: Request, engine: str, reason: str, launcher: str, world_size
         raise UserError(
             f"sam={settings.sam} needs the momentum of each weight, and DeepSpeed's optimizer holds flattened "
             "copies of all. Use launcher=python, or another kind of SAM."
+        )
+    if launcher == "deepspeed" and balances(settings.sam):
+        raise UserError(
+            f"sam={settings.sam} rescales LoRA's factors before an update, and DeepSpeed's optimizer updates flattened "
+            "copies of them. Use launcher=python, or another kind of SAM."
         )
     idle: dict[str, str] = {}
     if launcher == "python" and settings.adapters != "upstream":

@@ -24,7 +24,7 @@ from flatpatch.families.resuming import set_random_state
 from flatpatch.families.task_checkpoints import TaskCheckpoints
 from flatpatch.families.vision.keeping import keep_model, kept_file
 from flatpatch.families.vision.places import log_files, vision_run
-from flatpatch.kinds import Kind, make_kind
+from flatpatch.kinds import Kind, make_kind, of_pairs
 from flatpatch.measuring import AT_LOSS
 
 
@@ -211,7 +211,7 @@ class _Training:
         self._checkpoints.write(sum(seed["done"] for seed in self._seeds), state, found)
 
     def begin_task(self, learner: Any, optimizer: Any, loader: Any, total: int, several_steps: bool) -> None:
-        from flatpatch.sam import select_parameters
+        from flatpatch.sam import select_parameters, trained_lora_pairs
 
         named = [(name, p) for name, p in learner._network.named_parameters() if p.requires_grad]
         chosen = select_parameters(named, self._settings["scope"]) if self._sharpened else []
@@ -222,6 +222,9 @@ class _Training:
         self._several_steps = several_steps
         self._fallbacks: Any = 0
         self._kinds: dict[str, Kind] = {}
+        self._radius = self._settings.get("radius", "factors")
+        by_pairs = self._sharpened and (self._radius == "effective" or of_pairs(self._settings["kind"]))
+        self._pairs = trained_lora_pairs(learner._network) if by_pairs else None
         self._counts = counts(self._trainable, self._perturbed)
         self._dtype = dtypes(self._perturbed or self._trainable)
         self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
@@ -273,6 +276,9 @@ class _Training:
             radii=group_radii(optimizer, self._perturbed, self._settings["rho"]),
             place=(self._learner._cur_task, self._step),
             optimizer=optimizer,
+            pairs=self._pairs,
+            radius=self._radius,
+            progress=self._step / self._total,
         )
         self._kind_for(name).step(passes)
         random_state.restore()
