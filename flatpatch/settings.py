@@ -80,7 +80,7 @@ class Settings:
     """Everything one run is asked for; the texts are shown by ``--help``."""
 
     method: str = _setting("", "which method to run; default: the first of those named by a wrong one")
-    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3", family="text")
+    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3 (docs/llama.md)", family="text")
     benchmark: str = _setting(
         "", "vision: cifar100, imagenet_r_10, ...; default: the method's first (a wrong one lists all)", family="vision"
     )

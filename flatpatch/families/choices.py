@@ -107,6 +107,8 @@ def choose_engine_of(upstream: Upstream, request: Request, machine: Machine, *, 
             "profile=quick engine=reference, or sam=sam."
         )
     notes = list(request.notes)
+    if upstream.reconstruction:
+        notes.append(f"{upstream.title} is a reconstruction: {upstream.reconstruction}")
     return Draft(upstream, request, dry_run, profile, profile_reason, engine, engine_reason, notes=notes)
 
 

@@ -14,6 +14,7 @@ _LABEL_TEXTS = {
     "quick": "small model and data",
     "small": "a small pretrained model on some of the texts, in our own training loop",
     "reference": "our own small implementation, not upstream's code",
+    "reconstruction": "written from summaries of a paper whose text was not read",
     "off-protocol": "not upstream's own set-up; the deviations are in record.json",
 }
 

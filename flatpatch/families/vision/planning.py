@@ -66,7 +66,8 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
             "turn, so the ascent cannot be on a part of it. Leave ascent_batch out, or use engine=reference."
         )
     file = upstream.config(settings.variant, settings.benchmark) if upstream.configs else None
-    editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else REFERENCE_DEFAULTS)
+    own_keys = {**REFERENCE_DEFAULTS, **upstream.choices}
+    editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else own_keys)
     off_protocol = _configure(upstream, draft, editor, file)
     dataset = None if is_quick else _dataset(upstream, draft, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
@@ -176,7 +177,7 @@ def _override(
 ) -> bool:
     """Set what ``upstream.<key>=`` asks for and what follows from it; tell whether anything was changed."""
     checkout = draft.verified.checkout if draft.verified else None
-    known = known_keys(checkout, checkout / str(file)) if checkout else set(REFERENCE_DEFAULTS)
+    known = known_keys(checkout, checkout / str(file)) if checkout else {*REFERENCE_DEFAULTS, *upstream.choices}
     before = dict(editor.current)
     overrides = draft.request.overrides
     override(editor, overrides, known, upstream, quick=draft.is_quick)
