@@ -1,18 +1,21 @@
 """Time one training step: the base optimizer, our SAM, and pytorch_optimizer's SAM, in one run.
 
     python benchmarks/sam_step.py                          # a small T5 with LoRA, on CPU
+    python benchmarks/sam_step.py family=true clock=cpu    # all kinds of SAM instead of others' SAM
     python benchmarks/sam_step.py size=t5-large batch=48   # 737 million random weights; wants a GPU
     python benchmarks/sam_step.py deepspeed=true           # adds a Trainer step under ZeRO-2, without and with SAM
 
 Every round times each of them once, on the same batch, in a changing order, so that whatever else the machine
-does falls on all alike. Ratios are taken within a round; the median and the quartiles over all rounds are shown.
+does falls on all alike. Ratios are taken within a round; the median and the quartiles over all rounds are shown, and
+the ratio of the sums over all rounds, since not every step of a kind takes as many passes (rounds=30 is six times
+LookSAM's five steps).
 
 The limit: SAM runs forward and backward twice, and the optimizer step once, so a step cannot cost less than
 "two passes" does (the closure called twice, then the base optimizer), a little under 2. What exceeds that is
 SAM's own work: saving, perturbing, measuring and restoring the weights, and replaying the random numbers.
 
 Settings (key=value): size=small|medium|t5-large  device=cpu|cuda  batch=8  length=64  rank=8  rounds=30  warmup=3
-threads=1  rho=0.05  adaptive=false  diagnostics=true  deepspeed=false  out=runs/benchmarks/sam_step.json
+threads=1  rho=0.05  adaptive=false  diagnostics=true  deepspeed=false  family=false  out=runs/benchmarks/sam_step.json
 clock=wall|cpu (cpu: this process's own time, for a CPU shared with others)
 """
 
@@ -48,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "adaptive": False,
     "diagnostics": True,
     "deepspeed": False,
+    "family": False,
     "out": "runs/benchmarks/sam_step.json",
 }
 SIZES: dict[str, dict[str, Any]] = {
@@ -114,6 +118,8 @@ def make_steps(settings: SimpleNamespace, torch: Any) -> dict[str, Callable[[dic
         "two passes": two_passes,
         "flatpatch SAM": lambda inputs: sam.step(closure_of(sam_model, sam, inputs)),
     }
+    if settings.family:
+        return steps | family_steps(settings, fresh, adamw)
     try:
         from pytorch_optimizer import SAM as TheirSAM  # noqa: N811
     except ImportError:
@@ -132,6 +138,35 @@ def make_steps(settings: SimpleNamespace, torch: Any) -> dict[str, Callable[[dic
     if settings.deepspeed:
         steps |= deepspeed_steps(settings, original)
     return steps
+
+
+def family_steps(settings: SimpleNamespace, fresh: Any, adamw: Any) -> dict[str, Callable[[dict[str, Any]], None]]:
+    """The kinds of SAM with the defaults of their settings, SAM on a quarter of the batch, and its effective radius."""
+    from flatpatch.kinds import KINDS, make_kind
+    from flatpatch.sam import SAM, first_examples, lora_pairs
+
+    def step_of(name: str, share: float = 1.0, radius: str = "factors") -> Callable[[dict[str, Any]], None]:
+        kind = make_kind({"kind": name})
+        model, sam = fresh(lambda p: SAM(adamw(p), rho=settings.rho, diagnostics=settings.diagnostics, kind=kind))
+        sam.pairs, sam.radius = lora_pairs(model), radius
+
+        def step(inputs: dict[str, Any]) -> None:
+            def closure() -> Any:
+                loss = model(**first_examples(inputs, share if sam.climbing else 1)).loss
+                loss.backward()
+                return loss
+
+            sam.zero_grad()
+            sam.step(closure)
+
+        return step
+
+    steps = {name: step_of(name) for name in KINDS if name not in ("sam", "recorded")}
+    variants = {
+        "sam ascent_batch=0.25": step_of("sam", 0.25),
+        "sam sam_radius=effective": step_of("sam", radius="effective"),
+    }
+    return variants | steps
 
 
 def deepspeed_steps(settings: SimpleNamespace, original: Any) -> dict[str, Callable[[dict[str, Any]], None]]:
@@ -228,20 +263,23 @@ def main() -> None:
                 seconds[name].append(now() - began)
 
     results = {}
-    print(f"{'step':24}{'median ms':>10}   ratio to base: median (quartiles)   to two passes")
+    print(f"{'step':24}{'median ms':>10}   ratio to base: median (quartiles)   to two passes         of the sums")
     for name in names:
         reference = "ZeRO-2" if name.startswith("ZeRO-2") else "base"
         to_base = quartiles([a / b for a, b in zip(seconds[name], seconds[reference], strict=True)])
         to_two = quartiles([a / b for a, b in zip(seconds[name], seconds["two passes"], strict=True)])
+        of_sums = sum(seconds[name]) / sum(seconds[reference])
         milliseconds = 1000 * statistics.median(seconds[name])
         results[name] = {
             "milliseconds": milliseconds,
             f"ratio to {reference}": to_base,
             "ratio to two passes": to_two,
+            "ratio of the sums": of_sums,
             "all seconds": seconds[name],
         }
         spread = f"{to_base[1]:.3f} ({to_base[0]:.3f} to {to_base[2]:.3f})"
-        print(f"{name:24}{milliseconds:10.1f}   {spread:36}{to_two[1]:.3f} ({to_two[0]:.3f} to {to_two[2]:.3f})")
+        of_two = f"{to_two[1]:.3f} ({to_two[0]:.3f} to {to_two[2]:.3f})"
+        print(f"{name:24}{milliseconds:10.1f}   {spread:36}{of_two:26}{of_sums:.3f}")
     environment = {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -9,14 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from flatpatch.errors import UserError, did_you_mean
+from flatpatch.kinds import KINDS
 
 VARIABLE = "FLATPATCH_RUN"
 SCHEMA = 1
+
+
+if TYPE_CHECKING:
+    KindOrOff = str
+else:
+    _CHOICES = ("off", *KINDS)
+    KindOrOff = Literal[_CHOICES]
 
 
 class Part(BaseModel):
@@ -26,15 +34,21 @@ class Part(BaseModel):
 
 
 class Sam(Part):
-    """The SAM of the run; ``kind`` is off where there is none. ``seed`` is the run's, for random directions."""
+    """The SAM of the run; ``kind`` is off where there is none. ``seed`` is the run's, for random directions.
 
-    kind: Literal["off", "sam", "asam", "random", "recorded"]
+    ``options`` has the settings that some kinds alone have, by their names.
+    """
+
+    kind: KindOrOff
     rho: float = Field(ge=0, allow_inf_nan=False)
     eta: float = Field(ge=0, allow_inf_nan=False)
     scope: Literal["lora", "A", "B", "head", "all"]
     sync: Literal["local", "global"]
     ascent_loss: Literal["total", "task"]
+    ascent_batch: float = Field(default=1.0, gt=0, le=1)
+    radius: Literal["factors", "effective"] = "factors"
     seed: int = Field(ge=0)
+    options: dict[str, int | float] = {}
 
 
 class Measure(Part):
@@ -94,10 +108,7 @@ class Description(Part):
 
 TITLES: Mapping[str, str] = {
     "off": "SAM off",
-    "sam": "SAM",
-    "asam": "ASAM",
-    "random": "random directions",
-    "recorded": "as recorded (not SAM)",
+    **{name: kind.title for name, kind in KINDS.items()},
 }
 """By ``kind``: what it is called."""
 

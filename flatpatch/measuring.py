@@ -10,6 +10,14 @@ from typing import Any
 
 from flatpatch.errors import UserError, did_you_mean
 
+SCOPES = ("adapter", "merged", "tangent", "trainable", "model")
+# Where no measure depends on how LoRA's product is split into factors.
+INVARIANT_SCOPES = ("merged", "tangent")
+WHENS = ("before", "after")
+AT_LOSS = "at_loss"
+LEDGER, UPDATE = "ledger", "update"
+LOSSES_AVERAGED = 10
+
 CORRECT_KINDS: Mapping[str, str] = {
     "loss": "the loss of the sample (always)",
     "eigenvalues": "largest eigenvalues of the Hessian, each with its residual",
@@ -37,17 +45,16 @@ RECORDED_KINDS: Mapping[str, str] = {
     "recorded_keskar": "as recorded: the highest loss on a random walk",
 }
 KINDS: Mapping[str, str] = {**CORRECT_KINDS, **CURVATURE_KINDS, **CERTIFICATE_KINDS, **RECORDED_KINDS}
+# Not of a model at one point, but of a training: from step to step, or as a whole.
+FOLLOWED_KINDS: Mapping[str, str] = {
+    LEDGER: "the change of each earlier task's loss along a later task's steps, split into gradient, curvature, rest",
+    UPDATE: "curvature along a task's whole update, the update's ranks, and its angles to earlier tasks' updates",
+}
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "all": CORRECT_KINDS,
     "curvature": CURVATURE_KINDS,
     "recorded": RECORDED_KINDS,
 }
-SCOPES = ("adapter", "merged", "tangent", "trainable", "model")
-# Where no measure depends on how LoRA's product is split into factors.
-INVARIANT_SCOPES = ("merged", "tangent")
-WHENS = ("before", "after")
-AT_LOSS = "at_loss"
-LOSSES_AVERAGED = 10
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Request:
     """What is measured at each measuring point.
 
     Attributes:
-        kinds: Of ``KINDS``, in their order, "loss" always among them.
+        kinds: Of ``KINDS``, in their order, "loss" always among them; then of ``FOLLOWED_KINDS``.
         scopes: Of ``SCOPES``: which weights vary.
         when: Of ``WHENS``: around each task's training.
         samples: Training examples in the sample; all of them where there are fewer.
@@ -92,6 +99,7 @@ class Request:
         effort: Of ``EFFORTS``.
         at_loss: Where over 0, measure also at the step of each task's training from which on the mean recorded loss
             over ``LOSSES_AVERAGED`` steps is first at or below it, so that runs can be compared at equal loss.
+        ledger_every: Steps of the training that one entry of the ledger covers.
     """
 
     kinds: tuple[str, ...]
@@ -102,6 +110,7 @@ class Request:
     rho: float = 0.05
     effort: str = "quick"
     at_loss: float = 0.0
+    ledger_every: int = 10
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for a JSON file."""
@@ -133,6 +142,7 @@ def make_request(
     rho: float,
     effort: str,
     at_loss: float = 0.0,
+    ledger_every: int = 10,
 ) -> Request | None:
     """Turn the texts of the settings into a request.
 
@@ -145,6 +155,7 @@ def make_request(
         rho: As in :class:`Request`.
         effort: As in :class:`Request`.
         at_loss: As in :class:`Request`.
+        ledger_every: As in :class:`Request`.
 
     Returns:
         The request; None where nothing is to be measured.
@@ -153,7 +164,15 @@ def make_request(
         UserError: With every mistake.
     """
     request, problems = check_request(
-        kinds, scopes, when, samples=samples, batch=batch, rho=rho, effort=effort, at_loss=at_loss
+        kinds,
+        scopes,
+        when,
+        samples=samples,
+        batch=batch,
+        rho=rho,
+        effort=effort,
+        at_loss=at_loss,
+        ledger_every=ledger_every,
     )
     if problems:
         raise UserError.collect(problems)
@@ -161,11 +180,20 @@ def make_request(
 
 
 def check_request(
-    kinds: str, scopes: str, when: str, *, samples: int, batch: int, rho: float, effort: str, at_loss: float = 0.0
+    kinds: str,
+    scopes: str,
+    when: str,
+    *,
+    samples: int,
+    batch: int,
+    rho: float,
+    effort: str,
+    at_loss: float = 0.0,
+    ledger_every: int = 10,
 ) -> tuple[Request | None, list[str]]:
     """Return what ``make_request`` does, and the mistakes instead of raising them."""
     problems: list[str] = []
-    chosen = _names("measure", kinds, (*KINDS, *GROUPS), problems)
+    chosen = _names("measure", kinds, (*KINDS, *FOLLOWED_KINDS, *GROUPS), problems)
     chosen = tuple(kind for name in chosen for kind in GROUPS.get(name, (name,)))
     scope_names = _names("measure_scope", scopes, SCOPES, problems)
     whens = _names("measure_when", when, WHENS, problems)
@@ -178,6 +206,11 @@ def check_request(
         problems.append(
             f"measure_at_loss={at_loss:g} is out of range (expected a loss > 0, e.g. measure_at_loss=0.5; 0: none)."
         )
+    if ledger_every < 1:
+        problems.append(
+            f"measure_ledger_every={ledger_every} is out of range (expected a number of steps >= 1, e.g. "
+            "measure_ledger_every=10)."
+        )
     if effort not in EFFORTS:
         problems.append(
             f"unknown measure_effort '{effort}'.{did_you_mean(effort, EFFORTS)} Expected: {', '.join(EFFORTS)}."
@@ -186,10 +219,14 @@ def check_request(
         for key, names in (("measure_scope", scope_names), ("measure_when", whens)):
             if not names and not any(problem.startswith(f"{key}=") for problem in problems):
                 problems.append(f"{key}= is empty (expected at least one name).")
+    if UPDATE in chosen and set(whens) != set(WHENS):
+        problems.append(
+            f"measure={UPDATE} is of what lies between both ends of a task: it needs measure_when=before,after."
+        )
     if problems or not chosen:
         return None, problems
-    ordered = tuple(kind for kind in KINDS if kind == "loss" or kind in chosen)
-    return Request(ordered, scope_names, whens, samples, batch, rho, effort, at_loss), []
+    ordered = tuple(kind for kind in (*KINDS, *FOLLOWED_KINDS) if kind == "loss" or kind in chosen)
+    return Request(ordered, scope_names, whens, samples, batch, rho, effort, at_loss, ledger_every), []
 
 
 def read_request(values: Any, where: str) -> Request:
@@ -219,6 +256,7 @@ def read_request(values: Any, where: str) -> Request:
             rho=float(values["rho"]),
             effort=values["effort"],
             at_loss=float(values["at_loss"]),
+            ledger_every=int(values["ledger_every"]),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} has a value of the wrong kind: {error}") from None

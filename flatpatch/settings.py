@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.measuring import KINDS, LOSSES_AVERAGED, SCOPES, WHENS, check_request
+from flatpatch.kinds import KINDS as KINDS_OF_SAM
+from flatpatch.kinds import OF_SOME_KINDS, balances, of_pairs
+from flatpatch.measuring import FOLLOWED_KINDS, KINDS, LEDGER, LOSSES_AVERAGED, SCOPES, WHENS, check_request
 from flatpatch.measuring import Request as MeasureRequest
 
 SCOPE_WITHOUT_LORA = "trainable"  # over which is measured where no LoRA is trained, unless said otherwise
@@ -21,10 +23,11 @@ MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", "record", *MINIATURES),
     "engine": ("auto", "upstream", "reference"),
-    "sam": ("off", "sam", "asam", "random", "recorded"),
+    "sam": ("off", *KINDS_OF_SAM),
     "tuning": ("lora", "head", "full"),
     "scope": ("lora", "A", "B", "head", "all"),
     "sync": ("local", "global"),
+    "sam_radius": ("factors", "effective"),
     "ascent_loss": ("total", "task"),
     "adapters": ("upstream", "fp32"),
     "launcher": ("auto", "deepspeed", "python"),
@@ -77,7 +80,7 @@ class Settings:
     """Everything one run is asked for; the texts are shown by ``--help``."""
 
     method: str = _setting("", "which method to run; default: the first of those named by a wrong one")
-    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3", family="text")
+    order: str = _setting("1", "text: task order: 1 to 6 (T5), llama1 to llama3 (docs/llama.md)", family="text")
     benchmark: str = _setting(
         "", "vision: cifar100, imagenet_r_10, ...; default: the method's first (a wrong one lists all)", family="vision"
     )
@@ -90,13 +93,24 @@ class Settings:
     engine: str = _setting("auto", "upstream: the authors' code, patched; reference: our small implementation")
     sam: str = _setting(
         "off",
-        "off, sam, asam (adaptive), random: a control that moves along random directions, or recorded: the experiment "
-        "record's step, which is not SAM (text, quick, engine=reference alone)",
+        "off, sam, asam (adaptive), a relative of them (docs/sam-family.md), random: a control that moves along random "
+        "directions, or recorded: the experiment record's step, which is not SAM (text, quick, engine=reference alone)",
     )
-    rho: float = _setting(0.05, "radius of the perturbation, in weight units (asam: on ASAM's own scale)", role="sam")
+    rho: float = _setting(
+        0.05,
+        "radius of the perturbation, in weight units (asam: on ASAM's own scale; nbar, obar: the balancing's strength; "
+        "flatlora: sigma, a share of the weights' norm)",
+        role="sam",
+    )
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
     scope: str = _setting(
         "lora", "which trainable parameters are perturbed (A and B by upstream's own names)", role="sam"
+    )
+    sam_radius: str = _setting(
+        "factors",
+        "what rho is the norm of: factors: their own step; effective: the change of the weights that they add to, the "
+        "same however LoRA is factored",
+        role="sam",
     )
     sync: str = _setting("local", "several ranks: each its own perturbation, or one for all", role="sam", family="text")
     ascent_loss: str = _setting(
@@ -105,6 +119,18 @@ class Settings:
     sam_on: str = _setting(
         "both", "methods with two steps a batch: perturb in both, or in one alone", role="sam", family="vision"
     )
+    ascent_batch: float = _setting(
+        1.0,
+        "share of each batch, its first examples, on which the gradient to climb along is taken, e.g. 0.25; the "
+        "recorded loss is then theirs too",
+        role="sam",
+    )
+    gsam_alpha: float = _setting(0.4, "gsam: weight of the part that narrows the gap between the losses", role="sam")
+    fsam_sigma: float = _setting(1.0, "fsam: how much of the gradients' mean is taken out of the direction", role="sam")
+    fsam_lambda: float = _setting(0.9, "fsam: how much of that mean is kept from step to step", role="sam")
+    looksam_k: int = _setting(5, "looksam: every so many steps one is SAM's", role="sam")
+    looksam_alpha: float = _setting(0.7, "looksam: weight of what SAM's step has left, in the others", role="sam")
+    cflat_lambda: float = _setting(0.2, "cflat: weight of the flat gradient norm", role="sam")
     adapters: str = _setting(
         "upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16", family="text"
     )
@@ -173,7 +199,7 @@ class Settings:
         "",
         "flatness to measure in the run: all (from loss to slice, which is correct), curvature (layers, gauss_newton, "
         "fisher), recorded (as the experiment record's code does, with its faults), or some of "
-        f"{', '.join(KINDS)}",
+        f"{', '.join((*KINDS, *FOLLOWED_KINDS))}",
         role="measure",
         whole=True,
     )
@@ -196,6 +222,9 @@ class Settings:
         "quick",
         "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
         role="measure",
+    )
+    measure_ledger_every: int = _setting(
+        10, "measure=ledger: steps of the training that one entry of the ledger covers", role="measure"
     )
 
     @property
@@ -233,6 +262,7 @@ class Settings:
             rho=self.measure_rho,
             effort=self.measure_effort,
             at_loss=self.measure_at_loss,
+            ledger_every=self.measure_ledger_every,
         )
 
 
@@ -246,6 +276,8 @@ def with_role(role: str) -> tuple[str, ...]:
 
 
 OF_MEASURING, OF_PLACES, OF_MACHINE = with_role("measure"), with_role("place"), with_role("machine")
+# Those of SAM that a run's name tells beside its kind and its radius, where they differ from their default.
+OF_SAM_NAMED = tuple(name for name in with_role("sam") if name != "rho")
 # How is measured, where something is.
 HOW_MEASURED = tuple(name for name in OF_MEASURING if name != "measure")
 # A comma in these is part of the value, not a list of values to sweep over.
@@ -291,20 +323,27 @@ class Request:
 
 def without_effect(sam: str, measure: str) -> frozenset[str]:
     """Return the settings that change nothing with these values of ``sam=`` and ``measure=``."""
-    of_sam = {
-        "off": with_role("sam"),
-        "sam": ("eta",),
-        "random": ("eta", "ascent_loss"),
-        "recorded": ("eta", "ascent_loss"),
-    }.get(sam, ())
-    return frozenset((*of_sam, *(() if measure.strip(" ,") else HOW_MEASURED)))
+    if sam == "off":
+        of_sam = with_role("sam")
+    elif sam in KINDS_OF_SAM:
+        kind = KINDS_OF_SAM[sam]
+        of_sam = (*kind.idle, *(name for name in OF_SOME_KINDS if name not in kind.settings()))
+    else:
+        of_sam = ()
+    of_measuring = () if measure.strip(" ,") else HOW_MEASURED
+    if LEDGER not in (word.strip() for word in measure.split(",")):
+        of_measuring = (*of_measuring, "measure_ledger_every")
+    return frozenset((*of_sam, *of_measuring))
 
 
 def why_without_effect(key: str, sam: str) -> str:
     """Say why one of these settings changes nothing, and what would give it an effect."""
+    if key == "measure_ledger_every":
+        return f"no ledger is kept. Add measure={LEDGER}."
     if key in HOW_MEASURED:
         return "nothing is measured. Add measure=all."
-    return f"sam={sam}. Add sam={'asam' if key == 'eta' else 'sam'}."
+    takes = [name for name, kind in KINDS_OF_SAM.items() if key in kind.settings()] or ["sam"]
+    return f"sam={sam}. Add sam={takes[0]}."
 
 
 def idle_settings(record: Mapping[str, Any]) -> frozenset[str]:
@@ -317,6 +356,12 @@ def effective_settings(settings: Settings) -> Settings:
     """Return the settings with those that change nothing back at their defaults: equal ones make equal runs."""
     idle = without_effect(settings.sam, settings.measure)
     return dataclasses.replace(settings, **{key: DEFAULTS[key] for key in idle})
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    """Return the settings that the chosen kind of SAM takes of those that not all kinds have, but for common ones."""
+    own = KINDS_OF_SAM[settings.sam].arguments if settings.sam in KINDS_OF_SAM else ()
+    return {name: getattr(settings, name) for name in own}
 
 
 def in_name(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
@@ -528,10 +573,24 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
     for key in ("model", "data"):
         if getattr(settings, key):
             problems += check_folder(key, getattr(settings, key))
-    for key in ("rho", "eta"):
+    for key in ("rho", "eta", "gsam_alpha", "fsam_sigma", "looksam_alpha", "cflat_lambda"):
         value = getattr(settings, key)
         if not (math.isfinite(value) and value >= 0):
             problems.append(f"{key}={value:g} is out of range (expected a finite number >= 0, e.g. {key}=0.05).")
+    if not 0 <= settings.fsam_lambda < 1:
+        problems.append(
+            f"fsam_lambda={settings.fsam_lambda:g} is out of range (expected a number from 0 to below 1, e.g. "
+            "fsam_lambda=0.9)."
+        )
+    if settings.looksam_k < 1:
+        problems.append(
+            f"looksam_k={settings.looksam_k} is out of range (expected a whole number >= 1, e.g. looksam_k=5)."
+        )
+    if not 0 < settings.ascent_batch <= 1:
+        problems.append(
+            f"ascent_batch={settings.ascent_batch:g} is out of range (expected a share over 0 and at most 1, e.g. "
+            "ascent_batch=0.25)."
+        )
     for key, highest in (("seed", 2**32 - 1), ("processes", 1024), ("port", 65535), ("threads", 1024)):
         if not 0 <= getattr(settings, key) <= highest:
             problems.append(
@@ -572,7 +631,12 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
 
 
 def _check_scopes(settings: Settings) -> list[str]:
-    """Refuse scopes of LoRA's factors where none are trained."""
+    """Refuse scopes of LoRA's factors where none are trained, and those of one of them where both are needed."""
+    if balances(settings.sam) and settings.scope in ("A", "B", "head"):
+        return [
+            f"scope={settings.scope} has nothing for sam={settings.sam}, which weighs LoRA's A against its B. Use "
+            "scope=lora."
+        ]
     if settings.tuning not in ("head", "full"):
         return []
     problems = []
@@ -580,6 +644,13 @@ def _check_scopes(settings: Settings) -> list[str]:
         problems.append(
             f"scope={settings.scope} has nothing to perturb: tuning={settings.tuning} trains no LoRA. Use scope=all."
         )
+    if settings.sam != "off" and settings.sam_radius == "effective":
+        problems.append(
+            f"sam_radius=effective has nothing to go by: tuning={settings.tuning} trains no LoRA. Use "
+            "sam_radius=factors."
+        )
+    if of_pairs(settings.sam):
+        problems.append(f"sam={settings.sam} has nothing to go by: tuning={settings.tuning} trains no LoRA.")
     measured = [name.strip() for name in settings.measure_scope.split(",")]
     if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged", "tangent")]):
         problems.append(

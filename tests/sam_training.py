@@ -148,6 +148,7 @@ def make_trainer(folder, *, steps=3, gas=1, batch=4, dropout=0.1, model=None, ca
 
 def train(folder, *, sam=None, adapters="upstream", penalty=PENALTY, shuffled=True, **settings):
     """Train, wrapped with SAM when its settings are given, and return everything that must not differ."""
+    from flatpatch.kinds import make_kind
     from flatpatch.sam import SAMTrainingStep, keep_adapters_fp32
 
     trainer = make_trainer(folder, **settings)
@@ -156,7 +157,8 @@ def train(folder, *, sam=None, adapters="upstream", penalty=PENALTY, shuffled=Tr
         keep_adapters_fp32(trainer.model)
     step = None
     if sam is not None:
-        trainer.training_step = step = SAMTrainingStep(trainer, **sam)
+        kind = {"kind": make_kind({"kind": sam["kind"]})} if "kind" in sam else {}
+        trainer.training_step = step = SAMTrainingStep(trainer, **{**sam, **kind})
     losses = Losses(trainer)
     trainer.train()
     engine = trainer.deepspeed
@@ -168,7 +170,7 @@ def train(folder, *, sam=None, adapters="upstream", penalty=PENALTY, shuffled=Tr
         "random": torch.get_rng_state(),
         "losses": losses.values,
         "passes": trainer.passes,
-        "report": None if step is None else {k: v.item() for k, v in vars(step.last_step).items()},
+        "report": {k: v.item() for k, v in vars(step.last_step).items()} if step and step.last_step else None,
     }
 
 

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "progress",
         "files",
         "checkpoints",
+        "kinds",
         "measuring",
         "settings",
         "contract",
@@ -200,6 +201,7 @@ def test_no_code_outside_families_and_upstreams_asks_for_a_method_or_a_family() 
     [
         ("errors", ()),
         ("statistics", ("scipy",)),
+        ("kinds", ()),
         ("timing", ("torch",)),
         ("sam", ("torch",)),
         ("flatness", ("torch", "numpy", "scipy")),
@@ -221,6 +223,7 @@ def test_part_imports_its_own_libraries_alone(part: str, libraries: tuple[str, .
             "errors",
             "timing",
             "files",
+            "kinds",
             "settings",
             "contract",
             "statistics",

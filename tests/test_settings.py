@@ -8,7 +8,7 @@ from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.runner.resolve import parse
 from flatpatch.runner.sweep import expand
-from flatpatch.settings import CHOICES, Settings, describe, read_words, split_word
+from flatpatch.settings import CHOICES, OF_SAM_NAMED, Settings, describe, in_name, options_of, read_words, split_word
 from flatpatch.upstreams import UPSTREAMS
 
 
@@ -209,6 +209,48 @@ def test_random_directions_have_no_use_for_what_shapes_the_ascent() -> None:
         "eta=0.1 has no effect: sam=random. Add sam=asam.",
     )
     assert parse(["sam=random", "rho=0.1", "scope=A", "sync=global"]).notes == ()
+
+
+def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_nothing() -> None:
+    assert parse(["method=nlora", "sam=sam", "sam_radius=effective"]).notes == ()
+    assert parse(["sam=asam", "sam_radius=effective"]).notes == (
+        "sam_radius=effective has no effect: sam=asam. Add sam=sam.",
+    )
+    assert parse(["sam=nbar", "sync=global", "sam_radius=effective"]).notes == (
+        "sam_radius=effective has no effect: sam=nbar. Add sam=sam.",
+        "sync=global has no effect: sam=nbar. Add sam=sam.",
+    )
+    assert "unknown sam_radius 'merged'" in message("sam=sam", "sam_radius=merged")
+    without = ("method=seqlora", "tuning=full", "profile=small")
+    assert "sam_radius=effective has nothing to go by: tuning=full" in message(
+        *without, "sam=sam", "sam_radius=effective"
+    )
+    assert "sam=obar has nothing to go by: tuning=full" in message(*without, "sam=obar")
+    assert "scope=B has nothing for sam=nbar" in message("sam=nbar", "scope=B")
+    for method in ("inflora", "inflora_clip"):
+        assert "trains B alone" in message(f"method={method}", "sam=nbar")
+    assert parse(["method=seqlora_clip", "sam=nbar"]).settings.sam == "nbar"
+
+
+def test_a_kind_of_sam_has_the_settings_that_it_uses_and_no_others() -> None:
+    assert parse(["sam=fsam", "fsam_sigma=0.5", "ascent_loss=task", "ascent_batch=0.25"]).notes == ()
+    assert parse(["sam=gsam", "fsam_sigma=0.5", "ascent_batch=0.25", "ascent_loss=task"]).notes == (
+        "ascent_batch=0.25 has no effect: sam=gsam. Add sam=sam.",
+        "ascent_loss=task has no effect: sam=gsam. Add sam=sam.",
+        "fsam_sigma=0.5 has no effect: sam=gsam. Add sam=fsam.",
+    )
+    given = parse(["sam=looksam", "looksam_k=2", "gsam_alpha=0.1"]).settings
+    assert options_of(given) == {"looksam_k": 2, "looksam_alpha": 0.7}
+    assert in_name(given, OF_SAM_NAMED) == {"looksam_k": 2}
+    assert options_of(parse(["sam=off", "looksam_k=2"]).settings) == {}
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["looksam_k=0", "fsam_lambda=1", "fsam_lambda=-0.1", "ascent_batch=0", "ascent_batch=1.5", "cflat_lambda=-1"],
+)
+def test_settings_of_the_kinds_have_their_ranges(word: str) -> None:
+    assert f"{word} is out of range (expected " in message("sam=sam", word)
 
 
 def test_scopes_follow_what_is_trained() -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 from flatpatch.errors import UserError
 from flatpatch.statistics import (
     CONTRADICTED,
+    FEWEST_RUNS,
     MOST_SEEDS,
     SUPPORTED,
     TOO_SMALL,
@@ -24,6 +25,7 @@ from flatpatch.statistics import (
     least_squares,
     paired_difference,
     pairing,
+    rank_correlation,
     seeds_that_decide,
 )
 
@@ -291,3 +293,47 @@ def test_unpaired_interval_is_welchs_and_the_seeds_are_the_fewest_that_match() -
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0]), ([1.0, 1.0], [2.0, 2.0])])
 def test_pairing_of_one_pair_or_of_equal_numbers_says_nothing(a: list[float], b: list[float]) -> None:
     assert pairing(a, b) is None
+
+
+def noisy_runs(count: int, noise: float, seed: int = 0) -> list[list[tuple[float, float]]]:
+    draw = random.Random(seed)
+    return [[(x := draw.gauss(0, 1), x + noise * draw.gauss(0, 1)) for _ in range(3)] for _ in range(count)]
+
+
+def test_rank_correlation_is_scipys_with_ties_too() -> None:
+    for runs in (noisy_runs(7, 1.0), [[(1.0, 2.0), (1.0, 3.0)], [(2.0, 3.0), (5.0, 0.0), (5.0, 7.0)]]):
+        found = rank_correlation(runs)
+        x, y = zip(*(pair for own in runs for pair in own), strict=True)
+        assert found is not None and found.rho == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
+        assert (found.n, found.runs) == (len(x), len(runs))
+
+
+def test_range_is_that_of_leaving_each_run_out_and_the_interval_holds_the_correlation() -> None:
+    runs = noisy_runs(8, 1.0)
+    found = rank_correlation(runs)
+    left_out = [
+        stats.spearmanr(*zip(*(pair for k, own in enumerate(runs) if k != out for pair in own), strict=True)).statistic
+        for out in range(8)
+    ]
+    assert found is not None and found.low is not None and found.high is not None
+    assert (found.least, found.most) == pytest.approx((min(left_out), max(left_out)), rel=1e-12)
+    assert -1 <= found.low < found.rho < found.high <= 1
+    assert rank_correlation(runs) == found  # the same numbers, the same interval
+
+
+def test_runs_are_resampled_whole() -> None:
+    """Three equal pairs in each run say no more than one of them: the interval is as wide."""
+    single = [own[:1] for own in noisy_runs(12, 1.0, seed=4)]
+    one, three = rank_correlation(single), rank_correlation([own * 3 for own in single])
+    assert one is not None and three is not None
+    assert (three.low, three.high) == pytest.approx((one.low, one.high), abs=1e-12)
+
+
+def test_too_few_runs_have_no_interval_and_too_few_pairs_or_equal_ones_no_correlation() -> None:
+    few, enough = (rank_correlation(noisy_runs(count, 0.5)) for count in (FEWEST_RUNS - 1, FEWEST_RUNS))
+    assert few is not None and few.low is few.high is None and few.least is not None
+    assert enough is not None and enough.low is not None
+    assert rank_correlation([[(1.0, 2.0)], [(2.0, 1.0), (3.0, 4.0)], []]) is None
+    assert rank_correlation([[(1.0, 2.0), (1.0, 3.0)], [(1.0, 4.0), (1.0, 5.0)]]) is None
+    alone = rank_correlation([[(float(k), float(k * k)) for k in range(4)]])
+    assert alone is not None and alone.rho == 1 and alone.least is None

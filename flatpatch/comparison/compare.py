@@ -80,6 +80,9 @@ def compare_runs(
     subject = subject_of(records[0])
     found = next(filter(None, map(labels, records)), [])
     obstacle = f"it is labelled {', '.join(found)}" if found else ""
+    row = UPSTREAMS.get(records[0]["method"])
+    if row is not None and row.reconstruction:
+        obstacle = f"it is a reconstruction: {row.reconstruction}"
     runs = [run_of_record(name, record) for name, record in zip(names, records, strict=True)]
     with_sam = setting(records[0], "sam", "off") != "off" and setting(records[0], "rho", 0.0) != 0
     changed = [row["what"] for row in records[0]["deviations"] if row["why"].startswith("profile paper")]

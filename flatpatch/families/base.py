@@ -103,6 +103,8 @@ class Upstream:
         metric_words: By metric of the record: what its paper or its code calls it.
         profiles: Those in which the reference engine runs it.
         gpu_memory: What its own settings take of a GPU; None where nobody measured it.
+        reconstruction: Why what runs here is a reconstruction, not the paper's method, as the end of a sentence; empty
+            where it is none.
     """
 
     family: ClassVar[str]
@@ -118,6 +120,7 @@ class Upstream:
     metric_words: Mapping[str, str] = field(default_factory=dict)
     profiles: tuple[str, ...] = ("quick",)
     gpu_memory: GpuMemory | None = None
+    reconstruction: str = ""
 
     def check(self, settings: Settings) -> list[str]:
         """Return what is wrong with settings for this method, one message each."""
@@ -244,6 +247,7 @@ class Plan:
             "quick": self.profile == "quick",
             "small": self.profile == "small",
             "reference": self.engine == "reference",
+            "reconstruction": bool(self.upstream.reconstruction),
             "off-protocol": self.off_protocol,
         }
         return tuple(label for label, holds in found.items() if holds)

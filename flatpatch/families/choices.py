@@ -14,6 +14,7 @@ from flatpatch import patches
 from flatpatch.errors import UserError, in_one_line
 from flatpatch.families.base import Deviation, Machine, Upstream
 from flatpatch.files import ROOT
+from flatpatch.measuring import LEDGER
 from flatpatch.settings import MINIATURES, Request, as_default
 
 # The small models are no faster with more threads, much slower where these wait for cores, and their numbers depend on
@@ -106,6 +107,8 @@ def choose_engine_of(upstream: Upstream, request: Request, machine: Machine, *, 
             "profile=quick engine=reference, or sam=sam."
         )
     notes = list(request.notes)
+    if upstream.reconstruction:
+        notes.append(f"{upstream.title} is a reconstruction: {upstream.reconstruction}")
     return Draft(upstream, request, dry_run, profile, profile_reason, engine, engine_reason, notes=notes)
 
 
@@ -233,6 +236,21 @@ def choose_device(
     if profile in MINIATURES:
         return "cuda", ("0",)
     return "cuda", tuple(str(number) for number in range(available))
+
+
+def refuse_ledger(draft: Draft) -> None:
+    """Refuse measure=ledger where the losses of earlier tasks cannot be had from the model that is trained.
+
+    Raises:
+        UserError: If it is asked for.
+    """
+    request = draft.request.settings.measuring
+    if request is not None and LEDGER in request.kinds:
+        raise UserError(
+            f"measure={LEDGER} follows the losses of earlier tasks, which {draft.upstream.title} with "
+            f"engine={draft.engine} does not give while it trains (text methods do, and images with engine=reference). "
+            f"Leave {LEDGER} out of measure=."
+        )
 
 
 def own_threads(request: Request, profile: str, notes: list[str]) -> Request:

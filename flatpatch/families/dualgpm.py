@@ -129,12 +129,15 @@ def design(covariance: Tensor, known: Subspace | None, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def input_covariances(layers: Sequence[nn.Module], show_all: Callable[[], None]) -> list[Tensor]:
-    """Return for each layer the mean of x x^T over its inputs x, all tokens of all examples: ``(d, d)``, on the CPU.
+def input_covariances(
+    layers: Sequence[nn.Module], show_all: Callable[[], None], *, tokens: slice = slice(None)
+) -> list[Tensor]:
+    """Return for each layer the mean of x x^T over its inputs x of all examples: ``(d, d)``, on the CPU.
 
     Args:
         layers: Modules whose first input is ``(n, tokens, d)``.
         show_all: Lets the model see all examples.
+        tokens: Which of an example's; all by default.
     """
     means: list[Any] = [0.0] * len(layers)
     counts = [0] * len(layers)
@@ -145,7 +148,7 @@ def input_covariances(layers: Sequence[nn.Module], show_all: Callable[[], None])
         means[index] = (means[index] * seen + (x.mT @ x).sum(0).cpu()) / (seen + new)
 
     def watch(index: int, layer: nn.Module) -> Any:
-        return layer.register_forward_pre_hook(lambda _, inputs: record(index, inputs[0]))
+        return layer.register_forward_pre_hook(lambda _, inputs: record(index, inputs[0][:, tokens]))
 
     with ExitStack() as stack:
         for index, layer in enumerate(layers):

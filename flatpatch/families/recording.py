@@ -17,6 +17,7 @@ from typing import Any
 
 from flatpatch.contract import TITLES
 from flatpatch.files import write_atomically
+from flatpatch.kinds import KINDS
 
 BUFFERED_STEPS = 10
 SECONDS_BETWEEN_PROGRESS = 0.5
@@ -103,8 +104,15 @@ def describe(settings: Mapping[str, Any]) -> str:
     """Name the kind of SAM, its radius and its scope."""
     if settings["kind"] == "off":
         return TITLES["off"]
-    eta = f" eta={settings['eta']:g}" if settings["kind"] == "asam" else ""
-    return f"{TITLES[settings['kind']]} rho={settings['rho']:g}{eta} scope={settings['scope']}"
+    given = {**settings, **settings.get("options", {})}
+    own = "".join(f" {name}={given[name]:g}" for name in KINDS[settings["kind"]].arguments if name in given)
+    own += " sam_radius=effective" if settings.get("radius") == "effective" else ""
+    return f"{TITLES[settings['kind']]} rho={settings['rho']:g}{own} scope={settings['scope']}"
+
+
+def of_step(report: Any) -> dict[str, Any]:
+    """Return what is recorded of a step's first perturbation; nothing where it had none."""
+    return {} if report is None else {name: getattr(report, name) for name in MEASURED if hasattr(report, name)}
 
 
 def counts(trainable: Sequence[Any], perturbed: Sequence[Any]) -> dict[str, int]:

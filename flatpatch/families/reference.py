@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.families.recording import MEASURED, Recorder, announce, make_measurer
+from flatpatch.families.recording import Recorder, announce, make_measurer, of_step
 from flatpatch.families.resuming import Keeper
 from flatpatch.families.sample import Sample
+from flatpatch.kinds import make_kind
 from flatpatch.measuring import AT_LOSS, Request
-from flatpatch.sam import SAM, mixed_seed
+from flatpatch.sam import SAM, mixed_seed, trained_lora_pairs
 
 _COUNTED = ("steps", "trainable", "perturbed", "fallbacks", "_trainings")
 
@@ -42,6 +43,7 @@ class StepRecorder:
         self._measurer = make_measurer(run, self._measuring)
         self._measure_at: Callable[[str], Any] = lambda when: None
         self._task_index = 0
+        self._model: torch.nn.Module | None = None
         self._recorder = Recorder(run)
         self._recorder.start(self.keeper.step if self.keeper else 0)
         if self.keeper is not None:
@@ -71,7 +73,9 @@ class StepRecorder:
         return {
             "steps": self.steps,
             "fallbacks": int(self.fallbacks),
-            "sam_steps": 0 if self.sam is None else self.sam.steps,
+            "sam": None
+            if self.sam is None
+            else {"steps": self.sam.steps, "progress": self.sam.progress, "kind": self.sam.kind.state()},
             "measurer": None if self._measurer is None else self._measurer.state(),
         }
 
@@ -79,7 +83,8 @@ class StepRecorder:
         self._recorder.heeds_stop = True
         self.steps, self.fallbacks = kept["steps"], kept["fallbacks"]
         if self.sam is not None:
-            self.sam.steps = kept["sam_steps"]
+            self.sam.steps, self.sam.progress = kept["sam"]["steps"], kept["sam"]["progress"]
+            self.sam.kind.put_back(kept["sam"]["kind"])
         if self._measurer is not None:
             self._measurer.put_back(kept["measurer"])
 
@@ -111,27 +116,25 @@ class StepRecorder:
         task = self.run["task_index"]
         place = mixed_seed(settings["seed"], self._trainings if task is None else task)
         self._trainings += 1
-        self.sam = SAM(
-            optimizer,
-            rho=settings["rho"],
-            adaptive=settings["kind"] == "asam",
-            eta=settings["eta"],
-            parameters=chosen,
-            random_seed=place if settings["kind"] == "random" else None,
-        )
+        kind = make_kind(settings, seed=place)
+        radius = settings.get("radius", "factors")
+        pairs = None
+        if radius == "effective" or kind.of_pairs:
+            assert self._model is not None, "the model is told before its training, by measure()"
+            pairs = trained_lora_pairs(self._model)
+        self.sam = SAM(optimizer, rho=settings["rho"], parameters=chosen, kind=kind, pairs=pairs, radius=radius)
         task_only = settings["ascent_loss"] == "task"
         recorded = settings["kind"] == "recorded"
+        share = settings.get("ascent_batch", 1.0) if kind.climbs else 1.0
 
         def gradients(closure: Callable[..., Tensor]) -> Tensor:
             assert self.sam is not None
-            passes = 0
+            sam = self.sam
 
             def one_pass() -> Tensor:
-                nonlocal passes
-                passes += 1
                 if recorded:  # it clips what it climbs along, which does not matter to a step of a given length
-                    return closure(recorded="all" if passes == 1 else "last")
-                return closure(penalised=passes == 2 or not task_only)
+                    return closure(recorded="all" if sam.climbing else "last")
+                return closure(penalised=not (sam.climbing and task_only), share=share if sam.climbing else 1.0)
 
             result: Tensor = self.sam.gradients(one_pass)
             return result
@@ -142,13 +145,17 @@ class StepRecorder:
         """Write one line of measurements; a process that learns several tasks says which one."""
         self.steps += 1
         measured = {"loss": torch.tensor(state["loss"], dtype=torch.float64)}
-        if self.sam is not None and self.sam.last_step is not None:
+        if self.sam is not None:
+            self.sam.progress = state["step"] / state["total"]
             report = self.sam.last_step
-            self.fallbacks = self.fallbacks + ~report.finite
-            measured |= {name: getattr(report, name) for name in MEASURED if hasattr(report, name)}
-            measured["perturbed_loss"] = self.sam.perturbed_loss
+            self.fallbacks = self.fallbacks + (0 if report is None else ~report.finite)
+            measured |= of_step(report)
+            if self.sam.perturbed_loss is not None:
+                measured["perturbed_loss"] = self.sam.perturbed_loss
         if self._measurer is not None and self._measurer.reaches(self._task_index, state["loss"]):
             self._measure_at(AT_LOSS)
+        if self._measurer is not None:
+            self._measurer.step(state["step"])
         record = {"task": task or self.run["task"], **{k: state[k] for k in ("step", "learning_rate", "seconds")}}
         self._recorder.add(record, measured)
         if state["step"] == state["total"]:
@@ -167,6 +174,7 @@ class StepRecorder:
         sample: Callable[[Request], Sample],
         task_index: int,
         task: str,
+        loss_of: Callable[[int, str], Any] | None = None,
         **loss: Any,
     ) -> None:
         """Measure a loss on a fixed sample of a task's training data, if asked to at this time.
@@ -178,12 +186,16 @@ class StepRecorder:
             task_index: The task, counted from 0.
             task: Its name.
             loss: ``loss`` and ``loss_name`` where the loss is not the model's own.
+            loss_of: From a task's number and name to its loss, where that is not one for all.
         """
+        self._model = model
         if self._measurer is not None:
-            self._task_index, self._measure_at = (
-                task_index,
-                partial(self._measurer.at, task_index=task_index, task=task, model=model, sample=sample, **loss),
-            )
+            measured = {"task_index": task_index, "task": task, "model": model, "sample": sample, **loss}
+            self._task_index, self._measure_at = task_index, partial(self._measurer.at, **measured)
+            if when == "before":
+                self._measurer.begin(**measured, loss_of=loss_of)
+            else:
+                self._measurer.end()
             if when != "before" or self.keeper is None or not self.keeper.step:  # else it was measured already
                 self._measure_at(when)
         self._begin("train" if when == "before" else "predict", task)

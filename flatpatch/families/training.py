@@ -18,6 +18,7 @@ from transformers import AdamW
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError
 from flatpatch.families.resuming import Keeper, put_weights, trained_weights
+from flatpatch.sam import first_examples
 
 if TYPE_CHECKING:
     from flatpatch.families.text.reference.task import ReferenceTask
@@ -164,7 +165,8 @@ def descend(
 
     The closure given to the gradients clears the gradients, computes the mean over the step's batches of
     (task loss + penalty) and its gradient, and returns it; ``closure(penalised=False)`` leaves the penalty
-    out of the gradient alone. ``closure(recorded="all")`` and ``closure(recorded="last")`` take the gradients of the
+    out of the gradient alone, and ``closure(share=0.25)`` takes the first examples of each batch alone.
+    ``closure(recorded="all")`` and ``closure(recorded="last")`` take the gradients of the
     experiment record's step, which is not SAM: the sum over the step's batches, or that of the last one alone, of
     (task loss / number of batches + penalty).
 
@@ -217,12 +219,14 @@ def descend(
         began = timing.Moment(device)
         inputs += itertools.islice(stream, accumulated - 1)
 
-        def closure(*, penalised: bool = True, recorded: str = "", inputs: list[Batch] = inputs) -> Tensor:
+        def closure(
+            *, penalised: bool = True, recorded: str = "", share: float = 1.0, inputs: list[Batch] = inputs
+        ) -> Tensor:
             optimizer.zero_grad()
             loss_sum = torch.zeros((), device=device)
             taken = inputs[-1:] if recorded == "last" else inputs
             for batch in taken:
-                task_loss, penalty = objective(batch)
+                task_loss, penalty = objective(first_examples(batch, share))
                 loss = task_loss if penalty is None else task_loss + penalty
                 descended = (loss if penalised else task_loss) / len(inputs)
                 if recorded and penalty is not None:

@@ -29,6 +29,7 @@ from flatpatch.flatness.sharpness import (
     m_sharpness,
 )
 from flatpatch.flatness.statistics import SpectrumStatistics, first_to_fifth, spectrum_statistics
+from flatpatch.flatness.taylor import taylor_terms
 from flatpatch.flatness.terms import count_terms
 from flatpatch.flatness.trace import Trace, hutch_plus_plus, hutchinson
 
@@ -95,4 +96,5 @@ __all__ = [
     "spectral_distribution",
     "spectrum_statistics",
     "supervised_loss",
+    "taylor_terms",
 ]

@@ -7,7 +7,7 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
      "step": after how many steps of the task's own loss it was measured, at_loss alone; else null,
      "samples": 64, "batches": [16, ...] (loss terms of each), "sample_seed": 0, "indices": [...] or null,
      "weights": "float32" | "float32 copy of bfloat16 weights" | ..., "loss": what is measured, in words,
-     "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss},
+     "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss, ledger_every},
      "error": null, or why nothing could be measured,
      "scopes": {scope: {"num_parameters": n, "loss": 0.7, "values": {name: number or null},
                         "results": {kind: all that the kind found, its settings with it},
@@ -17,9 +17,10 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
 The values' names are those of :data:`VALUES`. ``flatness/<n>-<task>-<when>-<scope>.npz`` holds arrays: the
 landscape's, as :mod:`flatpatch.flatness.landscape` describes them (such a file can be read as a landscape), and besides
 ``eigenvalues``, ``residuals``, ``density_nodes``, ``density_weights`` (probes, steps), ``batch_eigenvalues``,
-``slice_coordinates`` and ``slice_losses``, as far as they were measured. Arrays of the measurements that repeat the
-record's faults are called ``as_recorded_...``: its ``as_recorded_eigenvalues`` (batches, 4), and its landscape's under
-the landscape's names.
+``slice_coordinates`` and ``slice_losses``, as far as they were measured. Of the update of each matrix, numbered from 0,
+``update_left_0`` (rows, rank) and ``update_right_0`` (columns, rank) are orthonormal bases of its spaces. Arrays of the
+measurements that repeat the record's faults are called ``as_recorded_...``: its ``as_recorded_eigenvalues`` (batches,
+4), and its landscape's under the landscape's names.
 
 A run's record has one entry per task, time and scope::
 
@@ -41,6 +42,7 @@ from typing import Any
 import numpy as np
 
 from flatpatch.files import written_atomically
+from flatpatch.measuring import LEDGER
 
 SCHEMA = 1
 FOLDER = "flatness"
@@ -72,6 +74,13 @@ VALUES: Mapping[str, str] = {
     "asam_sharpness_ascent": "highest loss rise found in ASAM's ball",
     "gradient_norm": "L2 norm of the gradient",
     "distance_moved": "L2 norm of the change of the scope's weights since before the task's training",
+    "update_slope": "derivative of the loss along the task's update, per unit of length",
+    "update_curvature": "u'Hu / u'u along the task's update u, after it",
+    "update_sharpness": "rise of the loss by going measure_rho further along the update",
+    "update_entropy_rank": "exponential of the entropy of the update's singular values, mean over matrices",
+    "update_stable_rank": "squared Frobenius over squared spectral norm of the update, mean over matrices",
+    "update_column_overlap": "mean squared cosine of the principal angles to earlier updates' column spaces",
+    "update_row_overlap": "mean squared cosine of the principal angles to earlier updates' row spaces",
     "landscape_mean_rise": "mean over the plane of the loss above that at the weights",
     "slice_mean_rise": "mean over the line of the loss above that at the weights",
     "gauss_newton_top_eigenvalue": "largest eigenvalue of the Gauss-Newton matrix",
@@ -115,6 +124,10 @@ GIVEN_BY: Mapping[str, tuple[str, ...]] = {
     ),
     "keskar": ("keskar_sharpness", "keskar_lower_bound"),
     "sam": (*("sam_sharpness", "sam_sharpness_ascent", "asam_sharpness", "asam_sharpness_ascent", "gradient_norm"),),
+    "update": (
+        *("update_slope", "update_curvature", "update_sharpness", "update_entropy_rank", "update_stable_rank"),
+        *("update_column_overlap", "update_row_overlap"),
+    ),
     "landscape": ("landscape_mean_rise",),
     "slice": ("slice_mean_rise",),
     "gauss_newton": ("gauss_newton_top_eigenvalue", "gauss_newton_trace"),
@@ -197,7 +210,7 @@ def read_entries(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 def shortage(content: Mapping[str, Any]) -> list[str]:
     """Say that a measuring point had fewer examples than were asked for."""
     asked, had = content["request"]["samples"], content["samples"]
-    if content["error"] or had >= asked:
+    if content["error"] or content["when"] == LEDGER or had >= asked:
         return []
     return [f"measure_samples={asked}, and {content['task']} has {had} training examples: measured on all of them"]
 

@@ -11,16 +11,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flatpatch.errors import FlatpatchError
 from flatpatch.families.sample import SEED, Sample
-from flatpatch.flatness import Loss, model_loss
+from flatpatch.flatness import Loss, Problem, model_loss
 from flatpatch.flatness.guard import random_states_kept, working_copy
 from flatpatch.flatness.points import plain
 from flatpatch.measurement import files
+from flatpatch.measurement.ledger import Ledger, LossOf
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
-from flatpatch.measuring import AT_LOSS, LOSSES_AVERAGED, Request, read_request
+from flatpatch.measurement.update import measure_update
+from flatpatch.measuring import AT_LOSS, LEDGER, LOSSES_AVERAGED, UPDATE, Request, read_request
 
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
+
+MODEL_LOSS = "the model's own loss, without the method's penalty"
 
 
 class Measurer:
@@ -50,6 +55,9 @@ class Measurer:
         self._losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
         self._steps = 0
         self._is_reached = False
+        self._ledger: Ledger | None = None
+        if self.request is not None and LEDGER in self.request.kinds:
+            self._ledger = Ledger(self.request, self._folder)
 
     def wants(self, when: str) -> bool:
         """Tell whether anything is measured at this time."""
@@ -86,6 +94,7 @@ class Measurer:
             "losses": list(self._losses),
             "steps": self._steps,
             "is_reached": self._is_reached,
+            LEDGER: None if self._ledger is None else self._ledger.state(),
         }
 
     def put_back(self, state: Mapping[str, Any]) -> None:
@@ -93,6 +102,75 @@ class Measurer:
         self._began = {(task, scope): weights for task, scope, weights in state["began"]}
         self._watched, self._steps, self._is_reached = state["watched"], state["steps"], state["is_reached"]
         self._losses.extend(state["losses"])
+        if self._ledger is not None:
+            self._ledger.put_back(state[LEDGER])
+
+    def begin(
+        self,
+        *,
+        task_index: int,
+        task: str,
+        model: nn.Module,
+        sample: Sample | Callable[[Request], Sample],
+        loss: Loss = model_loss,
+        loss_name: str = MODEL_LOSS,
+        loss_of: LossOf | None = None,
+    ) -> None:
+        """Say that a task's training begins or goes on, so that it can be followed from step to step, if asked to.
+
+        Args:
+            task_index: As for ``at``, with those that follow.
+            task: See there.
+            model: See there.
+            sample: See there.
+            loss: See there.
+            loss_name: See there.
+            loss_of: From a task's number and name to the loss of its sample; by default the one loss for all.
+        """
+        if (ledger := self._ledger) is None:
+            return
+        followed = self._guarded(
+            lambda: ledger.begin(
+                task_index=task_index,
+                task=task,
+                model=model,
+                sample=sample,
+                loss_of=loss_of or (lambda *_: loss),
+                loss_name=loss_name,
+            )
+        )
+        if followed:
+            assert self.request is not None
+            self._say(
+                f"follows the losses of {followed} earlier tasks through task {task_index + 1} {task}, an entry each "
+                f"{self.request.ledger_every} steps"
+            )
+
+    def step(self, step: int) -> None:
+        """Take notice of a step of the training that has ended: of its number, from 1."""
+        if (ledger := self._ledger) is not None:
+            self._guarded(lambda: ledger.step(step))
+
+    def end(self) -> None:
+        """Say that the task's training has ended."""
+        if (ledger := self._ledger) is not None:
+            self._guarded(ledger.end)
+
+    def _guarded(self, work: Callable[[], int | None]) -> int | None:
+        """Follow the training; what fails is said and written down, and the training goes on without."""
+        assert self._ledger is not None
+        try:
+            with random_states_kept():
+                return work()
+        except Exception as failure:
+            reason = f"{type(failure).__name__}: {failure}"
+            self._say(f"FAILED {LEDGER}: {reason} (the training goes on)")
+            try:
+                self._ledger.write(reason)
+            except OSError as problem:
+                self._say(f"FAILED {LEDGER}: its file was not written: {problem} (the training goes on)")
+            self._ledger.drop()
+        return None
 
     def at(
         self,
@@ -103,7 +181,7 @@ class Measurer:
         model: nn.Module,
         sample: Sample | Callable[[Request], Sample],
         loss: Loss = model_loss,
-        loss_name: str = "the model's own loss, without the method's penalty",
+        loss_name: str = MODEL_LOSS,
     ) -> list[dict[str, Any]]:
         """Measure, if asked to at this time, and write the files.
 
@@ -163,6 +241,8 @@ class Measurer:
                 ),
             )
             self._note_distances(when, task_index, results)
+            if when == "after" and UPDATE in request.kinds:
+                self._measure_updates(task_index, copied, made, loss, request, results)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
         content = describe(
@@ -199,6 +279,29 @@ class Measurer:
                 self._began[task_index, scope] = weights
             elif (began := self._began.get((task_index, scope))) is not None and began.shape == weights.shape:
                 result.values["distance_moved"] = float((weights.double() - began).norm())
+
+    def _measure_updates(
+        self,
+        task_index: int,
+        model: nn.Module,
+        sample: Sample,
+        loss: Loss,
+        request: Request,
+        results: Mapping[str, ScopeResult],
+    ) -> None:
+        """Measure each scope's change over the task's training, the random numbers being put back by the caller."""
+        for scope, result in results.items():
+            began = time.perf_counter()
+            try:
+                if (weights := self._began.get((task_index, scope))) is None:
+                    raise FlatpatchError("the weights before the task's training are not known")
+                problem = Problem(model, sample.batches, loss, scope=scope, check=False)
+                names = {k: f"{k + 1}-*-after-{scope}.npz" for k in range(task_index)}
+                earlier = {k: path for k, name in names.items() for path in self._folder.glob(name)}
+                measure_update(problem, weights, result, rho=request.rho, earlier=earlier)
+            except Exception as failure:
+                result.errors[UPDATE] = f"{type(failure).__name__}: {failure}"
+            result.seconds = round(result.seconds + time.perf_counter() - began, 3)
 
     def _tell(self, phase: str, done: float, total: float) -> None:
         if self._progress is not None:

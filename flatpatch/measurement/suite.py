@@ -44,7 +44,7 @@ from flatpatch.flatness import (
     spectrum_statistics,
 )
 from flatpatch.flatness.points import plain
-from flatpatch.measuring import EFFORTS, RECORDED_KINDS, Effort, Request
+from flatpatch.measuring import EFFORTS, KINDS, RECORDED_KINDS, Effort, Request
 
 SEED = 0
 # The radius of ASAM's paper (arXiv:2102.11600, section 5); on its own scale.
@@ -175,7 +175,7 @@ def _measure_scope(
 ) -> None:
     result.num_parameters = problem.size
     result.loss = problem.loss()
-    kinds = [kind for kind in request.kinds if kind != "loss"]
+    kinds = [kind for kind in request.kinds if kind != "loss" and kind in KINDS]
     if not kinds:
         return
     effort = EFFORTS[request.effort]

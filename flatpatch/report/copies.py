@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from flatpatch.report.records import setting
-from flatpatch.settings import OF_MACHINE, OF_MEASURING, OF_PLACES, idle_settings
+from flatpatch.settings import OF_MACHINE, OF_MEASURING, OF_PLACES, idle_settings, with_role
 
 # What may differ between runs whose accuracies are equal for a good reason: where they lie and ran, and measuring.
 _HARMLESS = frozenset((*OF_MEASURING, *OF_PLACES, *OF_MACHINE, "sync", "adapters"))
@@ -29,9 +29,7 @@ def trained_with(record: Mapping[str, Any]) -> dict[str, Any]:
         if key not in _HARMLESS and key not in idle and entry["value"] not in ("", "auto")
     }
     if setting(record, "sam", "off") not in ("off", "recorded") and setting(record, "rho") == 0:
-        found = {
-            key: value for key, value in found.items() if key not in ("rho", "eta", "scope", "sam_on", "ascent_loss")
-        }
+        found = {key: value for key, value in found.items() if key not in with_role("sam")}
         found["sam"] = "off"
     found |= {key: record[key] for key in ("method", "benchmark", "profile", "engine")}
     return found | {"seed": ", ".join(map(str, record["seeds"]))}

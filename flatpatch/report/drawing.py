@@ -8,11 +8,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -37,6 +39,7 @@ _LINES = {"before": "--", "at_loss": "-.", "finished": ":"}
 SUFFIXES = (".png", ".pdf")
 # What varies by less than this share of its largest value would be drawn as a straight line.
 CONSTANT = 1e-3
+_CANVASES = {"png": FigureCanvasAgg, "pdf": FigureCanvasPdf, "svg": FigureCanvasSVG}
 # Between a legend and what stands above it, in points.
 _GAP = 8
 
@@ -127,10 +130,29 @@ def save(figure: Figure, path: Path, *, dpi: int) -> list[Path]:
         The files. The same figure gives the same bytes.
     """
     written = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
-    figure.savefig(written[0], dpi=dpi)
+    printed(figure, written[0], "png", dpi=dpi)
     with rc_context({"pdf.fonttype": 42}):  # letters stay letters
-        figure.savefig(written[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        printed(figure, written[1], "pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return written
+
+
+def printed(figure: Figure, target: Path | IO[bytes], kind: str, *, dpi: int | None = None, **options: Any) -> None:
+    """Write a figure that ``finish`` laid out: what ``savefig`` writes, drawn once where that draws it twice.
+
+    Args:
+        figure: What to write.
+        target: Where to.
+        kind: ``png``, ``pdf`` or ``svg``.
+        dpi: None: the figure's own.
+        options: Of matplotlib's canvas for the kind.
+    """
+    before = figure.dpi
+    canvas = _CANVASES[kind](figure)
+    try:
+        figure.dpi = dpi or before
+        getattr(canvas, f"print_{kind}")(target, **options)
+    finally:
+        figure.dpi = before
 
 
 def remove(path: Path) -> None:

@@ -25,7 +25,7 @@ from flatpatch.errors import in_one_line
 from flatpatch.families import family_of, of_record
 from flatpatch.metrics import IN_A_LINE, MARGIN, METRICS
 from flatpatch.report import page_figures as drawing
-from flatpatch.report.drawing import HEAT
+from flatpatch.report.drawing import HEAT, printed
 from flatpatch.report.effects import effects_of_sam, sentences
 from flatpatch.report.flatness_figures import picture_words
 from flatpatch.report.groups import (
@@ -42,6 +42,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.layers import layer_tables
+from flatpatch.report.predicting import make_predictors_figure, predictors
 from flatpatch.report.records import fork_command, setting
 from flatpatch.report.titles import sam_title, warning
 from flatpatch.report.writing import writing_sentence
@@ -106,6 +107,7 @@ def make_page(
         "flatness": _flatness(groups),
         "layers": layer_tables(groups),
         "pictures": _pictures(groups),
+        "predictors": predictors(groups),
         "comparisons": comparisons or {},
         "settings": _by_group(groups, _settings),
         "deviations": _deviations(groups),
@@ -372,6 +374,12 @@ def _drawings(groups: Sequence[Group]) -> Iterator[tuple[str, str, Callable[[], 
                     members, letters, scope, scalars
                 ),
             )
+    if found := predictors(groups):
+        yield (
+            "predictors",
+            f"Rank correlation with forgetting: {'; '.join(each.title for each in found)}",
+            lambda: make_predictors_figure(found),
+        )
     for group in groups:
         yield (
             f"tasks-{group.letter}",
@@ -397,10 +405,10 @@ def _figures(groups: Sequence[Group], advance: Callable[[], object]) -> dict[str
 def embedded(figure: Figure) -> str:
     """Return a figure as a data address: SVG, or PNG where the lines are so many that it is smaller."""
     vector = io.BytesIO()
-    figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+    printed(figure, vector, "svg", metadata={"Date": None, "Creator": None})
     if len(vector.getvalue()) > LARGEST_SVG:
         pixels = io.BytesIO()
-        figure.savefig(pixels, format="png", dpi=_PNG_DPI)
+        printed(figure, pixels, "png", dpi=_PNG_DPI)
         small = _as_png(Image.open(pixels))
         if len(small) < len(vector.getvalue()):
             return _address("image/png", small)

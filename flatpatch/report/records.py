@@ -80,7 +80,10 @@ RECORD_SCHEMA: Mapping[str, Any] = {
         "engine": {"enum": ["upstream", "reference"]},
         "engine_reason": _TEXT,
         # Why the numbers must not stand beside a paper's; empty if they may.
-        "labels": {"type": "array", "items": {"enum": ["quick", "small", "reference", "off-protocol"]}},
+        "labels": {
+            "type": "array",
+            "items": {"enum": ["quick", "small", "reference", "reconstruction", "off-protocol"]},
+        },
         "notes": _TEXTS,
         "error": _TEXT,
         "settings": {

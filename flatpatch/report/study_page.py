@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib import rc_context
 
 from flatpatch.files import write_atomically
+from flatpatch.measuring import LEDGER
 from flatpatch.report.drawing import save
 from flatpatch.report.page import embedded, heat, page_environment
 from flatpatch.report.page_figures import COLOURS
@@ -149,9 +150,9 @@ def _facts(study: Study) -> list[tuple[str, str]]:
 def _measured(settings: Mapping[str, str]) -> str:
     if not settings.get("measure"):
         return "accuracy alone"
-    return ", ".join(
-        f"{key}={value}" for key, value in settings.items() if (key, value) != ("measure_at_loss", "0.0")
-    )  # no loss to wait for
+    idle = {"measure_at_loss"} if settings.get("measure_at_loss") == "0.0" else set()  # no loss to wait for
+    idle |= set() if LEDGER in settings["measure"] else {"measure_ledger_every"}
+    return ", ".join(f"{key}={value}" for key, value in settings.items() if key not in idle)
 
 
 def _hours(seconds: float) -> str:

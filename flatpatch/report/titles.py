@@ -14,6 +14,7 @@ _LABEL_TEXTS = {
     "quick": "small model and data",
     "small": "a small pretrained model on some of the texts, in our own training loop",
     "reference": "our own small implementation, not upstream's code",
+    "reconstruction": "written from summaries of a paper whose text was not read",
     "off-protocol": "not upstream's own set-up; the deviations are in record.json",
 }
 
@@ -61,6 +62,8 @@ def describe(record: Mapping[str, Any]) -> str:
     parts.append(sam_title(sam, setting(record, "rho")))
     if sam != "off" and setting(record, "sam_on", "both") != "both":
         parts.append(f"on the {setting(record, 'sam_on')} step alone")
+    if sam != "off" and setting(record, "sam_radius", DEFAULTS["sam_radius"]) != DEFAULTS["sam_radius"]:
+        parts.append(f"sam_radius={setting(record, 'sam_radius')}")
     parts += [
         f"{key}={setting(record, key)}"
         for key in ("tuning", "budget", "fraction")

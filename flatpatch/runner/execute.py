@@ -28,7 +28,7 @@ from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.families.base import Family, Plan, Stage
 from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
-from flatpatch.measuring import AT_LOSS, LOSSES_AVERAGED, WHENS
+from flatpatch.measuring import AT_LOSS, LEDGER, LOSSES_AVERAGED, WHENS
 from flatpatch.progress import Progress, in_words
 from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
@@ -47,6 +47,7 @@ from flatpatch.runner.record import (
 from flatpatch.runner.resolve import command_of, headline
 from flatpatch.runner.supervise import Supervised
 from flatpatch.runner.tracking import Tracking
+from flatpatch.settings import effective_settings, options_of
 from flatpatch.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -322,7 +323,9 @@ def _output(plan: Plan, stage: Stage) -> Path:
 
 def _measurements(plan: Plan, stage: Stage) -> list[str]:
     """Return the names of the measuring points that a process of the run may have."""
-    return [measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in (*WHENS, AT_LOSS)]
+    return [
+        measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in (*WHENS, AT_LOSS, LEDGER)
+    ]
 
 
 def _measured(plan: Plan, stage: Stage) -> list[Path]:
@@ -462,8 +465,11 @@ def _contract(plan: Plan, stage: Stage, own: Path) -> dict[str, Any]:
             "eta": settings.eta,
             "scope": settings.scope,
             "sync": settings.sync,
-            "ascent_loss": settings.ascent_loss,
+            "ascent_loss": effective_settings(settings).ascent_loss,
+            "ascent_batch": effective_settings(settings).ascent_batch,
+            "radius": effective_settings(settings).sam_radius,
             "seed": settings.seed,
+            "options": options_of(settings),
         },
         "adapters": settings.adapters,
         "measure": measure,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flatpatch.errors import UserError
-from flatpatch.measuring import EFFORTS, KINDS, SCOPES, Request, make_request
+from flatpatch.measuring import EFFORTS, FOLLOWED_KINDS, KINDS, SCOPES, Request, make_request
 from flatpatch.settings import check_folder, named_runs, read_words, repeated
 
 USAGE = """usage: python -m flatpatch measure run=FOLDER[,FOLDER[,FOLDER]] [key=value ...]
@@ -117,6 +117,11 @@ def parse_words(words: Sequence[str]) -> Asked:
         )
     except UserError as error:
         problems.append(str(error))
+    if request is not None and (followed := [kind for kind in request.kinds if kind in FOLLOWED_KINDS]):
+        problems.append(
+            f"measure={','.join(followed)} follows a training, and a finished run has none left. Measure it in a run: "
+            f"bash run_scripts/run.sh run ... measure={','.join(followed)}"
+        )
     if problems:
         raise UserError.collect(problems)
     if request is None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from flatpatch.errors import UserError
-from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
-from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, check_settings, mixed_seed, perturbed
+from flatpatch.kinds import Kind
+from flatpatch.sam.pairs import LoraPair
+from flatpatch.sam.perturbation import AscentStep, check_settings
 from flatpatch.sam.radii import group_radii
+from flatpatch.sam.steps import Combine, Gradients, StepPasses, check_radius, chosen_kind, kept, put_gradients
 
 Loss = Any  # what a closure returns: a Tensor, a float, or nothing
 
@@ -36,7 +38,7 @@ _EARLIER = (
 
 
 class SAM(Optimizer):
-    """Descend with the gradient taken at ``w + epsilon`` instead of ``w``.
+    """Descend with the gradient taken at ``w + epsilon`` instead of ``w``, or as another kind of SAM does.
 
     Wraps an optimizer instance and is one itself: parameter groups, learning-rate schedulers, checkpoints
     and ``zero_grad`` are those of the base optimizer, so a checkpoint holds no perturbation and resumes as
@@ -67,8 +69,16 @@ class SAM(Optimizer):
     BatchNorm layers count both passes in their running statistics, unless SAM knows the model:
     ``SAM(optimizer, model=model)``.
 
+    ``sam.progress``, from 0 to 1, tells the kinds that grow weaker with it how far the training is.
+
     A parameter group may have a ``rho`` of its own, as it may have an ``lr``. The perturbation of group k is
     then ``rho_k * g_k / norm(g)``, with one norm over all the perturbed weights (see ``group_radii``).
+
+    Attributes:
+        kind: How a step is made of passes, and what it remembers from step to step.
+        climbing: Whether the closure is called for a gradient that is not, by itself, the one to descend along.
+        last_step: What the latest step's first perturbation did; None if it had none.
+        perturbed_loss: What the closure returned in the latest step's last pass, if at perturbed weights.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -103,6 +113,9 @@ class SAM(Optimizer):
         model: nn.Module | None = None,
         random_seed: int | None = None,
         diagnostics: bool = True,
+        kind: Kind | None = None,
+        pairs: Iterable[LoraPair] | None = None,
+        radius: str = "factors",
     ) -> None:
         """Wrap ``base_optimizer``.
 
@@ -122,9 +135,16 @@ class SAM(Optimizer):
                 that costs as much and differs in the direction alone. The directions follow from this seed and
                 from ``steps``, which is in no checkpoint: set it to go on with those that would have come.
             diagnostics: Whether to measure the effective perturbation.
+            kind: Another kind of SAM, from :mod:`flatpatch.kinds`, instead of ``adaptive`` or ``random_seed``. What
+                it remembers from step to step is not in the checkpoint: keep ``sam.kind.state()`` beside it.
+            pairs: The model's LoRA factors, as :func:`flatpatch.sam.lora_pairs` finds them, where a radius or a kind
+                goes by the weights that they change.
+            radius: "factors": rho is the norm of the perturbation itself; "effective": that of the change that it
+                makes to the weights that LoRA's factors add to, see :mod:`flatpatch.sam.effective`.
 
         Raises:
-            ValueError: If a setting is out of range, or a random direction is to be adaptive.
+            ValueError: If a setting is out of range, a random direction is to be adaptive, a kind is given twice, or
+                an effective radius has no pairs.
             TypeError: If ``base_optimizer`` is not an optimizer instance.
             UserError: If it is one that SAM cannot step, or a group has an option that only a whole step can have.
         """
@@ -134,25 +154,27 @@ class SAM(Optimizer):
                 f"base_optimizer must be an optimizer instance such as torch.optim.AdamW(...), got {base_optimizer!r}"
             )
         check_settings(rho, eta, sync)
-        if adaptive and random_seed is not None:
-            raise ValueError(ADAPTIVE_AT_RANDOM)
+        self.kind = chosen_kind(kind, adaptive=adaptive, eta=eta, random_seed=random_seed)
         _refuse_unsupported(base_optimizer)
         self.base_optimizer = base_optimizer
         self.rho = rho
-        self.adaptive = adaptive
         self.eta = eta
         self.sync = sync
         self.model = model
-        self.random_seed = random_seed
         self.steps = 0
+        self.climbing = False
+        self.progress = 0.0
+        self.pairs = None if pairs is None else list(pairs)
+        self.radius = radius
+        check_radius(radius, self.pairs)
         self.diagnostics = diagnostics
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Loss = None
         self._chosen = None if parameters is None else list(parameters)
         self._left: weakref.ref[Tensor] | None = None  # the first gradient of the latest step
         self._warned = False
-        for radius in self._radii(self._parameters()):
-            check_settings(radius, eta, sync)
+        for each in self._radii(self._parameters()):
+            check_settings(each, eta, sync)
 
     def gradients(self, closure: Callable[[], Loss]) -> Loss:
         """Leave the SAM gradient in ``.grad``, with the weights as they were.
@@ -167,34 +189,19 @@ class SAM(Optimizer):
             ValueError: If the closure left no gradient on any perturbed parameter.
         """
         parameters = self._parameters()
-        radii = self._radii(parameters)
         self._warn_of_earlier_gradients(parameters)
-        random_state = RandomState()
-        with _without_reduction(self.model):
-            loss = self._one_pass(closure, parameters)
-        random_state.restore()
-        gradients = [parameter.grad for parameter in parameters]
-        ascent = perturbed(
-            parameters,
-            gradients,
-            rho=radii,
-            adaptive=self.adaptive,
-            eta=self.eta,
-            sync=self.sync,
-            random_seed=None if self.random_seed is None else mixed_seed(self.random_seed, self.steps),
-            diagnostics=self.diagnostics,
-        )
-        del gradients
-        with ascent as self.last_step, batch_norm_statistics_kept(self.model):
-            self.perturbed_loss = self._one_pass(closure, parameters)
+        passes = _ClosurePasses(self, closure, parameters)
+        try:
+            self.kind.step(passes)
+        finally:
+            self.last_step, self.perturbed_loss = passes.report, passes.perturbed_loss
         self.steps += 1
         self._left = next((weakref.ref(p.grad) for p in parameters if p.grad is not None), None)
-        return loss
+        return passes.loss
 
     def _one_pass(self, closure: Callable[[], Loss], parameters: list[Tensor]) -> Loss:
         """Call the closure, with no gradient left from before, and check that it leaves some."""
-        own = [p for group in self.base_optimizer.param_groups for p in group["params"]]
-        _clear({id(p): p for p in [*own, *parameters]}.values())
+        _clear(self._trained(parameters))
         earlier = {id(p): (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None}
         with torch.set_grad_enabled(True):
             loss = _detached(closure())
@@ -237,6 +244,11 @@ class SAM(Optimizer):
         if self._chosen is not None:
             return self._chosen
         return [p for group in self.base_optimizer.param_groups for p in group["params"]]
+
+    def _trained(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Return the base optimizer's parameters, and those of these that are not among them."""
+        own = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        return list({id(p): p for p in [*own, *parameters]}.values())
 
     def _radii(self, parameters: list[Tensor]) -> list[float]:
         return group_radii(self.base_optimizer, parameters, self.rho)
@@ -300,10 +312,45 @@ class SAM(Optimizer):
         self.__dict__.update(state)
 
     def __repr__(self) -> str:
-        kind = f"ASAM(rho={self.rho}, eta={self.eta})" if self.adaptive else f"SAM(rho={self.rho})"
-        if self.random_seed is not None:
-            kind = f"SAM(rho={self.rho}, random_seed={self.random_seed})"
+        own = "".join(f", {name}={value}" for name, value in vars(self.kind).items() if not name.startswith("_"))
+        kind = f"{self.kind.title}(rho={self.rho}{own})"
         return f"{kind} around {self.base_optimizer!r}"
+
+
+class _ClosurePasses(StepPasses):
+    """The passes of a step by calls of a closure."""
+
+    def __init__(self, sam: SAM, closure: Callable[[], Loss], parameters: list[Tensor]) -> None:
+        super().__init__(
+            parameters,
+            sam._trained(parameters),
+            radii=sam._radii(parameters),
+            place=(sam.steps,),
+            optimizer=sam.base_optimizer,
+            sync=sam.sync,
+            model=sam.model,
+            diagnostics=sam.diagnostics,
+            pairs=sam.pairs,
+            radius=sam.radius,
+            progress=sam.progress,
+        )
+        self._sam, self._closure = sam, closure
+
+    def _climb(self, weights: list[Tensor], *, keep: bool, combined: bool) -> tuple[Loss, Gradients]:
+        self._sam.climbing = True
+        try:
+            with nullcontext() if combined else _without_reduction(self._model):
+                loss = self._sam._one_pass(self._closure, self._chosen)
+        finally:
+            self._sam.climbing = False
+        gradients = [weight.grad for weight in weights]
+        return loss, kept(gradients) if keep else gradients
+
+    def _descend(self, combine: Combine | None) -> Loss:
+        loss = self._sam._one_pass(self._closure, self._chosen)
+        if combine is not None:
+            put_gradients(self._trained, combine(kept(weight.grad for weight in self._trained)))
+        return loss
 
 
 def _refuse_unsupported(base_optimizer: Optimizer) -> None:

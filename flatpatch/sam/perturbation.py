@@ -13,12 +13,12 @@ In the place of the gradient a control may have a random direction (``random_see
 The norms run over all the given parameters together, also where parameters have radii of their own: then
 the step of parameter k is :math:`\rho_k\, g_k / \lVert g \rVert_2`. A complex parameter counts as its real
 and imaginary parts, and its :math:`\lvert w \rvert` is the modulus. ASAM's radius is on another scale than
-SAM's. Nothing here waits for a GPU: guards and measurements stay on the device.
+SAM's. Nothing here waits for a GPU: guards and measurements stay on the device. With the pairs of LoRA factors
+given, :math:`\rho` is the length of the change of the weights that they add to (:mod:`flatpatch.sam.effective`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.kinds import mixed_seed
+from flatpatch.sam.effective import length, make_steepest
+from flatpatch.sam.pairs import LoraPair
 
 SYNCS = ("local", "global")
 ADAPTIVE_AT_RANDOM = "a random direction has no adaptive form: give adaptive=True or random_seed, not both"
+ADAPTIVE_AND_EFFECTIVE = "ASAM scales each entry by itself, so its radius cannot be that of the merged weight"
 
 # float64 work areas hold at most this many elements (8 MiB), whatever the model's size.
 _CHUNK = 2**20
@@ -119,6 +123,7 @@ def perturbed(
     eta: float = 0.01,
     sync: str = "local",
     random_seed: int | None = None,
+    pairs: Sequence[LoraPair] | None = None,
     diagnostics: bool = True,
 ) -> Iterator[AscentStep]:
     """Hold the weights at ``w + epsilon`` inside the block; leaving it always restores them, bit for bit.
@@ -144,6 +149,9 @@ def perturbed(
             norm over the same weights. The gradients then say only which weights have one, and whether to move.
             No global random generator is touched. Of several processes each has a direction of its own, and with
             ``sync="global"`` all have one.
+        pairs: Let rho be the length of the change of the weights that these factors add to, to first order, and take
+            the steepest step of that length, see :mod:`flatpatch.sam.effective`; this waits for a GPU. By default rho
+            is the norm of the factors' own step.
         diagnostics: Whether to measure the effective perturbation; else those fields are NaN.
 
     Yields:
@@ -151,7 +159,7 @@ def perturbed(
 
     Raises:
         ValueError: If rho or eta is negative or not finite, sync is unknown, or the numbers of parameters,
-            gradients and radii differ, or a random direction is to be adaptive.
+            gradients and radii differ, or a random direction is to be adaptive, or ASAM to have ``pairs``.
         UserError: If a parameter is itself sparse.
     """
     parameters = list(parameters)
@@ -160,6 +168,8 @@ def perturbed(
         check_settings(radius, eta, sync)
     if adaptive and random_seed is not None:
         raise ValueError(ADAPTIVE_AT_RANDOM)
+    if adaptive and pairs is not None:
+        raise ValueError(ADAPTIVE_AND_EFFECTIVE)
     with torch.no_grad():
         groups = _grouped(parameters, gradients, radii, keep_missing=sync == "global")
         del parameters, gradients
@@ -169,7 +179,7 @@ def perturbed(
                 group.step.div_(dist.get_world_size())
         if random_seed is not None and sync == "local" and dist.is_available() and dist.is_initialized():
             random_seed = mixed_seed(random_seed, dist.get_rank())
-        grad_norm, finite = _scale_to_steps(groups, eta if adaptive else None, random_seed)
+        grad_norm, finite = _scale_to_steps(groups, eta if adaptive else None, random_seed, pairs)
     try:
         with torch.no_grad():
             for group in groups:
@@ -185,11 +195,6 @@ def perturbed(
             for group in groups:
                 group.restore()
             torch.clear_autocast_cache()
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return one seed for some numbers: equal for equal ones, and unrelated for others, however near they are."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1  # torch takes 63 bits
 
 
 def check_settings(rho: float, eta: float, sync: str) -> None:
@@ -243,7 +248,9 @@ def _norm(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _scale_to_steps(groups: list[_Group], eta: float | None, random_seed: int | None) -> tuple[Tensor, Tensor]:
+def _scale_to_steps(
+    groups: list[_Group], eta: float | None, random_seed: int | None, pairs: Sequence[LoraPair] | None
+) -> tuple[Tensor, Tensor]:
     """Save the weights, turn the gradients into perturbations; return the gradient's norm and whether finite."""
     if not groups:
         return torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.bool)
@@ -263,14 +270,30 @@ def _scale_to_steps(groups: list[_Group], eta: float | None, random_seed: int | 
             generator = torch.Generator(group.step.device).manual_seed(mixed_seed(random_seed, place))
             group.step.normal_(generator=generator)
         norm = _norm([group.step for group in groups])
+    if pairs is not None:
+        _divide(groups, norm, usable)
+        steps = {
+            id(p): view for group in groups for p, view in zip(group.parameters, group.views(group.step), strict=True)
+        }
+        if random_seed is None:
+            make_steepest(pairs, steps, smallest=max(group.rho for group in groups))
+        norm = length(pairs, steps).to(norm.device)
+        usable = usable & (norm > 0)
+    _divide(groups, norm, usable)
+    for group in groups:
+        group.step.mul_(group.rho)
+    for group, scale in zip(groups, scales, strict=False):
+        group.step.mul_(scale)
+    return grad_norm, finite
+
+
+def _divide(groups: list[_Group], norm: Tensor, usable: Tensor) -> None:
+    """Divide all steps by a norm, or make them zero where it is not usable."""
     divisor = torch.where(usable, norm, 1.0)
     for group in groups:
         device = group.step.device
         # Dividing first keeps every entry within [-1, 1], so no gradient is too small or too large to scale.
-        group.step.masked_fill_(~usable.to(device), 0.0).div_(divisor.to(device)).mul_(group.rho)
-    for group, scale in zip(groups, scales, strict=False):
-        group.step.mul_(scale)
-    return grad_norm, finite
+        group.step.masked_fill_(~usable.to(device), 0.0).div_(divisor.to(device))
 
 
 def _measured(groups: list[_Group], grad_norm: Tensor, finite: Tensor, diagnostics: bool) -> AscentStep:

@@ -13,12 +13,12 @@ SCOPES = ("lora", "A", "B", "head", "all")
 
 # lora_A, loranew_A, lora_new_A, lora_A_k, lora_embedding_A, lora_a: the factor's letter ends its word. linear_a_q:
 # SD-LoRA's.
-_FACTOR = re.compile(r"(?:^|[._])(?:lora\w*?|linear(?=_[ab]_[qv]\b))_([AB])(?![A-Za-z])", re.IGNORECASE)
+FACTOR = re.compile(r"(?:^|[._])(?:lora\w*?|linear(?=_[ab]_[qv]\b))_([AB])(?![A-Za-z])", re.IGNORECASE)
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is that of a LoRA factor."""
-    return _FACTOR.search(name) is not None
+    return FACTOR.search(name) is not None
 
 
 def select_parameters(named_parameters: Iterable[tuple[str, Tensor]], scope: str) -> list[tuple[str, Tensor]]:
@@ -40,7 +40,7 @@ def select_parameters(named_parameters: Iterable[tuple[str, Tensor]], scope: str
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad and p.numel() > 0]
     kinds: dict[str, list[tuple[str, Tensor]]] = {"A": [], "B": [], "head": [], "lora": [], "all": trainable}
     for name, parameter in trainable:
-        factor = _FACTOR.search(name)
+        factor = FACTOR.search(name)
         kinds[factor[1].upper() if factor else "head"].append((name, parameter))
         if factor:
             kinds["lora"].append((name, parameter))

@@ -12,6 +12,7 @@ whatever ``training_step`` logs itself appears twice, and DeepSpeed's own monito
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,10 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 from flatpatch.errors import UserError
-from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
-from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, check_settings, mixed_seed, perturbed
+from flatpatch.kinds import Kind
+from flatpatch.sam.pairs import LoraPair, trained_lora_pairs
+from flatpatch.sam.perturbation import AscentStep, check_settings
 from flatpatch.sam.radii import group_radii
 from flatpatch.sam.scope import SCOPES, is_adapter, select_parameters
+from flatpatch.sam.steps import RADII, Combine, Gradients, StepPasses, chosen_kind, first_examples, kept
 
 ASCENT_LOSSES = ("total", "task")
 
@@ -37,6 +40,10 @@ _NO_GRADIENT = (
 _REENTRANT = (
     "SAM cannot follow reentrant gradient checkpointing: torch.autograd.grad does not see the weights inside it. "
     "Train without gradient_checkpointing, or checkpoint with use_reentrant=False."
+)
+_TWICE = (
+    "training_step makes more than one backward call, and this kind of SAM combines the gradients of whole passes. Use "
+    "sam=sam."
 )
 
 
@@ -60,7 +67,10 @@ class SAMTrainingStep:
         scope: str = "lora",
         sync: str = "local",
         ascent_loss: str = "total",
+        ascent_batch: float = 1.0,
         random_seed: int | None = None,
+        kind: Kind | None = None,
+        radius: str = "factors",
     ) -> None:
         """Wrap ``trainer.training_step``, without assigning it.
 
@@ -74,34 +84,41 @@ class SAMTrainingStep:
             sync: "local": each process perturbs along its own gradient; "global": along the average.
             ascent_loss: "total": ascend the loss that ``training_step`` descends; "task": only what
                 ``compute_loss`` returns, without the penalties added inside ``training_step``.
+            ascent_batch: Ascend the loss of this share of each micro-batch, its first examples, which is also the one
+                that is returned and logged. Of a kind whose ascent's gradient does more than that: of all of it.
             random_seed: Move along a random direction instead, another for each micro-batch: a control. The
                 directions follow from this seed, the trainer's step and the place in it, so that a training that
                 was resumed has those that it would have had.
+            kind: Another kind of SAM, from :mod:`flatpatch.kinds`, instead of ``adaptive`` or ``random_seed``.
+            radius: As for :class:`flatpatch.sam.SAM`; the pairs are found in ``trainer.model``.
 
         Raises:
-            ValueError: If a setting is out of range, or a random direction is to be adaptive.
+            ValueError: If a setting is out of range, a random direction is to be adaptive, or a kind is given twice.
         """
         check_settings(rho, eta, sync)
-        if adaptive and random_seed is not None:
-            raise ValueError(ADAPTIVE_AT_RANDOM)
+        self.kind = chosen_kind(kind, adaptive=adaptive, eta=eta, random_seed=random_seed)
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+        if not 0 < ascent_batch <= 1:
+            raise ValueError(f"ascent_batch must be over 0 and at most 1, got {ascent_batch!r}")
         if ascent_loss not in ASCENT_LOSSES:
             raise ValueError(f"ascent_loss must be one of {', '.join(ASCENT_LOSSES)}, got {ascent_loss!r}")
+        if radius not in RADII:
+            raise ValueError(f"radius must be one of {', '.join(RADII)}, got {radius!r}")
         self.trainer = trainer
+        self.radius = radius
         self.rho = rho
-        self.adaptive = adaptive
-        self.eta = eta
         self.scope = scope
         self.sync = sync
         self.ascent_loss = ascent_loss
-        self.random_seed = random_seed
+        self.ascent_batch = ascent_batch if self.kind.climbs else 1.0
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Tensor | None = None
         self.fallbacks: Tensor | None = None
         self._plain_step = trainer.training_step
         self._place = (-1, 0)  # the latest step, and how many of its micro-batches came before
         self._prepared: tuple[nn.Module, list[Tensor]] | None = None
+        self.pairs: list[LoraPair] | None = None
 
     def parameters(self) -> list[Tensor]:
         """Return the weights that are perturbed, after checking that this trainer can be served.
@@ -115,6 +132,8 @@ class SAMTrainingStep:
         if self._prepared is None or self._prepared[0] is not self.trainer.model:
             _refuse_unsupported(self.trainer)
             chosen = select_parameters(self.trainer.model.named_parameters(), self.scope)
+            if self.radius == "effective" or self.kind.of_pairs:
+                self.pairs = trained_lora_pairs(self.trainer.model)
             self._prepared = (self.trainer.model, [parameter for _, parameter in chosen])
         return self._prepared[1]
 
@@ -129,35 +148,18 @@ class SAMTrainingStep:
             The unperturbed loss, scaled as ``training_step`` returns it.
         """
         parameters = self.parameters()
-        radii = self._radii(parameters)
-        random_state = RandomState()
-        ascent = _AscentPass(self.trainer, parameters, task_only=self.ascent_loss == "task")
-        # DistributedDataParallel's reducer must learn nothing of this pass, so it gets the bare module.
-        bare = model.module if isinstance(model, DistributedDataParallel) else model
-        with ascent.intercepted():
-            loss: Tensor = self._plain_step(bare, inputs)
-        random_state.restore()
-        step = perturbed(
-            parameters,
-            ascent.take_gradients(),
-            rho=radii,
-            adaptive=self.adaptive,
-            eta=self.eta,
-            sync=self.sync,
-            random_seed=self._direction(),
-        )
-        with step as report, batch_norm_statistics_kept(self.trainer.model):
-            self.perturbed_loss = self._plain_step(model, inputs)
-        self._keep(report, ascent.scale)
+        passes = _TrainerPasses(self, parameters, model, inputs)
+        self.kind.step(passes)
+        self.perturbed_loss = passes.perturbed_loss
+        self._keep(passes)
+        loss: Tensor = passes.loss
         return loss
 
-    def _direction(self) -> int | None:
-        """Return the seed of this micro-batch's random direction, None where it is the gradient's."""
-        if self.random_seed is None:
-            return None
-        step = self.trainer.state.global_step
+    def _next_place(self) -> tuple[int, int]:
+        """Return the place of the micro-batch that comes: its step, and its number within the step."""
+        step = getattr(getattr(self.trainer, "state", None), "global_step", 0)
         self._place = (step, self._place[1] + 1 if step == self._place[0] else 0)
-        return mixed_seed(self.random_seed, *self._place)
+        return self._place
 
     def _radii(self, parameters: list[Tensor]) -> list[float]:
         optimizer = getattr(self.trainer, "optimizer", None)
@@ -172,18 +174,81 @@ class SAMTrainingStep:
             )
         return radii
 
-    def _keep(self, report: AscentStep, scale: Tensor | float) -> None:
-        grad_norm = report.grad_norm / scale
-        self.last_step = AscentStep(
-            grad_norm,
-            report.perturbation_norm,
-            report.effective_perturbation_norm,
-            report.perturbation_cosine,
-            report.finite,
-        )
+    def _keep(self, passes: _TrainerPasses) -> None:
+        report = passes.report
+        if report is None:
+            self.last_step = None
+            return
+        self.last_step = dataclasses.replace(report, grad_norm=report.grad_norm / passes.scale)
         if self.fallbacks is None:
             self.fallbacks = torch.zeros((), dtype=torch.int64, device=report.finite.device)
-        self.fallbacks += ~report.finite
+        self.fallbacks += ~report.finite.to(self.fallbacks.device)
+
+
+class _TrainerPasses(StepPasses):
+    """The passes of a step by calls of a trainer's ``training_step``.
+
+    Attributes:
+        scale: By how much the gradient of the first perturbation was scaled.
+    """
+
+    def __init__(self, step: SAMTrainingStep, parameters: list[Tensor], model: nn.Module, inputs: Mapping[str, Any]):
+        trainer = step.trainer
+        optimizer = getattr(trainer, "optimizer", None)
+        super().__init__(
+            parameters,
+            [parameter for parameter in trainer.model.parameters() if parameter.requires_grad],
+            radii=step._radii(parameters),
+            place=step._next_place(),
+            optimizer=getattr(optimizer, "optimizer", optimizer),
+            sync=step.sync,
+            model=trainer.model,
+            pairs=step.pairs,
+            radius=step.radius,
+            progress=_progress(trainer),
+        )
+        self.scale: Tensor | float = 1.0
+        self._trainer, self._training_step = trainer, step._plain_step
+        self._task_only = step.ascent_loss == "task"
+        self._share = step.ascent_batch
+        self._called_with = (model, inputs)
+
+    def momentum(self) -> Gradients:
+        """Return the optimizer's momentum, which DeepSpeed holds in parts, by other tensors than the weights."""
+        if getattr(self._trainer, "deepspeed", None) is not None:
+            raise UserError(
+                "sam=msam cannot find the momentum of each weight under DeepSpeed, whose optimizer holds flattened "
+                "copies. Train with launcher=python, or choose another kind of SAM."
+            )
+        return super().momentum()
+
+    def _climb(self, weights: list[Tensor], *, keep: bool, combined: bool) -> tuple[Tensor, Gradients]:
+        model, inputs = self._called_with
+        ascent = _AscentPass(self._trainer, weights, task_only=self._task_only)
+        # DistributedDataParallel's reducer must learn nothing of this pass, so it gets the bare module.
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        with ascent.intercepted():
+            loss = self._training_step(bare, first_examples(inputs, self._share))
+        gradients = ascent.take_gradients()
+        if keep:
+            return loss, kept(gradients, ascent.scale)
+        self.scale = ascent.scale
+        return loss, gradients
+
+    def _descend(self, combine: Combine | None) -> Tensor:
+        model, inputs = self._called_with
+        if combine is None:
+            return self._training_step(model, inputs)  # type: ignore[no-any-return]
+        descent = _CombinedPass(self._trainer, self._trained, combine)
+        with descent.intercepted():
+            return self._training_step(model, inputs)  # type: ignore[no-any-return]
+
+
+def _progress(trainer: Any) -> float:
+    """Return how far the training is, from 0 to 1."""
+    state = getattr(trainer, "state", None)
+    total: int = getattr(state, "max_steps", 0)
+    return getattr(state, "global_step", 0) / total if total > 0 else 0.0
 
 
 class _AscentPass:
@@ -197,10 +262,12 @@ class _AscentPass:
         self._task_only = task_only
         self._task_loss: Tensor | None = None
         self._gradients: list[Tensor | None] | None = None
+        self._plain_backward: Any = None
 
     @contextmanager
     def intercepted(self) -> Iterator[None]:
         """Stand in for the backward call inside the block."""
+        self._plain_backward = torch.Tensor.backward if self._engine is None else self._engine.backward
         with ExitStack() as stack:
             if self._engine is not None:
                 stack.enter_context(_replaced(self._engine, "backward", self._engine_backward))
@@ -291,6 +358,50 @@ class _AscentPass:
         else:
             pairs = zip(self._gradients, new, strict=True)
             self._gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
+
+
+class _CombinedPass(_AscentPass):
+    """Lets a backward call leave, in the place of the loss's gradient, what a kind of SAM makes of it.
+
+    The trainer's own backward call then differentiates what has that gradient, so that whatever listens to it (the
+    reducer of DistributedDataParallel, ZeRO's buckets, the accumulation over micro-batches) finds what it expects.
+    """
+
+    def __init__(self, trainer: Any, parameters: list[Tensor], combine: Combine) -> None:
+        super().__init__(trainer, parameters, task_only=False)
+        self._combine: Combine | None = combine
+
+    def _tensor_backward(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool | None) -> None:
+        super()._tensor_backward(loss, gradient, retain_graph)
+        self._plain_backward(self._combined(loss))
+
+    def _engine_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        super()._engine_backward(loss, *args, **kwargs)
+        found: Tensor = self._plain_backward(self._combined(loss), *args, **kwargs)
+        return found
+
+    def _combined(self, loss: Tensor) -> Tensor:
+        """Return the loss's value as something whose gradient is the combined one, whatever it is scaled by."""
+        if self._combine is None:
+            raise UserError(_TWICE)
+        combined, self._combine = self._combine(kept(self.take_gradients(), self.scale)), None
+        pairs = [(p, g) for p, g in zip(self._parameters, combined, strict=True) if g is not None]
+        gradients = [(g * self.scale).to(p.dtype) for p, g in pairs]
+        found: Tensor = _Combined.apply(loss.detach(), gradients, *(p for p, _ in pairs))  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Combined(torch.autograd.Function):
+    """A loss that has given gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return (None, None, *ctx.gradients)
 
 
 def _refuse_reentrant(*_: Any) -> None:

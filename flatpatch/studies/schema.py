@@ -52,7 +52,7 @@ class Measure(Part):
         kinds: As ``measure=`` names them; an empty list measures nothing.
         scope: As ``measure_scope=``.
         when: As ``measure_when=``.
-        samples: As ``measure_samples=``; ``batch``, ``rho``, ``effort`` and ``at_loss`` likewise.
+        samples: As ``measure_samples=``; ``batch``, ``rho``, ``effort``, ``at_loss`` and ``ledger_every`` likewise.
     """
 
     kinds: Texts | None = None
@@ -63,6 +63,7 @@ class Measure(Part):
     rho: str | None = None
     effort: str | None = None
     at_loss: str | None = None
+    ledger_every: str | None = None
 
     def words(self) -> dict[str, str]:
         """Return it as settings of a run."""

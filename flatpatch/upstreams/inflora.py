@@ -13,6 +13,7 @@ from flatpatch.families.base import AS_SHIPPED, PAPER_PROFILE, Argument, Conflic
 from flatpatch.families.vision import splits
 from flatpatch.families.vision.data import CIFAR100, IMAGES, SHOWN, SPLITS, Dataset, fetch_it
 from flatpatch.families.vision.upstream import KEEPS_NO_EXEMPLARS, NEVER_USED, VisionUpstream
+from flatpatch.kinds import balances
 
 if TYPE_CHECKING:
     from flatpatch.settings import Settings
@@ -46,6 +47,11 @@ class InfLoRA(VisionUpstream):
         problems = super().check(settings)
         if settings.sam != "off" and settings.scope == "A":
             problems.append("scope=A has nothing to perturb: InfLoRA trains no A. Use scope=B or scope=lora.")
+        if balances(settings.sam):
+            problems.append(
+                f"sam={settings.sam} weighs LoRA's A against its B, and InfLoRA trains B alone. Use another kind of "
+                "SAM."
+            )
         return problems
 
     def why_unread(self, config: Mapping[str, Any], key: str, *, quick: bool) -> str:

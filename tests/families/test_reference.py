@@ -27,7 +27,7 @@ def trained(folder: Path, *, task_index: int | None = 0, groups: tuple[str, ...]
             optimizer = torch.optim.SGD(named, lr=0.1)
             gradients = recorder.make_gradients(optimizer)
 
-            def closure(*, penalised: bool = True, weights: list[nn.Parameter] = weights) -> Tensor:
+            def closure(*, penalised: bool = True, share: float = 1.0, weights: list[nn.Parameter] = weights) -> Tensor:
                 for weight in weights:
                     weight.grad = None
                 loss: Tensor = sum((w**4).sum() for w in weights)  # type: ignore[assignment]

@@ -42,6 +42,26 @@ class Model(nn.Module):
         return self.B(self.dropout(torch.tanh(self.A(x)))).square().mean()  # type: ignore[no-any-return]
 
 
+class Factors(nn.Module):
+    """The same with LoRA's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(5, 2, bias=False), nn.Linear(2, 1, bias=False)
+        self.dropout = nn.Dropout(0.3)
+
+    @property
+    def A(self) -> nn.Module:  # noqa: N802
+        return self.lora_A
+
+    @property
+    def B(self) -> nn.Module:  # noqa: N802
+        return self.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.dropout(torch.tanh(self.A(x)))).square().mean()  # type: ignore[no-any-return]
+
+
 def description(folder: Path, kind: str, **checkpoints: Any) -> dict[str, Any]:
     settings = {"kind": kind, "rho": 0.3, "eta": 0.01, "scope": "all", "ascent_loss": "total", "seed": 3}
     part = {
@@ -56,26 +76,27 @@ def description(folder: Path, kind: str, **checkpoints: Any) -> dict[str, Any]:
     return run | ({} if checkpoints.get("none") else {"checkpoints": part | checkpoints})
 
 
-def train(folder: Path, kind: str, *, cut: float = 0, **checkpoints: Any) -> tuple[TrainingResult, Model]:
+def train(folder: Path, kind: str, *, cut: float = 0, **checkpoints: Any) -> tuple[TrainingResult, nn.Module]:
     """Train as a process would that has just started; ``cut`` is the step, and .5 between its ascent and descent."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(11)
     random.seed(11)
     np.random.seed(11)
-    model = Model()
+    model = Factors() if kind == "nbar" else Model()
     examples = list(torch.randn(32, 5, generator=torch.Generator().manual_seed(1)))
     task: Any = SimpleNamespace(per_device_train_batch_size=4, num_train_epochs=EPOCHS)
     optimizer = torch.optim.AdamW(
         [{"params": model.A.parameters(), "name": "A"}, {"params": model.B.parameters(), "name": "B"}], lr=0.05
     )
     with StepRecorder(description(folder, kind, **checkpoints), resumes=True) as recorder:
+        recorder.measure("before", model, lambda _: pytest.fail("nothing is measured"), 0, "a")
         step = recorder.keeper.step if recorder.keeper else 0
         calls = 0
 
         def objective(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
             nonlocal calls
             calls += 1
-            passes = ACCUMULATED * (1 if kind == "off" else 2)
+            passes = ACCUMULATED * (1 if kind in ("off", "nbar") else 2)
             if cut and calls > (cut - 1 - step) * passes:
                 raise Cut
             # Python's and numpy's numbers decide too, as in augmentation.
@@ -104,13 +125,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def assert_same(ours: tuple[TrainingResult, Model], theirs: tuple[TrainingResult, Model]) -> None:
+def assert_same(ours: tuple[TrainingResult, nn.Module], theirs: tuple[TrainingResult, nn.Module]) -> None:
     assert ours[0].mean_loss == theirs[0].mean_loss
     for p, q in zip(ours[1].parameters(), theirs[1].parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("kind", ["off", "sam", "random"])
+@pytest.mark.parametrize("kind", ["off", "sam", "random", "nbar", "fsam"])
 def test_training_cut_off_anywhere_goes_on_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
     undisturbed = train(tmp_path / "undisturbed", kind, none=True)
     after = random_state()["torch"]

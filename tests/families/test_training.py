@@ -124,6 +124,20 @@ def test_recorded_step_is_another_than_sams_and_the_same_where_there_is_one_micr
     assert float((ends["recorded", 4] - ends["sam", 4]).norm()) > 1e-2
 
 
+def test_ascent_is_on_the_first_examples_of_each_batch_and_the_descent_on_all(tmp_path: Path) -> None:
+    batches = micro_batches(2)
+    reference = Model()
+    start, examples = flat(reference), len(batches[0]["x"])
+    count = -(-examples * 2 // 5)  # rounded up
+    assert count < examples
+    up = gradient_of(reference, sum(reference.loss({k: v[:count] for k, v in batch.items()}) for batch in batches))  # type: ignore[arg-type]
+    place(reference, start + RHO * up / up.norm())
+    down = gradient_of(reference, sum(reference.loss(batch) for batch in batches) / 2)
+    expected = start - RATE * down * min(1.0, CLIP / float(down.norm()))
+    model, _, _ = one_step(tmp_path, batches, penalised=False, kind="sam", ascent_batch=0.4)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-5, atol=1e-8)
+
+
 class Answering(nn.Module):
     """A model without LoRA that answers through heads, of which the present task's alone learns."""
 

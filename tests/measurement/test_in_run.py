@@ -78,6 +78,7 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
     assert ask("all,curvature,invariance,recorded").kinds == tuple(KINDS)
     assert ask("all,recorded").kinds == (*CORRECT_KINDS, *RECORDED_KINDS)
     assert ask("curvature").kinds == ("loss", *CURVATURE_KINDS)
+    assert ask("ledger,all").kinds == (*CORRECT_KINDS, "ledger")
     assert ask("recorded").kinds == ("loss", *RECORDED_KINDS)
     assert ask("recorded_keskar,trace").kinds == ("loss", "trace", "recorded_keskar")
     assert make_request("", "adapter", samples=1, batch=1, rho=0.05, effort="quick") is None
@@ -97,6 +98,9 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
         ({"at_loss": -0.5}, "measure_at_loss=-0.5 is out of range"),
         ({"at_loss": math.inf}, "measure_at_loss=inf is out of range"),
         ({"kinds": "record"}, "measure=record: unknown name 'record'. Did you mean 'recorded'?"),
+        ({"ledger_every": 0}, "measure_ledger_every=0 is out of range"),
+        ({"kinds": "leger"}, "measure=leger: unknown name 'leger'. Did you mean 'ledger'?"),
+        ({"kinds": "update", "when": "after"}, "it needs measure_when=before,after"),
         ({"effort": "ful"}, "unknown measure_effort 'ful'. Did you mean 'full'?"),
     ],
 )
@@ -112,7 +116,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_givensurvives_its_file() -> None:
-    request = ask("trace,sam", "merged,adapter", when="after", rho=0.1, at_loss=0.5)
+    request = ask("trace,sam,ledger", "merged,adapter", when="after", rho=0.1, at_loss=0.5, ledger_every=3)
     assert read_request(json.loads(json.dumps(request.as_dict())), "here") == request
 
 
@@ -211,7 +215,7 @@ def test_values_of_a_quadratic_are_the_closed_forms(seed: int) -> None:
     assert values["keskar_sharpness"] <= values["keskar_lower_bound"]
     # Each is documented, and each was measured, but for what takes two measuring times and an entry's own.
     given = {name for kind in asked.kinds for name in files.GIVEN_BY[kind]}
-    assert set(values) == given - {"distance_moved", "loss"}
+    assert set(values) == given - {"distance_moved", "loss", *files.GIVEN_BY["update"]}
 
 
 @pytest.mark.parametrize(("kinds", "known"), [("trace", 0), ("eigenvalues,trace", 6)])

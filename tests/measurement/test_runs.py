@@ -18,6 +18,7 @@ from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import images_sample_of, sample_of
 from flatpatch.families.text import reference
 from flatpatch.families.vision import reference as vision
+from flatpatch.families.vision.reference.__main__ import loss_of
 from flatpatch.flatness import supervised_loss
 from flatpatch.measurement import files
 from flatpatch.measurement.in_run import Measurer
@@ -57,11 +58,18 @@ def learn(places: tuple[Path, Path], output: Path, *requests: tuple[str, str]) -
             when: str, model: Any, examples: Any, collate: Any, measurer: Measurer = measurer, k: int = index
         ) -> None:
             name = reference_cases.TASKS[k][1]
-            found["entries"] += measurer.at(
-                when, task_index=k, task=name, model=model, sample=sample_of(examples, collate)
-            )
+            measured = {"task_index": k, "task": name, "model": model, "sample": sample_of(examples, collate)}
+            found["entries"] += measurer.at(when, **measured)
+            if when == "before":
+                measurer.begin(**measured)
+            else:
+                measurer.end()
 
-        reference.run_task(task, on_step=lambda state: found["losses"].append(state["loss"]), at=at)
+        def on_step(state: dict[str, Any], measurer: Measurer = measurer) -> None:
+            found["losses"].append(state["loss"])
+            measurer.step(state["step"])
+
+        reference.run_task(task, on_step=on_step, at=at)
         previous = task.output_dir / "adapter"
         found["weights"].append((previous / "adapter.safetensors").read_bytes())
         found["predictions"].append((task.output_dir / "predictions.jsonl").read_text())
@@ -71,7 +79,12 @@ def learn(places: tuple[Path, Path], output: Path, *requests: tuple[str, str]) -
 
 def test_measured_reference_run_is_bit_for_bit_the_same(places: tuple[Path, Path], tmp_path: Path) -> None:
     plain = learn(places, tmp_path / "plain", ("", ""), ("", ""))
-    measured = learn(places, tmp_path / "measured", ("trace", "adapter,merged"), ("sam,slice", "adapter"))
+    measured = learn(places, tmp_path / "measured", ("trace,ledger", "adapter,merged"), ("sam,slice,ledger", "adapter"))
+    ledger = json.loads((tmp_path / "measured" / files.FOLDER / "2-moods-ledger.json").read_text())
+    (row,) = ledger["ledger"]["earlier"]
+    # The earlier adapter is frozen and a new one begins at zero: the function is what it was after the first task.
+    assert row["losses"][0] == pytest.approx(measured["entries"][2]["loss"], rel=1e-5)
+    assert row["task"] == "topics" and row["steps"][-1] == len(plain["losses"]) - len(plain["losses"]) // 2
     assert plain["entries"] == [] and len(plain["losses"]) > 4
     assert measured["losses"] == plain["losses"]
     assert measured["weights"] == plain["weights"]
@@ -130,7 +143,8 @@ def test_measuring_at_a_loss_is_done_at_its_step_and_leaves_the_training_bit_for
 def record_images(output: Path, at_loss: float) -> tuple[list[float], list[bytes]]:
     """Train two tasks of the reference engine for images, as its process does, and return losses and weights."""
     output.mkdir()
-    asked = make_request("loss", "trainable", "after", samples=6, batch=4, rho=0.05, effort="quick", at_loss=at_loss)
+    kinds = "loss,ledger" if at_loss else "loss"
+    asked = make_request(kinds, "trainable", "after", samples=6, batch=4, rho=0.05, effort="quick", at_loss=at_loss)
     assert asked is not None
     by = "flatpatch.measurement.in_run:Measurer"
     run = {
@@ -146,7 +160,7 @@ def record_images(output: Path, at_loss: float) -> tuple[list[float], list[bytes
             task = state.tasks[state.index]
             sample = images_sample_of(task.train, task.classes.start)
             loss = supervised_loss(torch.nn.functional.cross_entropy)
-            recorder.measure(when, state.model, sample, state.index, f"task{state.index}", loss=loss)
+            recorder.measure(when, state.model, sample, state.index, f"task{state.index}", loss_of, loss=loss)
 
         vision.run(
             images,
@@ -165,6 +179,9 @@ def test_image_run_is_measured_at_the_loss_in_each_task_and_trains_as_without(tm
     assert len(plain[0]) == 48 and len(plain[1]) == 2
     assert record_images(tmp_path / "measured", 1e9) == plain
     points = {path.name: json.loads(path.read_text()) for path in (tmp_path / "measured" / files.FOLDER).glob("*.json")}
+    (row,) = points.pop("2-task1-ledger.json")["ledger"]["earlier"]
+    # By the first task's own head, which the second leaves as it is.
+    assert row["losses"][0] == pytest.approx(points["1-task0-after.json"]["scopes"]["trainable"]["loss"], rel=1e-5)
     steps = {name: point["step"] for name, point in points.items()}
     assert steps == {
         **{"1-task0-at_loss.json": 10, "1-task0-after.json": None},
@@ -179,8 +196,8 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
 ) -> None:
     data = small_benchmark(tmp_path / "data", train=8, test=4)
     words = ["run", "profile=quick", "engine=reference", "device=cpu", "tasks=dbpedia,amazon", f"data={data}"]
-    words += [f"output={tmp_path}", "run=measured", "measure=trace", "measure_scope=adapter", *TINY]
-    words += ["measure_samples=12", "measure_at_loss=0.001"]
+    words += [f"output={tmp_path}", "run=measured", "measure=trace,ledger,update", "measure_scope=adapter", *TINY]
+    words += ["measure_samples=12", "measure_at_loss=0.001", "measure_ledger_every=1"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     short = [f"measure_samples=12, and {task} has 8 training examples" for task in ("dbpedia", "amazon")]
@@ -199,6 +216,10 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
     ]
     assert all((folder / entry["file"]).is_file() for entry in record["flatness"])
     assert (folder / "figures" / "flatness_adapter_over_tasks.png").is_file()
+    assert (folder / "figures" / "flatness_ledger.png").is_file()
+    assert all(("update_curvature" in entry["values"]) == (entry["when"] == "after") for entry in record["flatness"])
+    ledger = json.loads((folder / "flatness" / "2-amazon-ledger.json").read_text())
+    assert ledger["error"] is None and ledger["ledger"]["earlier"][0]["samples"] == 8
     # As a run that was cut off in its second task.
     (folder / "record.json").write_text(json.dumps({**record, "status": "interrupted"}))
     (folder / "tasks" / "2-amazon" / "done.json").unlink()
@@ -209,6 +230,8 @@ def test_measured_run_has_entries_a_table_and_figures_and_keeps_them_when_it_goe
     assert again["restarts"] == 1
     values = [[{**entry, "seconds": 0} for entry in each["flatness"]] for each in (record, again)]
     assert values[0] == values[1]
+    again_kept = json.loads((folder / "flatness" / "2-amazon-ledger.json").read_text())
+    assert {**again_kept, "seconds": 0} == {**ledger, "seconds": 0}
 
 
 def test_several_processes_are_refused_before_anything_starts(upstream: Callable[[str], Path], tmp_path: Path) -> None:
@@ -216,6 +239,19 @@ def test_several_processes_are_refused_before_anything_starts(upstream: Callable
     words = ["method=nlora", "profile=quick", "engine=upstream", "device=cpu", "processes=2", f"output={tmp_path}"]
     with pytest.raises(UserError, match="measure=loss works in one process, and this run has 2"):
         make_plan(parse([*words, "measure=loss"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["seqlora_clip", "inflora"])
+def test_ledger_is_refused_where_earlier_losses_cannot_be_had(
+    method: str, upstream: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if method == "inflora":
+        upstream("InfLoRA")
+    engine = {"seqlora_clip": "reference", "inflora": "upstream"}[method]
+    words = [f"method={method}", "profile=quick", f"engine={engine}", "device=cpu", f"output={tmp_path}"]
+    with pytest.raises(UserError, match=r"measure=ledger follows the losses of earlier tasks, which .* does not give"):
+        make_plan(parse([*words, "measure=loss,ledger"]))
     assert list(tmp_path.iterdir()) == []
 
 

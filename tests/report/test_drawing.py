@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from flatpatch.report.drawing import BELOW, constant, finish, remove, save
+from flatpatch.report.drawing import BELOW, constant, finish, printed, remove, save
 from tests.report_page import small_print
 from tests.report_records import make_quick_record, make_record
 
@@ -70,6 +72,16 @@ def test_files_are_a_picture_and_vectors_the_same_each_time_and_can_be_removed(t
     remove(tmp_path / "one" / "v1.5")
     remove(tmp_path / "one" / "v1.5")
     assert list((tmp_path / "one").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_figure_drawn_once_has_the_bytes_that_savefig_writes(kind: str) -> None:
+    with rc_context({"svg.hashsalt": "figure"}):
+        ours, theirs = io.BytesIO(), io.BytesIO()
+        metadata = {"CreationDate": None} if kind == "pdf" else {"Date": None} if kind == "svg" else {}
+        printed(make_figure(), ours, kind, dpi=123, metadata=metadata)
+        make_figure().savefig(theirs, format=kind, dpi=123, metadata=metadata)
+    assert ours.getvalue() == theirs.getvalue()
 
 
 @pytest.mark.parametrize(

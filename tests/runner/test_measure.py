@@ -298,6 +298,7 @@ def test_run_that_is_not_there_or_not_finished_is_refused(make_run: MakeRun, ref
     [
         (["measure=trase"], "Did you mean 'trace'?"),
         (["measure_scope=mergd"], "Did you mean 'merged'?"),
+        (["measure=ledger"], "measure=ledger follows a training, and a finished run has none left"),
         (["measure_sample=3"], "unknown setting 'measure_sample' of measure. Did you mean 'measure_samples'?"),
         (["measure_samples=0"], "measure_samples=0 is an empty sample"),
         (["measure_samples=many"], "measure_samples='many' is not a whole number"),

@@ -47,6 +47,14 @@ TWO_RANKS = {
     "ddp, random, global": COMPARED | {"sam": {"rho": 0.5, "sync": "global", "random_seed": 1}},
     "ddp, random, local": COMPARED | {"sam": {"rho": 0.5, "sync": "local", "random_seed": 1}},
 }
+# Kinds of SAM that descend along a combination of gradients.
+COMBINED = LOCAL | {"sam": {"rho": 0.5, "kind": "gsam"}}
+TWO_RANKS |= {
+    "ddp, combined": COMBINED,
+    "zero 2, combined": COMBINED | {"deepspeed": zero(2)},
+    "ddp, accumulating, combined, rho 0": {"gas": 2, "sam": {"rho": 0.0, "kind": "looksam"}},
+    "zero 2, accumulating, combined, rho 0": {"deepspeed": zero(2), "gas": 2, "sam": {"rho": 0.0, "kind": "cflat"}},
+}
 
 # After the others, which start the processes' communication.
 TWO_RANKS |= {
@@ -82,6 +90,19 @@ def test_synchronised_ranks_equal_one_process_with_the_full_batch(two_ranks, lau
 def test_local_ranks_equal_one_process_with_as_many_micro_batches(two_ranks, launcher, tmp_path):
     accumulated = sam_training.train(tmp_path, gas=2, **LOCAL)
     assert_close_weights(two_ranks[f"{launcher}, local"], accumulated)
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero 2"])
+def test_a_combined_gradient_is_reduced_like_any_other(two_ranks, launcher, tmp_path):
+    accumulated = sam_training.train(tmp_path, gas=2, **COMBINED)
+    assert_close_weights(two_ranks[f"{launcher}, combined"], accumulated)
+    plain = two_ranks[f"{launcher}, local"][0]["weights"]
+    assert not all(
+        torch.allclose(w, plain[name]) for name, w in two_ranks[f"{launcher}, combined"][0]["weights"].items()
+    )
+    for rank in range(2):
+        ours, theirs = two_ranks[f"{launcher}, accumulating, combined, rho 0"], two_ranks[f"{launcher}, accumulating"]
+        assert_same(ours[rank], theirs[rank])
 
 
 def test_local_and_global_perturbations_differ(two_ranks):

@@ -19,7 +19,7 @@ from flatpatch.families.clip.datasets import DATASETS
 from flatpatch.families.clip.results import CONFIG, OUTPUT, PROCESS, RESULTS
 from flatpatch.families.clip.upstream import DESIGNS, ClipUpstream
 from flatpatch.files import ROOT, folder_hash, folder_problems
-from flatpatch.settings import Request, in_name, shown
+from flatpatch.settings import OF_SAM_NAMED, Request, in_name, shown
 
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "numpy", "pillow")
 MODEL = "openai/clip-vit-base-patch16"
@@ -37,6 +37,7 @@ def make_plan(upstream: ClipUpstream, request: Request, machine: Machine, *, dry
             f"data= has no meaning in profile quick ({draft.profile_reason}), which draws its images. Leave it out, or "
             "use profile=record."
         )
+    choices.refuse_ledger(draft)  # the model in training holds the present task's prompts alone
     draft.find_machine(machine)
     draft.devices = draft.devices[:1]
     base = replace(Arguments(num_workers=0), **{**quick.PRESET, **upstream.quick}) if draft.is_quick else Arguments()
@@ -238,7 +239,7 @@ def _run_folder(draft: choices.Draft) -> Path:
         parts = [settings.method, Path(settings.model).name, draft.profile, settings.sam]
         parts += [f"rho{settings.rho:g}"] if settings.sam != "off" else []
         parts += [
-            f"{key}{value}" for key, value in in_name(settings, ("eta", "scope", "budget", "device", "threads")).items()
+            f"{key}{value}" for key, value in in_name(settings, (*OF_SAM_NAMED, "budget", "device", "threads")).items()
         ]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]

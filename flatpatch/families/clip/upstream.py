@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flatpatch.families.base import Upstream
+from flatpatch.kinds import balances
 
 if TYPE_CHECKING:
     from flatpatch.settings import Settings
@@ -61,4 +62,9 @@ class ClipUpstream(Upstream):
         if settings.sam != "off" and settings.scope in ("A", "B", "head") and settings.scope not in trained:
             why = "trains LoRA factors alone" if settings.scope == "head" else f"trains {', '.join(trained)} alone"
             problems.append(f"scope={settings.scope} has nothing to perturb: {self.title} {why}. Use scope=lora.")
+        if balances(settings.sam) and trained == ("B",):
+            problems.append(
+                f"sam={settings.sam} weighs LoRA's A against its B, and {self.title} trains B alone. Use another kind "
+                "of SAM."
+            )
         return problems

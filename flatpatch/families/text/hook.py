@@ -11,9 +11,10 @@ from typing import Any
 from flatpatch import timing
 from flatpatch.contract import VARIABLE, read_description
 from flatpatch.errors import FlatpatchError
-from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes, make_measurer
+from flatpatch.families.recording import MEASURED, Recorder, announce, counts, describe, dtypes, make_measurer, of_step
 from flatpatch.families.resuming import Alone, Keeper, Several
 from flatpatch.families.text.resuming import KeptLoop
+from flatpatch.kinds import make_kind
 from flatpatch.measuring import AT_LOSS
 
 # Summed over the micro-batches of a step, whose losses are each divided by their number; the others are averaged.
@@ -56,11 +57,12 @@ def attach_trainer(trainer: Any) -> None:
 
     if run["adapters"] == "fp32":
         sam.keep_adapters_fp32(trainer.model)
-    settings = dict(run["sam"])
-    kind, seed = settings.pop("kind"), settings.pop("seed")
-    if kind == "random":
-        settings["random_seed"] = sam.mixed_seed(seed, run["task_index"])
-    step = None if kind == "off" else sam.SAMTrainingStep(trainer, adaptive=kind == "asam", **settings)
+    settings, step = run["sam"], None
+    if settings["kind"] != "off":
+        kind = make_kind(settings, seed=sam.mixed_seed(settings["seed"], run["task_index"]))
+        names = ("rho", "scope", "sync", "ascent_loss", "ascent_batch", "radius")
+        options = {name: settings[name] for name in names if name in settings}
+        step = sam.SAMTrainingStep(trainer, kind=kind, **options)
     recording = _RecordedTraining(trainer, run, step)
     trainer.training_step = recording.training_step
     trainer.add_callback(recording)
@@ -132,9 +134,9 @@ class _RecordedTraining:
         if self._writes:
             measured = {"loss": loss.detach()}
             if self._sam is not None:
-                last = self._sam.last_step
-                measured["perturbed_loss"] = self._sam.perturbed_loss.detach()
-                measured |= {name: getattr(last, name) for name in MEASURED if hasattr(last, name)}
+                if self._sam.perturbed_loss is not None:
+                    measured["perturbed_loss"] = self._sam.perturbed_loss.detach()
+                measured |= of_step(self._sam.last_step)
             self._micro_steps.append(measured)
         return loss
 
@@ -151,6 +153,8 @@ class _RecordedTraining:
             self._began = None
             if taken == 0:
                 self._measure("before")
+            if self._measurer is not None:
+                self._measurer.begin(**self._measured())
         if self._loop is not None:
             keeps = self._loop.begin()
             self._recorder.heeds_stop = keeps and not self._loop.passing
@@ -183,6 +187,8 @@ class _RecordedTraining:
         watched = self._measurer is not None and self._measurer.wants(AT_LOSS)
         if watched and self._measurer.reaches(self._run["task_index"], float(measured["loss"])):
             self._measure(AT_LOSS)
+        if self._measurer is not None:
+            self._measurer.step(state.global_step)
         if self._recorder.progress_due():
             self._recorder.flush()
             self._write_progress(state.global_step, state.max_steps)
@@ -205,6 +211,7 @@ class _RecordedTraining:
         fallbacks = None if self._sam is None else self._sam.fallbacks
         return {
             "fallbacks": fallbacks,
+            "sam": {} if self._sam is None else self._sam.kind.state(),
             "measurer": None if self._measurer is None else self._measurer.state(),
         }
 
@@ -212,8 +219,10 @@ class _RecordedTraining:
         self._recorder.heeds_stop = True
         if self._writes and self._keeper is not None:
             self._write_progress(self._keeper.step, self._trainer.state.max_steps)
-        if self._sam is not None and kept["fallbacks"] is not None:
-            self._sam.fallbacks = kept["fallbacks"].to(self._trainer.args.device)
+        if self._sam is not None:
+            self._sam.kind.put_back(kept["sam"])
+            if kept["fallbacks"] is not None:
+                self._sam.fallbacks = kept["fallbacks"].to(self._trainer.args.device)
         if self._measurer is not None:
             self._measurer.put_back(kept["measurer"])
 
@@ -234,6 +243,8 @@ class _RecordedTraining:
             "launcher": _launcher(self._trainer),
             "dtype": self._dtype,
         }
+        if self._measurer is not None:
+            self._measurer.end()
         self._measure("after")
         self._recorder.write_summary(summary)
         if getattr(args, "do_predict", False):  # saving, loading and the first batch come before any count of batches
@@ -251,24 +262,26 @@ class _RecordedTraining:
             self._recorder.write_progress("predict", self._predicted, total)
 
     def _measure(self, when: str) -> None:
-        """Measure the task loss, as the trainer computes it, on a fixed sample of the training data."""
-        if self._measurer is None or not self._measurer.wants(when):
-            return
+        """Measure at this point of the training, if asked to."""
+        if self._measurer is not None and self._measurer.wants(when):
+            self._measurer.at(when, **self._measured())
+
+    def _measured(self) -> dict[str, Any]:
+        """Return what is measured: the task loss, as the trainer computes it, on a fixed sample."""
         from flatpatch.families.sample import sample_of
 
         trainer = self._trainer
         collator = copy.copy(trainer.data_collator)
         if getattr(collator, "input_record_file", None):
             collator.input_record_file = None  # upstream's log of what it trains on
-        self._measurer.at(
-            when,
-            task_index=self._run["task_index"],
-            task=self._run["task"],
-            model=trainer.model,
-            sample=sample_of(trainer.train_dataset, collator),
-            loss=trainer_loss(trainer),
-            loss_name="the trainer's compute_loss, without the penalties that training_step adds",
-        )
+        return {
+            "task_index": self._run["task_index"],
+            "task": self._run["task"],
+            "model": trainer.model,
+            "sample": sample_of(trainer.train_dataset, collator),
+            "loss": trainer_loss(trainer),
+            "loss_name": "the trainer's compute_loss, without the penalties that training_step adds",
+        }
 
     def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
         if self._recorder.progress_due():
@@ -283,7 +296,10 @@ class _RecordedTraining:
     def _describe(self) -> str:
         settings = self._run["sam"]
         words = describe(settings)
-        return words if self._sam is None else f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}"
+        if self._sam is None:
+            return words
+        part = f" ascent_batch={self._sam.ascent_batch:g}" if self._sam.ascent_batch != 1 else ""
+        return f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}{part}"
 
 
 def _no_loss(device: Any) -> Any:

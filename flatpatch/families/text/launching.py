@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 from flatpatch.errors import UserError
+from flatpatch.kinds import KINDS, balances
 from flatpatch.settings import Request
 
 
@@ -62,6 +63,16 @@ def settle(request: Request, engine: str, reason: str, launcher: str, world_size
         raise UserError(
             f"adapters={settings.adapters} is for the authors' DeepSpeed engine, and engine=reference ({reason}) has "
             "LoRA weights in fp32 in any case. Leave it out, or use engine=upstream."
+        )
+    if launcher == "deepspeed" and settings.sam in KINDS and KINDS[settings.sam].reads_momentum:
+        raise UserError(
+            f"sam={settings.sam} needs the momentum of each weight, and DeepSpeed's optimizer holds flattened "
+            "copies of all. Use launcher=python, or another kind of SAM."
+        )
+    if launcher == "deepspeed" and balances(settings.sam):
+        raise UserError(
+            f"sam={settings.sam} rescales LoRA's factors before an update, and DeepSpeed's optimizer updates flattened "
+            "copies of them. Use launcher=python, or another kind of SAM."
         )
     idle: dict[str, str] = {}
     if launcher == "python" and settings.adapters != "upstream":

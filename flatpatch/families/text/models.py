@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-ENCODER, SEQ2SEQ = "bert", "t5"  # as their config.json names them
+ENCODER, SEQ2SEQ, LLAMA = "bert", "t5", "llama"  # as their config.json names them
+TOKENIZER_MODEL = "tokenizer.model"
+LLAMA_SPECIAL = ("<unk>", "<s>", "</s>")  # the first pieces of LLaMA's tokenizer
 
 
 def model_type(folder: Path) -> str:
@@ -21,10 +23,12 @@ def is_encoder(folder: Path) -> bool:
     return model_type(folder) == ENCODER
 
 
-def lacks(folder: Path) -> str:
-    """Return what a model's folder lacks, or an empty string."""
+def lacks(folder: Path, *, llama: bool = False) -> str:
+    """Return what a model's folder lacks, or an empty string; ``llama``: for upstream's LLaMA code."""
     if not (folder / "config.json").is_file():
         return "config.json"
+    if llama and not (folder / TOKENIZER_MODEL).is_file():
+        return f"{TOKENIZER_MODEL}, which upstream's LLaMA code reads"
     tokenizers = ("tokenizer.json", "spiece.model", "tokenizer.model")
     if not any((folder / name).is_file() for name in tokenizers):
         return "tokenizer (tokenizer.json or spiece.model)"

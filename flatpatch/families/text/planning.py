@@ -16,7 +16,7 @@ from flatpatch import patches
 from flatpatch.errors import UserError, named_path
 from flatpatch.families import choices
 from flatpatch.families.base import BYTES_NEEDED, PORT, Deviation, Machine, Plan, Stage
-from flatpatch.families.text import overrides, quick, small
+from flatpatch.families.text import llama, overrides, quick, small
 from flatpatch.families.text.changes import Datasets, Editor, dataset_of
 from flatpatch.families.text.data import check_benchmark, thin_benchmark
 from flatpatch.families.text.launching import choose_launcher, choose_world_size, nodes_problems, settle
@@ -25,7 +25,7 @@ from flatpatch.families.text.results import RESULT_FILE
 from flatpatch.families.text.scripts import Invocation, parse_script
 from flatpatch.families.text.upstream import STANDARD_ORDERS, WORDS_IN_PATHS, TextUpstream
 from flatpatch.files import ROOT, folder_problems
-from flatpatch.settings import MINIATURES, Request, in_name
+from flatpatch.settings import MINIATURES, OF_SAM_NAMED, Request, in_name
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed", "numpy")
 QUICK_DATA = "quick_benchmark"
@@ -68,6 +68,8 @@ def make_plan(upstream: TextUpstream, request: Request, machine: Machine, *, dry
     off_protocol |= settings.fraction < 1
     off_protocol |= bool(settings.data) or bool(settings.model and editor.changes("model_name_or_path"))
     off_protocol |= _override(upstream, draft, editor, originals[0])
+    if llama.is_llama(settings.order):
+        _check_llama(editor, links)
     _check_rank(draft, links)
     off_protocol |= _lengthen(settings.budget, editor)
     texts = small.texts_of(chosen, draft, editor) if chosen is not None else {}
@@ -111,7 +113,8 @@ def _configure(upstream: TextUpstream, draft: choices.Draft, editor: Editor) -> 
         theirs = f"the authors' {upstream.repository}"
         editor.note("engine", theirs, "our reference implementation", draft.engine_reason)
     if draft.is_quick and draft.engine == "upstream":
-        for name, number in {**quick.PRESET, **upstream.quick}.items():
+        preset = quick.LLAMA_PRESET if llama.is_llama(draft.request.settings.order) else quick.PRESET
+        for name, number in {**preset, **upstream.quick}.items():
             editor.set(name, str(number), "profile quick: minutes on two CPU cores")
     if draft.request.settings.sam == "recorded":
         _split_batches(draft, editor)
@@ -186,6 +189,19 @@ def _override(upstream: TextUpstream, draft: choices.Draft, editor: Editor, invo
             f"sam=recorded is of several micro-batches a step, and upstream.{MICRO_BATCHES}=1. Leave that out."
         )
     return bool(draft.request.overrides)
+
+
+def _check_llama(editor: Editor, links: Mapping[str, Path]) -> None:
+    """Refuse a model that upstream's LLaMA code could not train as it is meant.
+
+    Raises:
+        UserError: If it is one.
+    """
+    longest = max(int(inv.get("max_source_length", "512")) for inv in editor.current)
+    for name, folder in links.items():
+        is_whole = name.startswith("initial_model/") and not lacks(folder, llama=True)
+        if is_whole and (problems := llama.model_problems(folder, longest)):
+            raise UserError.collect(problems)
 
 
 def _check_rank(draft: choices.Draft, links: Mapping[str, Path]) -> None:
@@ -285,7 +301,13 @@ def _in_order(request: Request, kept: Sequence[str], notes: list[str]) -> Reques
 
 def _read_invocations(draft: choices.Draft, upstream: TextUpstream, chosen: small.Chosen | None) -> list[Invocation]:
     order, verified = draft.request.settings.order, draft.verified
-    if draft.profile in MINIATURES and order not in STANDARD_ORDERS:
+    if llama.is_llama(order) and draft.is_quick:
+        if draft.engine != "upstream":
+            raise UserError(
+                f"order={order} is run by the authors' code alone: the reference engine has no LLaMA. Use "
+                f"engine=upstream (git submodule update --init third_party/{upstream.repository}), or order=1."
+            )
+    elif draft.profile in MINIATURES and order not in STANDARD_ORDERS:
         raise UserError(
             f"profile {draft.profile} has the four tasks of orders {', '.join(STANDARD_ORDERS)} (got order={order}). "
             f"Use one of those, or profile=upstream."
@@ -336,16 +358,17 @@ def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
     settings, verified, profile, engine = draft.request.settings, draft.verified, draft.profile, draft.engine
     links: dict[str, Path] = {}
     asked = editor.current[0].get("model_name_or_path") if engine == "upstream" else ""
+    of_llama = llama.is_llama(settings.order)
     if settings.model:
         model = named_path("model", settings.model).absolute()
     elif profile == "quick":
-        model = quick.MODEL_FOLDER
+        model = quick.LLAMA_FOLDER if of_llama else quick.MODEL_FOLDER
     else:
         assert verified is not None
         places = (ROOT / "models" / Path(asked).name, verified.checkout / asked)
         model = next((place for place in places if (place / "config.json").is_file()), places[0])
-    if lacking := lacks(model):
-        hub = "huggyllama/llama-7b" if settings.order.startswith("llama") else "google-t5/t5-large"
+    if lacking := lacks(model, llama=of_llama):
+        hub = "huggyllama/llama-7b" if of_llama else "google-t5/t5-large"
         advice = (
             "Leave model= out: profile quick has a small model of its own."
             if profile == "quick"
@@ -356,7 +379,13 @@ def _find_places(draft: choices.Draft, editor: Editor) -> dict[str, Path]:
         draft.lack(f"the pretrained model is missing: {model} has no {lacking}. {advice}")
     name = model.name.lower()
     misread = [word for word in (*WORDS_IN_PATHS, "codegen", "bloomz", "gpt-neox") if word in name]
-    if not settings.order.startswith("llama") and ("t5" not in name or misread):
+    if of_llama:
+        if problem := llama.name_problem(name):
+            raise UserError(
+                f"model={model}: upstream's code tells a model by its folder's name, which {problem} "
+                f"(got '{model.name}'). Rename or link the folder."
+            )
+    elif "t5" not in name or misread:
         raise UserError(
             f"model={model}: upstream's code tells a model by its folder's name, which must hold 't5'"
             + (f" and not '{misread[0]}'" if misread else "")
@@ -457,10 +486,7 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
         keys = (
-            "eta",
-            "scope",
-            "sync",
-            "ascent_loss",
+            *OF_SAM_NAMED,
             "adapters",
             "tuning",
             "budget",
@@ -484,8 +510,9 @@ def _run_folder(request: Request, profile: str, engine: str) -> Path:
 def _benchmark_name(request: Request, profile: str) -> str:
     if profile in MINIATURES:
         return f"{profile}, order {request.settings.order}"
-    kind = "standard" if request.settings.order in ("1", "2", "3") or "llama" in request.settings.order else "long"
-    return f"{kind} CL benchmark, order {request.settings.order}"
+    order = request.settings.order
+    kind = "standard" if order in STANDARD_ORDERS or llama.is_llama(order) else "long"
+    return f"{kind} CL benchmark, order {order}"
 
 
 def _data_problems(plan: Plan, folder: str, evaluates: Sequence[Datasets]) -> list[str]:

@@ -21,6 +21,7 @@ from flatpatch.errors import UserError
 from flatpatch.families.base import FinishedRun
 from flatpatch.families.sample import Sample, draw_sample
 from flatpatch.families.text import reference
+from flatpatch.families.text.llama import is_llama
 from flatpatch.families.text.models import is_encoder
 from flatpatch.families.text.reference import adapters, classifier, whole
 from flatpatch.families.text.reference.adapters import Pair
@@ -89,7 +90,7 @@ class SavedAdapter:
 def reopen(upstream: TextUpstream, folder: Path, record: dict[str, Any]) -> TextRun:
     """Return a finished run; see :class:`flatpatch.families.base.Family`."""
     order = str(record["settings"].get("order", {}).get("value", ""))
-    if upstream.name not in reference.METHODS or order.startswith("llama"):
+    if upstream.name not in reference.METHODS or is_llama(order):
         raise UserError(
             f"run={folder.name} is of method {upstream.name}, {record['benchmark']}: of text runs, models can be "
             f"rebuilt of T5 and {', '.join(reference.METHODS)}. Measure inside the run with measure=."

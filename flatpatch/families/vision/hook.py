@@ -19,11 +19,12 @@ from typing import Any
 
 from flatpatch import timing
 from flatpatch.errors import FlatpatchError, UserError
-from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer
+from flatpatch.families.recording import Recorder, announce, counts, describe, dtypes, make_measurer, of_step
 from flatpatch.families.resuming import set_random_state
 from flatpatch.families.task_checkpoints import TaskCheckpoints
 from flatpatch.families.vision.keeping import keep_model, kept_file
 from flatpatch.families.vision.places import log_files, vision_run
+from flatpatch.kinds import Kind, make_kind, of_pairs
 from flatpatch.measuring import AT_LOSS
 
 
@@ -210,7 +211,7 @@ class _Training:
         self._checkpoints.write(sum(seed["done"] for seed in self._seeds), state, found)
 
     def begin_task(self, learner: Any, optimizer: Any, loader: Any, total: int, several_steps: bool) -> None:
-        from flatpatch.sam import select_parameters
+        from flatpatch.sam import select_parameters, trained_lora_pairs
 
         named = [(name, p) for name, p in learner._network.named_parameters() if p.requires_grad]
         chosen = select_parameters(named, self._settings["scope"]) if self._sharpened else []
@@ -220,6 +221,10 @@ class _Training:
         self._step, self._total = 0, total
         self._several_steps = several_steps
         self._fallbacks: Any = 0
+        self._kinds: dict[str, Kind] = {}
+        self._radius = self._settings.get("radius", "factors")
+        by_pairs = self._sharpened and (self._radius == "effective" or of_pairs(self._settings["kind"]))
+        self._pairs = trained_lora_pairs(learner._network) if by_pairs else None
         self._counts = counts(self._trainable, self._perturbed)
         self._dtype = dtypes(self._perturbed or self._trainable)
         self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
@@ -245,47 +250,48 @@ class _Training:
     def second_pass(self, optimizer: Any, loss: Any, again: Callable[[], Any], name: str) -> None:
         measured = {"loss": loss.detach()}
         if self._sharpened and self._sharpened_steps in ("both", name):
-            measured |= self._sharpen(optimizer, again, name)
+            measured |= self._sharpen(optimizer, loss, again, name)
         self._pending = (name, measured)
 
-    def _sharpen(self, optimizer: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
-        from flatpatch.sam import RandomState, group_radii, mixed_seed, perturbed
+    def _sharpen(self, optimizer: Any, loss: Any, again: Callable[[], Any], name: str) -> dict[str, Any]:
+        from flatpatch.families.vision.passes import LoopPasses
+        from flatpatch.sam import RandomState, group_radii
 
-        gradients = [weight.grad for weight in self._perturbed]
-        if all(gradient is None for gradient in gradients):
+        if all(weight.grad is None for weight in self._perturbed):
             raise UserError(
-                f"the {name} loss depends on none of the {len(gradients)} tensors that scope={self._settings['scope']} "
-                "chooses. Choose another scope, or the other step alone with sam_on."
+                f"the {name} loss depends on none of the {len(self._perturbed)} tensors that "
+                f"scope={self._settings['scope']} chooses. Choose another scope, or the other step alone with sam_on."
             )
         # Upstream computed its distillation loss with the weights that are there, its task loss with earlier ones.
         earlier = self._earlier if name == "task" else []
         now = [weight.detach().clone() for weight, _ in earlier]
         random_state = RandomState()
-        self._random_states[name].restore()
-        step = perturbed(
+        passes = LoopPasses(
             self._perturbed,
-            gradients,
-            rho=group_radii(optimizer, self._perturbed, self._settings["rho"]),
-            adaptive=self._settings["kind"] == "asam",
-            eta=self._settings["eta"],
-            random_seed=mixed_seed(self._settings["seed"], self._learner._cur_task, self._step)
-            if self._settings["kind"] == "random"
-            else None,
+            self._trainable,
+            loss=loss,
+            again=again,
+            at=lambda: _as_before_the_other_step(earlier, now),
+            random_state=self._random_states[name],
+            radii=group_radii(optimizer, self._perturbed, self._settings["rho"]),
+            place=(self._learner._cur_task, self._step),
+            optimizer=optimizer,
+            pairs=self._pairs,
+            radius=self._radius,
+            progress=self._step / self._total,
         )
-        with step as report:
-            optimizer.zero_grad()
-            with _as_before_the_other_step(earlier, now):
-                loss = again()
-            loss.backward()
+        self._kind_for(name).step(passes)
         random_state.restore()
-        self._fallbacks = self._fallbacks + ~report.finite
-        return {
-            "perturbed_loss": loss.detach(),
-            "grad_norm": report.grad_norm,
-            "perturbation_norm": report.perturbation_norm,
-            "effective_perturbation_norm": report.effective_perturbation_norm,
-            "perturbation_cosine": report.perturbation_cosine,
-        }
+        if passes.report is not None:
+            self._fallbacks = self._fallbacks + ~passes.report.finite
+        measured = {} if passes.perturbed_loss is None else {"perturbed_loss": passes.perturbed_loss}
+        return {**measured, **of_step(passes.report)}
+
+    def _kind_for(self, name: str) -> Kind:
+        """Return the kind of SAM of one of a batch's steps; each remembers its own steps, and no other task's."""
+        if name not in self._kinds:
+            self._kinds[name] = make_kind(self._settings, seed=self._settings["seed"])
+        return self._kinds[name]
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if self._pending is None:

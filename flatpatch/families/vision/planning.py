@@ -34,7 +34,7 @@ from flatpatch.families.vision.keeping import kept_file
 from flatpatch.families.vision.results import CONFIG, LOGS, MODELS, PROCESS, QUICK_DATASET, RESULTS
 from flatpatch.families.vision.upstream import VisionUpstream
 from flatpatch.files import ROOT, file_hash, folder_problems
-from flatpatch.settings import DEFAULTS, Request, as_default, in_name, shown
+from flatpatch.settings import DEFAULTS, OF_SAM_NAMED, Request, as_default, effective_settings, in_name, shown
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 QUICK_CLASS = "flatpatch.families.vision.quick:QuickImages"
@@ -58,8 +58,16 @@ def make_plan(upstream: VisionUpstream, request: Request, machine: Machine, *, d
     if draft.device == "cuda" and settings.device.strip() in ("auto", "cuda"):
         draft.devices = draft.devices[:1]  # as upstream's commands; several only where they are named
     verified, is_quick = draft.verified, draft.is_quick
+    if draft.engine == "upstream":
+        choices.refuse_ledger(draft)  # the network in training answers through the present task's classes alone
+    if verified and effective_settings(settings).ascent_batch != 1:
+        raise UserError(
+            f"ascent_batch={settings.ascent_batch:g}: the authors' loop has passed the whole batch before SAM has its "
+            "turn, so the ascent cannot be on a part of it. Leave ascent_batch out, or use engine=reference."
+        )
     file = upstream.config(settings.variant, settings.benchmark) if upstream.configs else None
-    editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else REFERENCE_DEFAULTS)
+    own_keys = {**REFERENCE_DEFAULTS, **upstream.choices}
+    editor = ConfigEditor(read_config(verified.checkout / file) if verified and file else own_keys)
     off_protocol = _configure(upstream, draft, editor, file)
     dataset = None if is_quick else _dataset(upstream, draft, editor)
     classes = quick.CLASSES if dataset is None else dataset.classes
@@ -169,7 +177,7 @@ def _override(
 ) -> bool:
     """Set what ``upstream.<key>=`` asks for and what follows from it; tell whether anything was changed."""
     checkout = draft.verified.checkout if draft.verified else None
-    known = known_keys(checkout, checkout / str(file)) if checkout else set(REFERENCE_DEFAULTS)
+    known = known_keys(checkout, checkout / str(file)) if checkout else {*REFERENCE_DEFAULTS, *upstream.choices}
     before = dict(editor.current)
     overrides = draft.request.overrides
     override(editor, overrides, known, upstream, quick=draft.is_quick)
@@ -412,7 +420,7 @@ def _run_folder(draft: choices.Draft) -> Path:
         parts.append(settings.sam)
         if settings.sam != "off":
             parts.append(f"rho{settings.rho:g}")
-        keys = ("eta", "scope", "sam_on", "tuning", "budget", "fraction", "tasks", "device", "threads")
+        keys = (*OF_SAM_NAMED, "tuning", "budget", "fraction", "tasks", "device", "threads")
         parts += [f"{key}{value}" for key, value in in_name(settings, keys).items()]
         parts += ["measured"] if settings.measuring is not None else []
         parts += [f"{key}{value}" for key, value in draft.request.overrides.items()]

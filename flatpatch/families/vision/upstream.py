@@ -36,6 +36,7 @@ class VisionUpstream(Upstream):
         counts: Keys of its own whose values are whole numbers of at least 1, beside those that all such code has.
         not_negative: Keys of its own whose values are numbers of at least 0.
         words: By key: the values that its code knows.
+        choices: Keys that the reference engine takes for it alone, with what they are by default.
         training_keys: Keys of its own in which runs may differ between whose models lies a line.
         several_gpus: Names of models whose code stops on a single device.
         saves_models: Whether its own code saves a model after every task.
@@ -61,6 +62,7 @@ class VisionUpstream(Upstream):
     counts: tuple[str, ...] = ()
     not_negative: tuple[str, ...] = ()
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
     training_keys: tuple[str, ...] = ()
     several_gpus: tuple[str, ...] = ()
     saves_models: bool = False

@@ -18,6 +18,7 @@ from flatpatch.families.base import Plan, Stage
 from flatpatch.families.choices import visible_devices
 from flatpatch.families.text import quick
 from flatpatch.families.text.data import read_split
+from flatpatch.families.text.launching import settle
 from flatpatch.runner.execute import prepare_work
 from flatpatch.runner.record import compared_settings, environment
 from flatpatch.runner.resolve import headline, make_plan, parse, render
@@ -263,6 +264,13 @@ def test_reason_of_several_lines_is_told_in_one_and_doctor_named(monkeypatch: py
 
 def name_of(*words: str) -> str:
     return make_plan(parse(["profile=quick", "engine=reference", *words])).folder.name
+
+
+def test_a_kind_of_sam_that_needs_momenta_is_refused_under_deepspeed() -> None:
+    request = parse(["method=nlora", "sam=msam"])
+    with pytest.raises(UserError, match="^sam=msam needs the momentum of each weight.* Use launcher=python"):
+        settle(request, "upstream", "as asked", "deepspeed", 1, [])
+    assert settle(request, "upstream", "as asked", "python", 1, []) is request
 
 
 def test_names_of_default_runs_stay_as_they_are() -> None:

@@ -68,6 +68,7 @@ CASES = [
     ("off", {"steps": 12}, (6, 9, 12)),
     ("sam", {"steps": 10, "lr_scheduler_type": "linear"}, (5, 18)),
     ("random", {"steps": 9, "gas": 3}, (27, 40)),  # an epoch ends within a step
+    ("fsam", {"steps": 5}, (9,)),
 ]
 
 

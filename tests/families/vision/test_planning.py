@@ -400,3 +400,12 @@ def test_authors_code_learns_every_task_from_all_its_images(method: str, upstrea
     upstream(str(ROWS[method].repository))
     with pytest.raises(UserError, match="^tasks=1, fraction=0.5: the authors' code learns every task"):
         plan_of(f"method={method}", "profile=quick", "engine=upstream", "tasks=1", "fraction=0.5")
+
+
+@pytest.mark.third_party
+def test_authors_loop_cannot_climb_on_a_part_of_the_batch(upstream: Callable[[str], Path]) -> None:
+    upstream("InfLoRA")
+    words = ("method=inflora", "profile=quick", "engine=upstream", "ascent_batch=0.25")
+    with pytest.raises(UserError, match="^ascent_batch=0.25: the authors' loop has passed the whole batch"):
+        plan_of(*words, "sam=fsam")
+    assert plan_of(*words, "sam=gsam").request.notes[0].startswith("ascent_batch=0.25 has no effect")

@@ -19,3 +19,9 @@ PRESET: Final[Mapping[str, int | float]] = MappingProxyType(
     }
 )
 """Upstream argument -> value, for all methods."""
+
+LLAMA_PRESET: Final[Mapping[str, int | float]] = MappingProxyType(
+    # Upstream's LLaMA scripts gather eight small batches for a step; one of 48 fits a small model.
+    {**PRESET, "gradient_accumulation_steps": 1}
+)
+"""The same for the LLaMA scripts."""

@@ -19,7 +19,9 @@ from flatpatch.families.reference import StepRecorder
 from flatpatch.families.sample import sample_of
 from flatpatch.families.text import reference
 from flatpatch.families.text.reference import ReferenceTask
+from flatpatch.families.text.reference.classifier import Classifier
 from flatpatch.families.text.scripts import pairs
+from flatpatch.flatness import model_loss
 
 
 def main(words: Sequence[str]) -> int:
@@ -32,7 +34,9 @@ def main(words: Sequence[str]) -> int:
         with StepRecorder(run, resumes=True) as recorder:
 
             def measure(when: str, model: nn.Module, examples: Sequence[Any], collate: Callable[..., Any]) -> None:
-                recorder.measure(when, model, sample_of(examples, collate), run["task_index"], run["task"])
+                recorder.measure(
+                    *(when, model, sample_of(examples, collate), run["task_index"], run["task"]), loss_of=loss_of
+                )
 
             reference.run_task(
                 task,
@@ -46,6 +50,21 @@ def main(words: Sequence[str]) -> int:
         print(f"flatpatch: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def loss_of(index: int, task: str) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """Return a task's loss: the model's own, and of a classifier that of the task's head."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        if not isinstance(model, Classifier):
+            return model_loss(model, batch)
+        active, model.active = model.active, task
+        try:
+            return model_loss(model, batch)
+        finally:
+            model.active = active
+
+    return loss
 
 
 def read_task(arguments: dict[str, str]) -> ReferenceTask:

@@ -1,4 +1,6 @@
-"""The reference engine for images: sequential LoRA and InfLoRA on a Vision Transformer, over the text methods' loop.
+"""The reference engine for images: sequential LoRA, InfLoRA and a reconstruction of DualLoRA on a Vision Transformer.
+
+It goes through the text methods' loop.
 
 A run learns a dataset's classes task by task, in one process. Every task has a linear classifier of its own and is
 trained with the cross-entropy over its own classes; an image is answered from the classifiers of all tasks so far,
@@ -24,6 +26,7 @@ from flatpatch.families.dualgpm import Subspace
 from flatpatch.families.task_checkpoints import held_after_task, take_up
 from flatpatch.families.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.families.vision.reference.checkpoints import restore, save
+from flatpatch.families.vision.reference.duallora import DualLoRA, DualLoRAViT, model_kind
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks
 from flatpatch.families.vision.reference.inflora import InfLoRA
 from flatpatch.families.vision.reference.options import VisionReference
@@ -44,7 +47,7 @@ class TaskState:
     tasks: tuple[ImageTask, ...]
     """All tasks of the run, with their images."""
     subspaces: Sequence[Subspace] = ()
-    """What InfLoRA protects, by layer; nothing during the first task and with other methods."""
+    """What InfLoRA or DualLoRA protects, by layer; nothing before that is known and with other methods."""
 
 
 def run(
@@ -64,8 +67,8 @@ def run(
     means the run is done: ``accuracy_matrix`` (percent; row: after task i, column: on task j, null where j > i; every
     answer chosen from all classes seen so far), ``top1_curve`` (percent, over all test images seen so far: the
     authors' CNN accuracy), ``classes`` (labels by task), ``train_loss``, ``train_seconds``, ``test_images`` and, for
-    InfLoRA, ``protected_dimensions`` (per task and layer). On one machine's CPU the same arguments give the same
-    results, bit for bit, but for the seconds.
+    InfLoRA and DualLoRA, ``protected_dimensions`` (per task and layer). On one machine's CPU the same arguments give
+    the same results, bit for bit, but for the seconds.
 
     Args:
         reference: What to do.
@@ -87,8 +90,8 @@ def run(
     tasks = tasks_of(reference)
     if reference.tasks is not None and reference.tasks > len(tasks):
         raise UserError(f"tasks={reference.tasks}, but there are {len(tasks)}. Expected at most that many.")
-    model = build(reference, [len(task.classes) for task in tasks])
-    inflora = InfLoRA(reference, model, len(tasks)) if reference.method == "inflora" else None
+    model = build(reference, [len(task.classes) for task in tasks], model_kind(reference))
+    protecting = _protecting(reference, model, len(tasks))
     done = reference.output_dir / "results.json"
     done.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
@@ -96,7 +99,7 @@ def run(
     torch.manual_seed(reference.seed)
     learned = tasks[: reference.tasks]
     if before is not None:
-        rows = take_up(before, model, inflora)
+        rows = take_up(before, model, protecting)
     for index, task in enumerate(learned):
         if index < len(rows):
             continue
@@ -104,13 +107,13 @@ def run(
         loader = DataLoader(
             task.train, batch_size=reference.batch_size, shuffle=True, num_workers=reference.num_workers
         )
-        if inflora:
-            inflora.begin(loader)
+        if protecting:
+            protecting.begin(loader)
         groups = model.train_only(reference.trained)
-        _call(before_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
+        _call(before_task, TaskState(index, model, tasks, protecting.subspaces if protecting else ()))
         result = _train(reference, model, groups, loader, task.classes.start, index, make_gradients, on_step)
-        if inflora:
-            inflora.end(loader)
+        if protecting:
+            protecting.end(loader)
         row = _evaluate(reference, model, tasks[: index + 1], on_predict)
         rows.append(
             {
@@ -119,12 +122,12 @@ def run(
                 "train_seconds": result.seconds,
             }
         )
-        if inflora:
-            rows[-1]["protected_dimensions"] = [space.dimension for space in inflora.subspaces]
+        if protecting:
+            rows[-1]["protected_dimensions"] = [space.dimension for space in protecting.subspaces]
         save(reference, model)
-        _call(after_task, TaskState(index, model, tasks, inflora.subspaces if inflora else ()))
+        _call(after_task, TaskState(index, model, tasks, protecting.subspaces if protecting else ()))
         if task_done is not None:
-            task_done(index + 1, held_after_task(model, rows, inflora))
+            task_done(index + 1, held_after_task(model, rows, protecting))
     results = {
         "method": reference.method,
         "classes": [list(task.names) for task in learned],
@@ -148,6 +151,13 @@ def tasks_of(reference: VisionReference) -> tuple[ImageTask, ...]:
         fraction=reference.fraction,
         seed=reference.seed,
     )
+
+
+def _protecting(reference: VisionReference, model: LoRAViT, tasks: int) -> InfLoRA | DualLoRA | None:
+    """Return what a method does before and after each task, None for nothing."""
+    if isinstance(model, DualLoRAViT):
+        return DualLoRA(reference, model, tasks)
+    return InfLoRA(reference, model, tasks) if reference.method == "inflora" else None
 
 
 def _call(callback: Callable[[TaskState], None] | None, state: TaskState) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from flatpatch.contract import VARIABLE
 from flatpatch.errors import FlatpatchError
@@ -19,6 +21,11 @@ from flatpatch.families.vision.measuring import IMAGE_LOSS
 from flatpatch.families.vision.places import vision_run
 from flatpatch.families.vision.reference.options import read_reference
 from flatpatch.flatness import supervised_loss
+
+
+def loss_of(index: int, task: str) -> Callable[[Any, Any], Tensor]:
+    """Return a task's loss: the cross-entropy of its own head."""
+    return lambda model, batch: F.cross_entropy(model(batch[0], index), batch[1])
 
 
 def main(words: Sequence[str]) -> int:
@@ -46,6 +53,7 @@ def main(words: Sequence[str]) -> int:
                     names[state.index],
                     loss=supervised_loss(F.cross_entropy),
                     loss_name=IMAGE_LOSS,
+                    loss_of=loss_of,
                 )
 
             vision.run(

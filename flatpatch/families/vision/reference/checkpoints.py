@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from flatpatch.errors import UserError
+from flatpatch.families.vision.reference.duallora import model_kind
 from flatpatch.families.vision.reference.options import VisionReference
 from flatpatch.families.vision.reference.vit import LoRAViT, build
 from flatpatch.files import write_atomically
@@ -25,12 +26,15 @@ def checkpoint_file(reference: VisionReference, task: int) -> Path:
 
 def _made(reference: VisionReference) -> dict[str, Any]:
     made = {"method": reference.method, "rank": reference.rank, "model": dict(reference.model)}
+    made |= {"choices": asdict(reference.dual)} if reference.method == "duallora" else {}
     return made if reference.tuning == "lora" else {**made, "tuning": reference.tuning}
 
 
 def _kept(reference: VisionReference, model: LoRAViT, task: int) -> dict[str, Tensor]:
     named = model.vit.named_parameters()
     kept = {name: value.data for name, value in named if ".lora_" in name or reference.tuning == "full"}
+    if reference.method == "duallora":  # its bases, and what earlier tasks left
+        kept |= dict(model.vit.named_buffers())
     return kept | {f"head.{name}": value.data for name, value in model.heads[task].named_parameters()}
 
 
@@ -61,7 +65,9 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
     files = [_read(reference, index) for index in range(task + 1)]
     classes = [len(file["head.bias"]) for file in files]
     joins = joined and reference.method == "inflora"
-    model = build(replace(reference, rank=reference.rank * len(files)) if joins else reference, classes)
+    model = build(
+        replace(reference, rank=reference.rank * len(files)) if joins else reference, classes, model_kind(reference)
+    )
     with torch.no_grad():
         for name, value in _kept(reference, model, task).items() if joins else ():
             of_all = [file[name] for file in files]

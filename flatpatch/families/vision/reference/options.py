@@ -10,9 +10,10 @@ from typing import Any
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.vision.configuration import REFERENCE_DEFAULTS
+from flatpatch.families.vision.dual_choices import DualChoices, choices_of
 
 VIT_BASE: Mapping[str, int] = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-TRAINED: Mapping[str, tuple[str, ...]] = {"inflora": ("B",), "seqlora": ("A", "B")}
+TRAINED: Mapping[str, tuple[str, ...]] = {"duallora": ("A", "B"), "inflora": ("B",), "seqlora": ("A", "B")}
 """The factors that each method trains, beside the present task's classifier."""
 TUNINGS = ("lora", "head", "full")
 OPTIMIZERS = ("adam", "sgd")
@@ -24,7 +25,8 @@ class VisionReference:
     """Arguments of one run; defaults are those of InfLoRA's configuration for ten-task CIFAR-100."""
 
     method: str
-    """inflora, or seqlora: one adapter, A and B, trained on all tasks in turn with nothing protected."""
+    """inflora; duallora, which is a reconstruction; or seqlora: one adapter, A and B, trained on all tasks in turn with
+    nothing protected."""
     dataset: Callable[[dict[str, Any]], Any]
     """A class with the interface of InfLoRA's datasets: made from ``{"data_path": ...}``; ``download_data()``
     then sets ``train_data``, ``train_targets``, ``test_data`` and ``test_targets``; ``train_trsf``,
@@ -55,6 +57,8 @@ class VisionReference:
     """InfLoRA: share of the inputs' energy that is protected after the first task."""
     lame: float = 1.0
     """InfLoRA: the share would reach this one task after the last; it grows linearly in between."""
+    dual: DualChoices = field(default_factory=DualChoices)
+    """DualLoRA: which reading of it; ``lamb`` and ``lame`` are its too."""
     epochs: int = 20
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
@@ -96,6 +100,7 @@ class VisionReference:
             problems.append(f"tasks={self.tasks}: expected at least 1.")
         if not 0 < self.fraction <= 1:
             problems.append(f"fraction={self.fraction}: expected a share over 0 and at most 1.")
+        problems += self.dual.problems()
         width = self.model["embed_dim"]
         if self.rank > width:
             problems.append(f"rank={self.rank} is more than the model's width; expected at most {width}.")
@@ -127,6 +132,7 @@ def read_reference(config: Mapping[str, Any], description: Mapping[str, Any]) ->
         model=description["model"] or VIT_BASE,
         weights=Path(description["weights"]),
         seed=config["seed"][0],
+        dual=choices_of(config),
         **{key: config[key] for key in OWN if key in config},
         device="cpu" if description["device"] == "cpu" else "cuda",
         **{_NAMES.get(key, key): config[key] for key in REFERENCE_DEFAULTS},

@@ -81,15 +81,18 @@ class LoRAViT(nn.Module):
     """A Vision Transformer whose class token is classified by one linear layer per task.
 
     Attributes:
+        projection: What stands in for the attentions' joint projections.
         task: The task that is learned or was learned last, from 0.
     """
+
+    projection: type[KeyValueLoRA] = KeyValueLoRA
 
     def __init__(self, vit: VisionTransformer, rank: int, classes: Sequence[int], *, adapted: bool = True) -> None:
         super().__init__()
         self.vit: Any = vit
         plain = [block.attn.qkv for block in self.vit.blocks]
         for block in self.vit.blocks:
-            block.attn.qkv = KeyValueLoRA(block.attn.qkv, rank)
+            block.attn.qkv = self.projection(block.attn.qkv, rank)
         self.heads = nn.ModuleList(nn.Linear(self.vit.embed_dim, count) for count in classes)
         if not adapted:  # after the classifiers' random numbers, which are then those beside LoRA
             for block, qkv in zip(self.vit.blocks, plain, strict=True):
@@ -130,13 +133,14 @@ class LoRAViT(nn.Module):
         return torch.cat([head(features) for head in self.heads[: self.task + 1]], dim=1).argmax(dim=1)
 
 
-def build(reference: VisionReference, classes: Sequence[int]) -> LoRAViT:
+def build(reference: VisionReference, classes: Sequence[int], kind: type[LoRAViT] = LoRAViT) -> LoRAViT:
     """Make the model with which the first task begins, in evaluation mode, on its device.
 
     Args:
         reference: Sizes, weights (a classifier among them is left out), rank, and the seed of the random weights:
             classifiers, A, and without ``weights`` the whole model.
         classes: Number of classes of each task.
+        kind: The model's class.
 
     Raises:
         UserError: If the weights cannot be read or belong to a model of other sizes.
@@ -146,7 +150,7 @@ def build(reference: VisionReference, classes: Sequence[int]) -> LoRAViT:
     if reference.weights is not None:
         _load(vit, reference.weights)
     adapted = reference.tuning == "lora"
-    return LoRAViT(vit, reference.rank, classes, adapted=adapted).eval().to(reference.device)
+    return kind(vit, reference.rank, classes, adapted=adapted).eval().to(reference.device)
 
 
 def _load(vit: VisionTransformer, weights: Path) -> None:

@@ -1,0 +1,137 @@
+"""The ledger of forgetting of a run, drawn: what the change of each earlier task's loss is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from flatpatch.report.drawing import BELOW, COLOURS, finish
+
+# Of a ledger's terms: how each is called, and its colour. What they add up to is drawn in black.
+TERMS = {
+    "gradient": ("gradient term", COLOURS[0]),
+    "curvature": ("curvature term", COLOURS[1]),
+    "remainder": ("remainder", COLOURS[3]),
+}
+CHANGE = "change of the loss"
+_MOST_PANELS = 6
+_NEEDED = ("task_index", "change", *TERMS, "steps", "losses", "gradients", "curvatures")
+
+Ledger = Mapping[str, Any]
+
+
+def read_ledgers(folder: Path) -> list[Ledger]:
+    """Return the files ``flatness/*-ledger.json`` of a run that are whole, in the order of the tasks.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        What each holds, as :mod:`flatpatch.measurement.ledger` says; none of those that are damaged or failed.
+    """
+    found = []
+    for path in sorted((folder / "flatness").glob("*-ledger.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            whole = content["error"] is None and all(
+                key in row for row in content["ledger"]["earlier"] for key in _NEEDED
+            )
+            if whole:
+                found.append((int(content["task_index"]), content))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return [content for _, content in sorted(found, key=lambda pair: pair[0])]
+
+
+def make_ledger_figure(ledgers: Sequence[Ledger], record: Mapping[str, Any]) -> Figure | None:
+    """Return the terms of every earlier task through every later one, and how they add up along the steps.
+
+    Args:
+        ledgers: As ``read_ledgers`` returns them.
+        record: The run's record.
+
+    Returns:
+        Above, stacked bars for each earlier task and each task trained after it; below, a panel for each earlier task
+        with the sums so far over the steps. None where no earlier task was followed.
+    """
+    pairs = [(row, ledger) for ledger in ledgers for row in ledger["ledger"]["earlier"]]
+    if not pairs:
+        return None
+    tasks = record["tasks"]
+    earlier = sorted({row["task_index"] for row, _ in pairs})
+    shown = earlier[:_MOST_PANELS]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(6.4, 2.4 * columns), 2.9 + 1.9 * rows), layout="constrained")
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[1.4, *[1.0] * rows])
+    bars = figure.add_subplot(grid[0, :])
+    pairs.sort(key=lambda pair: (pair[0]["task_index"], pair[1]["task_index"]))
+    _draw_bars(bars, pairs)
+    for k, index in enumerate(shown):
+        axes = figure.add_subplot(grid[1 + k // columns, k % columns])
+        _draw_lines(axes, [pair for pair in pairs if pair[0]["task_index"] == index])
+        axes.set_title(f"task {index + 1} {tasks[index]}", fontsize=8)
+    figure.legend(*bars.get_legend_handles_labels(), **BELOW, ncols=4)
+    every = ", ".join(str(each) for each in sorted({ledger["ledger"]["every"] for ledger in ledgers}))
+    notes = [
+        f"an entry each {every} steps; below: sums over the entries so far (dashed: the change itself), dotted where a "
+        "task's training ends"
+    ]
+    if len(earlier) > len(shown):
+        notes.append(f"of {len(earlier)} earlier tasks the first {len(shown)} have panels")
+    return finish(figure, "What the change of earlier tasks' losses is made of", notes, record=record)
+
+
+def _draw_bars(axes: Any, pairs: Sequence[tuple[Mapping[str, Any], Ledger]]) -> None:
+    x = np.arange(len(pairs))
+    above, below = np.zeros(len(pairs)), np.zeros(len(pairs))
+    for name, (label, colour) in TERMS.items():
+        values = np.array([row[name] for row, _ in pairs], dtype=np.float64)
+        axes.bar(x, values, bottom=np.where(values >= 0, above, below), color=colour, width=0.65, label=label)
+        above, below = above + values.clip(min=0), below + values.clip(max=0)
+    changes = [row["change"] for row, _ in pairs]
+    axes.plot(x, changes, linestyle="none", marker="D", markersize=4, color="black", label=CHANGE)
+    axes.axhline(0, color="0.4", linewidth=0.7)
+    names = [f"{row['task_index'] + 1} in {ledger['task_index'] + 1}" for row, ledger in pairs]
+    axes.set_xticks(x, names, rotation=60 if len(pairs) > 12 else 0)
+    axes.set_xlim(-0.6, max(len(pairs), 5) - 0.4)  # one bar alone would fill the figure
+    axes.set_xlabel("earlier task in the training of a later one", fontsize=8)
+    axes.set_ylabel("change of the loss", fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+
+
+def _draw_lines(axes: Any, pairs: Sequence[tuple[Mapping[str, Any], Ledger]]) -> None:
+    ends: list[int] = []
+    parts: dict[str, list[float]] = {name: [0.0] for name in (*TERMS, "change")}
+    steps = [0.0]
+    for row, ledger in pairs:
+        steps += [(ends[-1] if ends else 0) + step for step in row["steps"]]
+        for name, values in entries_of(row):
+            before = parts[name][-1]
+            parts[name] += (before + np.cumsum(values)).tolist()
+        ends.append((ends[-1] if ends else 0) + ledger["ledger"]["steps"])
+    for name, (_, colour) in TERMS.items():
+        axes.plot(steps, parts[name], color=colour, linewidth=1.2)
+    axes.plot(steps, parts["change"], color="black", linewidth=1.0, linestyle="--")
+    for end in ends[:-1]:
+        axes.axvline(end, color="0.45", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="0.4", linewidth=0.7)
+    axes.set_xlabel("steps since it was learned", fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+
+
+def entries_of(row: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[float]]]:
+    """Yield the change of the loss and its terms, each with its value in every entry of the ledger."""
+    changes = np.diff(np.asarray(row["losses"], dtype=np.float64))
+    gradients, curvatures = (np.asarray(row[name], dtype=np.float64) for name in ("gradients", "curvatures"))
+    yield "change", changes.tolist()
+    yield "gradient", gradients.tolist()
+    yield "curvature", curvatures.tolist()
+    yield "remainder", (changes - gradients - curvatures).tolist()

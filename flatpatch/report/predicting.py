@@ -1,0 +1,130 @@
+"""What predicts forgetting: over several runs, each earlier task's loss of accuracy beside what was measured of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from flatpatch.report.drawing import BELOW, COLOURS, finish
+from flatpatch.report.groups import Group, Run, forgetting_per_task
+from flatpatch.report.ledger import read_ledgers
+from flatpatch.statistics import FEWEST_RUNS, RankCorrelation, rank_correlation
+
+_LEDGER = {
+    "change": "change of its loss by the ledger",
+    "gradient": "gradient term of the ledger",
+    "curvature": "curvature term of the ledger",
+}
+_FLATNESS = {
+    "top_eigenvalue": "largest eigenvalue",
+    "trace": "trace",
+    "sam_sharpness_ascent": "loss rise in SAM's ball",
+}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One measured number beside forgetting, over runs."""
+
+    title: str
+    found: RankCorrelation | None
+    n: int  # pairs of a run and an earlier task
+    runs: int
+
+    @property
+    def note(self) -> str:
+        """What must be said of so few runs; empty where they are enough."""
+        if self.found is None:
+            return "no correlation: too few pairs, or one side does not vary"
+        if self.found.low is None:
+            return f"too few runs for an interval: {self.runs} of at least {FEWEST_RUNS}"
+        return ""
+
+
+def predictors(groups: Sequence[Group]) -> list[Predictor]:
+    """Correlate forgetting with what was measured, over the finished runs of all groups.
+
+    A pair is a run and an earlier task of it: the task's best earlier accuracy minus its last one, in points, beside
+    the sum of the ledger's terms over all later tasks, or beside what was measured right after the task was learned.
+
+    Args:
+        groups: As ``group_runs`` returns them.
+
+    Returns:
+        One for each number that two runs or more have, in a fixed order; of flatness one for each scope.
+    """
+    runs = [run for group in groups if group.is_finished for run in group.counted]
+    ledgers = {id(run): _ledger_sums(run) for run in runs}
+    readers: dict[str, Callable[[Run, int], float | None]] = {
+        title: (lambda run, task, name=name: ledgers[id(run)].get(task, {}).get(name))  # type: ignore[misc]
+        for name, title in _LEDGER.items()
+    }
+    for scope in dict.fromkeys(entry["scope"] for run in runs for entry in run.record["flatness"]):
+        for name, title in _FLATNESS.items():
+            readers[f"{title} after learning it, {scope}"] = (
+                lambda run, task, name=name, scope=scope: _flatness(run, task, name, scope)  # type: ignore[misc]
+            )
+    found = []
+    for title, read in readers.items():
+        pairs = [_pairs(run, read) for run in runs]
+        known = sum(bool(own) for own in pairs)
+        if known > 1:
+            found.append(Predictor(title, rank_correlation(pairs), sum(map(len, pairs)), known))
+    return found
+
+
+def _pairs(run: Run, read: Callable[[Run, int], float | None]) -> list[tuple[float, float]]:
+    rows = [(read(run, task), lost) for task, lost in enumerate(forgetting_per_task(run))]
+    return [(value, lost) for value, lost in rows if value is not None and lost is not None and math.isfinite(value)]
+
+
+def _ledger_sums(run: Run) -> Mapping[int, Mapping[str, float]]:
+    """Return each earlier task's terms over all later tasks, of those that every later task has in its ledger."""
+    ledgers = read_ledgers(run.folder)
+    size = len(run.record["tasks"])
+    sums: dict[int, dict[str, float]] = {}
+    for task in range(size - 1):
+        rows = [row for ledger in ledgers for row in ledger["ledger"]["earlier"] if row["task_index"] == task]
+        if len(rows) == size - 1 - task:
+            sums[task] = {name: math.fsum(row[name] for row in rows) for name in _LEDGER}
+    return sums
+
+
+def _flatness(run: Run, task: int, name: str, scope: str) -> float | None:
+    for entry in run.record["flatness"]:
+        if (entry["task_index"], entry["when"], entry["scope"]) == (task, "after", scope):
+            value: float | None = entry["values"].get(name)
+            return value
+    return None
+
+
+def make_predictors_figure(found: Sequence[Predictor]) -> Figure | None:
+    """Return each rank correlation with its interval and its range; None where there is none.
+
+    Args:
+        found: As ``predictors`` returns them.
+    """
+    shown = [(each, each.found) for each in found if each.found is not None]
+    if not shown:
+        return None
+    figure = Figure(figsize=(6.0, 1.3 + 0.34 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for k, (_, each) in enumerate(shown):
+        if each.least is not None and each.most is not None:
+            axes.plot([each.least, each.most], [k, k], color=COLOURS[4], linewidth=5, solid_capstyle="butt")
+        if each.low is not None and each.high is not None:
+            axes.plot([each.low, each.high], [k, k], color="black", linewidth=1.1)
+        axes.plot([each.rho], [k], color="black", marker="o", markersize=4, linestyle="none")
+    axes.plot([], [], color=COLOURS[4], linewidth=5, label="range with one run left out")
+    axes.plot([], [], color="black", linewidth=1.1, label="95 % interval, runs resampled")
+    axes.axvline(0, color="0.4", linewidth=0.7)
+    axes.set_yticks(range(len(shown)), [each.title for each, _ in shown], fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set_xlim(-1.05, 1.05)
+    axes.set_xlabel("Spearman's rank correlation with forgetting", fontsize=8)
+    axes.tick_params(axis="x", labelsize=7.5)
+    figure.legend(*axes.get_legend_handles_labels(), **BELOW, ncols=2)
+    return finish(figure, "", [])

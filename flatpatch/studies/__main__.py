@@ -1,0 +1,80 @@
+"""Print the verdicts of studies as the tables of a document: ``docs/studies.md`` has them.
+
+python -m flatpatch.studies runs [another folder of runs ...]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flatpatch.report.verdicts import AS_RECORDED, CORRECT, STUDIES, VERDICTS
+
+
+def tables(folders: Sequence[Path]) -> str:
+    """Return two tables in Markdown, of hypotheses and of conclusions.
+
+    Args:
+        folders: Those that hold ``studies``; of the same study and form in two the later folder counts.
+    """
+    found = {(path.parts[-3], path.parts[-2]): path for folder in folders for path in _verdicts(folder)}
+    studies = [json.loads(path.read_text(encoding="utf-8")) for _, path in sorted(found.items())]
+    lines = [
+        "| study | form | hypothesis | seeds | effect, 95 % interval | verdict | controls | as recorded |",
+        "|---|---|---|---|---|---|---|---|",
+        *(row for study in studies for row in _hypotheses(study)),
+        "",
+        "| study | form | the record's conclusion | measured correctly | as recorded |",
+        "|---|---|---|---|---|",
+    ]
+    for study in studies:
+        for each in study["conclusions"]:
+            lines.append(_row(study, each["text"], each["outcome"], each["as_recorded"] or "-"))
+    return "\n".join(lines) + "\n"
+
+
+def _verdicts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{STUDIES}/*/*/{VERDICTS}"))
+
+
+def _hypotheses(study: Mapping[str, Any]) -> Iterator[str]:
+    recorded = {each["hypothesis"]: each["tested"] for each in study["hypotheses"] if each["arm"] == AS_RECORDED}
+    for each in study["hypotheses"]:
+        if each["arm"] == CORRECT:
+            tested = each["tested"]
+            controls = "; ".join(f"{name}: {test['verdict']}" for name, test in each["controls"].items())
+            other = recorded.get(each["hypothesis"])
+            yield _row(
+                study,
+                each["statement"],
+                tested["n"],
+                _effect(tested, each["unit"]),
+                tested["verdict"],
+                controls or "-",
+                "-" if other is None else f"{_effect(other)}: {other['verdict']}",
+            )
+
+
+def _effect(tested: Mapping[str, Any], unit: str = "") -> str:
+    if tested["effect"] is None:
+        return "no number"
+    ends = [tested["low"], tested["high"]]
+    interval = (
+        "" if any(end is None or not math.isfinite(end) for end in ends) else " ({:+.3g} to {:+.3g})".format(*ends)
+    )
+    return f"{tested['effect']:+.3g}{interval} {unit}".rstrip()
+
+
+def _row(study: Mapping[str, Any], *cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in (study["study"], study["form"], *cells)) + " |"
+
+
+if __name__ == "__main__":
+    if any(word.startswith("-") for word in sys.argv[1:]) or not sys.argv[1:]:
+        print(__doc__)
+    else:
+        print(tables([Path(word) for word in sys.argv[1:]]), end="")
