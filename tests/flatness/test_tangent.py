@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +23,16 @@ from flatpatch.flatness import (
     supervised_loss,
 )
 from flatpatch.flatness.tangent import tangent_space
-from tests.flatness.test_scope import CROSS_ENTROPY, TaskAttention, adapted, after_two_tasks
-from tests.flatness_cases import LoRALinear, all_products, rows
+from tests.flatness.test_scope import (
+    CROSS_ENTROPY,
+    Encoder,
+    TaskAttention,
+    adapted,
+    after_two_tasks,
+    cllora_transformer,
+    randomised,
+)
+from tests.flatness_cases import LoRALinear, all_products, import_file, import_folder, rows
 from tests.flatness_lora import assert_same_state, factors, make_model, make_problem, state_of
 
 
@@ -232,3 +242,41 @@ def test_a_checkpoint_is_no_point_of_a_tangent_space() -> None:
     model = make_model()
     with pytest.raises(UserError, match="scope=tangent has no lines between models"):
         checkpoint_point(make_problem(model, "tangent"), model.state_dict())
+
+
+# --- the authors' own layers
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("repository", ["N-LoRA", "InfLoRA", "CL-LoRA"])
+def test_upstreams_layers_move_in_the_directions_of_their_factors(
+    repository: str, upstream: Callable[[str], Path]
+) -> None:
+    checkout = upstream(repository)
+    pairs = {}
+    if repository == "N-LoRA":
+        vendored = import_folder(checkout / "src" / "peft", "nlora_peft")
+        config = vendored.LoraConfig(r=2, lora_alpha=6, lora_dropout=0.1, target_modules=["q", "v"], r_sum=3)
+        model = randomised(vendored.get_peft_model(Encoder(), config)).double()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("loranew_" in name)  # as its run script does
+        batches = rows(4, 3)
+        for name, layer in ((name, model.get_submodule(f"base_model.model.{name}")) for name in "qv"):
+            A, B = layer.loranew_A["default"].weight, layer.loranew_B["default"].weight
+            pairs[f"base_model.model.{name}.merged"] = (B, A, True, True)
+    elif repository == "InfLoRA":
+        module = import_file(checkout / "models" / "vit_inflora.py", "inflora_vit")
+        model = after_two_tasks(module.Attention_LoRA(4, num_heads=2, r=2, n_tasks=3))
+        batches = rows(4, 3)
+        for name in "kv":
+            A, B = (getattr(model.attention, f"lora_{factor}_{name}")[1].weight for factor in "AB")
+            pairs[f"attention.{name}.merged"] = (B, A, True, False)  # A is fixed
+    else:
+        model, batches = cllora_transformer(checkout)
+        for block in range(2):
+            for index, name in ((0, "q"), (2, "v")):
+                adapter = model.cur_adapter[block][index]
+                pair = (adapter.lora_A.weight, adapter.lora_B.weight, True, True)  # A is the one next to the output
+                pairs[f"blocks.{block}.attn.{name}_proj.merged"] = pair
+    problems = both(model, batches)
+    check_against_merged(model, problems, [dense_tangent([pairs[name]]) for name in problems["merged"].scope.names])
