@@ -270,14 +270,18 @@ def test_measured_run_of_upstreams_code_is_bit_for_bit_the_same(
     ready("nlora")
     runs = Runs(warm, tmp_path, "method=nlora", "sam=sam", "rho=0.05")
     plain = runs.patched("plain")
-    asked = ("measure=eigenvalues,sam,slice", "measure_samples=2", "measure_batch=2")
+    asked = ("measure=eigenvalues,sam,slice,ledger", "measure_samples=2", "measure_batch=2", "measure_ledger_every=1")
     measured = runs.patched("measured", *asked)
     assert_same(measured, plain)
     entries = read_record(tmp_path / "measured")["flatness"]
     assert len(entries) == 8
+    ledger = json.loads(next((tmp_path / "measured" / files.FOLDER).glob("2-*-ledger.json")).read_text())
+    (row,) = ledger["ledger"]["earlier"]
+    learned = next(entry["loss"] for entry in entries if (entry["task_index"], entry["when"]) == (0, "after"))
+    assert ledger["error"] is None and row["losses"][0] == pytest.approx(learned, rel=1e-5)
     assert all(entry["values"]["top_eigenvalue"] > 0 for entry in entries)
     # Rebuilt from what upstream saved, in our layers, the model is the one that was measured in the run.
-    assert main(["measure", f"run={tmp_path / 'measured'}", "measure=trace", *asked[1:]]) == 0
+    assert main(["measure", f"run={tmp_path / 'measured'}", "measure=trace", *asked[1:3]]) == 0
     record = read_record(tmp_path / "measured")
     losses = {(e["when"], e["scope"]): e["loss"] for e in record["flatness"] if e["task_index"] == 1}
     for scope in ("adapter", "merged"):
