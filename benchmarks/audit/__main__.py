@@ -72,9 +72,11 @@ def audit(checkouts: Path, only: Sequence[str] | None, target: Path | None) -> N
         print(f"{len(missing)} not here:", *(f"  {name}: {reason}" for name, reason in missing.items()), "", sep="\n")
         if target is not None:
             raise UserError(f"{target} was not written: not all implementations are here (see above).")
+    if not (there or modules):
+        raise UserError(f"nothing to audit in {checkouts}: the commands above bring it there.")
     names = [row.name for row in there]
     findings = {check.name: {row.name: run_check(check, Maker(row, there[row])) for row in there} for check in CHECKS}
-    findings[ranks.NAME] = ranks.audit([*there], checkouts)
+    findings[ranks.NAME] = ranks.audit([*there], checkouts) if there else {}
     related = [(variant, variants.audit(variant, module)) for variant, module in modules.items()]
     print(page.matrix(findings, names), "", page.meanings(findings, names), sep="\n")
     for variant, found in related:

@@ -341,5 +341,12 @@ ROWS = (
         by_design={"tiny": "the addition is an argument, epsilon"},
         note="its SAMOptimizer, called as its trainer calls it; it asks for torch below 2.7.1",
     ),
-    Row("temperon", Source("temperon", package="temperon", pin="0.1.1"), temperon, "MIT", note="with tail_frac 1"),
+    Row(
+        "temperon",
+        Source("temperon", package="temperon", pin="0.1.1"),
+        temperon,
+        "MIT",
+        by_design={"tiny": "the addition is an argument, eps"},
+        note="with tail_frac 1",
+    ),
 )

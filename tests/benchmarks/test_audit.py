@@ -134,6 +134,7 @@ def test_a_missing_implementation_says_how_to_get_it(source, way, tmp_path):
         (["--checkouts", "{here}", "--only", "temperan"], "Did you mean 'temperon'?"),
         (["--checkouts", "{here}", "--only", "flatpatch", "--page", "docs/audit.md"], "leave out --only"),
         (["--checkouts", "{here}", "--page", "docs/audit.md"], "was not written"),
+        (["--checkouts", "{here}", "--only", "temperon"], "nothing to audit"),
     ],
 )
 def test_a_mistake_is_named_and_the_page_left_alone(words, message, tmp_path, capsys, monkeypatch):
