@@ -1,0 +1,1 @@
+"""Programs that time this project beside others, and the audit of implementations of SAM."""
