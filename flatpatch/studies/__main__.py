@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.report.verdicts import AS_RECORDED, CORRECT, STUDIES, VERDICTS
+from flatpatch.studies.result import ConclusionResult
 
 
 def tables(folders: Sequence[Path]) -> str:
@@ -32,8 +33,8 @@ def tables(folders: Sequence[Path]) -> str:
         "|---|---|---|---|---|",
     ]
     for study in studies:
-        for each in study["conclusions"]:
-            lines.append(_row(study, each["text"], each["outcome"], each["as_recorded"] or "-"))
+        for each in (ConclusionResult(**own) for own in study["conclusions"]):
+            lines.append(_row(study, each.text, each.outcome, each.as_recorded or "-"))
     return "\n".join(lines) + "\n"
 
 

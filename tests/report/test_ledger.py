@@ -54,8 +54,9 @@ def test_figure_shows_the_sums_of_each_pair_and_how_they_add_up(tmp_path: Path) 
     (line,) = [line for line in bars.get_lines() if line.get_label() == CHANGE]
     assert list(line.get_ydata()) == pytest.approx(changes)
     # Negative terms hang below, so that positive ones begin at zero and end at curvature and remainder together.
-    tops = [sum(bar.get_height() for bar in bars.patches[k + 6 :: 6]) for k in range(6)]
-    assert tops == pytest.approx([4 / 3 * change for change in changes])
+    ends = [[bar.get_y() + end for bar in bars.patches[k::6] for end in (0, bar.get_height())] for k in range(6)]
+    assert [max(own) for own in ends] == pytest.approx([4 / 3 * change for change in changes])
+    assert [min(own) for own in ends] == pytest.approx([-change / 3 for change in changes])
     assert [axes.get_title() for axes in panels] == [f"task {k + 1} {ORDER_1[k]}" for k in range(3)]
     whole = panels[0].get_lines()[3]
     assert list(whole.get_xdata()) == [0, 2, 4, 6, 8, 10, 12]

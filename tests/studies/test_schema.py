@@ -20,8 +20,8 @@ def message(path: Path) -> str:
     return str(caught.value)
 
 
-def test_the_records_ten_experiments_are_there() -> None:
-    assert tuple(library()) == STUDIES
+def test_the_records_ten_experiments_and_the_family_of_sam_are_there() -> None:
+    assert tuple(library()) == (*STUDIES, "sam_family")
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -273,6 +273,13 @@ def test_a_kind_of_sam_that_needs_momenta_is_refused_under_deepspeed() -> None:
     assert settle(request, "upstream", "as asked", "python", 1, []) is request
 
 
+def test_balancing_is_refused_under_deepspeed() -> None:
+    request = parse(["method=nlora", "sam=nbar"])
+    with pytest.raises(UserError, match="^sam=nbar rescales LoRA's factors before an update.* Use launcher=python"):
+        settle(request, "upstream", "as asked", "deepspeed", 1, [])
+    assert settle(request, "upstream", "as asked", "python", 1, []) is request
+
+
 def test_names_of_default_runs_stay_as_they_are() -> None:
     assert name_of() == "nlora-order1-quick-reference-off-seed42"
     assert name_of("sam=sam", "scope=A") == "nlora-order1-quick-reference-sam-rho0.05-scopeA-seed42"
