@@ -291,6 +291,8 @@ class Measurer:
     ) -> None:
         """Measure each scope's change over the task's training, the random numbers being put back by the caller."""
         for scope, result in results.items():
+            if scope == "tangent":  # whose directions before the task are not those after it
+                continue
             began = time.perf_counter()
             try:
                 if (weights := self._began.get((task_index, scope))) is None:

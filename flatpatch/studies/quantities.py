@@ -12,7 +12,7 @@ import numpy as np
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.measurement.files import GIVEN_BY, VALUES
-from flatpatch.measuring import AT_LOSS
+from flatpatch.measuring import AT_LOSS, UPDATE
 from flatpatch.metrics import METRICS
 from flatpatch.report.records import RECORD_FILE, read_record
 from flatpatch.report.verdicts import AS_RECORDED
@@ -178,8 +178,10 @@ class Planned:
             return f"runs {cell.name!r} do not measure {kind}, which gives {quantity.value}: they measure " + ", ".join(
                 asked.kinds
             )
-        if (quantity.value, quantity.scope) == ("distance_moved", "tangent"):
-            return "scope 'tangent' has no distance_moved: its directions at two times are not the same. Take 'merged'"
+        if quantity.scope == "tangent" and (quantity.value == "distance_moved" or kind == UPDATE):
+            return (
+                f"scope 'tangent' has no {quantity.value}: its directions at two times are not the same. Take 'merged'"
+            )
         if quantity.scope not in asked.scopes:
             return (
                 f"runs {cell.name!r} do not measure over scope {quantity.scope!r}: expected {', '.join(asked.scopes)}"

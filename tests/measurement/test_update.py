@@ -21,11 +21,13 @@ MSE = supervised_loss(nn.functional.mse_loss)
 
 
 def measure_task(folder: Path, index: int, before: nn.Module, after: nn.Module, batches: Any) -> dict[str, Any]:
-    request = Request(("loss", "update"), ("adapter", "merged"), samples=6, batch=6, rho=0.1)
+    request = Request(("loss", "update"), ("adapter", "merged", "tangent"), samples=6, batch=6, rho=0.1)
     made = Measurer({"measure": {"request": request.as_dict(), "folder": str(folder)}})
     for when, model in (("before", before), ("after", after)):
         made.at(when, task_index=index, task="a b", model=model, sample=Sample(batches, 6), loss=MSE)
     content: dict[str, Any] = json.loads((folder / f"{index + 1}-a_b-after.json").read_text())
+    # Directions of before are not those of after, so over these no update is asked for, nor missed.
+    assert content["scopes"]["tangent"]["values"] == {}
     assert content["error"] is None and all(not found["errors"] for found in content["scopes"].values())
     return content["scopes"]
 
