@@ -7,7 +7,7 @@ from flatpatch.kinds.vectors import only_where, plus
 
 
 class ContinualFlat(Kind):
-    r"""C-Flat (Bian et al. 2024, arXiv:2404.00986, Eq. 8 to 13), in four passes.
+    r"""C-Flat (Bian et al. 2024, arXiv:2404.00986), in four passes.
 
     .. math::
         g_0 &= \nabla L(w), & g_1 &= \nabla L(w + \rho\, g_0 / \lVert g_0 \rVert), \\

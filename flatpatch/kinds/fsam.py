@@ -10,14 +10,14 @@ from flatpatch.kinds.vectors import is_finite, plus, where
 
 
 class Friendly(Kind):
-    r"""F-SAM (Li et al. 2024, arXiv:2403.12350, Algorithm 1), as its authors' code has it.
+    r"""F-SAM (Li et al. 2024, arXiv:2403.12350), as its authors' code has it.
 
     .. math:: \epsilon = \rho\, d / \lVert d \rVert_2, \quad d = g_t - \sigma\, m_{t-1}, \qquad
         m_t = \lambda\, m_{t-1} + (1 - \lambda)\, g_t
 
     so that the weights move along what is the batch's own in the gradient :math:`g_t`, not along the mean
-    :math:`m`. A weight's first gradient is climbed along as it is, and is its first :math:`m`. Where the authors'
-    algorithm subtracts the new mean, their code subtracts the one before, as here. :math:`\sigma = 0` is SAM.
+    :math:`m`. A weight's first gradient is climbed along as it is, and is its first :math:`m`. :math:`\sigma = 0` is
+    SAM.
     """
 
     name = "fsam"

@@ -6,7 +6,7 @@ from flatpatch.kinds.base import Kind, Passes
 
 
 class SharpnessAware(Kind):
-    r"""SAM (Foret et al. 2021, arXiv:2010.01412, Eq. 2 and 3).
+    r"""SAM (Foret et al. 2021, arXiv:2010.01412, Eq. 2).
 
     .. math:: \epsilon = \rho\, g / \lVert g \rVert_2, \qquad w \leftarrow U(w, \nabla L(w + \epsilon))
 

@@ -302,6 +302,10 @@ def test_a_gradient_that_is_not_finite_is_not_remembered(name: str) -> None:
     for _ in range(3):
         sam.gradients(closure)
         assert torch.isfinite(model.lora_A.grad).all()
+        remembered = [
+            part for part in (kind.state().get("mean") or kind.state().get("across") or []) if part is not None
+        ]
+        assert all(torch.isfinite(part).all() for part in remembered)
 
 
 @pytest.mark.parametrize(
