@@ -563,12 +563,22 @@ def make_layers_figure(
         axes.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
         if factors:
             axes.axvline(len(names) - 0.5, color="0.6", linewidth=0.8)
-    panels[1].set_xticks(range(len(names) + len(factors)), [*names, *(f"all {name}" for name in factors)])
-    panels[1].tick_params(axis="x", labelrotation=60 if len(names) > 6 else 20, labelsize=7.5)
+    ticks = [*_without_common_start(names), *(f"all {name}" for name in factors)]
+    turned = 60 if len(names) > 6 else 20
+    panels[1].set_xticks(range(len(ticks)), ticks, rotation=turned, ha="right", rotation_mode="anchor", fontsize=7.5)
     figure.legend(*panels[0].get_legend_handles_labels(), **BELOW, ncols=3)
     how = "each block by itself; bars: residual, standard error"
     title = "Curvature by layer" + (" and factor" if factors else "")
     return finish(figure, title, [describe_variation({"scope": scope, "note": how})], record=record)
+
+
+def _without_common_start(names: Sequence[str]) -> list[str]:
+    """Leave out the modules that all names begin with, but for the last two parts of each."""
+    parts = [name.split(".") for name in names]
+    common = 0
+    while len(parts) > 1 and all(len(own) > common + 2 and own[common] == parts[0][common] for own in parts):
+        common += 1
+    return [".".join(own[common:]) for own in parts]
 
 
 def make_recorded_eigenvalues_figure(

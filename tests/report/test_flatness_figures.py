@@ -473,6 +473,13 @@ def test_bad_arguments_are_refused():
             call()
 
 
+def test_layers_are_named_without_the_modules_that_they_all_lie_in():
+    layers = {"model.encoder.block.0": _BLOCK, "model.encoder.block.1": _BLOCK, "model.decoder.block.0": _BLOCK}
+    axes = make_layers_figure({"after": {"layers": layers, "factors": {"A": _BLOCK}}}).axes
+    labels = [label.get_text() for label in axes[1].get_xticklabels()]
+    assert labels == ["encoder.block.0", "encoder.block.1", "decoder.block.0", "all A"]
+
+
 def test_layers_stand_beside_the_factors_with_their_errors_and_gaps_where_nothing_was_found():
     axes = make_layers_figure({"after": LAYERS, "before": {**LAYERS, "factors": {}}}).axes
     assert [label.get_text() for label in axes[1].get_xticklabels()] == ["block.0", "block.1", "all A", "all B"]
