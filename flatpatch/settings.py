@@ -637,6 +637,13 @@ def _check_scopes(settings: Settings) -> list[str]:
             f"scope={settings.scope} has nothing for sam={settings.sam}, which weighs LoRA's A against its B. Use "
             "scope=lora."
         ]
+    effective = settings.sam != "off" and "sam_radius" not in without_effect(settings.sam, "")
+    if effective and settings.sam_radius == "effective" and settings.scope in ("A", "head"):
+        why = "moves no LoRA" if settings.scope == "head" else "a step of A alone is boundless while B is near zero"
+        return [
+            f"scope={settings.scope} does not go with sam_radius=effective: {why}. Use scope=lora or B, or "
+            "sam_radius=factors."
+        ]
     if settings.tuning not in ("head", "full"):
         return []
     problems = []

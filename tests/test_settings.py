@@ -227,6 +227,14 @@ def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_n
     )
     assert "sam=obar has nothing to go by: tuning=full" in message(*without, "sam=obar")
     assert "scope=B has nothing for sam=nbar" in message("sam=nbar", "scope=B")
+    assert "boundless while B is near zero" in message("sam=sam", "sam_radius=effective", "scope=A")
+    assert "moves no LoRA" in message("sam=gsam", "sam_radius=effective", "scope=head")
+    assert parse(["sam=asam", "sam_radius=effective", "scope=A"]).settings.scope == "A"
+    for words in (["sam=nbar"], ["sam=flatlora"], ["sam=sam", "sam_radius=effective"]):
+        assert "have no partner" in message("method=duallora", *words)
+    for method in ("cllora", "sdlora"):
+        assert "scaled by what is learned" in message(f"method={method}", "sam=flatlora")
+        assert parse([f"method={method}", "sam=sam", "sam_radius=effective"]).notes == ()
     for method in ("inflora", "inflora_clip"):
         assert "trains B alone" in message(f"method={method}", "sam=nbar")
     assert parse(["method=seqlora_clip", "sam=nbar"]).settings.sam == "nbar"

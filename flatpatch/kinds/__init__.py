@@ -35,6 +35,11 @@ def of_pairs(name: str) -> bool:
     return name in KINDS and KINDS[name].of_pairs
 
 
+def noises(name: str) -> bool:
+    """Whether a value of ``sam=`` is a kind that needs the weights that LoRA's factors add to."""
+    return name in KINDS and KINDS[name].noises
+
+
 def balances(name: str) -> bool:
     """Whether a value of ``sam=`` is a kind that needs both factors of a pair trained."""
     return name in KINDS and KINDS[name].balances
@@ -56,4 +61,4 @@ def make_kind(settings: Mapping[str, Any], *, seed: int = 0) -> Kind:
     return kind(**values, **({"seed": seed} if kind.seeded else {}))
 
 
-__all__ = ["KINDS", "OF_SOME_KINDS", "Kind", "Passes", "balances", "make_kind", "mixed_seed", "of_pairs"]
+__all__ = ["KINDS", "OF_SOME_KINDS", "Kind", "Passes", "balances", "make_kind", "mixed_seed", "noises", "of_pairs"]

@@ -92,7 +92,8 @@ class Kind:
         place: Where it stands among the others where they are listed.
         arguments: Its settings, of those that not all kinds have, each with the argument of ``__init__`` that takes it.
         takes_radius: Whether its radius may be that of the weights that LoRA changes (``sam_radius=``).
-        of_pairs: Whether it goes by LoRA's factors as pairs.
+        of_pairs: Whether it goes by LoRA's factors as pairs, and so perturbs none of them.
+        noises: Whether it needs the weights that LoRA's factors add to.
         balances: Whether it weighs the two factors of a pair against each other, and so needs both.
         idle: Settings that all other kinds have and that change nothing in it.
         seeded: Whether ``__init__`` takes a ``seed``.
@@ -107,6 +108,7 @@ class Kind:
     arguments: ClassVar[Mapping[str, str]] = {}
     takes_radius: ClassVar[bool] = True
     of_pairs: ClassVar[bool] = False
+    noises: ClassVar[bool] = False
     balances: ClassVar[bool] = False
     idle: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False

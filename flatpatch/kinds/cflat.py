@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flatpatch.kinds.base import Kind, Passes, Vector
-from flatpatch.kinds.vectors import only_where, plus
+from flatpatch.kinds.vectors import is_finite, only_where, plus, where
 
 
 class ContinualFlat(Kind):
@@ -41,7 +41,8 @@ class ContinualFlat(Kind):
                 passes.descend(lambda found: self._combined(sharp, second, found))
 
     def _combined(self, sharp: Vector, second: Vector, found: Vector) -> Vector:
-        return only_where(found, plus(sharp, self.weight, plus(found, -1.0, second)))
+        flat = where(is_finite(second, found), plus(found, -1.0, second))
+        return only_where(found, plus(sharp, self.weight, flat))
 
 
 KIND = ContinualFlat

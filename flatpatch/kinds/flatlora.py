@@ -25,6 +25,7 @@ class FlatLora(Kind):
     climbs = False
     takes_radius = False
     of_pairs = True
+    noises = True
     idle = ("sync", "scope")
     seeded = True
 

@@ -21,6 +21,7 @@ class Momentum(Kind):
     climbs = False
     takes_radius = False
     reads_momentum = True
+    idle = ("sync",)
 
     def step(self, passes: Passes) -> None:
         """Move along the momentum, and descend with the gradient found there."""

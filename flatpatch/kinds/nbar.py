@@ -17,7 +17,7 @@ class BalancedByGradients(Kind):
         \quad \text{if } \lVert g_A \rVert \ge \lVert g_B \rVert,
 
     and with the signs exchanged otherwise. :math:`\eta_t` is the learning rate; :math:`\alpha_t`, the strength, falls
-    from rho at the first step of a task to 0 along a line. The weights are not perturbed.
+    along a line, from rho at the first of a task's T steps to rho / T at the last. The weights are not perturbed.
     """
 
     name = "nbar"

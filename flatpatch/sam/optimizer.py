@@ -158,7 +158,6 @@ class SAM(Optimizer):
         _refuse_unsupported(base_optimizer)
         self.base_optimizer = base_optimizer
         self.rho = rho
-        self.eta = eta
         self.sync = sync
         self.model = model
         self.steps = 0
@@ -292,7 +291,7 @@ class SAM(Optimizer):
             ValueError: If its ``rho`` is out of range.
         """
         if "rho" not in self.defaults:
-            check_settings(param_group.get("rho", 0.0), self.eta, self.sync)
+            check_settings(param_group.get("rho", 0.0), 0.0, self.sync)
         self.base_optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -168,10 +168,11 @@ class StepPasses(ABC):
             raise UserError(
                 "noise on the weights that LoRA changes needs LoRA's pairs, as lora_pairs(model) finds them"
             )
+        weights = frozen_weights(self._pairs)  # refused at the first step where they are not known, noise or none
         if sigma == 0:
             yield
             return
-        with noised(frozen_weights(self._pairs), sigma=sigma, seed=seed):
+        with noised(weights, sigma=sigma, seed=seed):
             self._moved += 1
             try:
                 yield

@@ -110,7 +110,7 @@ class SAMTrainingStep:
         self.rho = rho
         self.scope = scope
         self.sync = sync
-        self.ascent_loss = ascent_loss
+        self.ascent_loss = ascent_loss if self.kind.climbs else "total"
         self.ascent_batch = ascent_batch if self.kind.climbs else 1.0
         self.last_step: AscentStep | None = None
         self.perturbed_loss: Tensor | None = None

@@ -242,6 +242,7 @@ def distillation_loss(
 
 UPSTREAM = CLLoRA(
     name="cllora",
+    scaled=True,
     gpu_memory=GpuMemory(4.89, "ViT-B/16, batch 32, SAM off"),
     title="CL-LoRA",
     repository="CL-LoRA",

@@ -32,6 +32,7 @@ UPSTREAM = DualLoRA(
         "that what runs is one reading of them (docs/duallora.md)"
     ),
     seed=0,
+    unpaired=True,
     epochs=("epochs",),
     counts=("rank",),
     words={"optim": OPTIMIZERS, **WORDS},

@@ -220,6 +220,7 @@ _NOT_READ = "not read"
 
 UPSTREAM = SDLoRA(
     name="sdlora",
+    scaled=True,
     title="SD-LoRA",
     repository="SD-LoRA",
     configs={

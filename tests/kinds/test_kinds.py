@@ -285,6 +285,26 @@ def test_a_zero_gradient_moves_nothing(name: str) -> None:
     assert torch.equal(flat(model), before)
 
 
+def test_a_third_pass_of_cflat_that_is_not_finite_leaves_sams_step() -> None:
+    model, plain = Problem(), Problem()
+    plain.load_state_dict(model.state_dict())
+    taken = iter(range(100))
+
+    def closure() -> Tensor:
+        loss = backward(model)
+        if next(taken) == 2:
+            model.lora_A.grad.mul_(torch.inf)  # type: ignore[union-attr]
+        return loss
+
+    kind = make_kind({"kind": "cflat", "options": {"cflat_lambda": 0.2}})
+    SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=RHO, kind=kind).gradients(closure)
+    SAM(torch.optim.SGD(plain.parameters(), lr=0.1), rho=RHO).gradients(lambda: backward(plain))
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("name", ["gsam", "fsam", "looksam"])
 def test_a_gradient_that_is_not_finite_is_not_remembered(name: str) -> None:
     model, calls = Problem(), iter(range(100))

@@ -143,8 +143,9 @@ class _RecordedTraining:
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say what is about to happen, and start or continue the record."""
         perturbed = [] if self._sam is None else self._sam.parameters()
+        moved = [] if self._sam is None or self._sam.kind.of_pairs else perturbed
         trainable = [p for p in self._trainer.model.parameters() if p.requires_grad]
-        self._counts = counts(trainable, perturbed)
+        self._counts = counts(trainable, moved)
         self._dtype = dtypes(perturbed or trainable)
         taken = state.global_step if self._keeper is None else self._keeper.step
         if self._writes:
@@ -290,7 +291,7 @@ class _RecordedTraining:
     def _liveness(self) -> str:
         perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
         where = f"task {self._run['task_index'] + 1} {self._run['task']}"
-        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sam is not None else ""
+        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if perturbed else ""
         return f"{self._describe()}{on} ({self._dtype}), {where}"
 
     def _describe(self) -> str:

@@ -69,6 +69,11 @@ def settle(request: Request, engine: str, reason: str, launcher: str, world_size
             f"sam={settings.sam} needs the momentum of each weight, and DeepSpeed's optimizer holds flattened "
             "copies of all. Use launcher=python, or another kind of SAM."
         )
+    if request.overrides.get("optim") == "sgd" and settings.sam in KINDS and KINDS[settings.sam].reads_momentum:
+        raise UserError(
+            f"sam={settings.sam} moves along the optimizer's momentum, and upstream.optim=sgd has none. Leave "
+            "upstream.optim out, or use another kind of SAM."
+        )
     if launcher == "deepspeed" and balances(settings.sam):
         raise UserError(
             f"sam={settings.sam} rescales LoRA's factors before an update, and DeepSpeed's optimizer updates flattened "

@@ -44,7 +44,7 @@ def model_problems(folder: Path, longest: int) -> list[str]:
     if kind != LLAMA:
         return [f"model={folder} is of type '{kind}', and upstream's LLaMA scripts train a '{LLAMA}'. Name another."]
     problems = []
-    positions = config.get("max_position_embeddings", 2048)
+    positions = config.get("max_position_embeddings") or 2048
     if positions < longest:
         problems.append(
             f"model={folder} has {positions} positions, and an example may take {longest}: upstream's code stops. "
@@ -69,11 +69,25 @@ def _pieces_of(folder: Path) -> tuple[int, tuple[str, ...]]:
     """Return how many pieces a tokenizer has, added ones counted, and the first three; none if it cannot be read."""
     import sentencepiece
 
-    added = folder / "added_tokens.json"
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / TOKENIZER_MODEL))
-        more = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
         count = processor.get_piece_size()
-        return count + sum(number >= count for number in more.values()), tuple(processor.id_to_piece([0, 1, 2]))
+        known = set(processor.id_to_piece(list(range(count))))
+        return count + len(_named_tokens(folder) - known), tuple(processor.id_to_piece([0, 1, 2]))
     except (OSError, RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return 0, ()
+
+
+def _named_tokens(folder: Path) -> set[str]:
+    """Return the tokens that the files beside a tokenizer's pieces name; those that are no piece are added to it."""
+    named: set[str] = set()
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if name == "added_tokens.json":
+            named |= set(content)
+            continue
+        for key, value in content.items():
+            of_key = value if isinstance(value, list) else [value] if key.endswith("_token") else []
+            named |= {each["content"] if isinstance(each, dict) else each for each in of_key if each}
+    return {token for token in named if isinstance(token, str)}

@@ -225,13 +225,14 @@ class _Training:
         self._radius = self._settings.get("radius", "factors")
         by_pairs = self._sharpened and (self._radius == "effective" or of_pairs(self._settings["kind"]))
         self._pairs = trained_lora_pairs(learner._network) if by_pairs else None
-        self._counts = counts(self._trainable, self._perturbed)
+        moved = [] if of_pairs(self._settings["kind"]) else self._perturbed
+        self._counts = counts(self._trainable, moved)
         self._dtype = dtypes(self._perturbed or self._trainable)
         self._launcher = "data-parallel" if hasattr(learner._network, "device_ids") else "plain"
         self._learner, self._dataset = learner, getattr(loader, "dataset", None)
         optimizer.register_step_post_hook(self._after_step)
         perturbed, trainable = self._counts["perturbed_parameters"], self._counts["trainable_parameters"]
-        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sharpened else ""
+        on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sharpened and moved else ""
         announce(f"{self._describe()}{on} ({self._dtype}), {self._task}, seed {self._seed}")
         self._measure("before")
         self._recorder.write_progress("train", 0, total, task=self._task)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flatpatch.errors import FlatpatchError, did_you_mean
 from flatpatch.families.base import Deviation, Upstream
 from flatpatch.families.vision.data import Dataset
+from flatpatch.kinds import noises, of_pairs
 
 if TYPE_CHECKING:
     from flatpatch.settings import Settings
@@ -50,6 +51,8 @@ class VisionUpstream(Upstream):
         shuffles: Whether its own configurations shuffle the classes.
         unlisted_splits: By benchmark: whose split into training and test images it takes, of which there is no list.
         logged_splits: Benchmarks of which it is known which split the shipped logs had.
+        unpaired: Whether some of its LoRA factors have no partner.
+        scaled: Whether what its LoRA factors add is scaled by what is learned.
     """
 
     family: ClassVar[str] = "vision"
@@ -74,6 +77,8 @@ class VisionUpstream(Upstream):
     shuffles: bool = False
     unlisted_splits: Mapping[str, str] = field(default_factory=dict)
     logged_splits: tuple[str, ...] = ()
+    unpaired: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.repository is not None:
@@ -93,6 +98,17 @@ class VisionUpstream(Upstream):
             problems.append(
                 f"sam_on={settings.sam_on} is for methods that take two steps a batch; {self.title} takes one. "
                 "Leave it out."
+            )
+        effective = settings.sam != "off" and settings.sam_radius == "effective"
+        if self.unpaired and (of_pairs(settings.sam) or effective):
+            word = f"sam={settings.sam}" if of_pairs(settings.sam) else "sam_radius=effective"
+            problems.append(
+                f"{word} goes by LoRA's factors as pairs, and some of {self.title}'s have no partner. Leave it out."
+            )
+        if self.scaled and noises(settings.sam):
+            problems.append(
+                f"sam={settings.sam} needs the weight that a pair adds to, and {self.title}'s pairs are scaled by what "
+                "is learned. Use another kind of SAM."
             )
         if (settings.benchmark or settings.variant) and not self.configs:
             problems.append(

@@ -14,6 +14,7 @@ import torch
 from flatpatch import hooks
 from flatpatch.errors import FlatpatchError, UserError
 from flatpatch.families import recording
+from flatpatch.kinds import KINDS
 from flatpatch.measuring import Request
 from flatpatch.sam import SAMTrainingStep, mixed_seed
 from tests import sam_training
@@ -127,6 +128,27 @@ def test_hook_trains_as_the_wrapped_step_does(tmp_path, attached, kind, settings
     hooked = attached({"kind": kind} | settings)
     hooked.train()
     assert same(hooked, direct)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "options"),
+    [
+        ({"kind": "looksam", "options": {"looksam_k": 2, "looksam_alpha": 0.3}}, ("looksam", 2, 0.3), {}),
+        ({"kind": "sam", "radius": "effective"}, ("sam",), {"radius": "effective"}),
+        ({"kind": "sam", "ascent_batch": 0.5}, ("sam",), {"ascent_batch": 0.5}),
+    ],
+)
+def test_settings_of_a_kind_reach_the_step(tmp_path, attached, asked, kind, options):
+    name, *values = kind
+    plain = sam_training.make_trainer(tmp_path / "plain")
+    plain.training_step = SAMTrainingStep(plain, rho=0.5, kind=KINDS[name]())
+    plain.train()
+    direct = sam_training.make_trainer(tmp_path / "direct")
+    direct.training_step = SAMTrainingStep(direct, rho=0.5, kind=KINDS[name](*values), **options)
+    direct.train()
+    hooked = attached(asked)
+    hooked.train()
+    assert same(hooked, direct) and not same(hooked, plain)
 
 
 def test_random_directions_follow_from_the_runs_seed_and_the_task(tmp_path, attached):

@@ -77,6 +77,12 @@ def test_model_that_upstreams_code_would_misread_is_refused_with_the_reason(mode
     assert "has 800 embeddings and its tokenizer 801 pieces, added ones counted" in problem
     changed(model, vocab_size=801)
     assert llama.model_problems(model, 512) == []
+    (model / "added_tokens.json").unlink()
+    assert "tokenizer 800 pieces" in llama.model_problems(model, 512)[0]
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (model / name).write_text('{"bos_token": "<s>", "pad_token": {"content": "[PAD]"}}')
+        assert llama.model_problems(model, 512) == []
+        (model / name).write_text("{}")
     (model / "tokenizer.model").write_bytes(b"no tokenizer")
     (problem,) = llama.model_problems(model, 512)
     assert "the first pieces of its tokenizer.model are unreadable" in problem

@@ -273,6 +273,12 @@ def test_a_kind_of_sam_that_needs_momenta_is_refused_under_deepspeed() -> None:
     assert settle(request, "upstream", "as asked", "python", 1, []) is request
 
 
+def test_a_kind_of_sam_that_needs_momenta_is_refused_with_an_optimizer_that_has_none() -> None:
+    request = parse(["method=seqlora", "sam=msam", "upstream.optim=sgd"])
+    with pytest.raises(UserError, match="^sam=msam moves along the optimizer's momentum, and upstream.optim=sgd has"):
+        settle(request, "reference", "as asked", "python", 1, [])
+
+
 def test_balancing_is_refused_under_deepspeed() -> None:
     request = parse(["method=nlora", "sam=nbar"])
     with pytest.raises(UserError, match="^sam=nbar rescales LoRA's factors before an update.* Use launcher=python"):

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.families.vision.reference.duallora import model_kind
+from flatpatch.families.vision.reference.duallora import DualLoRAViT, model_kind
 from flatpatch.families.vision.reference.options import VisionReference
 from flatpatch.families.vision.reference.vit import LoRAViT, build
 from flatpatch.files import write_atomically
@@ -80,6 +80,8 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
             for name, value in _kept(reference, model, index).items():
                 value.copy_(file[name])
     model.task = task
+    if isinstance(model, DualLoRAViT):
+        model.choices = reference.dual
     model.train_only(("A", "B") if joined and reference.tuning == "lora" else reference.trained)
     return model
 
