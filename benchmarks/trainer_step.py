@@ -201,7 +201,7 @@ def instrument(trainer: Any, settings: SimpleNamespace, times: Times) -> None:
     import torch
     from transformers import TrainerCallback
 
-    import flatpatch.sam.trainer as sam
+    import flatpatch.sam.steps as sam
     from flatpatch.sam import RandomState, SAMTrainingStep, perturbed
 
     loader = trainer.get_train_dataloader
