@@ -1,6 +1,6 @@
 """Print the verdicts of studies as the tables of a document: ``docs/studies.md`` has them.
 
-python -m flatpatch.studies runs [another folder of runs ...]
+python -m flatpatch.studies [folder of runs, such as runs ...]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flatpatch.errors import UserError
 from flatpatch.report.verdicts import AS_RECORDED, CORRECT, STUDIES, VERDICTS
 from flatpatch.studies.result import ConclusionResult
 
@@ -21,9 +22,12 @@ def tables(folders: Sequence[Path]) -> str:
 
     Args:
         folders: Those that hold ``studies``; of the same study and form in two the later folder counts.
+
+    Raises:
+        UserError: If a folder has no verdicts, or some cannot be read.
     """
     found = {(path.parts[-3], path.parts[-2]): path for folder in folders for path in _verdicts(folder)}
-    studies = [json.loads(path.read_text(encoding="utf-8")) for _, path in sorted(found.items())]
+    studies = [_read(path) for _, path in sorted(found.items())]
     lines = [
         "| study | form | hypothesis | seeds | effect, 95 % interval | verdict | controls | as recorded |",
         "|---|---|---|---|---|---|---|---|",
@@ -39,7 +43,19 @@ def tables(folders: Sequence[Path]) -> str:
 
 
 def _verdicts(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{STUDIES}/*/*/{VERDICTS}"))
+    found = sorted(folder.glob(f"{STUDIES}/*/*/{VERDICTS}"))
+    if not found:
+        raise UserError(f"{folder} has no verdicts of studies. Name the folder of runs that a study was run in.")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = [study[key] for key in ("study", "form", "hypotheses", "conclusions")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Run the study again.") from None
+    return study
 
 
 def _hypotheses(study: Mapping[str, Any]) -> Iterator[str]:
@@ -75,7 +91,11 @@ def _row(study: Mapping[str, Any], *cells: object) -> str:
 
 
 if __name__ == "__main__":
-    if any(word.startswith("-") for word in sys.argv[1:]) or not sys.argv[1:]:
-        print(__doc__)
-    else:
-        print(tables([Path(word) for word in sys.argv[1:]]), end="")
+    if {"-h", "--help"} & set(sys.argv):
+        print((__doc__ or "").replace("``", ""))
+        sys.exit()
+    try:
+        print(tables([Path(word) for word in sys.argv[1:] or ["runs"]]), end="")
+    except UserError as error:
+        print(f"flatpatch: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from flatpatch.errors import UserError
 from flatpatch.studies.__main__ import tables
 from flatpatch.studies.result import folder_of, write_result
 from tests.study_cases import judged, last_row, leave, planned, write_study
@@ -37,3 +40,13 @@ def test_what_has_no_number_says_so(tmp_path: Path) -> None:
     result = judged(tmp_path, tmp_path, asked)
     write_result(folder_of(tmp_path, result.study, result.form), result)
     assert "| 0 | no number | undecided | - | - |" in tables([tmp_path])
+
+
+def test_folder_without_verdicts_and_damaged_ones_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no verdicts of studies"):
+        tables([tmp_path])
+    damaged = folder_of(tmp_path, "mine", "quick") / "verdicts.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    with pytest.raises(UserError, match=r"verdicts\.json cannot be read"):
+        tables([tmp_path])
