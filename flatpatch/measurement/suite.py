@@ -488,6 +488,7 @@ def _layers(work: _Work) -> None:
 
 
 def _invariance(work: _Work) -> None:
+    work.result.values["invariance_change"] = None  # where it is refused this stays, so that tables can tell
     effort = work.effort
     is_exact = work.problem.size <= EXACT_TRACE
 

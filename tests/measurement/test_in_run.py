@@ -34,6 +34,7 @@ from flatpatch.measuring import (
     Request,
     make_request,
     read_request,
+    writing_mark,
 )
 from flatpatch.report import flatness_run
 from flatpatch.report.flatness_figures import read_grid
@@ -718,6 +719,22 @@ def test_more_operators_blocks_and_the_certificate_are_measured_over_lora(tmp_pa
         assert set(result.results["layers"]["layers"]) == {"0", "3"}
         assert result.results["invariance"]["trace_by"] == "exact"
     assert found["tangent"].values["invariance_change"] < 1e-4 < 0.1 < found["adapter"].values["invariance_change"]
+
+
+def test_a_certificate_that_is_refused_is_told_from_one_that_was_not_asked_for() -> None:
+    """Of a loss that depends on A beside B A."""
+
+    def penalised(model: nn.Module, batch: Any) -> Tensor:
+        return MSE(model, batch) * model[0].lora_A["default"].weight.norm()
+
+    model = flatness_lora.make_model()
+    batches = [(torch.ones(4, 5, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64))]
+    marks = []
+    for kinds in ("loss", "invariance"):
+        found, _ = measure_model(model, batches, ask(kinds, "merged"), loss=penalised, say=lambda text: None)
+        marks.append(writing_mark("merged", found["merged"].values))
+    assert marks == ["invariant by construction", "not certified: refused"]
+    assert "no function of the products B A" in found["merged"].errors["invariance"]
 
 
 def test_the_certificate_of_a_model_without_lora_says_why_there_is_none() -> None:
