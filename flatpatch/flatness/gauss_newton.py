@@ -45,12 +45,14 @@ class _Call:
         outputs: What the model gave it, with its graph.
         target: The labels, or the values to meet.
         options: Its keyword arguments.
+        value: What it returned, without its graph.
     """
 
     function: Callable[..., Tensor]
     outputs: Tensor
     target: Tensor
     options: dict[str, Any]
+    value: Tensor
 
     def require_plain_mean(self, what: str) -> None:
         """Refuse terms that are weighted by their class, or anything but averaged."""
@@ -80,10 +82,11 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        found = function(*args, **kwargs)
         if function in _LOSSES:
             given = inspect.signature(function).bind(*args, **kwargs).arguments
-            self.calls.append(_Call(function, given.pop("input"), given.pop("target"), dict(given)))
-        return function(*args, **kwargs)
+            self.calls.append(_Call(function, given.pop("input"), given.pop("target"), dict(given), found.detach()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class _OutputOperator:
     """
 
     _name = ""
+    _is_of_a_distribution = False  # which a factor before the loss would be no part of
 
     def __init__(self, problem: Problem, *, keep_graphs: bool = True) -> None:
         self.problem = problem
@@ -173,7 +177,10 @@ class _OutputOperator:
         self._check_whole(loss, call.outputs, slope, index)
         dummy = torch.zeros_like(call.outputs, requires_grad=True)
         pulled = torch.autograd.grad(call.outputs, problem.variables, dummy, create_graph=True, materialize_grads=True)
-        return _Split(call.outputs, self._curve(call, slope), dummy, list(pulled))
+        curve = self._curve(call, slope)
+        if self._is_of_a_distribution:
+            self._check_scale(float(loss.detach()), float(call.value), index)
+        return _Split(call.outputs, curve, dummy, list(pulled))
 
     def _check_whole(self, loss: Tensor, outputs: Tensor, slope: Tensor, index: int) -> None:
         """A penalty on the weights would be left out without a word."""
@@ -186,6 +193,13 @@ class _OutputOperator:
             raise UserError(
                 f"{self._name} needs a loss that is a function of the outputs alone; of batch {index}'s gradient "
                 f"{missing:.3g} of {float(full.norm()):.3g} (norms) comes another way, as from a penalty."
+            )
+
+    def _check_scale(self, loss: float, own: float, index: int) -> None:
+        if not abs(loss - own) <= 1e-3 * abs(own):
+            raise UserError(
+                f"{self._name} needs a loss that is its cross-entropy or squared error itself; batch {index}'s is "
+                f"{loss:.6g} of {own:.6g}, as by a factor before it. Use measure=gauss_newton, which takes any."
             )
 
     def _curve(self, call: _Call, slope: Tensor) -> Callable[[Tensor], Tensor]:
@@ -210,6 +224,7 @@ class FisherOperator(_OutputOperator):
     """Fisher's information of the model's own distribution: of its classes, or of normal outputs of variance 1/2."""
 
     _name = "Fisher's information"
+    _is_of_a_distribution = True
 
     def _curve(self, call: _Call, slope: Tensor) -> Callable[[Tensor], Tensor]:
         if call.function is F.mse_loss:
@@ -227,6 +242,7 @@ class EmpiricalFisherOperator(_OutputOperator):
     """
 
     _name = "the empirical Fisher"
+    _is_of_a_distribution = True
 
     def _curve(self, call: _Call, slope: Tensor) -> Callable[[Tensor], Tensor]:
         slope = slope.detach()  # w_t r_t

@@ -141,6 +141,21 @@ def test_smoothed_and_weighted_losses_have_their_own_gauss_newton_matrix() -> No
             all_products(kind(weighted))
 
 
+def test_a_factor_before_the_loss_is_in_gauss_newton_and_refused_of_fisher() -> None:
+    """A distribution has no such factor: Fisher's would leave it out, and the empirical one square it."""
+    model, batches = nn.Linear(4, 3).double(), rows(6)
+    plain, tripled = (
+        Problem(model, batches, lambda m, b, c=c: c * CROSS_ENTROPY(m, b), terms=lambda batch: len(batch[1]))
+        for c in (1, 3)
+    )
+    once, thrice = (all_products(GaussNewtonOperator(problem)) for problem in (plain, tripled))
+    torch.testing.assert_close(thrice, 3 * once, rtol=1e-12, atol=1e-14)
+    for kind in (FisherOperator, EmpiricalFisherOperator):
+        all_products(kind(plain))
+        with pytest.raises(UserError, match="as by a factor before it"):
+            all_products(kind(tripled))
+
+
 def penalised(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1]) + model.weight.square().sum()
 
