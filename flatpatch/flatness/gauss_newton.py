@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from flatpatch.errors import UserError
 from flatpatch.flatness.content import problem_content
+from flatpatch.flatness.operator import free_memory, graph_memory
 from flatpatch.flatness.problem import Problem
 from flatpatch.flatness.terms import IGNORED
 
@@ -104,10 +105,12 @@ class _OutputOperator:
 
     Args:
         problem: The loss and its variables.
-        keep_graphs: Whether the batches' graphs are kept from product to product, or built anew for each.
+        memory_budget: Bytes that may be used for graphs of batches that are kept from product to product; the other
+            batches' are built anew for each. By default as the Hessian's; zero keeps nothing.
 
     Attributes:
         products: Number of matrix-vector products so far.
+        kept_bytes: Memory of the kept graphs.
 
     Raises:
         UserError: At the first product, if the loss is not made of one cross-entropy or squared error, or not of
@@ -117,13 +120,15 @@ class _OutputOperator:
     _name = ""
     _is_of_a_distribution = False  # which a factor before the loss would be no part of
 
-    def __init__(self, problem: Problem, *, keep_graphs: bool = True) -> None:
+    def __init__(self, problem: Problem, *, memory_budget: int | None = None) -> None:
         self.problem = problem
         self.size = problem.size
         self.device = problem.device
         self.dtype = problem.dtype
         self.products = 0
-        self._keeps = keep_graphs
+        self.kept_bytes = 0
+        self._budget = memory_budget
+        self._may_keep = memory_budget != 0
         self._splits: dict[int, _Split] = {}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -141,9 +146,7 @@ class _OutputOperator:
         total = torch.zeros(self.size, V.shape[1], dtype=torch.float64, device=self.device)
         with self.problem.active(), torch.set_grad_enabled(True):
             for index, weight in enumerate(self.problem.weights):
-                split = self._splits.get(index) or self._build(index)
-                if self._keeps:
-                    self._splits[index] = split
+                split = self._splits.get(index) or self._build_and_keep(index)
                 for column in range(V.shape[1]):
                     product = self._product(split, V[:, column].to(self.device, self.dtype))
                     total[:, column].add_(product, alpha=weight)
@@ -162,6 +165,20 @@ class _OutputOperator:
             split.outputs, self.problem.variables, curved, retain_graph=True, materialize_grads=True
         )
         return self.problem.flatten(found, torch.float64)
+
+    def _build_and_keep(self, index: int) -> _Split:
+        if not self._may_keep:
+            return self._build(index)
+        if self._budget is None:
+            self._budget = free_memory(self.device) // 2
+        with graph_memory(self.problem) as size:
+            split = self._build(index)
+        if self.kept_bytes + size() <= self._budget:
+            self._splits[index] = split
+            self.kept_bytes += size()
+        else:
+            self._may_keep = False
+        return split
 
     def _build(self, index: int) -> _Split:
         problem = self.problem

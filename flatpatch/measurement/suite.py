@@ -214,7 +214,7 @@ def _measure_scope(
     for kind in kinds:
         work.course.begin(kind)
         if kind in _WITHOUT_OPERATOR:
-            work.operator = None  # its kept graphs would only take memory
+            work.hessian.release()  # its kept graphs would only take memory
         try:
             measures[kind](work)
         except Exception as error:
@@ -297,19 +297,13 @@ class _Course:
 @dataclass
 class _Work:
     problem: Problem
-    operator: HessianOperator | None
+    hessian: HessianOperator
     request: Request
     effort: Effort
     result: ScopeResult
     course: _Course
     directions: tuple[Tensor, ...] = ()
     eigenpairs: Eigenpairs | None = None
-
-    @property
-    def hessian(self) -> HessianOperator:
-        if self.operator is None:
-            self.operator = HessianOperator(self.problem, compile=False)
-        return self.operator
 
 
 def _eigenvalues(work: _Work) -> None:

@@ -721,6 +721,23 @@ def test_more_operators_blocks_and_the_certificate_are_measured_over_lora(tmp_pa
     assert found["tangent"].values["invariance_change"] < 1e-4 < 0.1 < found["adapter"].values["invariance_change"]
 
 
+def test_the_hessians_graphs_are_gone_before_another_operator_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[flatness.HessianOperator] = []
+    kept: list[int] = []
+
+    class Noted(flatness.HessianOperator):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(suite, "HessianOperator", Noted)
+    for name in ("_layers", "_gauss_newton"):
+        monkeypatch.setattr(suite, name, lambda work: kept.append(sum(each.kept_bytes for each in made)))
+    model, batches = linear_problem()
+    measure_model(model, batches, ask("layers,gauss_newton"), loss=MSE, say=lambda text: None)
+    assert kept[0] > 0 == kept[1]
+
+
 def test_a_certificate_that_is_refused_is_told_from_one_that_was_not_asked_for() -> None:
     """Of a loss that depends on A beside B A."""
 
