@@ -231,6 +231,11 @@ def check_request(
         problems.append(
             f"measure={UPDATE} is of what lies between both ends of a task: it needs measure_when=before,after."
         )
+    if UPDATE in chosen and scope_names == ("tangent",):
+        problems.append(
+            f"measure={UPDATE} measure_scope=tangent measures no update: tangent's directions before a task are not "
+            "those after it. Add another to measure_scope, e.g. measure_scope=merged,tangent."
+        )
     if problems or not chosen:
         return None, problems
     ordered = tuple(kind for kind in (*KINDS, *FOLLOWED_KINDS) if kind == "loss" or kind in chosen)

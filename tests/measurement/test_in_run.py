@@ -102,6 +102,7 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
         ({"ledger_every": 0}, "measure_ledger_every=0 is out of range"),
         ({"kinds": "leger"}, "measure=leger: unknown name 'leger'. Did you mean 'ledger'?"),
         ({"kinds": "update", "when": "after"}, "it needs measure_when=before,after"),
+        ({"kinds": "update", "scopes": "tangent"}, "measure=update measure_scope=tangent measures no update"),
         ({"effort": "ful"}, "unknown measure_effort 'ful'. Did you mean 'full'?"),
     ],
 )
