@@ -117,16 +117,24 @@ class Request:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
 
+def is_refused(values: Mapping[str, float | None]) -> bool:
+    """Tell whether a certificate was asked for of what was measured over a scope, and could not be had."""
+    return "invariance_change" in values and values.get("invariance_tolerance") is None
+
+
 def writing_mark(scope: str, values: Mapping[str, float | None]) -> str:
     """Say in a few words whether what was measured over a scope depends on how LoRA's factors are written.
 
     Args:
         scope: Of ``SCOPES``.
-        values: What was measured there; ``invariance_change`` where there is a certificate.
+        values: What was measured there; ``invariance_change`` where a certificate was asked for, without
+            ``invariance_tolerance`` where it was refused.
     """
     change, tolerance = values.get("invariance_change"), values.get("invariance_tolerance")
+    if is_refused(values):
+        return "not certified: refused"
     if tolerance is None:
-        return "invariant" if scope in INVARIANT_SCOPES else "depends on writing"
+        return "invariant by construction" if scope in INVARIANT_SCOPES else "depends on writing"
     if change is None:
         return "depends on writing (beyond all bounds)"
     return f"invariant (to {change:.1g})" if change <= tolerance else f"depends on writing (by {change:.2g})"
@@ -222,6 +230,11 @@ def check_request(
     if UPDATE in chosen and set(whens) != set(WHENS):
         problems.append(
             f"measure={UPDATE} is of what lies between both ends of a task: it needs measure_when=before,after."
+        )
+    if UPDATE in chosen and scope_names == ("tangent",):
+        problems.append(
+            f"measure={UPDATE} measure_scope=tangent measures no update: tangent's directions before a task are not "
+            "those after it. Add another to measure_scope, e.g. measure_scope=merged,tangent."
         )
     if problems or not chosen:
         return None, problems

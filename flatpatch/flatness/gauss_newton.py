@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from flatpatch.errors import UserError
 from flatpatch.flatness.content import problem_content
+from flatpatch.flatness.operator import free_memory, graph_memory
 from flatpatch.flatness.problem import Problem
 from flatpatch.flatness.terms import IGNORED
 
@@ -45,12 +46,14 @@ class _Call:
         outputs: What the model gave it, with its graph.
         target: The labels, or the values to meet.
         options: Its keyword arguments.
+        value: What it returned, without its graph.
     """
 
     function: Callable[..., Tensor]
     outputs: Tensor
     target: Tensor
     options: dict[str, Any]
+    value: Tensor
 
     def require_plain_mean(self, what: str) -> None:
         """Refuse terms that are weighted by their class, or anything but averaged."""
@@ -80,10 +83,11 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        found = function(*args, **kwargs)
         if function in _LOSSES:
             given = inspect.signature(function).bind(*args, **kwargs).arguments
-            self.calls.append(_Call(function, given.pop("input"), given.pop("target"), dict(given)))
-        return function(*args, **kwargs)
+            self.calls.append(_Call(function, given.pop("input"), given.pop("target"), dict(given), found.detach()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,12 @@ class _OutputOperator:
 
     Args:
         problem: The loss and its variables.
-        keep_graphs: Whether the batches' graphs are kept from product to product, or built anew for each.
+        memory_budget: Bytes that may be used for graphs of batches that are kept from product to product; the other
+            batches' are built anew for each. By default as the Hessian's; zero keeps nothing.
 
     Attributes:
         products: Number of matrix-vector products so far.
+        kept_bytes: Memory of the kept graphs.
 
     Raises:
         UserError: At the first product, if the loss is not made of one cross-entropy or squared error, or not of
@@ -112,14 +118,17 @@ class _OutputOperator:
     """
 
     _name = ""
+    _is_of_a_distribution = False  # which a factor before the loss would be no part of
 
-    def __init__(self, problem: Problem, *, keep_graphs: bool = True) -> None:
+    def __init__(self, problem: Problem, *, memory_budget: int | None = None) -> None:
         self.problem = problem
         self.size = problem.size
         self.device = problem.device
         self.dtype = problem.dtype
         self.products = 0
-        self._keeps = keep_graphs
+        self.kept_bytes = 0
+        self._budget = memory_budget
+        self._may_keep = memory_budget != 0
         self._splits: dict[int, _Split] = {}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -137,9 +146,7 @@ class _OutputOperator:
         total = torch.zeros(self.size, V.shape[1], dtype=torch.float64, device=self.device)
         with self.problem.active(), torch.set_grad_enabled(True):
             for index, weight in enumerate(self.problem.weights):
-                split = self._splits.get(index) or self._build(index)
-                if self._keeps:
-                    self._splits[index] = split
+                split = self._splits.get(index) or self._build_and_keep(index)
                 for column in range(V.shape[1]):
                     product = self._product(split, V[:, column].to(self.device, self.dtype))
                     total[:, column].add_(product, alpha=weight)
@@ -159,6 +166,20 @@ class _OutputOperator:
         )
         return self.problem.flatten(found, torch.float64)
 
+    def _build_and_keep(self, index: int) -> _Split:
+        if not self._may_keep:
+            return self._build(index)
+        if self._budget is None:
+            self._budget = free_memory(self.device) // 2
+        with graph_memory(self.problem) as size:
+            split = self._build(index)
+        if self.kept_bytes + size() <= self._budget:
+            self._splits[index] = split
+            self.kept_bytes += size()
+        else:
+            self._may_keep = False
+        return split
+
     def _build(self, index: int) -> _Split:
         problem = self.problem
         with _Listener() as heard:
@@ -173,7 +194,10 @@ class _OutputOperator:
         self._check_whole(loss, call.outputs, slope, index)
         dummy = torch.zeros_like(call.outputs, requires_grad=True)
         pulled = torch.autograd.grad(call.outputs, problem.variables, dummy, create_graph=True, materialize_grads=True)
-        return _Split(call.outputs, self._curve(call, slope), dummy, list(pulled))
+        curve = self._curve(call, slope)
+        if self._is_of_a_distribution:
+            self._check_scale(float(loss.detach()), float(call.value), index)
+        return _Split(call.outputs, curve, dummy, list(pulled))
 
     def _check_whole(self, loss: Tensor, outputs: Tensor, slope: Tensor, index: int) -> None:
         """A penalty on the weights would be left out without a word."""
@@ -186,6 +210,13 @@ class _OutputOperator:
             raise UserError(
                 f"{self._name} needs a loss that is a function of the outputs alone; of batch {index}'s gradient "
                 f"{missing:.3g} of {float(full.norm()):.3g} (norms) comes another way, as from a penalty."
+            )
+
+    def _check_scale(self, loss: float, own: float, index: int) -> None:
+        if not abs(loss - own) <= 1e-3 * abs(own):
+            raise UserError(
+                f"{self._name} needs a loss that is its cross-entropy or squared error itself; batch {index}'s is "
+                f"{loss:.6g} of {own:.6g}, as by a factor before it. Use measure=gauss_newton, which takes any."
             )
 
     def _curve(self, call: _Call, slope: Tensor) -> Callable[[Tensor], Tensor]:
@@ -210,6 +241,7 @@ class FisherOperator(_OutputOperator):
     """Fisher's information of the model's own distribution: of its classes, or of normal outputs of variance 1/2."""
 
     _name = "Fisher's information"
+    _is_of_a_distribution = True
 
     def _curve(self, call: _Call, slope: Tensor) -> Callable[[Tensor], Tensor]:
         if call.function is F.mse_loss:
@@ -227,6 +259,7 @@ class EmpiricalFisherOperator(_OutputOperator):
     """
 
     _name = "the empirical Fisher"
+    _is_of_a_distribution = True
 
     def _curve(self, call: _Call, slope: Tensor) -> Callable[[Tensor], Tensor]:
         slope = slope.detach()  # w_t r_t

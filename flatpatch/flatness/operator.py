@@ -340,7 +340,7 @@ class HessianOperator:
     def _build(self, index: int) -> list[Tensor]:
         """Compute one batch's gradient with its graph, and keep it if the budget allows."""
         if self._budget is None:
-            self._budget = _free_memory(self.device) // 2
+            self._budget = free_memory(self.device) // 2
         # On a GPU half of the budget is left for products with several vectors at once.
         room = self._budget // 2 if self.device.type == "cuda" else self._budget
         counts = self.problem.num_terms
@@ -348,7 +348,7 @@ class HessianOperator:
         expected = self.kept_bytes + per_term * counts[index]
         keep = self._may_keep and expected <= room
         try:
-            with _measuring(self.problem) if keep else nullcontext(lambda: 0) as size:
+            with graph_memory(self.problem) if keep else nullcontext(lambda: 0) as size:
                 loss = self.problem.batch_loss(index, twice_differentiable=True)
                 gradients = differentiate(loss, self.problem.variables, create_graph=True)
         except torch.OutOfMemoryError as error:
@@ -428,7 +428,7 @@ class HessianOperator:
 
 
 @contextmanager
-def _measuring(problem: Problem) -> Iterator[Callable[[], int]]:
+def graph_memory(problem: Problem) -> Iterator[Callable[[], int]]:
     """Measure the memory of the graph that is built inside; the function gives it in bytes afterwards."""
     device = problem.device
     if device.type == "cuda":
@@ -474,7 +474,7 @@ def _explaining_missing_derivatives() -> Iterator[None]:
         raise
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Return the memory that can be had on a device, in bytes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -73,8 +73,9 @@ def tangent_space(ups: Sequence[Tensor], downs: Sequence[Tensor], shape: tuple[i
         like: The number format and device of the coordinates; they are found in float64.
 
     Returns:
-        The space. A singular value of the joined factors counts as zero below their number format's precision times
-        their longer side times the largest, so a B of zeros has no column space and duplicates count once.
+        The space. A singular value of the joined factors counts as zero below their number format's precision
+        (float32's for 16 bits) times their longer side times the largest, so a B of zeros has no column space and
+        duplicates count once.
     """
     U = _turned(_span([up.detach() for up in ups], shape[0]))
     V = _turned(_span([down.detach().T for down in downs], shape[1]))
@@ -93,7 +94,8 @@ def _span(columns: Sequence[Tensor], rows: int) -> Tensor:
     joined = torch.cat(parts, dim=1)
     left: Tensor
     left, sizes, _ = torch.linalg.svd(joined, full_matrices=False)
-    precision = max(torch.finfo(each.dtype).eps for each in columns)
+    # At 16 bits' own precision a side of 128 would leave no direction.
+    precision = max(min(torch.finfo(each.dtype).eps, torch.finfo(torch.float32).eps) for each in columns)
     threshold = precision * max(joined.shape) * sizes.max() if len(sizes) else 0.0
     return left[:, sizes > threshold]
 

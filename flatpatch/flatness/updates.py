@@ -67,33 +67,48 @@ def along_update(problem: Problem, update: Tensor, *, rho: float) -> AlongUpdate
     return AlongUpdate(length, slope, 2 * curvature, rise)
 
 
-def entropy_rank(U: Tensor) -> float:
+@dataclass(frozen=True)
+class Decomposition:
+    """A matrix (m, n) by its singular values, k = min(m, n) of them, in float64.
+
+    Attributes:
+        left: Left singular vectors, ``(m, k)``.
+        sigma: Singular values, the largest first, ``(k,)``.
+        right: Right singular vectors, ``(n, k)``.
+    """
+
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+
+
+def decompose(U: Tensor) -> Decomposition:
+    """Return a matrix's singular value decomposition, which takes time of the order of m n min(m, n)."""
+    left, sigma, right = torch.linalg.svd(U.double(), full_matrices=False)
+    return Decomposition(left, sigma, right.T)
+
+
+def entropy_rank(sigma: Tensor) -> float:
     """Return the exponential of the entropy of a matrix's singular values: between 1 and its rank; 0 of zeros."""
-    sigma = torch.linalg.svdvals(U.double())
     if not float(sigma.sum()) > 0:
         return 0.0
     p = sigma / sigma.sum()
     return math.exp(float(torch.special.entr(p).sum()))
 
 
-def stable_rank(U: Tensor) -> float:
-    """Return the squared Frobenius norm of a matrix over its squared spectral norm; 0 of zeros."""
-    sigma = torch.linalg.svdvals(U.double())
+def stable_rank(sigma: Tensor) -> float:
+    """Return the squared Frobenius norm over the squared spectral norm by a matrix's singular values; 0 of zeros."""
     return float((sigma / sigma[0]).square().sum()) if float(sigma[0]) > 0 else 0.0
 
 
-def spaces(U: Tensor) -> tuple[Tensor, Tensor]:
+def spaces(U: Decomposition) -> tuple[Tensor, Tensor]:
     """Return orthonormal bases of a matrix's column and row space.
-
-    Args:
-        U: ``(m, n)``.
 
     Returns:
         ``(m, r)`` and ``(n, r)`` in float64, r the number of singular values that are not negligible.
     """
-    left, sigma, right = torch.linalg.svd(U.double(), full_matrices=False)
-    kept = sigma > NEGLIGIBLE * sigma[0]
-    return left[:, kept], right.T[:, kept]
+    kept = U.sigma > NEGLIGIBLE * U.sigma[0]
+    return U.left[:, kept], U.right[:, kept]
 
 
 def principal_cosines(P: Tensor, Q: Tensor) -> Tensor:

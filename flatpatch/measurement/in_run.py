@@ -300,7 +300,7 @@ class Measurer:
                 problem = Problem(model, sample.batches, loss, scope=scope, check=False)
                 names = {k: f"{k + 1}-*-after-{scope}.npz" for k in range(task_index)}
                 earlier = {k: path for k, name in names.items() for path in self._folder.glob(name)}
-                measure_update(problem, weights, result, rho=request.rho, earlier=earlier)
+                measure_update(problem, weights, result, rho=request.rho, earlier=earlier, say=self._say)
             except Exception as failure:
                 result.errors[UPDATE] = f"{type(failure).__name__}: {failure}"
             result.seconds = round(result.seconds + time.perf_counter() - began, 3)

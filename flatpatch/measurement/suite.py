@@ -214,7 +214,7 @@ def _measure_scope(
     for kind in kinds:
         work.course.begin(kind)
         if kind in _WITHOUT_OPERATOR:
-            work.operator = None  # its kept graphs would only take memory
+            work.hessian.release()  # its kept graphs would only take memory
         try:
             measures[kind](work)
         except Exception as error:
@@ -250,18 +250,19 @@ def _time_once(problem: Problem, operator: HessianOperator, *, products: bool) -
 def _say_estimate(title: str, problem: Problem, costs: Costs, plan: Mapping[str, float], most: float, say: Say) -> None:
     total = sum(plan.values())
     product = f", Hessian product {costs.product:.2g} s" if costs.product else ""
-    about = f"about {_duration(total)}" + (f", {_duration(most)} at most" if most > 1.5 * total + 1 else "")
+    about = f"about {duration(total)}" + (f", {duration(most)} at most" if most > 1.5 * total + 1 else "")
     line = (
         f"measuring {title}: {problem.size:,} weights, {sum(problem.num_terms):.10g} loss terms, {about} "
         f"(forward and backward {costs.gradient:.2g} s{product})"
     )
     if total > _LOUD_SECONDS:
-        shares = ", ".join(f"{kind} {_duration(seconds)}" for kind, seconds in plan.items() if seconds >= 1)
+        shares = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in plan.items() if seconds >= 1)
         line = f"NOTE: {line}. That is {shares}. Fewer kinds, or a smaller measure_samples=, take less."
     say(line)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Say a time in words."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -297,19 +298,13 @@ class _Course:
 @dataclass
 class _Work:
     problem: Problem
-    operator: HessianOperator | None
+    hessian: HessianOperator
     request: Request
     effort: Effort
     result: ScopeResult
     course: _Course
     directions: tuple[Tensor, ...] = ()
     eigenpairs: Eigenpairs | None = None
-
-    @property
-    def hessian(self) -> HessianOperator:
-        if self.operator is None:
-            self.operator = HessianOperator(self.problem, compile=False)
-        return self.operator
 
 
 def _eigenvalues(work: _Work) -> None:
@@ -488,6 +483,7 @@ def _layers(work: _Work) -> None:
 
 
 def _invariance(work: _Work) -> None:
+    work.result.values["invariance_change"] = None  # where it is refused this stays, so that tables can tell
     effort = work.effort
     is_exact = work.problem.size <= EXACT_TRACE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from flatpatch.flatness import Problem
 from flatpatch.flatness.points import plain
-from flatpatch.flatness.updates import along_update, entropy_rank, principal_cosines, spaces, stable_rank
-from flatpatch.measurement.suite import ScopeResult
+from flatpatch.flatness.updates import along_update, decompose, entropy_rank, principal_cosines, spaces, stable_rank
+from flatpatch.measurement.suite import Say, ScopeResult, duration
 from flatpatch.measuring import UPDATE
 
 SIDES = {"left": "column", "right": "row"}
@@ -23,7 +24,13 @@ SIDES = {"left": "column", "right": "row"}
 
 
 def measure_update(
-    problem: Problem, began: Tensor, result: ScopeResult, *, rho: float, earlier: Mapping[int, Path]
+    problem: Problem,
+    began: Tensor,
+    result: ScopeResult,
+    *,
+    rho: float,
+    earlier: Mapping[int, Path],
+    say: Say = print,
 ) -> None:
     """Measure what a task's training has changed, and put it among a scope's results.
 
@@ -36,6 +43,7 @@ def measure_update(
             the cosines of the principal angles.
         rho: How far further along the update the loss is taken.
         earlier: By task, the file that holds the spaces of its update.
+        say: Where it goes how long the matrices take, by what the first one took.
     """
     # Both in float32, as the weights before are kept: where nothing has moved the update is zero.
     now = problem.flatten(problem.variables, torch.float32)
@@ -45,14 +53,23 @@ def measure_update(
     values = {name: getattr(along, name) for name in ("slope", "curvature", "sharpness")}
     if problem.scope.name == "merged":
         matrices = list(_matrices(problem, update))
-        found["entropy_ranks"] = [entropy_rank(U) for U in matrices]
-        found["stable_ranks"] = [stable_rank(U) for U in matrices]
+        found |= {"entropy_ranks": [], "stable_ranks": []}
+        bases: dict[str, Any] = {}
+        work = [matrix.numel() * min(matrix.shape) for matrix in matrices]
+        for k, matrix in enumerate(matrices):
+            started = time.perf_counter()
+            parts = decompose(matrix)
+            found["entropy_ranks"].append(entropy_rank(parts.sigma))
+            found["stable_ranks"].append(stable_rank(parts.sigma))
+            for side, basis in zip(SIDES, spaces(parts), strict=True):
+                bases[f"update_{side}_{k}"] = basis.cpu().numpy()
+            if k == 0:
+                seconds = time.perf_counter() - started
+                say(
+                    f"measuring the update, merged: singular values of {len(matrices)} matrices, about "
+                    f"{duration(seconds * sum(work) / work[0])} (the first took {seconds:.2g} s)"
+                )
         values |= {name: fmean(found[f"{name}s"]) for name in ("entropy_rank", "stable_rank")}
-        bases = {
-            f"update_{side}_{k}": basis.cpu().numpy()
-            for k, U in enumerate(matrices)
-            for side, basis in zip(SIDES, spaces(U), strict=True)
-        }
         result.arrays |= bases
         found["cosines"] = {
             str(task + 1): {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flatpatch.measuring import writing_mark
+from flatpatch.measuring import INVARIANT_SCOPES, is_refused, writing_mark
 
 # Columns of the certificate's table.
 _CHANGES = {
@@ -30,11 +30,19 @@ def writing_sentence(scope: str, values: Iterable[Mapping[str, float | None]]) -
 
     Args:
         scope: What was varied.
-        values: Of each measuring point; those with a certificate decide, the worst of them first.
+        values: Of each measuring point; those with a certificate decide, the worst of them first: one that was
+            refused, then the largest change.
     """
+    values = list(values)
+    if refused := sum(map(is_refused, values)):
+        return (
+            "Whether these numbers depend on how LoRA's factors are written is not certified: of "
+            f"{len(values)} measuring points {refused} had the certificate (measure=invariance) refused. The files in "
+            "flatness/ say why."
+        )
     certified = [each for each in values if each.get(_CERTIFICATE) is not None]
     if not certified:
-        depends = writing_mark(scope, {}) != "invariant"
+        depends = scope not in INVARIANT_SCOPES
         return _words(depends) + " By construction: no certificate was measured (measure=invariance)."
     changes = [each.get("invariance_change") for each in certified]
     finite = [change for change in changes if change is not None]

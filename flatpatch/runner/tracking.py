@@ -270,7 +270,8 @@ class Tracking:
             for entry in record["flatness"]:
                 if entry["task_index"] == index:
                     place = f"flatness/{entry['when']}/{entry['scope']}"
-                    values |= {f"{place}/{name}": float(value) for name, value in entry["values"].items()}
+                    numbers = {name: value for name, value in entry["values"].items() if value is not None}
+                    values |= {f"{place}/{name}": float(value) for name, value in numbers.items()}
             self._tasks = index + 1
             self._scalars(values, TASK, self._tasks)
 

@@ -42,7 +42,7 @@ def test_of_logistic_regression_all_but_the_empirical_are_the_hessian() -> None:
     model, batches = nn.Linear(4, 3).double(), rows(5, 3, 1)
     problem = Problem(model, batches, CROSS_ENTROPY)
     expected = all_products(HessianOperator(problem))
-    for operator in (GaussNewtonOperator(problem), FisherOperator(problem, keep_graphs=False)):
+    for operator in (GaussNewtonOperator(problem), FisherOperator(problem, memory_budget=0)):
         torch.testing.assert_close(all_products(operator), expected, rtol=1e-12, atol=1e-14)
     x, y = joined(batches)[0]
     p = torch.softmax(model(x), dim=1).detach()
@@ -64,6 +64,18 @@ def test_of_linear_regression_they_are_the_closed_forms() -> None:
     gradients = (residual[:, :, None] * x[:, None, :]).flatten(1)
     empirical = gradients.T @ gradients / 8
     torch.testing.assert_close(all_products(EmpiricalFisherOperator(problem)), empirical, rtol=1e-12, atol=1e-14)
+
+
+def test_graphs_are_kept_within_the_memory_budget_and_products_are_the_same() -> None:
+    problem = Problem(nn.Linear(4, 3).double(), rows(5, 3, 1), CROSS_ENTROPY)
+    operator = GaussNewtonOperator(problem)
+    expected, whole = all_products(operator), operator.kept_bytes
+    for budget in (whole, whole - 1, 0):
+        limited = GaussNewtonOperator(problem, memory_budget=budget)
+        for _ in range(2):
+            torch.testing.assert_close(all_products(limited), expected, rtol=0, atol=0)
+        assert limited.kept_bytes == whole if budget == whole else limited.kept_bytes <= budget
+        assert (limited.kept_bytes > 0) == (budget > 0)
 
 
 # --- dense references
@@ -139,6 +151,21 @@ def test_smoothed_and_weighted_losses_have_their_own_gauss_newton_matrix() -> No
     for kind in (FisherOperator, EmpiricalFisherOperator):
         with pytest.raises(UserError, match="plain mean over its terms, without class weights"):
             all_products(kind(weighted))
+
+
+def test_a_factor_before_the_loss_is_in_gauss_newton_and_refused_of_fisher() -> None:
+    """A distribution has no such factor: Fisher's would leave it out, and the empirical one square it."""
+    model, batches = nn.Linear(4, 3).double(), rows(6)
+    plain, tripled = (
+        Problem(model, batches, lambda m, b, c=c: c * CROSS_ENTROPY(m, b), terms=lambda batch: len(batch[1]))
+        for c in (1, 3)
+    )
+    once, thrice = (all_products(GaussNewtonOperator(problem)) for problem in (plain, tripled))
+    torch.testing.assert_close(thrice, 3 * once, rtol=1e-12, atol=1e-14)
+    for kind in (FisherOperator, EmpiricalFisherOperator):
+        all_products(kind(plain))
+        with pytest.raises(UserError, match="as by a factor before it"):
+            all_products(kind(tripled))
 
 
 def penalised(model: nn.Module, batch: Any) -> Tensor:

@@ -129,10 +129,11 @@ def test_a_model_without_lora_is_refused() -> None:
 @pytest.mark.parametrize(
     ("scope", "values", "mark"),
     [
-        ("merged", {}, "invariant"),
-        ("tangent", {}, "invariant"),
+        ("merged", {}, "invariant by construction"),
+        ("tangent", {}, "invariant by construction"),
         ("adapter", {}, "depends on writing"),
         ("trainable", {}, "depends on writing"),
+        ("merged", {"trace": 1.0, "invariance_change": None}, "not certified: refused"),
         ("tangent", {"invariance_change": 3e-9, "invariance_tolerance": 1e-4}, "invariant (to 3e-09)"),
         ("merged", {"invariance_change": 2e-3, "invariance_tolerance": 1e-4}, "depends on writing (by 0.002)"),
         ("adapter", {"invariance_change": 14.96, "invariance_tolerance": 1e-2}, "depends on writing (by 15)"),

@@ -149,6 +149,16 @@ def test_factors_that_no_forward_pass_uses_move_nothing() -> None:
     check_against_merged(model, both(model, rows(4, 3)), bases)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_of_16_bits_keep_all_their_directions_in_long_matrices(dtype: torch.dtype) -> None:
+    """Their own precision times the side is over 1: every singular value would count as zero."""
+    draw = torch.Generator().manual_seed(0)
+    B, A = torch.randn(2000, 2, generator=draw).to(dtype), torch.randn(2, 1500, generator=draw).to(dtype)
+    B = torch.cat([B, B[:, :1]], dim=1)  # a duplicate counts once
+    space = tangent_space([B], [A], (2000, 1500), torch.zeros(1))
+    assert space.U.shape == (2000, 2) and space.V.shape == (1500, 2)
+
+
 def test_pairs_of_several_tasks_span_the_sum_of_their_spaces() -> None:
     model = after_two_tasks(TaskAttention())
     for name in "kv":

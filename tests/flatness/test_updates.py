@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from flatpatch.flatness.updates import along_update, entropy_rank, principal_cosines, spaces, stable_rank
+from flatpatch.flatness.updates import along_update, decompose, entropy_rank, principal_cosines, spaces, stable_rank
 from tests.flatness_cases import SPECTRA, quadratic_problem, symmetric
 
 
@@ -42,23 +42,25 @@ def test_update_without_a_direction_is_refused() -> None:
 def test_ranks_of_known_singular_values() -> None:
     """Of 3 and 1 the shares are 3/4 and 1/4; equal ones have the rank itself; one alone has rank one."""
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert entropy_rank(matrix(3.0, 1.0)) == pytest.approx(math.exp(entropy), rel=1e-9)
-    assert stable_rank(matrix(3.0, 1.0)) == pytest.approx(10 / 9, rel=1e-12)
+    sigma = decompose(matrix(3.0, 1.0)).sigma
+    assert entropy_rank(sigma) == pytest.approx(math.exp(entropy), rel=1e-9)
+    assert stable_rank(sigma) == pytest.approx(10 / 9, rel=1e-12)
     for count in (1, 3):
-        assert entropy_rank(matrix(*[2.0] * count)) == pytest.approx(count, rel=1e-9)
-        assert stable_rank(matrix(*[2.0] * count)) == pytest.approx(count, rel=1e-12)
-    zeros = torch.zeros(3, 4)
+        sigma = decompose(matrix(*[2.0] * count)).sigma
+        assert entropy_rank(sigma) == pytest.approx(count, rel=1e-9)
+        assert stable_rank(sigma) == pytest.approx(count, rel=1e-12)
+    zeros = decompose(torch.zeros(3, 4)).sigma
     assert entropy_rank(zeros) == stable_rank(zeros) == 0.0
 
 
 def test_spaces_are_those_of_the_directions_that_count() -> None:
     U = matrix(2.0, 1.0, 1e-5)
-    left, right = spaces(U)
+    left, right = spaces(decompose(U))
     assert left.shape == (7, 2) and right.shape == (5, 2)
     for basis in (left, right):
         assert torch.allclose(basis.T @ basis, torch.eye(2, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(left @ left.T @ U @ right @ right.T, U, atol=2e-5)  # but for the third one
-    assert spaces(torch.zeros(3, 2))[0].shape == (3, 0)
+    assert spaces(decompose(torch.zeros(3, 2)))[0].shape == (3, 0)
 
 
 def test_cosines_are_those_of_the_angles_that_spaces_were_turned_by() -> None:

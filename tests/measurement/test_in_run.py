@@ -34,6 +34,7 @@ from flatpatch.measuring import (
     Request,
     make_request,
     read_request,
+    writing_mark,
 )
 from flatpatch.report import flatness_run
 from flatpatch.report.flatness_figures import read_grid
@@ -101,6 +102,7 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
         ({"ledger_every": 0}, "measure_ledger_every=0 is out of range"),
         ({"kinds": "leger"}, "measure=leger: unknown name 'leger'. Did you mean 'ledger'?"),
         ({"kinds": "update", "when": "after"}, "it needs measure_when=before,after"),
+        ({"kinds": "update", "scopes": "tangent"}, "measure=update measure_scope=tangent measures no update"),
         ({"effort": "ful"}, "unknown measure_effort 'ful'. Did you mean 'full'?"),
     ],
 )
@@ -718,6 +720,39 @@ def test_more_operators_blocks_and_the_certificate_are_measured_over_lora(tmp_pa
         assert set(result.results["layers"]["layers"]) == {"0", "3"}
         assert result.results["invariance"]["trace_by"] == "exact"
     assert found["tangent"].values["invariance_change"] < 1e-4 < 0.1 < found["adapter"].values["invariance_change"]
+
+
+def test_the_hessians_graphs_are_gone_before_another_operator_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[flatness.HessianOperator] = []
+    kept: list[int] = []
+
+    class Noted(flatness.HessianOperator):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(suite, "HessianOperator", Noted)
+    for name in ("_layers", "_gauss_newton"):
+        monkeypatch.setattr(suite, name, lambda work: kept.append(sum(each.kept_bytes for each in made)))
+    model, batches = linear_problem()
+    measure_model(model, batches, ask("layers,gauss_newton"), loss=MSE, say=lambda text: None)
+    assert kept[0] > 0 == kept[1]
+
+
+def test_a_certificate_that_is_refused_is_told_from_one_that_was_not_asked_for() -> None:
+    """Of a loss that depends on A beside B A."""
+
+    def penalised(model: nn.Module, batch: Any) -> Tensor:
+        return MSE(model, batch) * model[0].lora_A["default"].weight.norm()
+
+    model = flatness_lora.make_model()
+    batches = [(torch.ones(4, 5, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64))]
+    marks = []
+    for kinds in ("loss", "invariance"):
+        found, _ = measure_model(model, batches, ask(kinds, "merged"), loss=penalised, say=lambda text: None)
+        marks.append(writing_mark("merged", found["merged"].values))
+    assert marks == ["invariant by construction", "not certified: refused"]
+    assert "no function of the products B A" in found["merged"].errors["invariance"]
 
 
 def test_the_certificate_of_a_model_without_lora_says_why_there_is_none() -> None:

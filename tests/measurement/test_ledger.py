@@ -143,7 +143,12 @@ def test_ledger_goes_on_from_the_state_of_another_process(tmp_path: Path, cut: i
 
 
 def test_model_and_random_numbers_stay_as_they_are(tmp_path: Path) -> None:
-    """With dropout, batch normalisation and its buffers, which the ledger follows too."""
+    """With dropout, batch normalisation and its buffers, which the ledger follows too, and a sample that is drawn."""
+
+    def drawn(_: Request) -> Sample:
+        torch.rand(1)
+        return Sample(batches, 6)
+
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 1)).double()
     for index in range(2):
@@ -151,7 +156,7 @@ def test_model_and_random_numbers_stay_as_they_are(tmp_path: Path) -> None:
         made = measurer(tmp_path)
         held = copy.deepcopy(model.state_dict())
         state = torch.get_rng_state()
-        made.begin(task_index=index, task=TASKS[index], model=model, sample=Sample(batches, 6), loss=MSE)
+        made.begin(task_index=index, task=TASKS[index], model=model, sample=drawn, loss=MSE)
         made.step(1)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())

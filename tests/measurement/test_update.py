@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,31 @@ def test_update_is_that_of_the_dense_matrices_and_its_angles_those_to_earlier_up
     ]
     assert content["values"]["update_column_overlap"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-4)
     assert list(content["results"]["update"]["cosines"]) == ["1", "2"]
+
+
+def test_each_matrix_is_decomposed_once_and_the_time_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[torch.Size] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(A: torch.Tensor, **options: Any) -> Any:
+            if A.dtype == torch.float64:
+                sizes.append(A.shape)
+            return function(A, **options)
+
+        return call
+
+    request = Request(("loss", "update"), ("merged",), samples=6, batch=6, rho=0.1)
+    made = Measurer({"measure": {"request": request.as_dict(), "folder": str(tmp_path)}})
+    batches = [(torch.ones(6, 5, dtype=torch.float64), torch.ones(6, 3, dtype=torch.float64))]
+    for name in ("svd", "svdvals"):
+        monkeypatch.setattr(torch.linalg, name, noted(getattr(torch.linalg, name)))
+    for when, seed in (("before", 0), ("after", 1)):
+        model = flatness_lora.make_model(seed=seed)
+        made.at(when, task_index=0, task="a", model=model, sample=Sample(batches, 6), loss=MSE)
+    assert sizes == [(6, 5), (3, 6)]
+    assert "singular values of 2 matrices, about " in capsys.readouterr().err
 
 
 def columns(U: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def test_each_row_of_the_flatness_table_has_its_mark_and_each_certificate_a_row_
     lines = flatness_table({"flatness": [entry("adapter", values), entry("tangent", {"trace": 3.0})]})
     head, adapter, tangent, blank, title, columns, certificate = lines
     assert head.endswith("LoRA's writing")
-    assert adapter.endswith("2  depends on writing (by 15)") and tangent.endswith("3  invariant")
+    assert adapter.endswith("2  depends on writing (by 15)") and tangent.endswith("3  invariant by construction")
     assert blank == "" and title.startswith("relative change when A, B are written A/c, cB")
     assert columns.split() == ["scope", "top", "eigenv.", "trace", "Keskar", "SAM", "ball"]
     assert certificate.split()[3:] == [
@@ -59,6 +59,7 @@ def test_a_run_without_lora_has_no_mark() -> None:
             "Measured: largest relative change 2e-06",
         ),
         ("merged", [{"invariance_change": None, "invariance_tolerance": 1e-2}], "numbers depend on"),
+        ("merged", [{}, {"invariance_change": None}], "is not certified: of 2 measuring points 1 had the certificate"),
     ],
 )
 def test_a_scopes_table_says_what_its_numbers_depend_on(scope: str, values: list[Any], said: str) -> None:

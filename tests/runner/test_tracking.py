@@ -66,7 +66,7 @@ def test_steps_are_taken_as_they_are_written_and_counted_over_all_tasks(tmp_path
 def test_tasks_metrics_flatness_and_figures_are_there_at_the_end(tmp_path: Path) -> None:
     record = make_quick_record()
     record["flatness"] = [
-        {"task_index": 1, "when": "after", "scope": "adapter", "values": {"top_eigenvalue": 4.5}},
+        {"task_index": 1, "when": "after", "scope": "adapter", "values": {"top_eigenvalue": 4.5, "trace": None}},
     ]
     Image.new("RGB", (5, 3), "white").save(tmp_path / "matrix.png")
     track = Tracking(tmp_path, record)
