@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -31,14 +31,14 @@ class Predictor:
 
     title: str
     found: RankCorrelation | None
-    n: int  # pairs of a run and an earlier task
+    n: int  # pairs of a run and an earlier task that other runs have too
     runs: int
 
     @property
     def note(self) -> str:
         """What must be said of so few runs; empty where they are enough."""
         if self.found is None:
-            return "no correlation: too few pairs, or one side does not vary"
+            return "no correlation: too few pairs, or one side does not vary within a task"
         if self.found.low is None:
             return f"too few runs for an interval: {self.runs} of at least {FEWEST_RUNS}"
         return ""
@@ -49,6 +49,8 @@ def predictors(groups: Sequence[Group]) -> list[Predictor]:
 
     A pair is a run and an earlier task of it: the task's best earlier accuracy minus its last one, in points, beside
     the sum of the ledger's terms over all later tasks, or beside what was measured right after the task was learned.
+    Both are ranked within each task, one of the same name at the same place, so tasks that are forgotten more than
+    others show nothing by themselves: runs that forget a task more than other runs do.
 
     Args:
         groups: As ``group_runs`` returns them.
@@ -72,13 +74,22 @@ def predictors(groups: Sequence[Group]) -> list[Predictor]:
         pairs = [_pairs(run, read) for run in runs]
         known = sum(bool(own) for own in pairs)
         if known > 1:
-            found.append(Predictor(title, rank_correlation(pairs), sum(map(len, pairs)), known))
+            correlation = rank_correlation(pairs)
+            n, count = (correlation.n, correlation.runs) if correlation else (sum(map(len, pairs)), known)
+            found.append(Predictor(title, correlation, n, count))
     return found
 
 
-def _pairs(run: Run, read: Callable[[Run, int], float | None]) -> list[tuple[float, float]]:
-    rows = [(read(run, task), lost) for task, lost in enumerate(forgetting_per_task(run))]
-    return [(value, lost) for value, lost in rows if value is not None and lost is not None and math.isfinite(value)]
+def _pairs(run: Run, read: Callable[[Run, int], float | None]) -> dict[Hashable, tuple[float, float]]:
+    """Return a number and what was lost, by the task's place and name."""
+    rows = {
+        (task, run.record["tasks"][task]): (read(run, task), lost) for task, lost in enumerate(forgetting_per_task(run))
+    }
+    return {
+        task: (value, lost)
+        for task, (value, lost) in rows.items()
+        if value is not None and lost is not None and math.isfinite(value)
+    }
 
 
 def _ledger_sums(run: Run) -> Mapping[int, Mapping[str, float]]:
@@ -124,7 +135,7 @@ def make_predictors_figure(found: Sequence[Predictor]) -> Figure | None:
     axes.set_yticks(range(len(shown)), [each.title for each, _ in shown], fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlim(-1.05, 1.05)
-    axes.set_xlabel("Spearman's rank correlation with forgetting", fontsize=8)
+    axes.set_xlabel("rank correlation with forgetting, within each task", fontsize=8)
     axes.tick_params(axis="x", labelsize=7.5)
     figure.legend(*axes.get_legend_handles_labels(), **BELOW, ncols=2)
     return finish(figure, "", [])
