@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from flatpatch.measuring import DEPENDS, INVARIANT
 from flatpatch.report.drawing import BELOW, COLOURS, finish
 from flatpatch.report.groups import Group, Run, forgetting_per_task
 from flatpatch.report.ledger import read_ledgers
+from flatpatch.report.writing import mark_of
 from flatpatch.statistics import FEWEST_RUNS, RankCorrelation, rank_correlation
 
 _LEDGER = {
@@ -66,7 +68,7 @@ def predictors(groups: Sequence[Group]) -> list[Predictor]:
     }
     for scope in dict.fromkeys(entry["scope"] for run in runs for entry in run.record["flatness"]):
         for name, title in _FLATNESS.items():
-            readers[f"{title} after learning it, {scope}"] = (
+            readers[f"{title} after learning it, {scope}{_mark(runs, scope)}"] = (
                 lambda run, task, name=name, scope=scope: _flatness(run, task, name, scope)  # type: ignore[misc]
             )
     found = []
@@ -104,6 +106,14 @@ def _ledger_sums(run: Run) -> Mapping[int, Mapping[str, float]]:
     return sums
 
 
+def _mark(runs: Sequence[Run], scope: str) -> str:
+    """Say in brackets whether a scope's numbers depend on how LoRA is written, those of any run; empty without LoRA."""
+    entries = ((run.record, entry) for run in runs for entry in run.record["flatness"] if entry["scope"] == scope)
+    marks = [mark for record, entry in entries if (mark := mark_of(record, entry))]
+    depends = any(not mark.startswith(INVARIANT) for mark in marks)
+    return f" ({DEPENDS if depends else INVARIANT})" if marks else ""
+
+
 def _flatness(run: Run, task: int, name: str, scope: str) -> float | None:
     for entry in run.record["flatness"]:
         if (entry["task_index"], entry["when"], entry["scope"]) == (task, "after", scope):
@@ -132,7 +142,8 @@ def make_predictors_figure(found: Sequence[Predictor]) -> Figure | None:
     axes.plot([], [], color=COLOURS[4], linewidth=5, label="range with one run left out")
     axes.plot([], [], color="black", linewidth=1.1, label="95 % interval, runs resampled")
     axes.axvline(0, color="0.4", linewidth=0.7)
-    axes.set_yticks(range(len(shown)), [each.title for each, _ in shown], fontsize=7.5)
+    titles = [each.title.replace(" after", "\nafter") for each, _ in shown]
+    axes.set_yticks(range(len(shown)), titles, fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlim(-1.05, 1.05)
     axes.set_xlabel("rank correlation with forgetting, within each task", fontsize=8)

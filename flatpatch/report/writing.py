@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flatpatch.measuring import writing_mark
+from flatpatch.measuring import INVARIANT, writing_mark
 
 # Columns of the certificate's table.
 _CHANGES = {
@@ -34,7 +34,7 @@ def writing_sentence(scope: str, values: Iterable[Mapping[str, float | None]]) -
     """
     certified = [each for each in values if each.get(_CERTIFICATE) is not None]
     if not certified:
-        depends = writing_mark(scope, {}) != "invariant"
+        depends = writing_mark(scope, {}) != INVARIANT
         return _words(depends) + " By construction: no certificate was measured (measure=invariance)."
     changes = [each.get("invariance_change") for each in certified]
     finite = [change for change in changes if change is not None]

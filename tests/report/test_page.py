@@ -328,6 +328,8 @@ def test_blocks_are_tabled_by_layer_and_factor(tmp_path):
     caption = f"Curvature by layer and factor in scope adapter, after task 2 {record['tasks'][1]}"
     assert reader.row(caption, "block.0") == ["block.0", "A", "5", "2", "3"]
     assert reader.row(caption, "all factors A") == ["all factors A", "A", "7", "–", "1.5"]
+    (whole,) = (text for text in reader.tables if text.startswith(caption))
+    assert "These numbers depend on how LoRA's factors are written" in whole
     path.write_text("damaged", encoding="utf-8")
     assert not any("Curvature by layer" in text for text in read([folder])[1].tables)
 
