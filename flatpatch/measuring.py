@@ -13,6 +13,7 @@ from flatpatch.errors import UserError, did_you_mean
 SCOPES = ("adapter", "merged", "tangent", "trainable", "model")
 # Where no measure depends on how LoRA's product is split into factors.
 INVARIANT_SCOPES = ("merged", "tangent")
+INVARIANT, DEPENDS = "invariant", "depends on writing"
 WHENS = ("before", "after")
 AT_LOSS = "at_loss"
 LEDGER, UPDATE = "ledger", "update"
@@ -134,10 +135,10 @@ def writing_mark(scope: str, values: Mapping[str, float | None]) -> str:
     if is_refused(values):
         return "not certified: refused"
     if tolerance is None:
-        return "invariant by construction" if scope in INVARIANT_SCOPES else "depends on writing"
+        return f"{INVARIANT} by construction" if scope in INVARIANT_SCOPES else DEPENDS
     if change is None:
-        return "depends on writing (beyond all bounds)"
-    return f"invariant (to {change:.1g})" if change <= tolerance else f"depends on writing (by {change:.2g})"
+        return f"{DEPENDS} (beyond all bounds)"
+    return f"{INVARIANT} (to {change:.1g})" if change <= tolerance else f"{DEPENDS} (by {change:.2g})"
 
 
 def make_request(

@@ -22,14 +22,15 @@ One seed has no spread: no interval, undecided. Several equal differences would 
 few; there the sign test is used instead, and the interval of the median, which is that point from 6 differences on
 (the chance that all of n lie on one side of the median is 2 / 2^n); with fewer there is none.
 
-``rank_correlation`` is of another kind: how well one number orders another, over pairs that come in runs.
+``rank_correlation`` is of another kind: how well one number orders the runs by another, within each task.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flatpatch.errors import UserError, did_you_mean
@@ -361,31 +362,34 @@ FEWEST_PAIRS = 4
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How well one number orders another, over pairs that come in runs."""
+    """How well one number orders runs by another, within each task."""
 
-    rho: float  # Spearman's
+    rho: float  # Spearman's, of ranks within each task
     low: float | None  # of the interval, by resampling whole runs; None with fewer than FEWEST_RUNS
     high: float | None
     least: float | None  # rho's range when each run in turn is left out; None where that leaves too little
     most: float | None
-    n: int  # pairs
+    n: int  # pairs, of tasks that two runs or more have
     runs: int
 
 
 def rank_correlation(
-    runs: Sequence[Sequence[tuple[float, float]]],
+    runs: Sequence[Mapping[Hashable, tuple[float, float]]],
     *,
     resamples: int = 2_000,
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> RankCorrelation | None:
-    """Return Spearman's rank correlation of pairs, with the interval of a bootstrap over runs.
+    """Return the rank correlation of two numbers over runs, each task's mean rank taken out, with its interval.
 
-    Pairs of one run share its training, so runs are resampled whole (percentiles of the cluster bootstrap, Davison and
-    Hinkley 1997, section 3.8), and one run at a time is left out.
+    Both numbers are ranked over the runs within each task and the ranks correlated over all tasks together: do the runs
+    that are high in the one tend to be high in the other? That one task is high in both says nothing here. With one
+    task it is Spearman's. Pairs of one run share its training, so runs are resampled whole (percentiles of the cluster
+    bootstrap, Davison and Hinkley 1997, section 3.8) and ranked anew, and one run at a time is left out. The tasks are
+    taken as fixed: the interval is of other runs of these tasks.
 
     Args:
-        runs: The pairs of each run; runs without one do not count.
+        runs: The pair of each task of each run; runs without one do not count, nor do tasks that one run alone has.
         resamples: Of the bootstrap; those in which one side does not vary are left out.
         confidence: Of the interval.
         seed: Of the resampling.
@@ -394,33 +398,40 @@ def rank_correlation(
         None with fewer than ``FEWEST_PAIRS`` pairs, or where one side does not vary.
 
     Example:
-        >>> found = rank_correlation([[(1.0, 2.0), (2.0, 4.0)], [(3.0, 9.0), (4.0, 8.0)]])
+        >>> found = rank_correlation([{"a": (1.0, 20.0), "b": (5.0, 2.0)}, {"a": (3.0, 40.0), "b": (6.0, 3.0)}])
         >>> found.rho, found.n, found.runs, found.low
-        (0.8, 4, 2, None)
+        (1.0, 4, 2, None)
     """
-    own = [pairs for pairs in runs if pairs]
-    rho = _spearman(own)
+    holders = Counter(task for pairs in runs for task in pairs)
+    shared = ({task: pair for task, pair in pairs.items() if holders[task] > 1} for pairs in runs)
+    own = [pairs for pairs in shared if pairs]
+    rho = _within_tasks(own)
     if rho is None:
         return None
-    left_out = [_spearman([*own[:out], *own[out + 1 :]]) for out in range(len(own))]
+    left_out = [_within_tasks([*own[:out], *own[out + 1 :]]) for out in range(len(own))]
     known = [value for value in left_out if value is not None]
     least, most = (min(known), max(known)) if len(known) == len(own) > 1 else (None, None)
     low = high = None
     if len(own) >= FEWEST_RUNS:
         draw = random.Random(seed)
-        drawn = (_spearman(draw.choices(own, k=len(own))) for _ in range(resamples))
+        drawn = (_within_tasks(draw.choices(own, k=len(own))) for _ in range(resamples))
         values = sorted(value for value in drawn if value is not None)
         tail = (1 - confidence) / 2
         low, high = (values[round(share * (len(values) - 1))] for share in (tail, 1 - tail))
     return RankCorrelation(rho, low, high, least, most, sum(map(len, own)), len(own))
 
 
-def _spearman(runs: Sequence[Sequence[tuple[float, float]]]) -> float | None:
-    """Return the correlation of the ranks of all runs' pairs together, equal values sharing their mean rank."""
-    pairs = [pair for own in runs for pair in own]
-    if len(pairs) < FEWEST_PAIRS:
+def _within_tasks(runs: Sequence[Mapping[Hashable, tuple[float, float]]]) -> float | None:
+    """Return the correlation of the ranks within each task, equal values sharing their mean rank."""
+    tasks: dict[Hashable, list[tuple[float, float]]] = {}
+    for own in runs:
+        for task, pair in own.items():
+            tasks.setdefault(task, []).append(pair)
+    if sum(map(len, tasks.values())) < FEWEST_PAIRS:
         return None
-    x, y = (_centred_ranks([pair[side] for pair in pairs]) for side in (0, 1))
+    x, y = (
+        [rank for pairs in tasks.values() for rank in _centred_ranks([pair[side] for pair in pairs])] for side in (0, 1)
+    )
     scale = math.sqrt(math.fsum(a * a for a in x) * math.fsum(b * b for b in y))
     return None if scale == 0 else math.fsum(a * b for a, b in zip(x, y, strict=True)) / scale
 

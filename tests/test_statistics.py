@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Hashable
 from dataclasses import replace
 
 import numpy as np
@@ -295,26 +296,62 @@ def test_pairing_of_one_pair_or_of_equal_numbers_says_nothing(a: list[float], b:
     assert pairing(a, b) is None
 
 
-def noisy_runs(count: int, noise: float, seed: int = 0) -> list[list[tuple[float, float]]]:
+Pairs = dict[Hashable, tuple[float, float]]
+
+
+def noisy_runs(count: int, noise: float, seed: int = 0) -> list[Pairs]:
     draw = random.Random(seed)
-    return [[(x := draw.gauss(0, 1), x + noise * draw.gauss(0, 1)) for _ in range(3)] for _ in range(count)]
+    return [{task: (x := draw.gauss(0, 1), x + noise * draw.gauss(0, 1)) for task in range(3)} for _ in range(count)]
 
 
-def test_rank_correlation_is_scipys_with_ties_too() -> None:
-    for runs in (noisy_runs(7, 1.0), [[(1.0, 2.0), (1.0, 3.0)], [(2.0, 3.0), (5.0, 0.0), (5.0, 7.0)]]):
-        found = rank_correlation(runs)
-        x, y = zip(*(pair for own in runs for pair in own), strict=True)
-        assert found is not None and found.rho == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
-        assert (found.n, found.runs) == (len(x), len(runs))
+def within_tasks(runs: list[Pairs]) -> float:
+    """Return what scipy makes of the ranks, each task's mean taken out."""
+    sides: tuple[list[float], list[float]] = ([], [])
+    for task in dict.fromkeys(task for own in runs for task in own):
+        for side, all_ranks in enumerate(sides):
+            ranks = stats.rankdata([own[task][side] for own in runs if task in own])
+            all_ranks += (ranks - ranks.mean()).tolist()
+    return float(stats.pearsonr(*sides).statistic)
+
+
+def test_rank_correlation_within_one_task_is_scipys_with_ties_too() -> None:
+    tied = [(1.0, 2.0), (1.0, 3.0), (2.0, 3.0), (5.0, 0.0), (5.0, 7.0)]
+    for pairs in ([own[0] for own in noisy_runs(7, 1.0)], tied):
+        found = rank_correlation([{"a": pair} for pair in pairs])
+        expected = stats.spearmanr(*zip(*pairs, strict=True)).statistic
+        assert found is not None and found.rho == pytest.approx(expected, rel=1e-12)
+        assert (found.n, found.runs) == (len(pairs), len(pairs))
+
+
+def test_ranks_of_several_tasks_are_correlated_with_each_tasks_mean_taken_out() -> None:
+    runs = [*noisy_runs(6, 1.0), {0: (0.3, -1.0)}, {7: (9.0, 9.0)}]  # task 7 has no other run to be ranked with
+    found = rank_correlation(runs)
+    assert found is not None and found.rho == pytest.approx(within_tasks(runs), rel=1e-12)
+    assert (found.n, found.runs) == (19, 7)
+    moved = [{task: (x + 100 * task, y - 7 * task) for task, (x, y) in own.items()} for own in runs]  # type: ignore[operator]
+    assert rank_correlation(moved) == found
+
+
+def test_tasks_that_differ_are_no_relation_between_runs() -> None:
+    """Two unrelated numbers, each with effects of the tasks that are three times as large as those of the runs."""
+    beyond = 0
+    for trial in range(60):
+        draw = random.Random(trial)
+        effects = [(3 * draw.gauss(0, 1), 3 * draw.gauss(0, 1)) for _ in range(3)]
+        runs: list[Pairs] = [
+            {task: (x + draw.gauss(0, 1), y + draw.gauss(0, 1)) for task, (x, y) in enumerate(effects)}
+            for _ in range(8)
+        ]
+        found = rank_correlation(runs, resamples=200)
+        assert found is not None and found.low is not None and found.high is not None
+        beyond += not found.low <= 0 <= found.high
+    assert beyond <= 0.15 * 60
 
 
 def test_range_is_that_of_leaving_each_run_out_and_the_interval_holds_the_correlation() -> None:
     runs = noisy_runs(8, 1.0)
     found = rank_correlation(runs)
-    left_out = [
-        stats.spearmanr(*zip(*(pair for k, own in enumerate(runs) if k != out for pair in own), strict=True)).statistic
-        for out in range(8)
-    ]
+    left_out = [within_tasks([own for k, own in enumerate(runs) if k != out]) for out in range(8)]
     assert found is not None and found.low is not None and found.high is not None
     assert (found.least, found.most) == pytest.approx((min(left_out), max(left_out)), rel=1e-12)
     assert -1 <= found.low < found.rho < found.high <= 1
@@ -322,9 +359,9 @@ def test_range_is_that_of_leaving_each_run_out_and_the_interval_holds_the_correl
 
 
 def test_runs_are_resampled_whole() -> None:
-    """Three equal pairs in each run say no more than one of them: the interval is as wide."""
-    single = [own[:1] for own in noisy_runs(12, 1.0, seed=4)]
-    one, three = rank_correlation(single), rank_correlation([own * 3 for own in single])
+    """Three equal tasks in each run say no more than one of them: the interval is as wide."""
+    single = [own[0] for own in noisy_runs(12, 1.0, seed=4)]
+    one, three = (rank_correlation([dict.fromkeys(range(count), pair) for pair in single]) for count in (1, 3))
     assert one is not None and three is not None
     assert (three.low, three.high) == pytest.approx((one.low, one.high), abs=1e-12)
 
@@ -333,7 +370,8 @@ def test_too_few_runs_have_no_interval_and_too_few_pairs_or_equal_ones_no_correl
     few, enough = (rank_correlation(noisy_runs(count, 0.5)) for count in (FEWEST_RUNS - 1, FEWEST_RUNS))
     assert few is not None and few.low is few.high is None and few.least is not None
     assert enough is not None and enough.low is not None
-    assert rank_correlation([[(1.0, 2.0)], [(2.0, 1.0), (3.0, 4.0)], []]) is None
-    assert rank_correlation([[(1.0, 2.0), (1.0, 3.0)], [(1.0, 4.0), (1.0, 5.0)]]) is None
-    alone = rank_correlation([[(float(k), float(k * k)) for k in range(4)]])
-    assert alone is not None and alone.rho == 1 and alone.least is None
+    assert rank_correlation([{0: (1.0, 2.0)}, {0: (2.0, 1.0), 1: (3.0, 4.0)}, {}]) is None
+    assert rank_correlation([{0: (1.0, 2.0), 1: (2.0, 3.0)}, {0: (1.0, 4.0), 1: (2.0, 5.0)}]) is None
+    assert rank_correlation([{k: (float(k), float(k * k)) for k in range(4)}]) is None  # one run is above no other
+    two = rank_correlation(noisy_runs(2, 0.5))
+    assert two is not None and two.least is None

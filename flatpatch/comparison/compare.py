@@ -35,7 +35,7 @@ from flatpatch.families.base import LoggedRun
 from flatpatch.metrics import MARGIN, METRICS
 from flatpatch.report.baselines import find_baselines, load_baseline, paper_rows
 from flatpatch.report.copies import copied, copied_records
-from flatpatch.report.records import setting
+from flatpatch.report.records import setting, settings_of
 from flatpatch.report.titles import labels
 from flatpatch.settings import OF_MEASURING, OF_PLACES, idle_settings
 from flatpatch.upstreams import UPSTREAMS
@@ -445,10 +445,11 @@ def check_set(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Non
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the settings, and what else tells runs apart, in which two differ; seeds and places do not count."""
-    keys = {*one["settings"], *other["settings"]} - set(_OWN) - (idle_settings(one) & idle_settings(other))
+    here, there = settings_of(one), settings_of(other)
+    keys = {*here, *there} - set(_OWN) - (idle_settings(one) & idle_settings(other))
     if all(of_record(record).knows_data(record) for record in (one, other)):
         keys -= {"data"}  # what they hold is compared, not where they lie
-    found = [key for key in keys if setting(one, key) != setting(other, key)]
+    found = [key for key in keys if here.get(key) != there.get(key)]
     found += [key for key in ("benchmark", "profile", "engine", "tasks") if one[key] != other[key]]
     pins = [(record["upstream"] or {}).get("pin") for record in (one, other)]
     return found + (["upstream's commit"] if pins[0] != pins[1] else [])

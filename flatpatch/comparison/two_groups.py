@@ -12,7 +12,7 @@ from flatpatch.errors import UserError
 from flatpatch.metrics import IN_A_LINE, MARGIN
 from flatpatch.report.copies import copied_records
 from flatpatch.report.effects import Contrast, Runs, contrasts
-from flatpatch.report.records import setting
+from flatpatch.report.records import settings_of
 from flatpatch.settings import idle_settings
 
 _IN_TITLE = 4  # settings that a group is named by
@@ -89,7 +89,8 @@ def _obstacle(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def _title(record: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Name a group by what sets it apart from the other."""
-    values = {key: setting(record, key, record.get(key)) for key in keys if key not in idle_settings(record)}
+    settings = settings_of(record)
+    values = {key: settings.get(key, record.get(key)) for key in keys if key not in idle_settings(record)}
     shown = [f"{key}={_list(value) if isinstance(value, list) else value}" for key, value in values.items()]
     return ", ".join([*shown[:_IN_TITLE], *(["..."] if len(shown) > _IN_TITLE else [])])
 

@@ -18,6 +18,8 @@ measuring point (:mod:`flatpatch.measurement.files`), with ``when`` "ledger", no
                              "change": the loss's over the training, "gradient", "curvature", "remainder": sums,
                              "absolute_change", "absolute_remainder": sums of the entries' magnitudes}, ...]}}
 
+Where it failed, as it does of a number that is not finite, ``error`` says why and the lists hold the entries before.
+
 ``flatness/<n>-<task>-ledger.pt`` holds the task's sample, which the processes of later tasks read.
 """
 
@@ -33,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatpatch.errors import FlatpatchError
 from flatpatch.families.sample import SEED, Sample
 from flatpatch.files import written_atomically
 from flatpatch.flatness import Loss, Problem, taylor_terms
@@ -121,7 +124,7 @@ class Ledger:
             How many earlier tasks are followed.
 
         Raises:
-            UserError: If a loss cannot be measured.
+            FlatpatchError: If a loss cannot be measured, or is not finite.
             OSError: If a sample cannot be written or read.
         """
         self._task, self._task_index, self._loss_name = task, task_index, loss_name
@@ -142,7 +145,7 @@ class Ledger:
         for index in range(task_index):
             account = self._read(index)
             problem = Problem(self._copy, account.sample.batches, loss_of(index, account.task), scope="trainable")
-            account.losses.append(problem.loss())
+            account.losses.append(_finite(problem.loss(), "loss", account, 0))
             self._accounts.append(account)
             self._problems.append(problem)
         self._seconds = time.perf_counter() - began
@@ -186,14 +189,18 @@ class Ledger:
         live = dict(self._model.named_parameters())
         now = problem.flatten([live[name] for name in problem.scope.names], torch.float64)
         step = now - problem.flatten(problem.variables, torch.float64)
-        for account, each in zip(self._accounts, self._problems, strict=True):
-            gradient, curvature = taylor_terms(each, step)
+        terms = [taylor_terms(each, step) for each in self._problems]
+        self._place(live, dict(self._model.named_buffers()))
+        found = [(each.loss(), *own) for each, own in zip(self._problems, terms, strict=True)]
+        for account, numbers in zip(self._accounts, found, strict=True):
+            for name, value in zip(("loss", "gradient term", "curvature term"), numbers, strict=True):
+                _finite(value, name, account, self._seen)
+        # All accounts have the entry or none has: what fails above leaves the entries before it whole.
+        for account, (loss, gradient, curvature) in zip(self._accounts, found, strict=True):
+            account.steps.append(self._seen)
+            account.losses.append(loss)
             account.gradients.append(gradient)
             account.curvatures.append(curvature)
-        self._place(live, dict(self._model.named_buffers()))
-        for account, each in zip(self._accounts, self._problems, strict=True):
-            account.losses.append(each.loss())
-            account.steps.append(self._seen)
         self._anchor = self._seen
         self._seconds += time.perf_counter() - began
 
@@ -209,7 +216,7 @@ class Ledger:
         """Write the task's file.
 
         Args:
-            error: Why the ledger is not whole; None where it is.
+            error: Why the ledger is not whole; None where it is. The entries before that are written all the same.
         """
         content: dict[str, Any] = {
             **{
@@ -226,7 +233,7 @@ class Ledger:
                 "every": self._request.ledger_every,
                 "steps": self._seen,
                 "num_parameters": self._problems[0].size if self._problems else 0,
-                "earlier": [] if error else [account.as_dict() for account in self._accounts],
+                "earlier": [account.as_dict() for account in self._accounts if account.steps or not error],
             },
             "seconds": round(self._seconds, 3),
         }
@@ -254,3 +261,10 @@ class Ledger:
             for name, values in series.items():
                 setattr(account, name, list(values))
         self._anchor, self._seen, self._seconds = state["anchor"], state["seen"], state["seconds"]
+
+
+def _finite(value: float, name: str, account: Account, step: int) -> float:
+    """Return a number of an earlier task; JSON and sums have no place for one that is not finite."""
+    if not math.isfinite(value):
+        raise FlatpatchError(f"the {name} of task {account.task_index + 1} is {value} at step {step}")
+    return value

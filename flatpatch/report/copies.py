@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from flatpatch.report.records import setting
+from flatpatch.report.records import setting, settings_of
 from flatpatch.settings import OF_MACHINE, OF_MEASURING, OF_PLACES, idle_settings, with_role
 
 # What may differ between runs whose accuracies are equal for a good reason: where they lie and ran, and measuring.
@@ -24,9 +24,9 @@ def trained_with(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's accuracies follow from. SAM of radius 0 is no SAM; the recorded step stays itself."""
     idle = idle_settings(record)
     found = {
-        key: entry["value"]
-        for key, entry in record["settings"].items()
-        if key not in _HARMLESS and key not in idle and entry["value"] not in ("", "auto")
+        key: value
+        for key, value in settings_of(record).items()
+        if key not in _HARMLESS and key not in idle and value not in ("", "auto")
     }
     if setting(record, "sam", "off") not in ("off", "recorded") and setting(record, "rho") == 0:
         found = {key: value for key, value in found.items() if key not in with_role("sam")}

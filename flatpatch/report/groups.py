@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatpatch.files import digest
-from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting
+from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting, settings_of
 from flatpatch.report.titles import sam_title
 from flatpatch.settings import OF_PLACES, idle_settings, without_effect
 
@@ -254,8 +254,8 @@ def _facets(record: Mapping[str, Any]) -> dict[str, str]:
     environment = record["environment"]
     idle = idle_settings(record)
     facets = {
-        key: str(entry["value"])
-        for key, entry in record["settings"].items()
+        key: str(value)
+        for key, value in settings_of(record).items()
         if key not in _NOT_COMPARED and not key.startswith(_MEASURING) and key not in idle
     }
     # Where a setting says "auto", what it came to.
@@ -277,8 +277,8 @@ def _by_measuring(
     """Take apart runs that were measured in different ways, whose values have no common mean."""
     ways = [
         tuple(
-            (name, str(entry["value"]))
-            for name, entry in sorted(run.record["settings"].items())
+            (name, str(value))
+            for name, value in sorted(settings_of(run.record).items())
             if name.startswith(_MEASURING) and name not in idle_settings(run.record)
         )
         for run in runs

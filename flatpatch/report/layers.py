@@ -7,6 +7,7 @@ from typing import Any
 
 from flatpatch.report.flatness_run import results_of
 from flatpatch.report.groups import Group, spread
+from flatpatch.report.writing import mark_of, writing_sentence
 
 VALUES = ("top_eigenvalue", "trace")
 
@@ -18,6 +19,7 @@ def layer_tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     places: dict[str, dict[str, None]] = {}
+    of_lora: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         for run in group.counted:
             latest = {entry["scope"]: entry for entry in run.record["flatness"] if "layer_trace_max" in entry["values"]}
@@ -30,6 +32,8 @@ def layer_tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
                     **{f"all factors {name}": block for name, block in blocks["factors"].items()},
                 }
                 places.setdefault(scope, {})[f"{entry['when']} task {entry['task_index'] + 1} {entry['task']}"] = None
+                if mark_of(run.record, entry):
+                    of_lora.setdefault(scope, []).append(entry["values"])
                 for name, block in named.items():
                     found.setdefault(scope, {}).setdefault(name, {}).setdefault(group.letter, []).append(block)
     letters = {group.letter: group for group in groups}
@@ -37,6 +41,7 @@ def layer_tables(groups: Sequence[Group]) -> list[dict[str, Any]]:
         {
             "scope": scope,
             "places": list(places[scope]),
+            "writing": writing_sentence(scope, of_lora[scope]) if scope in of_lora else "",
             "rows": [
                 {
                     "name": name,

@@ -57,7 +57,8 @@ def make_ledger_figure(ledgers: Sequence[Ledger], record: Mapping[str, Any]) -> 
 
     Returns:
         Above, stacked bars for each earlier task and each task trained after it; below, a panel for each earlier task
-        with the sums so far over the steps. None where no earlier task was followed.
+        with the sums so far over the steps, broken where a later task has no whole ledger. None where no earlier task
+        was followed.
     """
     pairs = [(row, ledger) for ledger in ledgers for row in ledger["ledger"]["earlier"]]
     if not pairs:
@@ -82,6 +83,12 @@ def make_ledger_figure(ledgers: Sequence[Ledger], record: Mapping[str, Any]) -> 
         f"an entry each {every} steps; below: sums over the entries so far (dashed: the change itself), dotted where a "
         "task's training ends"
     ]
+    done = sum(any(x is not None for x in row) for row in record["accuracy_matrix"])
+    if missing := sorted({*range(1, done)} - {ledger["task_index"] for ledger in ledgers}):
+        names = ", ".join(f"{index + 1} {tasks[index]}" for index in missing)
+        notes.append(
+            f"no whole ledger of task {names}: grey before the next, drawn as long as that; sums begin again at 0"
+        )
     if len(earlier) > len(shown):
         notes.append(f"of {len(earlier)} earlier tasks the first {len(shown)} have panels")
     return finish(figure, "What the change of earlier tasks' losses is made of", notes, record=record)
@@ -107,15 +114,23 @@ def _draw_bars(axes: Any, pairs: Sequence[tuple[Mapping[str, Any], Ledger]]) -> 
 
 
 def _draw_lines(axes: Any, pairs: Sequence[tuple[Mapping[str, Any], Ledger]]) -> None:
-    ends: list[int] = []
+    end, trained = 0.0, pairs[0][0]["task_index"]
     parts: dict[str, list[float]] = {name: [0.0] for name in (*TERMS, "change")}
-    steps = [0.0]
+    steps, ends = [0.0], list[float]()
     for row, ledger in pairs:
-        steps += [(ends[-1] if ends else 0) + step for step in row["steps"]]
+        own = ledger["ledger"]["steps"]
+        if unknown := ledger["task_index"] - trained - 1:  # tasks without a ledger, of unknown length
+            axes.axvspan(end, end + unknown * own, color="0.9", linewidth=0)
+            end += unknown * own
+            steps += [np.nan, end]
+            for sums in parts.values():
+                sums += [np.nan, 0.0]
+        steps += [end + step for step in row["steps"]]
         for name, values in entries_of(row):
             before = parts[name][-1]
             parts[name] += (before + np.cumsum(values)).tolist()
-        ends.append((ends[-1] if ends else 0) + ledger["ledger"]["steps"])
+        end, trained = end + own, ledger["task_index"]
+        ends.append(end)
     for name, (_, colour) in TERMS.items():
         axes.plot(steps, parts[name], color=colour, linewidth=1.2)
     axes.plot(steps, parts["change"], color="black", linewidth=1.0, linestyle="--")

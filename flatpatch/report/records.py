@@ -17,7 +17,7 @@ from typing import Any
 
 from flatpatch import families
 from flatpatch.errors import UserError, did_you_mean, named_path
-from flatpatch.settings import shown, with_role
+from flatpatch.settings import DEFAULTS, foreign, shown, with_role
 
 RECORD_FILE = "record.json"
 # One answer of all verbs: to run the command again alone would not do, as it continues what the record says.
@@ -384,6 +384,13 @@ def lacking_steps(record: Mapping[str, Any], steps: int) -> str:
 def setting(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """Return one setting's value, or ``default`` if the record does not hold it."""
     return record["settings"].get(key, {}).get("value", default)
+
+
+def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings by name; those that its version did not have yet stand at their defaults."""
+    recorded = {key: entry["value"] for key, entry in record["settings"].items()}
+    without = {*recorded, *foreign(families.family_of(record))}
+    return recorded | {key: default for key, default in DEFAULTS.items() if key not in without}
 
 
 def schema_violations(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:

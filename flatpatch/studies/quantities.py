@@ -12,7 +12,7 @@ import numpy as np
 
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.measurement.files import GIVEN_BY, VALUES
-from flatpatch.measuring import AT_LOSS, UPDATE
+from flatpatch.measuring import AT_LOSS, UPDATE, WHENS
 from flatpatch.metrics import METRICS
 from flatpatch.report.records import RECORD_FILE, read_record
 from flatpatch.report.verdicts import AS_RECORDED
@@ -178,10 +178,12 @@ class Planned:
             return f"runs {cell.name!r} do not measure {kind}, which gives {quantity.value}: they measure " + ", ".join(
                 asked.kinds
             )
-        if quantity.scope == "tangent" and (quantity.value == "distance_moved" or kind == UPDATE):
-            return (
-                f"scope 'tangent' has no {quantity.value}: its directions at two times are not the same. Take 'merged'"
-            )
+        if problem := _never_there(quantity, cell.plan.tasks):
+            return problem
+        if quantity.value == MOVED and BEFORE not in asked.when:
+            return f"runs {cell.name!r} are not measured before their tasks, and {quantity.value} needs it"
+        if str(quantity.value).startswith("factor_") and cell.plan.request.settings.tuning != "lora":
+            return f"runs {cell.name!r} train no LoRA, and {quantity.value} is of its factors"
         if quantity.scope not in asked.scopes:
             return (
                 f"runs {cell.name!r} do not measure over scope {quantity.scope!r}: expected {', '.join(asked.scopes)}"
@@ -190,6 +192,29 @@ class Planned:
         if quantity.when not in times:
             return f"runs {cell.name!r} do not measure at the time {quantity.when!r}: expected {', '.join(times)}"
         return ""
+
+
+MOVED, BEFORE, AFTER = "distance_moved", *WHENS
+_OVERLAPS = ("update_column_overlap", "update_row_overlap")
+_OF_MATRICES = ("update_entropy_rank", "update_stable_rank", *_OVERLAPS)
+
+
+def _never_there(quantity: Quantity, tasks: Sequence[str]) -> str:
+    """Say why no run has a value over this scope, at this time or of this task, or return an empty string."""
+    value, of_update = str(quantity.value), kind_of(str(quantity.value)) == UPDATE
+    if quantity.scope == "tangent" and (value == MOVED or of_update):
+        return f"scope 'tangent' has no {value}: its directions at two times are not the same. Take 'merged'"
+    if quantity.scope != "merged" and value in _OF_MATRICES:
+        return f"scope {quantity.scope!r} has no {value}, which is of whole matrices. Take 'merged'"
+    if quantity.scope == "merged" and value.startswith("factor_"):
+        return f"scope 'merged' has no {value}: its matrices are not split into factors. Take 'adapter' or 'tangent'"
+    if of_update and quantity.when != AFTER:
+        return f"{value} is of a task's whole training: it is measured {AFTER!r}, not {quantity.when!r}"
+    if value == MOVED and quantity.when == BEFORE:
+        return f"nothing has moved before a task's training: {value} is measured {AFTER!r}"
+    if value in _OVERLAPS and (quantity.task in ("first", OTHERS, tasks[0]) or len(tasks) == 1):
+        return f"the first task has no {value}, as no update was before it. Take a later task, or all of them"
+    return ""
 
 
 def kind_of(value: str) -> str:

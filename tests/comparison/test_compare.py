@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from flatpatch.comparison import compare_logged, compare_runs
+from flatpatch.comparison.compare import differing
 from flatpatch.comparison.sides import runs_of_baseline
 from flatpatch.errors import UserError
 from flatpatch.families.vision.splits import LISTED, LOGGED, OTHER, list_key
@@ -400,6 +401,14 @@ def test_sets_of_runs_that_make_no_sense_are_users_errors(records, message):
 def test_what_leaves_training_without_sam_as_it_is_does_not_set_runs_apart(values):
     records = [inflora_record(0), with_setting(inflora_record(1), **values)]
     assert compare_runs(records, metrics=[FINAL])["verdict"] == "reproduced"
+
+
+def test_a_setting_that_an_earlier_version_lacks_is_at_its_default():
+    new, early = (with_setting(inflora_record(seed), sam="sam") for seed in (0, 1))
+    new = with_setting(new, sam_radius="factors", ascent_batch=1.0)
+    early["settings"].pop("sam_radius", None)
+    assert differing(new, early) == []
+    assert differing(with_setting(new, ascent_batch=0.5), early) == ["ascent_batch"]
 
 
 def test_with_sam_the_step_that_it_perturbs_sets_runs_apart():

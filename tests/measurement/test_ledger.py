@@ -169,6 +169,32 @@ def test_model_and_random_numbers_stay_as_they_are(tmp_path: Path) -> None:
     assert row["remainder"] == row["change"] == row["losses"][1] - row["losses"][0] != 0.0
 
 
+def test_entries_before_a_number_that_is_not_finite_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = train(tmp_path, Power(), every=1, tasks=2)[1]
+    whole = ledger(tmp_path, "2-second")["ledger"]["earlier"][0]
+    model = Power()
+    made = measurer(tmp_path, every=1)
+    with torch.no_grad():
+        model.linear.weight.copy_(path[0])
+    batches, _, _ = sample_of_task(1)
+    made.begin(task_index=1, task="second", model=model, sample=Sample(batches, 6), loss=MSE)
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            model.linear.weight.copy_(path[step] if step < 3 else torch.tensor(torch.nan))
+        made.step(step)
+    made.end()
+    reason = "the loss of task 1 is nan at step 3"
+    assert f"FAILED ledger: FlatpatchError: {reason} (the training goes on)" in capsys.readouterr().err
+    content = ledger(tmp_path, "2-second")
+    assert content["error"] == f"FlatpatchError: {reason}"
+    (row,) = content["ledger"]["earlier"]
+    assert row["steps"] == [1, 2] and row["losses"] == whole["losses"][:3]
+    assert row["gradients"] == whole["gradients"][:2] and row["curvatures"] == whole["curvatures"][:2]
+    assert row["change"] == pytest.approx(row["losses"][2] - row["losses"][0], rel=1e-12)
+
+
 def test_what_fails_is_said_and_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Power()
     batches, _, _ = sample_of_task(1)

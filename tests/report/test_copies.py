@@ -48,9 +48,19 @@ def test_equal_accuracies_of_runs_that_were_trained_differently_are_named(other:
         (seeded(0, sam="off"), changed(seeded(0, sam="sam"), rho=0.0)),
         (seeded(0, sam="off"), changed(seeded(0, sam="asam"), rho=0, eta=0.5, scope="A")),
         (seeded(0, sam="off"), changed(seeded(0, sam="off"), rho=0.3)),
-        (changed(seeded(0), benchmark=""), seeded(0)),
+        (changed(seeded(0), model=""), seeded(0)),
+        (changed(seeded(0), sam_radius="factors", ascent_batch=1.0, tuning="lora"), seeded(0)),
     ],
-    ids=["a copy", "other places", "measured", "rho=0 is off", "so with asam", "idle", "nothing said"],
+    ids=[
+        "a copy",
+        "other places",
+        "measured",
+        "rho=0 is off",
+        "so with asam",
+        "idle",
+        "nothing said",
+        "earlier version",
+    ],
 )
 def test_equal_accuracies_of_runs_that_must_be_equal_are_not_named(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert copied_records(["one", "other"], [one, other]) == []

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flatpatch.report.flatness_run import draw_flatness
 from flatpatch.report.ledger import CHANGE, make_ledger_figure, read_ledgers
+from tests.report_page import small_print
 from tests.report_records import ORDER_1, make_quick_record
 
 
@@ -61,6 +63,20 @@ def test_figure_shows_the_sums_of_each_pair_and_how_they_add_up(tmp_path: Path) 
     whole = panels[0].get_lines()[3]
     assert list(whole.get_xdata()) == [0, 2, 4, 6, 8, 10, 12]
     assert list(whole.get_ydata()) == pytest.approx([0, 1.5, 3, 6, 9, 13.5, 18])
+
+
+def test_lines_break_where_a_ledger_is_missing_and_the_figure_names_it(tmp_path: Path) -> None:
+    write_ledgers(tmp_path)
+    (tmp_path / "flatness" / "3-yahoo-ledger.json").unlink()
+    figure = make_ledger_figure(read_ledgers(tmp_path), make_quick_record())
+    assert figure is not None
+    _, first, second, third = figure.axes
+    whole = first.get_lines()[3]
+    # Task 1 through task 2, no numbers for task 3, and through task 4 from 0 on.
+    np.testing.assert_allclose(whole.get_xdata(), [0, 2, 4, np.nan, 8, 10, 12])
+    np.testing.assert_allclose(whole.get_ydata(), [0, 1.5, 3, np.nan, 0, 4.5, 9])
+    assert [[patch.get_x() for patch in axes.patches] for axes in (first, second, third)] == [[4], [0], []]
+    assert "no whole ledger of task 3 yahoo" in small_print(figure)
 
 
 def test_damaged_and_failed_ledgers_are_left_out(tmp_path: Path) -> None:

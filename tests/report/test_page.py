@@ -187,6 +187,18 @@ def test_runs_of_other_settings_are_not_put_together(tmp_path):
     assert len(set(titles)) == 4
 
 
+def test_a_run_of_an_earlier_version_lacks_new_settings_and_is_of_the_group_that_has_their_defaults(tmp_path):
+    records = [seeded(0), seeded(1), seeded(2)]
+    for record, share in zip(records[1:], (1.0, 0.5), strict=True):
+        new = {"sam_radius": "factors", "ascent_batch": share, "measure_at_loss": 0.0}
+        record["settings"] |= {key: {"value": value, "source": "default"} for key, value in new.items()}
+    for record in records[:2]:
+        record["settings"]["measure"] = {"value": "loss", "source": "command line"}
+    groups = group_runs([read_run(write_run(tmp_path / str(k), record)) for k, record in enumerate(records)])
+    assert [[run.seed for run in group.runs] for group in groups] == [["0", "1"], ["2"]]
+    assert [group.title for group in groups] == ["SAM rho=0.05, ascent_batch=1.0", "SAM rho=0.05, ascent_batch=0.5"]
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("rho", 0.1), ("sam_on", "task"), ("measure", "loss"), ("measure_rho", 0.1)]
 )
@@ -316,6 +328,8 @@ def test_blocks_are_tabled_by_layer_and_factor(tmp_path):
     caption = f"Curvature by layer and factor in scope adapter, after task 2 {record['tasks'][1]}"
     assert reader.row(caption, "block.0") == ["block.0", "A", "5", "2", "3"]
     assert reader.row(caption, "all factors A") == ["all factors A", "A", "7", "–", "1.5"]
+    (whole,) = (text for text in reader.tables if text.startswith(caption))
+    assert "These numbers depend on how LoRA's factors are written" in whole
     path.write_text("damaged", encoding="utf-8")
     assert not any("Curvature by layer" in text for text in read([folder])[1].tables)
 

@@ -15,11 +15,16 @@ from tests.report_page import flatness_entry, seeded, write_run
 from tests.report_records import ORDER_1
 
 
+def lost_points(seed: int) -> list[float]:
+    """Return by how much each task is forgotten: more the later it comes, and for each by another order of the runs."""
+    return [(index + 1) * (1.0 + (index + 1) * seed % 5) for index in range(3)]
+
+
 def make_runs(folder: Path, count: int) -> list[Run]:
-    """Write runs in which task i is forgotten by (i + 1) (seed + 1) points, and the top eigenvalue is minus it."""
+    """Write runs in which tasks are forgotten by ``lost_points`` and the top eigenvalue is minus it."""
     runs = []
     for seed in range(count):
-        losses = [(index + 1) * (seed + 1.0) for index in range(3)]
+        losses = lost_points(seed)
         matrix = [
             [None if j > i else 90.0 - (losses[j] if i == 3 and j < 3 else 0.0) for j in range(4)] for i in range(4)
         ]
@@ -41,18 +46,18 @@ def groups_of(folder: Path, count: int) -> list[Group]:
 
 def test_each_number_is_correlated_with_the_forgetting_of_its_task_and_run(tmp_path: Path) -> None:
     found = {each.title: each for each in predictors(groups_of(tmp_path, 5))}
-    top = found["largest eigenvalue after learning it, adapter"]
+    top = found["largest eigenvalue after learning it, adapter (depends on writing)"]
     assert (top.n, top.runs, top.note) == (15, 5, "") and top.found is not None
     assert top.found.rho == pytest.approx(-1.0) and top.found.least == pytest.approx(-1.0)
-    # Task i goes through tasks i + 1 to 3: its sums are (i + 1) times 6, 5 and 3, by the seed's scale.
-    lost = [(i + 1) * (seed + 1) for seed in range(5) for i in range(3)]
-    sums = [(i + 1) * (seed + 1) * (6, 5, 3)[i] for seed in range(5) for i in range(3)]
-    expected = stats.spearmanr(sums, lost).statistic
+    # The ledger's sums of every task rise with the seed; as many runs of each task, so the correlation is the mean.
+    lost = [lost_points(seed) for seed in range(5)]
+    expected = sum(stats.spearmanr(range(5), [own[task] for own in lost]).statistic for task in range(3)) / 3
+    assert 0.1 < expected < 0.9
     for title in ("change of its loss by the ledger", "curvature term of the ledger"):
         each = found[title]
         assert each.found is not None and each.found.rho == pytest.approx(expected, rel=1e-9) and each.n == 15
     assert found["gradient term of the ledger"].found.rho == pytest.approx(-found[title].found.rho)  # type: ignore[union-attr]
-    assert "trace after learning it, adapter" not in found  # no run has it
+    assert not any(title.startswith("trace") for title in found)  # no run has it
     figure = make_predictors_figure(list(found.values()))
     assert figure is not None and len(figure.axes[0].get_yticks()) == 4
 

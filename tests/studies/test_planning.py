@@ -168,6 +168,41 @@ def test_a_hypothesis_that_the_runs_cannot_answer_is_refused(old: str, new: str,
     assert said in refused(path, tmp_path / "runs")
 
 
+@pytest.mark.parametrize(
+    ("quantity", "said"),
+    [
+        ("update_entropy_rank, scope: adapter, when: after", "scope 'adapter' has no update_entropy_rank"),
+        ("update_row_overlap, scope: adapter, when: after", "scope 'adapter' has no update_row_overlap"),
+        ("factor_a_trace, scope: merged, when: after", "scope 'merged' has no factor_a_trace"),
+        ("update_curvature, scope: adapter, when: before", "update_curvature is of a task's whole training"),
+        ("distance_moved, scope: adapter, when: before", "nothing has moved before a task's training"),
+        (
+            "update_column_overlap, scope: merged, when: after, task: first",
+            "the first task has no update_column_overlap",
+        ),
+        (
+            "update_column_overlap, scope: merged, when: after, task: amazon",
+            "the first task has no update_column_overlap",
+        ),
+        ("update_column_overlap, scope: merged, when: after", ""),
+        ("update_column_overlap, scope: merged, when: after, task: last", ""),
+        ("update_curvature, scope: adapter, when: after, task: first", ""),
+        ("factor_b_trace, scope: adapter, when: before", ""),
+    ],
+)
+def test_a_value_that_no_run_has_in_a_scope_at_a_time_or_of_a_task_is_refused(
+    quantity: str, said: str, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, hypotheses=HYPOTHESIS.replace("metric: average_accuracy", f"value: {quantity}"))
+    text = path.read_text()
+    path.write_text(text.replace("[eigenvalues], scope: [adapter]", "[layers, update], scope: [adapter, merged]"))
+    if said:
+        assert said in refused(path, tmp_path / "runs")
+    else:
+        study, asked, cells = planned(path, tmp_path / "runs")
+        check_hypotheses(study, asked, cells)
+
+
 def test_sides_that_differ_in_more_than_they_say_have_no_partners(tmp_path: Path) -> None:
     path = write_study(tmp_path, grid="{sam: [off]}", more_runs="  - {name: other, settings: {sam: sam, order: 2}}")
     assert "no run of sam=sam has a partner in sam=off that is equal in everything else" in refused(
