@@ -19,6 +19,7 @@ from flatpatch.measuring import FOLLOWED_KINDS, KINDS, LEDGER, LOSSES_AVERAGED, 
 from flatpatch.measuring import Request as MeasureRequest
 
 SCOPE_WITHOUT_LORA = "trainable"  # over which is measured where no LoRA is trained, unless said otherwise
+EFFECTIVE = "sam_radius=effective"
 MINIATURES = ("quick", "small")  # profiles with models for a CPU
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "profile": ("auto", "upstream", "paper", "record", *MINIATURES),
@@ -358,6 +359,13 @@ def effective_settings(settings: Settings) -> Settings:
     return dataclasses.replace(settings, **{key: DEFAULTS[key] for key in idle})
 
 
+def by_pairs(settings: Settings) -> str:
+    """Return the setting, as a word, by which SAM goes by LoRA's factors as pairs; an empty string without one."""
+    if of_pairs(settings.sam):
+        return f"sam={settings.sam}"
+    return EFFECTIVE if effective_settings(settings).sam_radius == "effective" else ""
+
+
 def options_of(settings: Settings) -> dict[str, Any]:
     """Return the settings that the chosen kind of SAM takes of those that not all kinds have, but for common ones."""
     own = KINDS_OF_SAM[settings.sam].arguments if settings.sam in KINDS_OF_SAM else ()
@@ -637,12 +645,11 @@ def _check_scopes(settings: Settings) -> list[str]:
             f"scope={settings.scope} has nothing for sam={settings.sam}, which weighs LoRA's A against its B. Use "
             "scope=lora."
         ]
-    effective = settings.sam != "off" and "sam_radius" not in without_effect(settings.sam, "")
-    if effective and settings.sam_radius == "effective" and settings.scope in ("A", "head"):
+    paired = by_pairs(settings)
+    if paired == EFFECTIVE and settings.scope in ("A", "head"):
         why = "moves no LoRA" if settings.scope == "head" else "a step of A alone is boundless while B is near zero"
         return [
-            f"scope={settings.scope} does not go with sam_radius=effective: {why}. Use scope=lora or B, or "
-            "sam_radius=factors."
+            f"scope={settings.scope} does not go with {EFFECTIVE}: {why}. Use scope=lora or B, or sam_radius=factors."
         ]
     if settings.tuning not in ("head", "full"):
         return []
@@ -651,13 +658,8 @@ def _check_scopes(settings: Settings) -> list[str]:
         problems.append(
             f"scope={settings.scope} has nothing to perturb: tuning={settings.tuning} trains no LoRA. Use scope=all."
         )
-    if settings.sam != "off" and settings.sam_radius == "effective":
-        problems.append(
-            f"sam_radius=effective has nothing to go by: tuning={settings.tuning} trains no LoRA. Use "
-            "sam_radius=factors."
-        )
-    if of_pairs(settings.sam):
-        problems.append(f"sam={settings.sam} has nothing to go by: tuning={settings.tuning} trains no LoRA.")
+    if paired:
+        problems.append(f"{paired} has nothing to go by: tuning={settings.tuning} trains no LoRA. Leave it out.")
     measured = [name.strip() for name in settings.measure_scope.split(",")]
     if settings.measure and (absent := [name for name in measured if name in ("adapter", "merged", "tangent")]):
         problems.append(

@@ -6,16 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from flatpatch.errors import FlatpatchError, did_you_mean
 from flatpatch.families.base import Deviation, Upstream
 from flatpatch.families.vision.data import Dataset
-from flatpatch.kinds import noises, of_pairs
-
-if TYPE_CHECKING:
-    from flatpatch.settings import Settings
-
+from flatpatch.kinds import noises
+from flatpatch.settings import Settings, by_pairs
 
 NEVER_USED = "never uses it"
 KEEPS_NO_EXEMPLARS = "keeps no exemplars, and never uses it"
@@ -99,9 +96,7 @@ class VisionUpstream(Upstream):
                 f"sam_on={settings.sam_on} is for methods that take two steps a batch; {self.title} takes one. "
                 "Leave it out."
             )
-        effective = settings.sam != "off" and settings.sam_radius == "effective"
-        if self.unpaired and (of_pairs(settings.sam) or effective):
-            word = f"sam={settings.sam}" if of_pairs(settings.sam) else "sam_radius=effective"
+        if self.unpaired and (word := by_pairs(settings)):
             problems.append(
                 f"{word} goes by LoRA's factors as pairs, and some of {self.title}'s have no partner. Leave it out."
             )

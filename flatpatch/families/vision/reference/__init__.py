@@ -26,11 +26,11 @@ from flatpatch.families.dualgpm import Subspace
 from flatpatch.families.task_checkpoints import held_after_task, take_up
 from flatpatch.families.training import MakeGradients, TrainingResult, descend, plain_gradients
 from flatpatch.families.vision.reference.checkpoints import restore, save
-from flatpatch.families.vision.reference.duallora import DualLoRA, DualLoRAViT, model_kind
+from flatpatch.families.vision.reference.duallora import DualLoRA, DualLoRAViT, make_model
 from flatpatch.families.vision.reference.images import ImageTask, load_tasks
 from flatpatch.families.vision.reference.inflora import InfLoRA
 from flatpatch.families.vision.reference.options import VisionReference
-from flatpatch.families.vision.reference.vit import LoRAViT, build
+from flatpatch.families.vision.reference.vit import LoRAViT
 from flatpatch.files import write_atomically
 
 __all__ = ["ImageTask", "LoRAViT", "TaskState", "VisionReference", "restore", "run", "tasks_of"]
@@ -90,7 +90,7 @@ def run(
     tasks = tasks_of(reference)
     if reference.tasks is not None and reference.tasks > len(tasks):
         raise UserError(f"tasks={reference.tasks}, but there are {len(tasks)}. Expected at most that many.")
-    model = build(reference, [len(task.classes) for task in tasks], model_kind(reference))
+    model = make_model(reference, [len(task.classes) for task in tasks])
     protecting = _protecting(reference, model, len(tasks))
     done = reference.output_dir / "results.json"
     done.unlink(missing_ok=True)

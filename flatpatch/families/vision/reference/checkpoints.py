@@ -13,9 +13,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from flatpatch.errors import UserError
-from flatpatch.families.vision.reference.duallora import DualLoRAViT, model_kind
+from flatpatch.families.vision.reference.duallora import make_model
 from flatpatch.families.vision.reference.options import VisionReference
-from flatpatch.families.vision.reference.vit import LoRAViT, build
+from flatpatch.families.vision.reference.vit import LoRAViT
 from flatpatch.files import write_atomically
 
 
@@ -65,9 +65,7 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
     files = [_read(reference, index) for index in range(task + 1)]
     classes = [len(file["head.bias"]) for file in files]
     joins = joined and reference.method == "inflora"
-    model = build(
-        replace(reference, rank=reference.rank * len(files)) if joins else reference, classes, model_kind(reference)
-    )
+    model = make_model(replace(reference, rank=reference.rank * len(files)) if joins else reference, classes)
     with torch.no_grad():
         for name, value in _kept(reference, model, task).items() if joins else ():
             of_all = [file[name] for file in files]
@@ -80,8 +78,6 @@ def restore(reference: VisionReference, task: int, *, joined: bool = False) -> L
             for name, value in _kept(reference, model, index).items():
                 value.copy_(file[name])
     model.task = task
-    if isinstance(model, DualLoRAViT):
-        model.choices = reference.dual
     model.train_only(("A", "B") if joined and reference.tuning == "lora" else reference.trained)
     return model
 

@@ -21,8 +21,8 @@ For each block, with its input x, class token c, and :math:`\Psi_\tau` the direc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from flatpatch.families.dualgpm import Subspace, input_covariances, threshold
 from flatpatch.families.vision.dual_choices import NEW, DualChoices
 from flatpatch.families.vision.reference.options import VisionReference
-from flatpatch.families.vision.reference.vit import KeyValueLoRA, LoRALinear, LoRAViT
+from flatpatch.families.vision.reference.vit import KeyValueLoRA, LoRALinear, LoRAViT, build
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 NOBODY = -1
@@ -331,7 +331,6 @@ class DualLoRA:
         self.model = model
         self.tasks = tasks
         self.subspaces: list[Subspace] = []
-        model.choices = reference.dual
 
     def begin(self, batches: Batches) -> None:
         """Merge the last task's adapters, and say where the new ones may work."""
@@ -375,6 +374,10 @@ class DualLoRA:
         self.subspaces = [Subspace(layer.memory.directions.cpu().numpy()) for layer in layers]
 
 
-def model_kind(reference: VisionReference) -> Any:
-    """Return the class of a method's model."""
-    return DualLoRAViT if reference.method == "duallora" else LoRAViT
+def make_model(reference: VisionReference, classes: Sequence[int]) -> LoRAViT:
+    """Make a method's model; see `build`."""
+    if reference.method != "duallora":
+        return build(reference, classes)
+    model = cast(DualLoRAViT, build(reference, classes, DualLoRAViT))
+    model.choices = reference.dual
+    return model
