@@ -113,6 +113,7 @@ def _context(study: Study, made: Sequence[Picture], missing: Sequence[str]) -> d
         "facts": _facts(study),
         "rows": [row for own in hypotheses for row in _rows(own, own["hypothesis"] in pairs)],
         "both": {own["arm"] for own in hypotheses} >= {CORRECT, AS_RECORDED},
+        "writing": any(own.get("writing") for own in hypotheses),
         "pictures": [
             {"caption": picture.caption, "file": f"{FIGURES}/{picture.name}", "source": embedded(picture.figure)}
             for picture in made
@@ -168,9 +169,23 @@ def _rows(found: Mapping[str, Any], has_correct: bool) -> list[dict[str, Any]]:
     statement = f"{AS_RECORDED}" if recorded and has_correct else found["statement"]
     main = {**same, "id": found["hypothesis"], "statement": statement, "tested": found["tested"], "control": False}
     return [
-        {**main, "statement": statement, "full": found["statement"], "quantity": found.get("quantity", "")},
+        {
+            **main,
+            "statement": statement,
+            "full": found["statement"],
+            "quantity": found.get("quantity", ""),
+            "writing": "" if recorded and has_correct else found.get("writing", ""),
+        },
         *(
-            {**main, "statement": f"against {name}", "full": "", "quantity": "", "tested": tested, "control": True}
+            {
+                **main,
+                "statement": f"against {name}",
+                "full": "",
+                "quantity": "",
+                "writing": "",
+                "tested": tested,
+                "control": True,
+            }
             for name, tested in found["controls"].items()
         ),
     ]

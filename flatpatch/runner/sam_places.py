@@ -10,7 +10,7 @@ from flatpatch.families.base import Plan
 
 # Of the calls that the patches insert: those by which a step's gradient is taken at the perturbed weights.
 CALLS = {
-    "flatpatch.hooks.attach_trainer(": "from then on the trainer's training_step is called once for each pass of a step",
+    "flatpatch.hooks.attach_trainer(": "from then on each pass of a step is a call of the trainer's training_step",
     "flatpatch.hooks.second_pass(": "the gradient at the perturbed weights takes the place of the authors'",
 }
 DEFAULT_LOSS = "task"  # where a call names none

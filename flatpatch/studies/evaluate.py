@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flatpatch.measuring import writing_mark
 from flatpatch.report.titles import about
 from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 from flatpatch.settings import shown
@@ -165,6 +166,7 @@ def _judged(hypotheses: Sequence[Hypothesis], tests: _Tests, where: str) -> list
                 },
                 points=test.points,
                 x_label=_x_label(hypothesis.slope) if hypothesis.slope else "",
+                writing=writing_mark(scope, {}) if (scope := hypothesis.quantity.scope) else "",
             )
         )
     return found

@@ -94,6 +94,7 @@ class HypothesisResult:
         tested: Against what it is about.
         controls: Against its controls, by name.
         points: For slopes: what they were laid through; ``x_label`` says over what.
+        writing: Whether the quantity depends on how LoRA's factors are written; empty for a metric.
     """
 
     hypothesis: str
@@ -108,6 +109,7 @@ class HypothesisResult:
     controls: Mapping[str, Tested]
     points: tuple[Point, ...] = ()
     x_label: str = ""
+    writing: str = ""
 
 
 @dataclass(frozen=True)

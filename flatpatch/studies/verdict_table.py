@@ -32,7 +32,8 @@ def verdict_table(result: StudyResult) -> str:
 
 def _lines(each: HypothesisResult, recorded: HypothesisResult | None) -> Iterator[str]:
     yield from _wrapped(f"{each.hypothesis}: {each.statement}")
-    yield from _wrapped(f"{each.quantity}; {each.side} against {each.tested.against}", "    ")
+    mark = f" ({each.writing})" if each.writing else ""
+    yield from _wrapped(f"{each.quantity}{mark}; {each.side} against {each.tested.against}", "    ")
     yield from _wrapped(f"=> {each.tested.finding}", "    ")
     for name, test in each.controls.items():
         yield from _wrapped(f"control {name} ({test.against}): {test.finding}", "    ")

@@ -124,14 +124,13 @@ def verdicts(runs: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     wide = paired_difference([1.0, 9.0, -4.0], [0.0] * 3, direction="higher", smallest=0.5)
     single = paired_difference([2.0], [0.0], direction="lower")
     first, second, third, fourth, fifth = corrected([sure, against, small, wide, single])
+    sharper = "the model is sharper after training than before"
     points = [{"label": f"seed {s}, r {r}", "seed": s, "x": r, "y": 3 * r + s} for s in (0, 1) for r in (0, 1, 2, 3)]
     known = [
         hypothesis("accuracy", "SAM raises the average accuracy", first, controls={"twice": tested(fourth, "twice")}),
         hypothesis("forgetting", "SAM lowers forgetting", third),
-        hypothesis("sharp", "the model is sharper after training than before", second, unit="eigenvalue"),
-        hypothesis(
-            "sharp", "the model is sharper after training than before", first, unit="eigenvalue", arm="as recorded"
-        ),
+        hypothesis("sharp", sharper, second, unit="eigenvalue", writing="depends on writing"),
+        hypothesis("sharp", sharper, first, unit="eigenvalue", writing="depends on writing", arm="as recorded"),
         hypothesis("rank", "sharpness grows with rank", fourth, unit="a doubling", points=points, x_label="log2 rank"),
         hypothesis("one", "one seed tells nothing of this rather long statement about many things", fifth),
     ]

@@ -76,6 +76,7 @@ def test_every_verdict_stands_in_the_table_with_its_numbers(made) -> None:
         "contradicted",
         "supported",
     ]
+    assert rows[4][0] == "▲ the model is sharper after training than before (depends on writing)"
     assert rows[5][0] == "▲ as recorded"  # below the same hypothesis, measured correctly
     assert rows[7][1:5] == ["+2 points", "none", "1", "–"]
 

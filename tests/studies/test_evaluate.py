@@ -38,7 +38,7 @@ def test_a_paired_difference_is_that_of_the_runs_of_each_seed(tmp_path: Path) ->
     assert [pair.label for pair in found.tested.pairs] == ["seed 0", "seed 1", "seed 2"]
     assert [pair.side - (pair.against or 0) for pair in found.tested.pairs] == pytest.approx([1, 2, 3])
     assert found.tested.sentence.startswith("SAM raises the average accuracy: undecided in the miniature: +2 points")
-    assert (found.side, found.tested.against) == ("sam=sam", "sam=off")
+    assert (found.side, found.tested.against, found.writing) == ("sam=sam", "sam=off", "")
 
 
 def test_pairs_of_one_seed_are_averaged_so_that_n_counts_seeds(tmp_path: Path) -> None:
@@ -48,7 +48,10 @@ def test_pairs_of_one_seed_are_averaged_so_that_n_counts_seeds(tmp_path: Path) -
             leave(cell, values=sharpness(amazon=8 - cell.seed, yahoo=16 - cell.seed))
         else:
             leave(cell, values=sharpness(amazon=10, yahoo=20))
-    found = only(judged(tmp_path, tmp_path, three)).tested
+    result = judged(tmp_path, tmp_path, three)
+    assert only(result).writing == "depends on writing"
+    assert "over adapter after training (depends on writing);" in " ".join(verdict_table(result).split())
+    found = only(result).tested
     assert found.n == 3 and len(found.pairs) == 6
     assert found.effect == pytest.approx(-(2 + 4) / 2 - 1)  # seeds subtract 0, 1 and 2 more
     assert found.pairs[1].label == "seed 0, yahoo"
