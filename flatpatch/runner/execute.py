@@ -57,6 +57,7 @@ CHECKPOINTS = "checkpoints"
 STOP = "stop"
 STEPS = "metrics.jsonl"
 SPENT = "seconds.txt"  # of all processes that worked at a stage, as far as this one saw them end
+SHARED_MEMORY = Path("/dev/shm")
 PATIENCE = 60.0  # seconds that a process has to come to its step's end and write a checkpoint
 MEASURER = "flatpatch.measurement.in_run:Measurer"
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "the disk is full")
@@ -378,7 +379,8 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> Non
     hook = own / "hook.json"
     own.mkdir(parents=True, exist_ok=True)
     write_atomically(hook, json.dumps(_contract(plan, stage, own), indent=2))
-    command = command_of(stage, sys.executable, plan.request.settings.port or _free_port())
+    port = plan.request.settings.port or _free_port()
+    command = command_of(stage, sys.executable, port)
     variables = {**os.environ, **plan.environment, "FLATPATCH_RUN": str(hook)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         variables.pop(name, None)
@@ -391,6 +393,7 @@ def _run_stage(plan: Plan, stage: Stage, stop: _Stop, tracking: Tracking) -> Non
         finally:
             process.end()
             _end_leftovers(hook)
+            _free_shared_memory(port)
             seconds = _spent(own) + time.monotonic() - started
             with contextlib.suppress(OSError):  # on a full disk it is told too little
                 (own / SPENT).write_text(f"{seconds:.2f}\n", encoding="utf-8")
@@ -584,6 +587,13 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _free_shared_memory(port: int, place: Path = SHARED_MEMORY) -> None:
+    """Remove what DeepSpeed's processes of a port leave in this machine's memory on a CPU: 69 MB each."""
+    for buffer in place.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+        with contextlib.suppress(OSError):
+            buffer.unlink()
 
 
 def _end_leftovers(hook: Path) -> None:

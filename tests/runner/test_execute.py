@@ -366,6 +366,18 @@ def test_damaged_weights_of_a_finished_task_are_made_again(undisturbed: Path, da
     assert results(tmp_path / "damaged") == results(undisturbed)
 
 
+def test_memory_that_deepspeed_leaves_is_freed_for_this_user_and_port_alone(tmp_path: Path) -> None:
+    """Named as DeepSpeed 0.15's csrc/cpu/comm/shm.cpp does: user, address, port, rank."""
+    own = [f"{os.getuid()}_127.0.0.1_29517_0", f"{os.getuid()}_10.0.0.1_29517_1"]
+    others = [f"{os.getuid()}_127.0.0.1_29518_0", f"{os.getuid() + 1}_127.0.0.1_29517_0"]
+    for name in own + others:
+        (tmp_path / f"deepspeed_allreduce_buffer_{name}").touch()
+    (tmp_path / f"deepspeed_allreduce_buffer_{own[0]}").chmod(0o400)
+    execute._free_shared_memory(29517, tmp_path)
+    assert sorted(path.name.removeprefix("deepspeed_allreduce_buffer_") for path in tmp_path.iterdir()) == others
+    execute._free_shared_memory(29517, tmp_path / "missing")  # there is none on a Mac
+
+
 def test_second_runner_in_the_same_folder_is_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
