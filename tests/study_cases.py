@@ -9,6 +9,7 @@ from typing import Any
 
 from flatpatch.metrics import from_lists, summarise
 from flatpatch.runner.record import new_record, write_record
+from flatpatch.studies.checks import check_names
 from flatpatch.studies.evaluate import evaluate
 from flatpatch.studies.planning import Asked, Cell, plan_study
 from flatpatch.studies.result import HypothesisResult, StudyResult
@@ -61,6 +62,7 @@ def write_study(
 def planned(path: Path, output: Path, seeds: Sequence[str] = ("0", "1", "2")) -> tuple[Study, Asked, list[Cell]]:
     """Read a study and plan its quick form."""
     study = read_study(path)
+    check_names(study)
     asked = Asked("quick", tuple(seeds), passed=(f"output={output}",))
     return study, asked, plan_study(study, asked)
 

@@ -7,9 +7,22 @@ from collections.abc import Iterator, Sequence
 from flatpatch.errors import UserError
 from flatpatch.report.verdicts import AS_RECORDED, CORRECT
 from flatpatch.studies.pairing import Comparison, each_of, side_words
-from flatpatch.studies.planning import Asked, Cell, could_stand
+from flatpatch.studies.planning import Asked, Cell, could_stand, wrong_settings
 from flatpatch.studies.quantities import Planned, of_side, wrong_names
 from flatpatch.studies.schema import Hypothesis, Side, Study, left_out_runs
+
+
+def check_names(study: Study) -> None:
+    """Refuse a study that names settings, metrics or measured values which nothing has.
+
+    Raises:
+        UserError: With every mistake.
+    """
+    problems = wrong_settings(study)
+    for hypothesis in study.hypotheses:
+        problems += [f"hypothesis {hypothesis.id!r}: {problem}" for problem in _wrong_names(hypothesis)]
+    if problems:
+        raise UserError.collect(problems)
 
 
 def check_hypotheses(study: Study, asked: Asked, cells: Sequence[Cell]) -> None:
@@ -62,15 +75,15 @@ def arms_of(hypothesis: Hypothesis) -> tuple[str, ...]:
     return (CORRECT, AS_RECORDED) if recorded else (CORRECT,)
 
 
-def _wrong(hypothesis: Hypothesis, cells: Sequence[Cell]) -> Iterator[str]:
+def _wrong_names(hypothesis: Hypothesis) -> list[str]:
     sides = [side for side in (hypothesis.side, hypothesis.against, *hypothesis.controls.values()) if side is not None]
     quantities = [of_side(hypothesis.quantity, side, "") for side in sides if side.constant is None]
     if hypothesis.slope and hypothesis.slope.over_quantity:
         quantities.append(hypothesis.slope.over_quantity)
-    names = list(dict.fromkeys(problem for quantity in quantities for problem in wrong_names(quantity)))
-    yield from names
-    if names:
-        return
+    return list(dict.fromkeys(problem for quantity in quantities for problem in wrong_names(quantity)))
+
+
+def _wrong(hypothesis: Hypothesis, cells: Sequence[Cell]) -> Iterator[str]:
     try:
         each = each_of(hypothesis, cells)
         for one in each:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from flatpatch.runner.jobs import missing
 from flatpatch.runner.resolve import cuda_devices
 from flatpatch.runner.sweep import listed
 from flatpatch.settings import DEFAULTS, check_folder, read_words
-from flatpatch.studies.checks import check_hypotheses, hypotheses_of
+from flatpatch.studies.checks import check_hypotheses, check_names, hypotheses_of
 from flatpatch.studies.evaluate import evaluate
 from flatpatch.studies.planning import PASSED_ON, Asked, Cell, folders_of, plan_study
 from flatpatch.studies.result import folder_of, write_result
-from flatpatch.studies.schema import FormName, Hypothesis, Study, find_study, library, named_file, read_study
+from flatpatch.studies.schema import LIBRARY, FormName, Hypothesis, Study, find_study, library, named_file, read_study
 from flatpatch.studies.verdict_table import verdict_table
 from flatpatch.terminal import say
 
@@ -80,15 +81,26 @@ def study(words: Sequence[str]) -> int:
     dry_run = "--dry-run" in words
     asked_for = parse_words([word for word in words if word != "--dry-run"])
     found = read_study(asked_for.path)
-    asked = _choose(found, asked_for)
-    cells = plan_study(found, asked, dry_run=dry_run)
-    check_hypotheses(found, asked, cells)
+    with _of_file(asked_for.path):
+        check_names(found)
+        asked = _choose(found, asked_for)
+        cells = plan_study(found, asked, dry_run=dry_run)
+        check_hypotheses(found, asked, cells)
     output = named_path("output", asked_for.output).absolute()
     runs = folders_of(cells)
     if dry_run:
         print(_planned(found, asked, runs, hypotheses_of(found, asked, cells)))
         return 0
     return _carry_out(found, asked, cells, output, asked_for.parallel)
+
+
+@contextlib.contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """Begin with the file whatever is said of a file that is not ours."""
+    try:
+        yield
+    except UserError as error:
+        raise error if path.parent == LIBRARY else UserError(f"{path}: {error}") from None
 
 
 def _carry_out(found: Study, asked: Asked, cells: Sequence[Cell], output: Path, parallel: int) -> int:

@@ -109,9 +109,7 @@ def plan_study(study: Study, asked: Asked, *, dry_run: bool = False) -> list[Cel
     """
     form = study.forms[asked.form]
     cells: list[Cell] = []
-    problems = _wrong_settings(study)
-    if problems:
-        raise UserError.collect(problems)
+    problems: list[str] = []
     left_out = left_out_runs(form, full=asked.full)
     wanted = [
         (runs.name, [*words, f"seed={seed}", *asked.passed])
@@ -187,7 +185,7 @@ def _named(request: Request, plan: Plan) -> Request:
     return dataclasses.replace(request, settings=dataclasses.replace(request.settings, run=f"{plan.folder.name}-{tag}"))
 
 
-def _wrong_settings(study: Study) -> list[str]:
+def wrong_settings(study: Study) -> list[str]:
     """Return what is wrong with the names of settings in a study's file, wherever they stand."""
     places: list[tuple[str, Mapping[str, object]]] = [("settings", study.settings)]
     for runs in study.runs:

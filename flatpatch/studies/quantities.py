@@ -13,7 +13,7 @@ import numpy as np
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.measurement.files import GIVEN_BY, VALUES
 from flatpatch.measuring import AT_LOSS, UPDATE, WHENS
-from flatpatch.metrics import METRICS
+from flatpatch.metrics import METRICS, summarise
 from flatpatch.report.records import RECORD_FILE, read_record
 from flatpatch.report.verdicts import AS_RECORDED
 from flatpatch.studies.planning import Cell
@@ -158,7 +158,11 @@ class Planned:
         """Return 1 for every task."""
         tasks = cell.plan.tasks
         if quantity.metric is not None:
+            if not _can_be_made(quantity.metric, len(tasks)):
+                self.problems[f"runs {cell.name!r} have {len(tasks)} task, too few for {quantity.metric}"] = None
             return {WHOLE: 1.0}
+        if quantity.accuracy == "others" and len(tasks) == 1:
+            self.problems[f"runs {cell.name!r} have one task, and no accuracy on others"] = None
         if quantity.value is not None and (problem := self._not_measured(quantity, cell)):
             self.problems[problem] = None
         if quantity.task not in (EACH, "first", "last", OTHERS, *tasks):
@@ -192,6 +196,12 @@ class Planned:
         if quantity.when not in times:
             return f"runs {cell.name!r} do not measure at the time {quantity.when!r}: expected {', '.join(times)}"
         return ""
+
+
+def _can_be_made(metric: str, num_tasks: int) -> bool:
+    """Return whether a metric has a value where everything is known of so many tasks."""
+    known = [50.0] * num_tasks
+    return summarise([known] * num_tasks, sample_weighted=known, random_accuracy=known)[metric] is not None
 
 
 MOVED, BEFORE, AFTER = "distance_moved", *WHENS

@@ -403,6 +403,9 @@ def _inconsistencies(study: Study) -> Iterator[str]:
         for key in (*form.runs, *form.without_runs, *form.full_alone):
             if key not in runs:
                 yield f"forms.{name} names runs {key!r}, which the study does not have.{did_you_mean(key, runs)}"
+        for seed in form.seeds:
+            if not seed.isdecimal():
+                yield f"forms.{name}.seeds has {seed!r}, which is no whole number. Expected e.g. 0..2 or [0, 1, 2]."
         for key in form.without:
             if key not in _ids(study):
                 yield f"forms.{name}.without names {key!r}, which is no hypothesis.{did_you_mean(key, _ids(study))}"

@@ -71,8 +71,17 @@ def test_a_mistake_in_the_file_is_told_before_anything_starts(
 ) -> None:
     path = write_study(tmp_path, hypotheses=HYPOTHESIS.replace(old, new))
     output = tmp_path / "runs"
-    assert said in refused([f"file={path}", f"output={output}"], capsys)
+    found = refused([f"file={path}", f"output={output}"], capsys)
+    assert said in found and str(path) in found
     assert not output.exists()
+
+
+def test_names_that_nothing_has_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = HYPOTHESIS.replace("average_accuracy", "acuracy").replace("{sam: off}", "{smm: off}")
+    path = write_study(tmp_path, hypotheses=wrong, grid="{sam: [off, sam], rhoo: [1]}")
+    found = refused([f"file={path}", f"output={tmp_path / 'runs'}"], capsys)
+    assert "3 problems" in found
+    assert all(name in found for name in ("'acuracy'", "'smm'", "'rhoo'"))
 
 
 def test_a_dry_run_names_the_runs_and_starts_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

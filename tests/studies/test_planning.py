@@ -171,6 +171,24 @@ def test_a_hypothesis_that_the_runs_cannot_answer_is_refused(old: str, new: str,
 @pytest.mark.parametrize(
     ("quantity", "said"),
     [
+        ("metric: forgetting", "runs 'main' have 1 task, too few for forgetting"),
+        ("metric: transfer", "too few for transfer"),
+        ("accuracy: others", "runs 'main' have one task, and no accuracy on others"),
+        ("metric: learning_accuracy", ""),
+    ],
+)
+def test_what_runs_of_one_task_never_have_is_refused(quantity: str, said: str, tmp_path: Path) -> None:
+    path = write_study(tmp_path, hypotheses=HYPOTHESIS.replace("metric: average_accuracy", quantity))
+    path.write_text(path.read_text().replace("amazon,yahoo", "amazon"))
+    if said:
+        assert said in refused(path, tmp_path / "runs")
+    else:
+        check_hypotheses(*planned(path, tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "said"),
+    [
         ("update_entropy_rank, scope: adapter, when: after", "scope 'adapter' has no update_entropy_rank"),
         ("update_row_overlap, scope: adapter, when: after", "scope 'adapter' has no update_row_overlap"),
         ("factor_a_trace, scope: merged, when: after", "scope 'merged' has no factor_a_trace"),

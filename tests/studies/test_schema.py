@@ -68,6 +68,7 @@ def test_every_mistake_is_told_with_the_file_and_its_place(tmp_path: Path) -> No
         ("name: small", "name: ../small", "name is '../small'"),
         ("name: small", "name: small\nname: other", "the key 'name' twice"),
         ("    seeds: 0..2", "    seeds: 3..1", "the range is empty"),
+        ("    seeds: 0..2", "    seeds: 0-2", "forms.quick.seeds has '0-2', which is no whole number. Expected e.g."),
         ("    seeds: 0..2", "    seeds: 0..2\n    without: [accuracy]", "does not say why. Add why_without."),
         ("    seeds: 0..2", "    seeds: 0..2\n    runs: {mian: {}}", "runs 'mian', which the study does not have. Did"),
         ("  quick:", "  quik:", "'quik'"),
