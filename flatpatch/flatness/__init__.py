@@ -31,7 +31,7 @@ from flatpatch.flatness.sharpness import (
 from flatpatch.flatness.statistics import SpectrumStatistics, first_to_fifth, spectrum_statistics
 from flatpatch.flatness.taylor import taylor_terms
 from flatpatch.flatness.terms import count_terms
-from flatpatch.flatness.trace import Trace, hutch_plus_plus, hutchinson
+from flatpatch.flatness.trace import Trace, hutch_plus_plus, hutchinson, xtrace
 
 __all__ = [
     "SCOPES",
@@ -97,4 +97,5 @@ __all__ = [
     "spectrum_statistics",
     "supervised_loss",
     "taylor_terms",
+    "xtrace",
 ]

@@ -19,6 +19,8 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from flatpatch.flatness.basis import Basis, Progress, load_state, random_vectors, save_state
+from flatpatch.flatness.content import digest
+from flatpatch.flatness.eigenvalues import Array, Eigenpairs, known_basis
 from flatpatch.flatness.operator import LinearOperator, checkpoint_key, compile_seconds, plan, product_errors
 
 LAWS = ("rademacher", "gaussian")
@@ -85,6 +87,7 @@ def quadrature(
     num_probes: int = 4,
     num_steps: int = 50,
     law: str = "rademacher",
+    known: Eigenpairs | None = None,
     seed: int = 0,
     probes_per_pass: int | None = None,
     basis_device: torch.device | str | None = None,
@@ -98,6 +101,11 @@ def quadrature(
         num_probes: Random vectors. The spread over them is the estimate's uncertainty.
         num_steps: Lanczos steps, so at most that many nodes; more resolve the spectrum more finely.
         law: "rademacher" (entries plus or minus one) or "gaussian"; each vector is scaled to length 1.
+        known: Eigenpairs of this operator found before. Each value counts as one eigenvalue in every row, whatever the
+            probe, and the probes see the n - k others alone (Bhattacharjee et al. 2024, arXiv:2410.21690): of
+            a spectrum led by a few, most of the probes' spread and most of the range that the steps must resolve is
+            theirs. Pairs of any accuracy will do: of those that ``lanczos`` finds, no eigenvalue is moved by more than
+            the residuals' norm, root sum of squares (Weyl).
         seed: Of the vectors; each depends on the seed and its number alone.
         probes_per_pass: Probes advanced together, each with its own basis of ``num_steps`` vectors. By default one
             on a CPU and 16 on a GPU, where products with several vectors are cheaper.
@@ -109,16 +117,21 @@ def quadrature(
         Nodes and weights of all probes.
 
     Raises:
-        ValueError: If a setting is out of range or the checkpoint is not of this run.
+        ValueError: If a setting is out of range, the known vectors are not orthonormal vectors of the operator's size,
+            or the checkpoint is not of this run.
     """
     if law not in LAWS:
         raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps), ("probes_per_pass", probes_per_pass)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    steps = min(num_steps, operator.size)
+    outer = known_basis(operator, known)
+    values = np.array(known.values.tolist() if known else [])
+    room = operator.size - len(values)
+    steps = min(num_steps, room)
     together = probes_per_pass or (16 if operator.device.type == "cuda" else 1)
-    key = checkpoint_key(operator, "quadrature", [steps, law, seed, together], checkpoint)
+    settings = [steps, law, seed, together, *([digest([known.values, known.vectors])] if known else [])]
+    key = checkpoint_key(operator, "quadrature", settings, checkpoint)
     state = load_state(checkpoint, key)
     done: list[list[list[float]]] = state["probes"] if state else []
     taken: list[int] = state["products"] if state else []  # by each probe
@@ -128,6 +141,7 @@ def quadrature(
     while len(done) < num_probes:
         indices = list(range(len(done), min(len(done) + together, num_probes)))
         start = random_vectors(operator.size, indices, seed=seed, device=operator.device, law=law)
+        outer.remove_from(start)
         base = len(done)
 
         def report(step: int, base: int = base, count: int = len(indices)) -> None:
@@ -135,12 +149,14 @@ def quadrature(
                 line = f"probes {base + 1} to {base + count} of {num_probes}, step {step}"
                 progress(base * steps + step * count, num_probes * steps, line)
 
-        for diagonal, off_diagonal, error in _tridiagonalise(operator, start, steps, basis_device, report):
+        for diagonal, off_diagonal, error in _tridiagonalise(operator, start, outer, steps, basis_device, report):
             taken.append(len(diagonal))
             errors.append(error)
-            theta, S = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
-            missing = steps - len(theta)
-            done.append([[*theta, *[theta[-1]] * missing], [*S[0] ** 2, *[0.0] * missing]])
+            nodes, weights = _nodes(diagonal, off_diagonal)
+            nodes = np.concatenate([values, nodes])
+            weights = np.concatenate([np.full(len(values), 1 / operator.size), weights * (room / operator.size)])
+            order, missing = np.argsort(nodes, kind="stable"), steps - len(diagonal)
+            done.append([[*nodes[order], *[nodes.max()] * missing], [*weights[order], *[0.0] * missing]])
         done = [[[float(x) for x in row] for row in probe] for probe in done]
         if checkpoint:
             save_state(checkpoint, {"key": key, "probes": done, "products": taken, "errors": errors})
@@ -152,14 +168,27 @@ def quadrature(
         size=operator.size,
         products=sum(taken[:num_probes]),
         compile_seconds=took,
-        error=max(errors[:num_probes]),
+        error=max([*errors[:num_probes], *(known.errors.tolist() if known else [])]),
     )
 
 
+def _nodes(diagonal: list[float], off_diagonal: list[float]) -> tuple[Array, Array]:
+    """Return the eigenvalues of a tridiagonal matrix and their weights."""
+    if not diagonal:
+        return np.zeros(0), np.zeros(0)
+    theta, S = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
+    return theta, S[0] ** 2
+
+
 def _tridiagonalise(
-    operator: LinearOperator, start: Tensor, steps: int, basis_device: torch.device | str | None, report: Any
+    operator: LinearOperator,
+    start: Tensor,
+    outer: Basis,
+    steps: int,
+    basis_device: torch.device | str | None,
+    report: Any,
 ) -> list[tuple[list[float], list[float], float]]:
-    """Run Lanczos from every column of start at once.
+    """Run Lanczos from every column of start at once, beside the vectors of ``outer``, to which they are orthogonal.
 
     Returns:
         For each its diagonal (<= steps), off-diagonal (one fewer) and the largest error of its products.
@@ -175,6 +204,8 @@ def _tridiagonalise(
     for step in range(1, steps + 1):
         columns = torch.cat([bases[index].append(column) for index, column in current.items()], dim=1)
         W = operator.matmat(columns)
+        if outer.count:
+            outer.remove_from(W)
         off = product_errors(operator)
         following = {}
         for position, index in enumerate(current):

@@ -396,6 +396,29 @@ class _Search:
         self.broke_down, self.values_at_breakdown = state["broke_down"], state["values_at_breakdown"]
 
 
+def known_basis(operator: LinearOperator, known: Eigenpairs | None) -> Basis:
+    """Return the vectors of eigenpairs as a basis, made orthonormal beyond the rounding of the operator's precision.
+
+    Args:
+        operator: Whose they are.
+        known: Its eigenpairs, or None for an empty basis.
+
+    Raises:
+        ValueError: If they are not orthonormal vectors of the operator's size.
+    """
+    basis = Basis(operator.size, torch.float64, operator.device, known.vectors.shape[1] if known else 0)
+    if known is None:
+        return basis
+    if len(known.vectors) != operator.size:
+        raise ValueError(f"known has vectors of length {len(known.vectors)}, the operator's size is {operator.size}")
+    Q, R = torch.linalg.qr(known.vectors.double())
+    error = float((R.abs() - torch.eye(len(R), dtype=R.dtype, device=R.device)).abs().max())
+    if not error <= 1e-3:
+        raise ValueError(f"known has vectors that are not orthonormal (by {error:.2g}): their part would be wrong.")
+    basis.append(Q)
+    return basis
+
+
 def _rank(theta: Array, which: str) -> Array:
     """What is to be large for a value to be wanted."""
     ranks: dict[str, Array] = {"largest": theta, "smallest": -theta, "magnitude": np.abs(theta)}

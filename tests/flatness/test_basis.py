@@ -26,6 +26,7 @@ from flatpatch.flatness import (
     quadrature,
     random_direction,
     supervised_loss,
+    xtrace,
 )
 from tests.flatness_cases import Quadratic, symmetric
 
@@ -143,6 +144,7 @@ ALGORITHMS: dict[str, Callable[[Case, Path], Any]] = {
     ),
     "hutchinson": lambda case, path: hutchinson(case.operator(), num_probes=3, seed=case.seed, checkpoint=path),
     "hutch++": lambda case, path: hutch_plus_plus(case.operator(), num_products=9, seed=case.seed, checkpoint=path),
+    "xtrace": lambda case, path: xtrace(case.operator(), num_products=6, seed=case.seed, checkpoint=path),
     "quadrature": lambda case, path: quadrature(
         case.operator(), num_probes=1, num_steps=4, seed=case.seed, checkpoint=path
     ),
@@ -212,6 +214,16 @@ def test_another_start_or_other_known_vectors_are_other_settings(tmp_path: Path)
         hutchinson(operator, num_probes=2, known=turned, checkpoint=path)
     with pytest.raises(ValueError, match="differing: settings"):
         hutchinson(operator, num_probes=2, known=known, tol=0.5, checkpoint=path)
+
+
+def test_known_vectors_are_settings_of_a_quadrature(tmp_path: Path) -> None:
+    operator = Case().operator()
+    known, path = lanczos(operator, 2), tmp_path / "density.pt"
+    found = quadrature(operator, num_probes=1, num_steps=4, known=known, checkpoint=path)
+    assert quadrature(operator, num_probes=1, num_steps=4, known=known, checkpoint=path).as_dict() == found.as_dict()
+    for other in (None, lanczos(operator, 1)):
+        with pytest.raises(ValueError, match="differing: settings"):
+            quadrature(operator, num_probes=1, num_steps=4, known=other, checkpoint=path)
 
 
 def test_fewer_probes_than_a_checkpoint_holds_are_as_if_no_more_had_been_taken(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from flatpatch.flatness import (
     Quadrature,
     first_to_fifth,
     kernel_width,
+    lanczos,
     quadrature,
     spectral_density,
     spectral_distribution,
@@ -106,6 +107,63 @@ def test_density_of_a_transformer_agrees_with_its_dense_hessian() -> None:
     assert float(result.nodes.min()) == pytest.approx(float(eigenvalues[0]), rel=1e-8)
     assert abs(result.trace - float(dense.trace())) < 4 * result.trace_standard_error
     assert result.frobenius_norm == pytest.approx(float(dense.norm()), rel=0.5)
+
+
+def test_known_values_count_once_and_the_probes_see_the_rest_alone() -> None:
+    matrix = symmetric(BULK)
+    n, k, steps = len(BULK), 2, 5
+    known = lanczos(MatrixOperator(matrix), k, tol=1e-2)
+    result = quadrature(MatrixOperator(matrix), num_probes=2, num_steps=steps, known=known, seed=4)
+    P = torch.eye(n, dtype=torch.float64) - known.vectors @ known.vectors.T
+    V = P @ random_vectors(n, [0, 1], seed=4, device=torch.device("cpu"), law="rademacher")
+    V = V / V.norm(dim=0)
+    power = V
+    for order in range(2 * steps):
+        expected = (known.values**order).sum() / n + (n - k) / n * (V * power).sum(dim=0)
+        torch.testing.assert_close(result.moments(order), expected, rtol=1e-9, atol=1e-12)
+        power = P @ matrix @ power
+    assert (result.nodes.diff(dim=1) >= 0).all()
+    assert result.products == 2 * steps
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_density_is_the_spectrum_itself_when_every_eigenvalue_is_known(spectrum: str) -> None:
+    values = SPECTRA[spectrum]
+    operator = MatrixOperator(symmetric(values))
+    known = lanczos(operator, len(values), max_products=5 * len(values))
+    result = quadrature(operator, num_probes=2, known=known)
+    truth = torch.tensor([sorted(values)] * 2, dtype=torch.float64)
+    torch.testing.assert_close(result.nodes, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.weights, torch.full_like(truth, 1 / len(values)))
+    assert result.products == 0
+
+
+def distance(result: Quadrature, values: list[float]) -> float:
+    """Area between two distribution functions (Wasserstein-1), over the mean magnitude: 1 if all were taken as 0."""
+    truth = torch.tensor(values, dtype=torch.float64)
+    grid = torch.cat([truth, result.nodes.flatten()]).sort().values
+    share = spectral_distribution(result.nodes, result.weights, grid).mean(dim=0)
+    right = (truth.unsqueeze(1) <= grid).double().mean(dim=0)
+    return float(((share - right).abs()[:-1] * grid.diff()).sum() / truth.abs().mean())
+
+
+def test_with_known_values_a_quarter_of_the_products_comes_closer_to_the_spectrum() -> None:
+    values = [25.0, -24.0, 24.0, -23.0, 22.0, -20.0] + [k**3 / 1e6 for k in range(-100, 100)]
+    operator = MatrixOperator(symmetric(values))
+    plain, better = [], []
+    for seed in range(8):
+        plain.append(distance(quadrature(operator, seed=seed), values))
+        known = lanczos(operator, 6, which="magnitude", tol=5e-2, seed=50 + seed)
+        found = quadrature(operator, num_probes=1, num_steps=30, known=known, seed=seed)
+        better.append(distance(found, values))
+        assert known.products + found.products <= 50  # of 200
+    assert sum(better) < 0.5 * sum(plain)
+
+
+def test_known_vectors_of_another_operator_are_refused() -> None:
+    known = lanczos(MatrixOperator(symmetric(BULK)), 1)
+    with pytest.raises(ValueError, match="length 103, the operator's size is 4"):
+        quadrature(MatrixOperator(torch.eye(4)), known=known)
 
 
 @pytest.mark.parametrize("together", [1, 2, 5, 16])

@@ -22,6 +22,7 @@ from flatpatch.flatness import (
     power_iteration,
     quadrature,
     supervised_loss,
+    xtrace,
 )
 from flatpatch.flatness.differences import kinks, loss_nodes
 from flatpatch.flatness.problem import graph_nodes
@@ -147,7 +148,7 @@ def test_traces_and_densities_carry_the_error_of_the_products() -> None:
     problem = trained(nn.Tanh)
     operator = differences(problem)
     truth = exact(problem)
-    for estimate in (hutchinson, hutch_plus_plus):
+    for estimate in (hutchinson, hutch_plus_plus, xtrace):
         options: dict[str, Any] = {"num_probes": 3} if estimate is hutchinson else {"num_products": 9}
         found, right = estimate(operator, **options), estimate(truth, **options)
         # An estimate, no bound: on another processor, which rounds float32 otherwise, it fell short by a quarter.

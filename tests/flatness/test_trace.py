@@ -20,7 +20,9 @@ from flatpatch.flatness import (
     hutchinson,
     lanczos,
     quadrature,
+    xtrace,
 )
+from flatpatch.flatness.basis import random_vectors
 from tests.flatness_cases import SPECTRA, TinyTransformer, dense_hessian, symmetric, token_batches, token_loss
 
 DECAYING = [100.0 / k**2 for k in range(1, 201)]
@@ -42,7 +44,7 @@ def test_standard_error_is_that_of_the_known_variance() -> None:
     assert found.products == 2000
 
 
-@pytest.mark.parametrize("estimator", ["hutchinson", "hutch_plus_plus"])
+@pytest.mark.parametrize("estimator", ["hutchinson", "hutch_plus_plus", "xtrace"])
 def test_truth_lies_within_two_standard_errors_in_most_runs(estimator: str) -> None:
     operator = MatrixOperator(symmetric([k / 100 for k in range(-50, 150)]))
     truth = float(operator.matrix.trace())
@@ -50,6 +52,8 @@ def test_truth_lies_within_two_standard_errors_in_most_runs(estimator: str) -> N
     for seed in range(100):
         if estimator == "hutchinson":
             found = hutchinson(operator, num_probes=30, seed=seed)
+        elif estimator == "xtrace":
+            found = xtrace(operator, num_products=60, seed=seed)
         else:
             found = hutch_plus_plus(operator, num_products=90, seed=seed)
         inside += abs(found.value - truth) <= 2 * found.standard_error
@@ -75,6 +79,51 @@ def test_hutch_plus_plus_survives_every_spectrum_and_is_exact_when_it_sketches_e
     values = SPECTRA[spectrum]
     found = hutch_plus_plus(MatrixOperator(symmetric(values)), num_products=3 * len(values))
     assert found.value == pytest.approx(sum(values), rel=1e-9, abs=1e-10)
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_xtraces_samples_are_those_of_each_vector_left_out_in_turn(count: int) -> None:
+    matrix = symmetric([10.0, -6.0, 3.0] + [k / 20 for k in range(-10, 20)])
+    n = len(matrix)
+    V = random_vectors(n, list(range(count)), seed=5, device=torch.device("cpu"))
+    samples = []
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        Q = torch.linalg.qr(matrix @ V[:, others])[0]
+        x = V[:, i] - Q @ (Q.T @ V[:, i])
+        x = x * math.sqrt(n - count + 1) / x.norm()
+        samples.append(float((Q.T @ matrix @ Q).trace() + x @ matrix @ x))
+    found = xtrace(MatrixOperator(matrix), num_products=2 * count + 1, seed=5)
+    torch.testing.assert_close(found.samples, torch.tensor(samples, dtype=torch.float64), rtol=1e-10, atol=0)
+    assert found.value == pytest.approx(sum(samples) / count, rel=1e-12)
+    assert found.products == 2 * count
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_xtrace_is_exact_for_a_rank_below_its_vectors(dtype: torch.dtype) -> None:
+    operator = MatrixOperator(symmetric([5.0, -3.0, 1.0] + [0.0] * 40, dtype=dtype))
+    for vectors in (4, 9):
+        found = xtrace(operator, num_products=2 * vectors)
+        exact = 1e-10 if dtype == torch.float64 else 1e-5
+        assert found.value == pytest.approx(3, rel=exact)
+        assert found.standard_error == pytest.approx(0, abs=exact)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_xtrace_survives_every_spectrum_and_is_exact_when_it_sketches_everything(spectrum: str) -> None:
+    values = SPECTRA[spectrum]
+    found = xtrace(MatrixOperator(symmetric(values)), num_products=2 * len(values) + 4)
+    assert found.value == pytest.approx(sum(values), rel=1e-9, abs=1e-9)
+
+
+def test_xtrace_has_no_bias_and_of_an_indefinite_led_spectrum_a_quarter_of_the_error() -> None:
+    """As of a Hessian over LoRA's factors: pairs of opposite sign lead, and the trace is what they leave over."""
+    values = [25.0, -24.0, 24.0, -23.0, 22.0, -20.0] + [k / 100 for k in range(-90, 110)]
+    operator = MatrixOperator(symmetric(values))
+    found = torch.tensor([xtrace(operator, num_products=30, seed=seed).value for seed in range(200)]) - sum(values)
+    plain = torch.tensor([hutchinson(operator, num_probes=30, seed=seed).value for seed in range(50)]) - sum(values)
+    assert abs(float(found.mean())) < 3 * float(found.std()) / math.sqrt(200)
+    assert float(found.square().mean().sqrt()) < 0.25 * float(plain.square().mean().sqrt())
 
 
 def _pairs(matrix: torch.Tensor, vectors: torch.Tensor) -> Eigenpairs:
@@ -129,7 +178,11 @@ def test_traces_of_a_transformer_agree_with_its_dense_hessian() -> None:
     problem = Problem(TinyTransformer(lora=False), token_batches(2, 1), token_loss)
     truth = float(dense_hessian(problem).trace())
     operator = HessianOperator(problem)
-    for found in (hutchinson(operator, num_probes=60), hutch_plus_plus(operator, num_products=60)):
+    for found in (
+        hutchinson(operator, num_probes=60),
+        hutch_plus_plus(operator, num_products=60),
+        xtrace(operator, num_products=60),
+    ):
         assert abs(found.value - truth) < 4 * found.standard_error
         assert found.standard_error < 0.5 * abs(truth)
 
@@ -148,8 +201,9 @@ def test_samples_do_not_depend_on_how_many_are_taken_together(together: int) -> 
     one = hutchinson(operator, num_probes=10)
     other = hutchinson(operator, num_probes=10, probes_per_pass=together)
     torch.testing.assert_close(one.samples, other.samples, rtol=1e-12, atol=0)
-    pair = [hutch_plus_plus(operator, num_products=31, probes_per_pass=p).value for p in (1, together)]
-    assert pair[0] == pytest.approx(pair[1], rel=1e-10)
+    for estimator in (hutch_plus_plus, xtrace):
+        pair = [estimator(operator, num_products=31, probes_per_pass=p).value for p in (1, together)]
+        assert pair[0] == pytest.approx(pair[1], rel=1e-10)
 
 
 def test_it_stops_when_the_standard_error_is_small_enough_and_not_before() -> None:
@@ -184,12 +238,13 @@ def test_interrupted_samples_are_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("together", [1, 4])
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 10, 17, 28])
-def test_an_interrupted_hutch_plus_plus_ends_like_an_undisturbed_one(
-    tmp_path: Path, stop_after: int, together: int
+@pytest.mark.parametrize("estimator", [hutch_plus_plus, xtrace])
+def test_an_interrupted_sketch_ends_like_an_undisturbed_one(
+    tmp_path: Path, estimator: Any, stop_after: int, together: int
 ) -> None:
     operator = MatrixOperator(symmetric(DECAYING))
     options: dict[str, Any] = {"num_products": 30, "probes_per_pass": together}
-    undisturbed = hutch_plus_plus(operator, **options)
+    undisturbed = estimator(operator, **options)
     assert operator.products == undisturbed.products == 30
     path = tmp_path / "trace.pt"
 
@@ -198,15 +253,15 @@ def test_an_interrupted_hutch_plus_plus_ends_like_an_undisturbed_one(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hutch_plus_plus(operator, checkpoint=path, save_every=0, progress=stop, **options)
+        estimator(operator, checkpoint=path, save_every=0, progress=stop, **options)
     operator.products = 0
-    assert hutch_plus_plus(operator, checkpoint=path, save_every=0, **options).as_dict() == undisturbed.as_dict()
+    assert estimator(operator, checkpoint=path, save_every=0, **options).as_dict() == undisturbed.as_dict()
     assert operator.products <= 30 - stop_after
     operator.products = 0
-    assert hutch_plus_plus(operator, checkpoint=path, **options).as_dict() == undisturbed.as_dict()
+    assert estimator(operator, checkpoint=path, **options).as_dict() == undisturbed.as_dict()
     assert operator.products == 0
     with pytest.raises(ValueError, match="differing: settings"):
-        hutch_plus_plus(operator, checkpoint=path, num_products=33)
+        estimator(operator, checkpoint=path, num_products=33)
     with pytest.raises(ValueError, match="differing: algorithm, settings"):
         hutchinson(operator, checkpoint=path)
 
@@ -224,6 +279,7 @@ def test_one_sample_has_no_standard_error() -> None:
         (hutchinson, {"num_probes": 0}, "num_probes must be at least 1, got 0"),
         (hutchinson, {"probes_per_pass": 0}, "probes_per_pass must be at least 1, got 0"),
         (hutch_plus_plus, {"num_products": 2}, "num_products must be at least 3, got 2"),
+        (xtrace, {"num_products": 1}, "num_products must be at least 2, got 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(estimator: Any, options: dict[str, Any], message: str) -> None:
