@@ -16,7 +16,9 @@ INVARIANT_SCOPES = ("merged", "tangent")
 INVARIANT, DEPENDS = "invariant", "depends on writing"
 WHENS = ("before", "after")
 AT_LOSS = "at_loss"
-LEDGER, UPDATE = "ledger", "update"
+LEDGER, UPDATE, LIVE = "ledger", "update", "live"
+LIVE_SHARE = 0.05
+"""The most of a training's time that following it may take, where the steps are chosen by their time."""
 LOSSES_AVERAGED = 10
 
 CORRECT_KINDS: Mapping[str, str] = {
@@ -50,6 +52,7 @@ KINDS: Mapping[str, str] = {**CORRECT_KINDS, **CURVATURE_KINDS, **CERTIFICATE_KI
 FOLLOWED_KINDS: Mapping[str, str] = {
     LEDGER: "the change of each earlier task's loss along a later task's steps, split into gradient, curvature, rest",
     UPDATE: "curvature along a task's whole update, the update's ranks, and its angles to earlier tasks' updates",
+    LIVE: "dominant eigenvalue and SAM's gap from step to step of a training",
 }
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "all": CORRECT_KINDS,
@@ -101,6 +104,8 @@ class Request:
         at_loss: Where over 0, measure also at the step of each task's training from which on the mean recorded loss
             over ``LOSSES_AVERAGED`` steps is first at or below it, so that runs can be compared at equal loss.
         ledger_every: Steps of the training that one entry of the ledger covers.
+        live_every: Steps of the training from one at which is measured live to the next; 0: as its time allows.
+        live_samples: Training examples that are measured on live.
     """
 
     kinds: tuple[str, ...]
@@ -112,6 +117,8 @@ class Request:
     effort: str = "quick"
     at_loss: float = 0.0
     ledger_every: int = 10
+    live_every: int = 0
+    live_samples: int = 8
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for a JSON file."""
@@ -152,6 +159,8 @@ def make_request(
     effort: str,
     at_loss: float = 0.0,
     ledger_every: int = 10,
+    live_every: int = 0,
+    live_samples: int = 8,
 ) -> Request | None:
     """Turn the texts of the settings into a request.
 
@@ -165,6 +174,8 @@ def make_request(
         effort: As in :class:`Request`.
         at_loss: As in :class:`Request`.
         ledger_every: As in :class:`Request`.
+        live_every: As in :class:`Request`.
+        live_samples: As in :class:`Request`.
 
     Returns:
         The request; None where nothing is to be measured.
@@ -182,6 +193,8 @@ def make_request(
         effort=effort,
         at_loss=at_loss,
         ledger_every=ledger_every,
+        live_every=live_every,
+        live_samples=live_samples,
     )
     if problems:
         raise UserError.collect(problems)
@@ -199,6 +212,8 @@ def check_request(
     effort: str,
     at_loss: float = 0.0,
     ledger_every: int = 10,
+    live_every: int = 0,
+    live_samples: int = 8,
 ) -> tuple[Request | None, list[str]]:
     """Return what ``make_request`` does, and the mistakes instead of raising them."""
     problems: list[str] = []
@@ -206,7 +221,8 @@ def check_request(
     chosen = tuple(kind for name in chosen for kind in GROUPS.get(name, (name,)))
     scope_names = _names("measure_scope", scopes, SCOPES, problems)
     whens = _names("measure_when", when, WHENS, problems)
-    for key, value in (("measure_samples", samples), ("measure_batch", batch)):
+    sizes = {"measure_samples": samples, "measure_batch": batch, "measure_live_samples": live_samples}
+    for key, value in sizes.items():
         if value < 1:
             problems.append(f"{key}={value} is an empty sample (expected at least 1, e.g. {key}=16).")
     if not (math.isfinite(rho) and rho > 0):
@@ -219,6 +235,11 @@ def check_request(
         problems.append(
             f"measure_ledger_every={ledger_every} is out of range (expected a number of steps >= 1, e.g. "
             "measure_ledger_every=10)."
+        )
+    if live_every < 0:
+        problems.append(
+            f"measure_live_every={live_every} is out of range (expected a number of steps >= 1, or 0 for as many as "
+            f"take {100 * LIVE_SHARE:.0f} % of the training's time)."
         )
     if effort not in EFFORTS:
         problems.append(
@@ -240,7 +261,8 @@ def check_request(
     if problems or not chosen:
         return None, problems
     ordered = tuple(kind for kind in (*KINDS, *FOLLOWED_KINDS) if kind == "loss" or kind in chosen)
-    return Request(ordered, scope_names, whens, samples, batch, rho, effort, at_loss, ledger_every), []
+    numbers = (samples, batch, rho, effort, at_loss, ledger_every, live_every, live_samples)
+    return Request(ordered, scope_names, whens, *numbers), []
 
 
 def read_request(values: Any, where: str) -> Request:
@@ -271,6 +293,8 @@ def read_request(values: Any, where: str) -> Request:
             effort=values["effort"],
             at_loss=float(values["at_loss"]),
             ledger_every=int(values["ledger_every"]),
+            live_every=int(values["live_every"]),
+            live_samples=int(values["live_samples"]),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} has a value of the wrong kind: {error}") from None

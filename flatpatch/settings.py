@@ -15,7 +15,17 @@ from omegaconf.errors import OmegaConfBaseException
 from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.kinds import KINDS as KINDS_OF_SAM
 from flatpatch.kinds import OF_SOME_KINDS, balances, of_pairs
-from flatpatch.measuring import FOLLOWED_KINDS, KINDS, LEDGER, LOSSES_AVERAGED, SCOPES, WHENS, check_request
+from flatpatch.measuring import (
+    FOLLOWED_KINDS,
+    KINDS,
+    LEDGER,
+    LIVE,
+    LIVE_SHARE,
+    LOSSES_AVERAGED,
+    SCOPES,
+    WHENS,
+    check_request,
+)
 from flatpatch.measuring import Request as MeasureRequest
 
 SCOPE_WITHOUT_LORA = "trainable"  # over which is measured where no LoRA is trained, unless said otherwise
@@ -227,6 +237,13 @@ class Settings:
     measure_ledger_every: int = _setting(
         10, "measure=ledger: steps of the training that one entry of the ledger covers", role="measure"
     )
+    measure_live_every: int = _setting(
+        0,
+        "measure=live: steps of the training from one at which is measured to the next; 0: those that let measuring "
+        f"take at most {100 * LIVE_SHARE:.0f} % of the training's time",
+        role="measure",
+    )
+    measure_live_samples: int = _setting(8, "measure=live: training examples that are measured on", role="measure")
 
     @property
     def checkpointing(self) -> dict[str, float | int | None] | None:
@@ -264,6 +281,8 @@ class Settings:
             effort=self.measure_effort,
             at_loss=self.measure_at_loss,
             ledger_every=self.measure_ledger_every,
+            live_every=self.measure_live_every,
+            live_samples=self.measure_live_samples,
         )
 
 
@@ -281,6 +300,8 @@ OF_MEASURING, OF_PLACES, OF_MACHINE = with_role("measure"), with_role("place"), 
 OF_SAM_NAMED = tuple(name for name in with_role("sam") if name != "rho")
 # How is measured, where something is.
 HOW_MEASURED = tuple(name for name in OF_MEASURING if name != "measure")
+# Those of one kind of measurement alone.
+OF_ONE_KIND = {"measure_ledger_every": LEDGER, "measure_live_every": LIVE, "measure_live_samples": LIVE}
 # A comma in these is part of the value, not a list of values to sweep over.
 WHOLE = tuple(name for name, item in FIELDS.items() if item.metadata["whole"])
 
@@ -332,15 +353,15 @@ def without_effect(sam: str, measure: str) -> frozenset[str]:
     else:
         of_sam = ()
     of_measuring = () if measure.strip(" ,") else HOW_MEASURED
-    if LEDGER not in (word.strip() for word in measure.split(",")):
-        of_measuring = (*of_measuring, "measure_ledger_every")
+    kinds = {word.strip() for word in measure.split(",")}
+    of_measuring += tuple(key for key, kind in OF_ONE_KIND.items() if kind not in kinds)
     return frozenset((*of_sam, *of_measuring))
 
 
 def why_without_effect(key: str, sam: str) -> str:
     """Say why one of these settings changes nothing, and what would give it an effect."""
-    if key == "measure_ledger_every":
-        return f"no ledger is kept. Add measure={LEDGER}."
+    if kind := OF_ONE_KIND.get(key):
+        return f"{'no ledger is kept' if kind == LEDGER else 'no training is followed'}. Add measure={kind}."
     if key in HOW_MEASURED:
         return "nothing is measured. Add measure=all."
     takes = [name for name, kind in KINDS_OF_SAM.items() if key in kind.settings()] or ["sam"]

@@ -240,6 +240,16 @@ def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_n
     assert parse(["method=seqlora_clip", "sam=nbar"]).settings.sam == "nbar"
 
 
+def test_a_kind_of_measurement_has_its_own_settings() -> None:
+    own = ["measure_ledger_every=2", "measure_live_every=2", "measure_live_samples=4"]
+    assert parse(["measure=ledger,live", *own]).notes == ()
+    assert parse(["measure=trace", *own]).notes == (
+        "measure_ledger_every=2 has no effect: no ledger is kept. Add measure=ledger.",
+        "measure_live_every=2 has no effect: no training is followed. Add measure=live.",
+        "measure_live_samples=4 has no effect: no training is followed. Add measure=live.",
+    )
+
+
 def test_a_kind_of_sam_has_the_settings_that_it_uses_and_no_others() -> None:
     assert parse(["sam=fsam", "fsam_sigma=0.5", "ascent_loss=task", "ascent_batch=0.25"]).notes == ()
     assert parse(["sam=gsam", "fsam_sigma=0.5", "ascent_batch=0.25", "ascent_loss=task"]).notes == (

@@ -13,6 +13,7 @@ from flatpatch.flatness.connectivity import Connectivity, checkpoint_point, line
 from flatpatch.flatness.density import Quadrature, kernel_width, quadrature, spectral_density, spectral_distribution
 from flatpatch.flatness.directions import Direction, given_direction, random_direction
 from flatpatch.flatness.eigenvalues import Eigenpairs, best_block_size, lanczos, power_iteration
+from flatpatch.flatness.following import Followed, follow
 from flatpatch.flatness.gauss_newton import EmpiricalFisherOperator, FisherOperator, GaussNewtonOperator
 from flatpatch.flatness.invariance import Invariance, certify
 from flatpatch.flatness.landscape import Landscape, Mark, Plane, landscape, plane_landscape, plane_through
@@ -45,6 +46,7 @@ __all__ = [
     "EmpiricalFisherOperator",
     "FisherOperator",
     "GaussNewtonOperator",
+    "Followed",
     "HessianOperator",
     "Invariance",
     "KeskarSharpness",
@@ -72,6 +74,7 @@ __all__ = [
     "factor_blocks",
     "find_scope",
     "first_to_fifth",
+    "follow",
     "given_direction",
     "hutch_plus_plus",
     "hutchinson",

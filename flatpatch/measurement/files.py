@@ -7,7 +7,7 @@ r"""The files a measurement leaves, and the entries of a run's record that name 
      "step": after how many steps of the task's own loss it was measured, at_loss alone; else null,
      "samples": 64, "batches": [16, ...] (loss terms of each), "sample_seed": 0, "indices": [...] or null,
      "weights": "float32" | "float32 copy of bfloat16 weights" | ..., "loss": what is measured, in words,
-     "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss, ledger_every},
+     "request": {kinds, scopes, when, samples, batch, rho, effort, at_loss, ledger_every, live_every, live_samples},
      "error": null, or why nothing could be measured,
      "scopes": {scope: {"num_parameters": n, "loss": 0.7, "values": {name: number or null},
                         "results": {kind: all that the kind found, its settings with it},
@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from flatpatch.files import written_atomically
-from flatpatch.measuring import LEDGER
+from flatpatch.measuring import FOLLOWED_KINDS
 
 SCHEMA = 1
 FOLDER = "flatness"
@@ -210,7 +210,7 @@ def read_entries(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 def shortage(content: Mapping[str, Any]) -> list[str]:
     """Say that a measuring point had fewer examples than were asked for."""
     asked, had = content["request"]["samples"], content["samples"]
-    if content["error"] or content["when"] == LEDGER or had >= asked:
+    if content["error"] or content["when"] in FOLLOWED_KINDS or had >= asked:
         return []
     return [f"measure_samples={asked}, and {content['task']} has {had} training examples: measured on all of them"]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,12 +20,15 @@ from flatpatch.flatness.guard import random_states_kept, working_copy
 from flatpatch.flatness.points import plain
 from flatpatch.measurement import files
 from flatpatch.measurement.ledger import Ledger, LossOf
+from flatpatch.measurement.live import Live
 from flatpatch.measurement.suite import ScopeResult, describe_effort, measure_model
 from flatpatch.measurement.update import measure_update
-from flatpatch.measuring import AT_LOSS, LEDGER, LOSSES_AVERAGED, UPDATE, Request, read_request
+from flatpatch.measuring import AT_LOSS, LEDGER, LIVE, LOSSES_AVERAGED, UPDATE, Request, read_request
 
 Progress = Callable[[str, int, int, str], None]
 """Called with a phase's name, the seconds of planned work done and planned in all, and what was said last."""
+
+_Found = TypeVar("_Found")
 
 MODEL_LOSS = "the model's own loss, without the method's penalty"
 
@@ -55,9 +60,13 @@ class Measurer:
         self._losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
         self._steps = 0
         self._is_reached = False
+        self._seconds_apart = 0.0
         self._ledger: Ledger | None = None
+        self._live: Live | None = None
         if self.request is not None and LEDGER in self.request.kinds:
             self._ledger = Ledger(self.request, self._folder)
+        if self.request is not None and LIVE in self.request.kinds:
+            self._live = Live(self.request, self._folder, clock=lambda: time.perf_counter() - self._seconds_apart)
 
     def wants(self, when: str) -> bool:
         """Tell whether anything is measured at this time."""
@@ -94,7 +103,7 @@ class Measurer:
             "losses": list(self._losses),
             "steps": self._steps,
             "is_reached": self._is_reached,
-            LEDGER: None if self._ledger is None else self._ledger.state(),
+            **{name: follower.state() for name, follower in self._followers.items()},
         }
 
     def put_back(self, state: Mapping[str, Any]) -> None:
@@ -102,8 +111,8 @@ class Measurer:
         self._began = {(task, scope): weights for task, scope, weights in state["began"]}
         self._watched, self._steps, self._is_reached = state["watched"], state["steps"], state["is_reached"]
         self._losses.extend(state["losses"])
-        if self._ledger is not None:
-            self._ledger.put_back(state[LEDGER])
+        for name, follower in self._followers.items():
+            follower.put_back(state.get(name))
 
     def begin(
         self,
@@ -127,50 +136,59 @@ class Measurer:
             loss_name: See there.
             loss_of: From a task's number and name to the loss of its sample; by default the one loss for all.
         """
-        if (ledger := self._ledger) is None:
-            return
-        followed = self._guarded(
-            lambda: ledger.begin(
-                task_index=task_index,
-                task=task,
-                model=model,
-                sample=sample,
-                loss_of=loss_of or (lambda *_: loss),
-                loss_name=loss_name,
-            )
-        )
-        if followed:
-            assert self.request is not None
-            self._say(
-                f"follows the losses of {followed} earlier tasks through task {task_index + 1} {task}, an entry each "
-                f"{self.request.ledger_every} steps"
-            )
+        task_of: dict[str, Any] = {"task_index": task_index, "task": task, "model": model, "sample": sample}
+        if (ledger := self._ledger) is not None:
+            losses = loss_of or (lambda *_: loss)
+            followed = self._guarded(LEDGER, lambda: ledger.begin(**task_of, loss_of=losses, loss_name=loss_name))
+            if followed:
+                assert self.request is not None
+                self._say(
+                    f"follows the losses of {followed} earlier tasks through task {task_index + 1} {task}, an entry "
+                    f"each {self.request.ledger_every} steps"
+                )
+        if (live := self._live) is not None:
+            self._guarded(LIVE, lambda: live.begin(**task_of, loss=loss, loss_name=loss_name))
 
     def step(self, step: int) -> None:
         """Take notice of a step of the training that has ended: of its number, from 1."""
-        if (ledger := self._ledger) is not None:
-            self._guarded(lambda: ledger.step(step))
+        for name, follower in self._followers.items():
+            self._guarded(name, partial(follower.step, step))
 
     def end(self) -> None:
         """Say that the task's training has ended."""
-        if (ledger := self._ledger) is not None:
-            self._guarded(ledger.end)
+        for name, follower in self._followers.items():
+            if text := self._guarded(name, follower.end):
+                self._say(f"{name}: {text}")
 
-    def _guarded(self, work: Callable[[], int | None]) -> int | None:
+    @property
+    def _followers(self) -> dict[str, Ledger | Live]:
+        found = {LEDGER: self._ledger, LIVE: self._live}
+        return {name: follower for name, follower in found.items() if follower is not None}
+
+    def _guarded(self, name: str, work: Callable[[], _Found]) -> _Found | None:
         """Follow the training; what fails is said and written down, and the training goes on without."""
-        assert self._ledger is not None
+        follower = self._followers[name]
         try:
-            with random_states_kept():
+            with random_states_kept(), self._apart() if name != LIVE else nullcontext():
                 return work()
         except Exception as failure:
             reason = f"{type(failure).__name__}: {failure}"
-            self._say(f"FAILED {LEDGER}: {reason} (the training goes on)")
+            self._say(f"FAILED {name}: {reason} (the training goes on)")
             try:
-                self._ledger.write(reason)
+                follower.write(reason)
             except OSError as problem:
-                self._say(f"FAILED {LEDGER}: its file was not written: {problem} (the training goes on)")
-            self._ledger.drop()
+                self._say(f"FAILED {name}: its file was not written: {problem} (the training goes on)")
+            follower.drop()
         return None
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Have the time of the block count as none of the training's."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds_apart += time.perf_counter() - began
 
     def at(
         self,
@@ -203,7 +221,7 @@ class Measurer:
         request = self.request
         assert request is not None
         # The random states are put back whatever happens, and nothing may reach the training loop but a keyboard's ^C.
-        with random_states_kept():
+        with random_states_kept(), self._apart():
             return self._measure(when, task_index, task, model, sample, loss, loss_name, request)
 
     def _measure(

@@ -168,14 +168,15 @@ class Ledger:
         if self._accounts and step % self._request.ledger_every == 0:
             self._enter()
 
-    def end(self) -> None:
-        """Make the last entry and write the file."""
+    def end(self) -> str:
+        """Make the last entry and write the file; there is nothing to be said of it."""
         if not self._accounts:
-            return
+            return ""
         if self._seen > self._anchor:
             self._enter()
         self.write(None)
         self.drop()
+        return ""
 
     def drop(self) -> None:
         """Follow nothing more of this task's training, and free the copy of the model."""

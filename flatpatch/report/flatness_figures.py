@@ -68,6 +68,7 @@ _PICTURES = {
     "plane": "Plane through three models",
     "connectivity": "Loss on the straight line between the models",
     "ledger": "What the change of earlier tasks' losses is made of",
+    "live": "Dominant eigenvalue and SAM's gap during the training",
     "as_recorded_eigenvalues": "As recorded, faults included: eigenvalues beside the correct ones",
     "as_recorded_landscape": "As recorded, faults included: loss landscape",
 }

@@ -27,6 +27,7 @@ from flatpatch.report.flatness_figures import (
     read_grid,
 )
 from flatpatch.report.ledger import make_ledger_figure, read_ledgers
+from flatpatch.report.live import make_live_figure, read_live
 from flatpatch.report.writing import certificate_table, mark_of
 
 _DPI = 150
@@ -70,8 +71,8 @@ def draw_flatness(record: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns:
         The files written, none where nothing was measured: per scope the values over the tasks, eigenvalues, the
         curvature by layer, densities and slices, and per task its landscapes side by side; the last landscape as a
-        surface too, and the ledger of forgetting. Those side by side have the same colours and levels. What was
-        measured as recorded has figures of its own. A file that is missing or damaged is left out.
+        surface too, the ledger of forgetting, and what was followed live. Those side by side have the same colours and
+        levels. What was measured as recorded has figures of its own. A file that is missing or damaged is left out.
     """
     target = folder / "figures"
     for suffix in SUFFIXES:
@@ -126,6 +127,8 @@ def _figures(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Fig
         yield f"{scope}_surface", make_surface_figure(last, title=title, record=record)
     if (figure := make_ledger_figure(read_ledgers(folder), record)) is not None:
         yield "ledger", figure
+    if (figure := make_live_figure(read_live(folder), record)) is not None:
+        yield "live", figure
 
 
 def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) -> Figure | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,26 @@ def read_ledgers(folder: Path) -> list[Ledger]:
     Returns:
         What each holds, as :mod:`flatpatch.measurement.ledger` says; none of those that are damaged or failed.
     """
+    return read_whole(
+        folder,
+        "ledger",
+        lambda content: all(key in row for row in content["ledger"]["earlier"] for key in _NEEDED),
+    )
+
+
+def read_whole(folder: Path, kind: str, has_all: Callable[[Mapping[str, Any]], bool]) -> list[Mapping[str, Any]]:
+    """Return the files of a training that was followed which are whole, in the order of the tasks.
+
+    Args:
+        folder: The run's.
+        kind: Of measurement.
+        has_all: Tells whether a file's content has all that is drawn of it; may raise.
+    """
     found = []
-    for path in sorted((folder / "flatness").glob("*-ledger.json")):
+    for path in sorted((folder / "flatness").glob(f"*-{kind}.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            whole = content["error"] is None and all(
-                key in row for row in content["ledger"]["earlier"] for key in _NEEDED
-            )
-            if whole:
+            if content["error"] is None and has_all(content):
                 found.append((int(content["task_index"]), content))
         except (OSError, ValueError, KeyError, TypeError):
             continue

@@ -42,6 +42,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.layers import layer_tables
+from flatpatch.report.live import live_sentence
 from flatpatch.report.predicting import make_predictors_figure, predictors
 from flatpatch.report.records import fork_command, setting
 from flatpatch.report.titles import sam_title, warning
@@ -107,6 +108,7 @@ def make_page(
         "flatness": _flatness(groups),
         "layers": layer_tables(groups),
         "pictures": _pictures(groups),
+        "live": [(group, text) for group in groups if (text := live_sentence([run.folder for run in group.counted]))],
         "predictors": predictors(groups),
         "comparisons": comparisons or {},
         "settings": _by_group(groups, _settings),

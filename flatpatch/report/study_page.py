@@ -14,7 +14,6 @@ from typing import Any
 from matplotlib import rc_context
 
 from flatpatch.files import write_atomically
-from flatpatch.measuring import LEDGER
 from flatpatch.report.drawing import save
 from flatpatch.report.page import embedded, heat, page_environment
 from flatpatch.report.page_figures import COLOURS
@@ -22,6 +21,7 @@ from flatpatch.report.study_data import Study, read_verdicts
 from flatpatch.report.study_pictures import Picture, pictures
 from flatpatch.report.titles import warning
 from flatpatch.report.verdicts import AS_RECORDED, CORRECT
+from flatpatch.settings import without_effect
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -152,7 +152,7 @@ def _measured(settings: Mapping[str, str]) -> str:
     if not settings.get("measure"):
         return "accuracy alone"
     idle = {"measure_at_loss"} if settings.get("measure_at_loss") == "0.0" else set()  # no loss to wait for
-    idle |= set() if LEDGER in settings["measure"] else {"measure_ledger_every"}
+    idle |= without_effect("off", settings["measure"])
     return ", ".join(f"{key}={value}" for key, value in settings.items() if key not in idle)
 
 

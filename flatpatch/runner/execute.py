@@ -28,7 +28,7 @@ from flatpatch.errors import DiskFull, FlatpatchError, Interrupted, UserError
 from flatpatch.families.base import Family, Plan, Stage
 from flatpatch.files import digest, is_disk_full, locked, made_whole, read_json, write_atomically
 from flatpatch.measurement import files as measurements
-from flatpatch.measuring import AT_LOSS, LEDGER, LOSSES_AVERAGED, WHENS
+from flatpatch.measuring import AT_LOSS, LEDGER, LIVE, LOSSES_AVERAGED, WHENS
 from flatpatch.progress import Progress, in_words
 from flatpatch.report.table import summary_table
 from flatpatch.runner.figures import leave_figures, tell_figures
@@ -324,9 +324,8 @@ def _output(plan: Plan, stage: Stage) -> Path:
 
 def _measurements(plan: Plan, stage: Stage) -> list[str]:
     """Return the names of the measuring points that a process of the run may have."""
-    return [
-        measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in (*WHENS, AT_LOSS, LEDGER)
-    ]
+    whens = (*WHENS, AT_LOSS, LEDGER, LIVE)
+    return [measurements.stem(index, plan.tasks[index], when) for index in stage.tasks for when in whens]
 
 
 def _measured(plan: Plan, stage: Stage) -> list[Path]:

@@ -52,7 +52,8 @@ class Measure(Part):
         kinds: As ``measure=`` names them; an empty list measures nothing.
         scope: As ``measure_scope=``.
         when: As ``measure_when=``.
-        samples: As ``measure_samples=``; ``batch``, ``rho``, ``effort``, ``at_loss`` and ``ledger_every`` likewise.
+        samples: As ``measure_samples=``; ``batch``, ``rho``, ``effort``, ``at_loss``, ``ledger_every``, ``live_every``
+            and ``live_samples`` likewise.
     """
 
     kinds: Texts | None = None
@@ -64,6 +65,8 @@ class Measure(Part):
     effort: str | None = None
     at_loss: str | None = None
     ledger_every: str | None = None
+    live_every: str | None = None
+    live_samples: str | None = None
 
     def words(self) -> dict[str, str]:
         """Return it as settings of a run."""

@@ -80,6 +80,7 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
     assert ask("all,recorded").kinds == (*CORRECT_KINDS, *RECORDED_KINDS)
     assert ask("curvature").kinds == ("loss", *CURVATURE_KINDS)
     assert ask("ledger,all").kinds == (*CORRECT_KINDS, "ledger")
+    assert ask("live,all").kinds == (*CORRECT_KINDS, "live")
     assert ask("recorded").kinds == ("loss", *RECORDED_KINDS)
     assert ask("recorded_keskar,trace").kinds == ("loss", "trace", "recorded_keskar")
     assert make_request("", "adapter", samples=1, batch=1, rho=0.05, effort="quick") is None
@@ -100,6 +101,9 @@ def test_all_means_every_kind_and_loss_is_always_there() -> None:
         ({"at_loss": math.inf}, "measure_at_loss=inf is out of range"),
         ({"kinds": "record"}, "measure=record: unknown name 'record'. Did you mean 'recorded'?"),
         ({"ledger_every": 0}, "measure_ledger_every=0 is out of range"),
+        ({"live_every": -1}, "measure_live_every=-1 is out of range (expected a number of steps >= 1, or 0"),
+        ({"live_samples": 0}, "measure_live_samples=0 is an empty sample"),
+        ({"kinds": "lives"}, "measure=lives: unknown name 'lives'. Did you mean 'live'?"),
         ({"kinds": "leger"}, "measure=leger: unknown name 'leger'. Did you mean 'ledger'?"),
         ({"kinds": "update", "when": "after"}, "it needs measure_when=before,after"),
         ({"kinds": "update", "scopes": "tangent"}, "measure=update measure_scope=tangent measures no update"),
@@ -118,7 +122,8 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 def test_givensurvives_its_file() -> None:
-    request = ask("trace,sam,ledger", "merged,adapter", when="after", rho=0.1, at_loss=0.5, ledger_every=3)
+    more = {"at_loss": 0.5, "ledger_every": 3, "live_every": 4, "live_samples": 5}
+    request = ask("trace,sam,ledger,live", "merged,adapter", when="after", rho=0.1, **more)
     assert read_request(json.loads(json.dumps(request.as_dict())), "here") == request
 
 

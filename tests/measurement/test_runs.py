@@ -50,7 +50,7 @@ def learn(places: tuple[Path, Path], output: Path, *requests: tuple[str, str]) -
     for index, (kinds, scopes) in enumerate(requests):
         task = reference_cases.make_task(*places, output / str(index), index, lora_dropout=0.3)
         task = replace(task, previous=previous)
-        asked = make_request(kinds, scopes, samples=6, batch=4, rho=0.05, effort="quick")
+        asked = make_request(kinds, scopes, samples=6, batch=4, rho=0.05, effort="quick", live_every=2)
         measure = None if asked is None else {"request": asked.as_dict(), "folder": str(output / files.FOLDER)}
         measurer = Measurer({"measure": measure})
 
@@ -79,7 +79,13 @@ def learn(places: tuple[Path, Path], output: Path, *requests: tuple[str, str]) -
 
 def test_measured_reference_run_is_bit_for_bit_the_same(places: tuple[Path, Path], tmp_path: Path) -> None:
     plain = learn(places, tmp_path / "plain", ("", ""), ("", ""))
-    measured = learn(places, tmp_path / "measured", ("trace,ledger", "adapter,merged"), ("sam,slice,ledger", "adapter"))
+    measured = learn(
+        places, tmp_path / "measured", ("trace,ledger", "adapter,merged"), ("sam,slice,ledger,live", "adapter")
+    )
+    followed = json.loads((tmp_path / "measured" / files.FOLDER / "2-moods-live.json").read_text())
+    assert followed["error"] is None and followed["live"]["scope"] == "adapter"
+    taken = len(plain["losses"]) - len(plain["losses"]) // 2
+    assert followed["live"]["measured"] == list(range(2, taken + 1, 2))
     ledger = json.loads((tmp_path / "measured" / files.FOLDER / "2-moods-ledger.json").read_text())
     (row,) = ledger["ledger"]["earlier"]
     # The earlier adapter is frozen and a new one begins at zero: the function is what it was after the first task.
@@ -143,8 +149,9 @@ def test_measuring_at_a_loss_is_done_at_its_step_and_leaves_the_training_bit_for
 def record_images(output: Path, at_loss: float) -> tuple[list[float], list[bytes]]:
     """Train two tasks of the reference engine for images, as its process does, and return losses and weights."""
     output.mkdir()
-    kinds = "loss,ledger" if at_loss else "loss"
-    asked = make_request(kinds, "trainable", "after", samples=6, batch=4, rho=0.05, effort="quick", at_loss=at_loss)
+    kinds = "loss,ledger,live" if at_loss else "loss"
+    how: dict[str, Any] = {"samples": 6, "batch": 4, "rho": 0.05, "effort": "quick", "live_every": 10}
+    asked = make_request(kinds, "trainable", "after", **how, at_loss=at_loss)
     assert asked is not None
     by = "flatpatch.measurement.in_run:Measurer"
     run = {
@@ -180,6 +187,8 @@ def test_image_run_is_measured_at_the_loss_in_each_task_and_trains_as_without(tm
     assert record_images(tmp_path / "measured", 1e9) == plain
     points = {path.name: json.loads(path.read_text()) for path in (tmp_path / "measured" / files.FOLDER).glob("*.json")}
     (row,) = points.pop("2-task1-ledger.json")["ledger"]["earlier"]
+    followed = [points.pop(name)["live"] for name in ("1-task0-live.json", "2-task1-live.json")]
+    assert [task["measured"] for task in followed] == [[10, 20]] * 2 and followed[1]["losses"][1] > 0
     # By the first task's own head, which the second leaves as it is.
     assert row["losses"][0] == pytest.approx(points["1-task0-after.json"]["scopes"]["trainable"]["loss"], rel=1e-5)
     steps = {name: point["step"] for name, point in points.items()}

@@ -235,6 +235,8 @@ class _Training:
         on = f" on {perturbed:,} of {trainable:,} trainable parameters" if self._sharpened and moved else ""
         announce(f"{self._describe()}{on} ({self._dtype}), {self._task}, seed {self._seed}")
         self._measure("before")
+        if self._measurer is not None:
+            self._measurer.begin(**self._measured())
         self._recorder.write_progress("train", 0, total, task=self._task)
 
     def first_pass(self, name: str) -> None:
@@ -314,6 +316,8 @@ class _Training:
         watched = name == "task" and self._measurer is not None and self._measurer.wants(AT_LOSS)
         if watched and self._measurer.reaches(self._learner._cur_task, float(measured["loss"])):
             self._measure(AT_LOSS)
+        if self._measurer is not None:
+            self._measurer.step(self._step)
             self._began = self._now()
         if self._recorder.progress_due():
             self._recorder.flush()
@@ -341,6 +345,8 @@ class _Training:
         if self._run.get("keep") is not None:
             network = getattr(self._learner._network, "module", self._learner._network)
             keep_model(self._run["keep"], network, self._learner._cur_task)
+        if self._measurer is not None:
+            self._measurer.end()
         self._measure("after")
         total = {name: sum(task[name] for task in self._tasks) for name in ("steps", "ascent_fallbacks")}
         self._recorder.write_summary({**about, **total, "tasks": self._tasks})
@@ -348,23 +354,25 @@ class _Training:
         self._recorder.write_progress("predict", 0, None, task=self._task)
 
     def _measure(self, when: str) -> None:
-        """Measure the task's cross-entropy on a fixed sample of its training images, augmented once and for all."""
-        if self._measurer is None or not self._measurer.wants(when):
-            return
+        """Measure at this point of the training, if asked to."""
+        if self._measurer is not None and self._measurer.wants(when):
+            self._measurer.at(when, **self._measured())
+
+    def _measured(self) -> dict[str, Any]:
+        """Return what is measured: the task's loss on a fixed sample of its images, augmented once and for all."""
         from flatpatch.families.sample import images_sample_of
         from flatpatch.families.vision.measuring import IMAGE_LOSS
 
         first_class = self._learner._known_classes
         classes = self._learner._total_classes - first_class
-        self._measurer.at(
-            when,
-            task_index=self._learner._cur_task,
-            task=self._task,
-            model=getattr(self._learner._network, "module", self._learner._network),
-            sample=images_sample_of(self._dataset, first_class),
-            loss=lambda model, batch: classification_loss(model, batch[0], batch[1], classes),
-            loss_name=IMAGE_LOSS,
-        )
+        return {
+            "task_index": self._learner._cur_task,
+            "task": self._task,
+            "model": getattr(self._learner._network, "module", self._learner._network),
+            "sample": images_sample_of(self._dataset, first_class),
+            "loss": lambda model, batch: classification_loss(model, batch[0], batch[1], classes),
+            "loss_name": IMAGE_LOSS,
+        }
 
     def _write_measuring(self, phase: str, step: int, total: int, note: str) -> None:
         if self._recorder.progress_due():

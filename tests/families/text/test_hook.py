@@ -181,9 +181,11 @@ def test_every_step_is_measured(tmp_path, attached):
 
 
 @pytest.mark.parametrize("gas", [1, 2])
-def test_measuring_at_a_loss_and_the_ledger_change_nothing_of_the_training(tmp_path, attached, gas):
+def test_measuring_at_a_loss_the_ledger_and_live_change_nothing_of_the_training(tmp_path, attached, gas):
     """Any loss is at or below this one, so that it is reached after ten steps."""
-    request = Request(*(("loss", "ledger"), ("adapter",), ("after",)), samples=4, batch=3, at_loss=1e9, ledger_every=5)
+    kinds = ("loss", "ledger", "live")
+    how = {"samples": 4, "batch": 3, "at_loss": 1e9, "ledger_every": 5, "live_every": 4, "live_samples": 4}
+    request = Request(kinds, ("adapter",), ("after",), **how)
     by = "flatpatch.measurement.in_run:Measurer"
     measure = {"request": request.as_dict(), "folder": str(tmp_path / "flatness"), "by": by}
     seen = []
@@ -199,6 +201,8 @@ def test_measuring_at_a_loss_and_the_ledger_change_nothing_of_the_training(tmp_p
     assert (row["task"], row["steps"]) == ("dbpedia", [5, 10, 12])
     points = {path.name: json.loads(path.read_text()) for path in (tmp_path / "flatness").glob("2-*.json")}
     assert points.pop("2-amazon-ledger.json")["error"] is None
+    followed = points.pop("2-amazon-live.json")["live"]
+    assert followed["measured"] == [4, 8, 12] and followed["restarted"] == [4]
     assert {name: point["step"] for name, point in points.items()} == {
         "2-amazon-at_loss.json": 10,
         "2-amazon-after.json": None,
@@ -207,6 +211,7 @@ def test_measuring_at_a_loss_and_the_ledger_change_nothing_of_the_training(tmp_p
     assert None not in found and found[0] != found[1]
     same_examples = [points[f"2-amazon-{when}.json"]["scopes"]["adapter"]["loss"] for when in ("at_loss", "after")]
     assert row["losses"][2:] == pytest.approx(same_examples, rel=1e-5)
+    assert followed["losses"][2] == pytest.approx(same_examples[1], rel=1e-5)
 
 
 def test_measurements_of_micro_batches_are_those_of_the_whole_step(tmp_path, attached):

@@ -475,7 +475,8 @@ class Batches(list):
 
 def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_nothing(started, tmp_path):
     # Any loss is at or below this one, so that it is reached after ten of the twelve steps.
-    request = Request(kinds=("loss",), scopes=("trainable",), samples=4, batch=3, at_loss=1e9).as_dict()
+    how = {"samples": 4, "batch": 3, "at_loss": 1e9, "live_every": 6, "live_samples": 4}
+    request = Request(kinds=("loss", "live"), scopes=("trainable",), **how).as_dict()
     results = []
     for measure in (
         None,
@@ -503,6 +504,9 @@ def test_measuring_around_a_task_takes_its_loss_on_one_fixed_sample_and_changes_
         assert (point["indices"], point["batches"]) == (indices, [3, 1])
         expected = cross_entropy(model.eval()(inputs)["logits"], targets).item()
         assert point["scopes"]["trainable"]["loss"] == pytest.approx(expected, rel=1e-6)
+    followed = json.loads((tmp_path / "flatness" / "1-0-2-live.json").read_text())["live"]
+    assert followed["measured"] == [6, 12] and followed["steps"] == 12
+    assert followed["losses"][1] == pytest.approx(point["scopes"]["trainable"]["loss"], rel=1e-6)
     within = json.loads((tmp_path / "flatness" / "1-0-2-at_loss.json").read_text())
     assert within["step"] == 10 and within["indices"] == indices
     assert within["scopes"]["trainable"]["loss"] != point["scopes"]["trainable"]["loss"]
