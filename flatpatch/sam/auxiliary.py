@@ -56,7 +56,7 @@ def new_pairs(weights: Sequence[FrozenWeight], *, rank: int, seed: int) -> list[
 def norm(weights: Sequence[FrozenWeight], pairs: Sequence[Pair]) -> Tensor:
     """Return the norm of all that the pairs add to the weights, (), float64; nothing of the weights' size is made."""
     squares = [
-        (each.scale**2 * ((B.T @ B).double() * (A @ A.T).double()).sum()).to(pairs[0][0].device)
+        (each.scale**2 * ((B.T @ B) * (A @ A.T)).sum(dtype=torch.float64)).to(pairs[0][0].device)
         for each, (A, B, *_) in zip(weights, pairs, strict=True)
     ]
     return torch.stack(squares).sum().clamp(min=0).sqrt()
@@ -74,13 +74,22 @@ def climbed(weights: Sequence[FrozenWeight], pairs: Sequence[Pair], *, rho: floa
     Returns:
         The pairs, with nothing due to them, and that norm, (), float64.
     """
-    moved = [[A + of_A, B + of_B] for A, B, of_A, of_B in pairs]
-    length = norm(weights, moved)
-    share = torch.where(length > rho, (rho / length).sqrt(), 1.0)
-    for pair in moved:
-        for factor in pair:
-            factor *= share.to(factor.device, factor.dtype)
-    return [[A, B, torch.zeros_like(A), torch.zeros_like(B)] for A, B in moved], length.clamp(max=rho)
+    factors = torch._foreach_add([f for pair in pairs for f in pair[:2]], [due for pair in pairs for due in pair[2:]])
+    length = norm(weights, _paired(factors))
+    _multiply(factors, torch.where(length > rho, (rho / length).sqrt(), 1.0))
+    nothing = [torch.zeros_like(factor) for factor in factors]
+    return _paired(factors, nothing), length.clamp(max=rho)
+
+
+def _paired(factors: Sequence[Tensor], due: Sequence[Tensor] = ()) -> list[Pair]:
+    return [[*factors[place : place + 2], *due[place : place + 2]] for place in range(0, len(factors), 2)]
+
+
+def _multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply tensors in place; one call for all of a device, as they are small and many."""
+    for device in {tensor.device for tensor in tensors}:
+        there = [tensor for tensor in tensors if tensor.device == device]
+        torch._foreach_mul_(there, factor.to(device))
 
 
 @contextmanager
@@ -110,8 +119,8 @@ def _adding(weight: FrozenWeight, A: Tensor, B: Tensor) -> Any:
     def add(_: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         # Of a module copied to several devices (nn.DataParallel) each copy comes here.
-        down, up = (factor.to(x.device, x.dtype) for factor in (A, B))
-        change = weight.scale * linear(linear(x, down), up)
+        down, up = (factor.to(x.device, x.dtype) for factor in (A, weight.scale * B))
+        change = linear(linear(x, down), up)
         if len(B) < output.shape[-1]:
             change = pad(change, (weight.first, output.shape[-1] - len(B) - weight.first))
         return output + change.to(output.dtype)
@@ -154,10 +163,11 @@ def heard(
     device = gradients[0].device
     finite = torch.stack([size.to(device) for size in torch._foreach_norm(gradients)]).isfinite().all()
     factor = torch.where(finite, rate / scale, 0.0)
-    # A product with 0 would leave what is not finite.
-    steps = [gradient.nan_to_num(0.0, 0.0, 0.0) * factor.to(gradient.device, gradient.dtype) for gradient in gradients]
-    due = zip(pairs, steps[::2], steps[1::2], strict=True)
-    return [[A, B, of_A + step_A, of_B + step_B] for (A, B, of_A, of_B), step_A, step_B in due], finite
+    for gradient in gradients:
+        gradient.nan_to_num_(0.0, 0.0, 0.0)  # its product with 0 would not be 0
+    _multiply(gradients, factor)
+    due = torch._foreach_add([part for pair in pairs for part in pair[2:]], gradients)
+    return _paired([factor for pair in pairs for factor in pair[:2]], due), finite
 
 
 def _averaged(gradients: Sequence[Tensor]) -> list[Tensor]:
