@@ -110,7 +110,7 @@ class Settings:
     rho: float = _setting(
         0.05,
         "radius of the perturbation, in weight units (asam: on ASAM's own scale; nbar, obar: the balancing's strength; "
-        "flatlora: sigma, a share of the weights' norm)",
+        "flatlora: sigma, a share of the weights' norm; bilora: of the change of the weights that LoRA adds to)",
         role="sam",
     )
     eta: float = _setting(0.01, "asam: added to |w| in its normaliser", role="sam")
@@ -142,6 +142,10 @@ class Settings:
     looksam_k: int = _setting(5, "looksam: every so many steps one is SAM's", role="sam")
     looksam_alpha: float = _setting(0.7, "looksam: weight of what SAM's step has left, in the others", role="sam")
     cflat_lambda: float = _setting(0.2, "cflat: weight of the flat gradient norm", role="sam")
+    bilora_rank: int = _setting(8, "bilora: rank of the auxiliary pairs", role="sam")
+    bilora_lr: float = _setting(
+        0.0, "bilora: how far along their gradient they climb in a step; 0: the learning rate at that step", role="sam"
+    )
     adapters: str = _setting(
         "upstream", "fp32 keeps LoRA weights in fp32 where upstream's engine makes them bf16", family="text"
     )
@@ -602,7 +606,7 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
     for key in ("model", "data"):
         if getattr(settings, key):
             problems += check_folder(key, getattr(settings, key))
-    for key in ("rho", "eta", "gsam_alpha", "fsam_sigma", "looksam_alpha", "cflat_lambda"):
+    for key in ("rho", "eta", "gsam_alpha", "fsam_sigma", "looksam_alpha", "cflat_lambda", "bilora_lr"):
         value = getattr(settings, key)
         if not (math.isfinite(value) and value >= 0):
             problems.append(f"{key}={value:g} is out of range (expected a finite number >= 0, e.g. {key}=0.05).")
@@ -611,10 +615,9 @@ def _check(settings: Settings, methods: Mapping[str, Method]) -> list[str]:
             f"fsam_lambda={settings.fsam_lambda:g} is out of range (expected a number from 0 to below 1, e.g. "
             "fsam_lambda=0.9)."
         )
-    if settings.looksam_k < 1:
-        problems.append(
-            f"looksam_k={settings.looksam_k} is out of range (expected a whole number >= 1, e.g. looksam_k=5)."
-        )
+    for key, usual in (("looksam_k", 5), ("bilora_rank", 8)):
+        if (number := getattr(settings, key)) < 1:
+            problems.append(f"{key}={number} is out of range (expected a whole number >= 1, e.g. {key}={usual}).")
     if not 0 < settings.ascent_batch <= 1:
         problems.append(
             f"ascent_batch={settings.ascent_batch:g} is out of range (expected a share over 0 and at most 1, e.g. "

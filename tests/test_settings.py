@@ -220,6 +220,9 @@ def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_n
         "sam_radius=effective has no effect: sam=nbar. Add sam=sam.",
         "sync=global has no effect: sam=nbar. Add sam=sam.",
     )
+    assert parse(["method=nlora", "sam=bilora", "sync=global", "scope=A", "bilora_lr=0.1"]).notes == (
+        "scope=A has no effect: sam=bilora. Add sam=sam.",
+    )
     assert "unknown sam_radius 'merged'" in message("sam=sam", "sam_radius=merged")
     without = ("method=seqlora", "tuning=full", "profile=small")
     assert "sam_radius=effective has nothing to go by: tuning=full" in message(
@@ -230,10 +233,11 @@ def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_n
     assert "boundless while B is near zero" in message("sam=sam", "sam_radius=effective", "scope=A")
     assert "moves no LoRA" in message("sam=gsam", "sam_radius=effective", "scope=head")
     assert parse(["sam=asam", "sam_radius=effective", "scope=A"]).settings.scope == "A"
-    for words in (["sam=nbar"], ["sam=flatlora"], ["sam=sam", "sam_radius=effective"]):
+    for words in (["sam=nbar"], ["sam=flatlora"], ["sam=bilora"], ["sam=sam", "sam_radius=effective"]):
         assert "have no partner" in message("method=duallora", *words)
     for method in ("cllora", "sdlora"):
-        assert "scaled by what is learned" in message(f"method={method}", "sam=flatlora")
+        for kind in ("flatlora", "bilora"):
+            assert "scaled by what is learned" in message(f"method={method}", f"sam={kind}")
         assert parse([f"method={method}", "sam=sam", "sam_radius=effective"]).notes == ()
     for method in ("inflora", "inflora_clip"):
         assert "trains B alone" in message(f"method={method}", "sam=nbar")
@@ -265,7 +269,16 @@ def test_a_kind_of_sam_has_the_settings_that_it_uses_and_no_others() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["looksam_k=0", "fsam_lambda=1", "fsam_lambda=-0.1", "ascent_batch=0", "ascent_batch=1.5", "cflat_lambda=-1"],
+    [
+        "looksam_k=0",
+        "fsam_lambda=1",
+        "fsam_lambda=-0.1",
+        "ascent_batch=0",
+        "ascent_batch=1.5",
+        "cflat_lambda=-1",
+        "bilora_rank=0",
+        "bilora_lr=-1",
+    ],
 )
 def test_settings_of_the_kinds_have_their_ranges(word: str) -> None:
     assert f"{word} is out of range (expected " in message("sam=sam", word)

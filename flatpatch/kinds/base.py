@@ -18,11 +18,13 @@ class Passes(Protocol):
         place: Numbers that tell this step from all others of the training.
         progress: How far the training is, from 0 to 1; 0 where nobody knows.
         optimizer: What descends with the gradient that the step leaves; its state is read alone.
+        begins: Whether no other batch came before since the optimizer's latest update.
     """
 
     place: tuple[int, ...]
     progress: float
     optimizer: Any
+    begins: bool
 
     def gradient(self, *, keep: bool = False) -> Vector:
         """Take a pass at the weights as they are; return the gradients of the weights that are to be perturbed.
@@ -67,6 +69,24 @@ class Passes(Protocol):
             seed: The noise follows from this.
         """
 
+    def descend_against(
+        self, pairs: list[list[Any]] | None, *, rank: int, rate: float | None, seed: int
+    ) -> list[list[Any]] | None:
+        """Take the last pass of the step, as :meth:`descend` does, with auxiliary pairs beside LoRA's that climb.
+
+        See :mod:`flatpatch.sam.auxiliary`. They climb and are scaled back, to the radius, where the next update's
+        first batch begins.
+
+        Args:
+            pairs: What the pass before returned; None makes new ones.
+            rank: Of new ones.
+            rate: How far along their gradient they climb; None: the optimizer's learning rate.
+            seed: New ones follow from this.
+
+        Returns:
+            The pairs; None where the radius is 0 and there are none.
+        """
+
     def balance(self, by: str, share: float) -> None:
         """Let LoRA's factors be rescaled against each other before the optimizer's next update.
 
@@ -93,7 +113,7 @@ class Kind:
         arguments: Its settings, of those that not all kinds have, each with the argument of ``__init__`` that takes it.
         takes_radius: Whether its radius may be that of the weights that LoRA changes (``sam_radius=``).
         of_pairs: Whether it goes by LoRA's factors as pairs, and so perturbs none of them.
-        noises: Whether it needs the weights that LoRA's factors add to.
+        noises: Whether it perturbs the weights that LoRA's factors add to, and so needs those.
         balances: Whether it weighs the two factors of a pair against each other, and so needs both.
         idle: Settings that all other kinds have and that change nothing in it.
         seeded: Whether ``__init__`` takes a ``seed``.
@@ -122,7 +142,7 @@ class Kind:
         return (*cls.arguments, *radius, *(("ascent_loss", "ascent_batch") if cls.climbs else ()))
 
     def step(self, passes: Passes) -> None:
-        """Take one step's passes, the last of them by ``passes.descend``.
+        """Take one step's passes, the last of them by ``passes.descend`` or ``passes.descend_against``.
 
         Args:
             passes: Of this step.

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from flatpatch.errors import UserError
 from flatpatch.kinds import Kind, make_kind
+from flatpatch.sam import auxiliary
 from flatpatch.sam.balance import balance_before_update
-from flatpatch.sam.noise import frozen_weights, noised
+from flatpatch.sam.frozen import FrozenWeight, frozen_weights
+from flatpatch.sam.noise import noised
 from flatpatch.sam.pairs import LoraPair
 from flatpatch.sam.passes import RandomState, batch_norm_statistics_kept
 from flatpatch.sam.perturbation import ADAPTIVE_AT_RANDOM, AscentStep, perturbed
@@ -53,6 +55,7 @@ class StepPasses(ABC):
         pairs: Sequence[LoraPair] | None = None,
         radius: str = "factors",
         progress: float = 0.0,
+        begins: bool = True,
     ) -> None:
         """Begin a step.
 
@@ -69,10 +72,12 @@ class StepPasses(ABC):
             pairs: Of the model's LoRA factors, where they are asked for.
             radius: What the radius is of, see :data:`RADII`.
             progress: As in :class:`flatpatch.kinds.base.Passes`.
+            begins: As there.
         """
         self.place = place
         self.optimizer = optimizer
         self.progress = progress
+        self.begins = begins
         self.report: AscentStep | None = None
         self.loss: Any = None
         self.perturbed_loss: Any = None
@@ -143,11 +148,8 @@ class StepPasses(ABC):
         del direction
         with step as report:
             self.report = self.report or report
-            self._moved += 1
-            try:
+            with self._elsewhere():
                 yield report
-            finally:
-                self._moved -= 1
 
     def momentum(self) -> Gradients:
         """Return the optimizer's momentum for each weight that is perturbed; None before the weight's first step."""
@@ -164,20 +166,68 @@ class StepPasses(ABC):
     def noised(self, share: float, seed: int) -> Iterator[None]:
         """Hold noise inside the block on the weights that LoRA's factors add to, see `sam.noise`."""
         sigma = share * max(self._radii)
-        if not self._pairs:
-            raise UserError(
-                "noise on the weights that LoRA changes needs LoRA's pairs, as lora_pairs(model) finds them"
-            )
-        weights = frozen_weights(self._pairs)  # refused at the first step where they are not known, noise or none
+        weights = self._frozen_weights()  # refused at the first step where they are not known, noise or none
         if sigma == 0:
             yield
             return
-        with noised(weights, sigma=sigma, seed=seed):
-            self._moved += 1
-            try:
-                yield
-            finally:
-                self._moved -= 1
+        with noised(weights, sigma=sigma, seed=seed), self._elsewhere():
+            yield
+
+    def descend_against(
+        self, pairs: list[auxiliary.Pair] | None, *, rank: int, rate: float | None, seed: int
+    ) -> list[auxiliary.Pair] | None:
+        """Take the step's last pass with auxiliary pairs beside LoRA's, which climb; see `sam.auxiliary`."""
+        rho = max(self._radii)
+        weights = self._frozen_weights()
+        if rho == 0:
+            self.descend()
+            return None
+        if pairs is None:
+            pairs = auxiliary.new_pairs(weights, rank=rank, seed=seed)
+        pairs = [[part.to(each.weight.device) for part in pair] for each, pair in zip(weights, pairs, strict=True)]
+        if self.begins:
+            pairs, length = auxiliary.climbed(weights, pairs, rho=rho)
+        else:
+            length = auxiliary.norm(weights, pairs)
+        with auxiliary.added(weights, pairs) as leaves, self._elsewhere():
+            self.descend()
+        pairs, finite = auxiliary.heard(
+            pairs,
+            leaves,
+            rate=self._learning_rate() if rate is None else rate,
+            scale=self._loss_scale(),
+            average=self._sync == "global",
+        )
+        unknown = torch.full_like(length, math.nan)
+        self.report = AscentStep(unknown, length, length, unknown, finite)
+        return pairs
+
+    def _frozen_weights(self) -> list[FrozenWeight]:
+        if not self._pairs:
+            raise UserError(
+                "a perturbation of the weights that LoRA changes needs LoRA's pairs, as lora_pairs(model) finds them"
+            )
+        return frozen_weights(self._pairs)
+
+    def _learning_rate(self) -> float:
+        """Return the learning rate of LoRA's factors; under DeepSpeed, whose groups hold copies, the first group's."""
+        factors = {id(factor) for pair in self._pairs or () for factor in (pair.A, pair.B)}
+        groups = self.optimizer.param_groups
+        own = (group for group in groups if any(id(weight) in factors for weight in group["params"]))
+        return float(next(own, groups[0])["lr"])
+
+    def _loss_scale(self) -> Tensor | float:
+        """Return by what the loss is multiplied that a pass differentiates, as far as that is known here."""
+        return 1.0
+
+    @contextmanager
+    def _elsewhere(self) -> Iterator[None]:
+        """Tell that the passes inside the block are not at the weights themselves."""
+        self._moved += 1
+        try:
+            yield
+        finally:
+            self._moved -= 1
 
     def balance(self, by: str, share: float) -> None:
         """Let LoRA's factors be rescaled against each other before the optimizer's next update, see `sam.balance`."""

@@ -207,6 +207,7 @@ class _TrainerPasses(StepPasses):
             radius=step.radius,
             progress=_progress(trainer),
         )
+        self.begins = self.place[-1] == 0
         self.scale: Tensor | float = 1.0
         self._trainer, self._training_step = trainer, step._plain_step
         self._task_only = step.ascent_loss == "task"
@@ -221,6 +222,9 @@ class _TrainerPasses(StepPasses):
                 "copies. Train with launcher=python, or choose another kind of SAM."
             )
         return super().momentum()
+
+    def _loss_scale(self) -> Tensor | float:
+        return _loss_scale(self._trainer, self.loss.device)
 
     def _climb(self, weights: list[Tensor], *, keep: bool, combined: bool) -> tuple[Tensor, Gradients]:
         model, inputs = self._called_with
@@ -249,6 +253,16 @@ def _progress(trainer: Any) -> float:
     state = getattr(trainer, "state", None)
     total: int = getattr(state, "max_steps", 0)
     return getattr(state, "global_step", 0) / total if total > 0 else 0.0
+
+
+def _loss_scale(trainer: Any, device: torch.device) -> Tensor | float:
+    """Return by what the loss is multiplied so that its gradient can be held in 16 bits."""
+    if getattr(trainer, "deepspeed", None) is not None:
+        return getattr(trainer.deepspeed.optimizer, "loss_scale", 1.0)
+    if getattr(trainer, "do_grad_scaling", False):
+        scale: Tensor = trainer.scaler.scale(torch.ones((), device=device))
+        return scale
+    return 1.0
 
 
 class _AscentPass:
@@ -320,8 +334,7 @@ class _AscentPass:
         return compute_and_keep
 
     def _tensor_backward(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool | None) -> None:
-        if getattr(self._trainer, "do_grad_scaling", False):
-            self.scale = self._trainer.scaler.scale(torch.ones((), device=loss.device))
+        self.scale = _loss_scale(self._trainer, loss.device)
         if self._task_only:
             loss = self._task() / self._trainer.args.gradient_accumulation_steps * self.scale
         self._differentiate(loss, gradient, retain_graph)
@@ -339,7 +352,7 @@ class _AscentPass:
         accumulation = engine.gradient_accumulation_steps()
         if accumulation > 1 and (scale_wrt_gas if engine.scale_wrt_gas is None else engine.scale_wrt_gas):
             loss = loss.float() / accumulation
-        self.scale = getattr(engine.optimizer, "loss_scale", 1.0)
+        self.scale = _loss_scale(self._trainer, loss.device)
         ascended = self._task() / accumulation if self._task_only else loss
         self._differentiate(ascended.float() * self.scale, None, retain_graph)
         return loss

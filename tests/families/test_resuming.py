@@ -22,6 +22,7 @@ from flatpatch.families import resuming
 from flatpatch.families.reference import StepRecorder
 from flatpatch.families.resuming import Keeper, random_state, set_random_state
 from flatpatch.families.training import TrainingResult, batches, descend
+from flatpatch.families.vision.reference.vit import LoRALinear
 
 STATE = resuming.state_file(0)
 STEPS, EPOCHS, ACCUMULATED = 12, 3, 2
@@ -62,6 +63,22 @@ class Factors(nn.Module):
         return self.B(self.dropout(torch.tanh(self.A(x)))).square().mean()  # type: ignore[no-any-return]
 
 
+class Adapted(nn.Module):
+    """A frozen layer with LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout = LoRALinear(torch.randn(8, 5), None, rank=2), nn.Dropout(0.3)
+        self.layer.weight.requires_grad_(False)
+        self.A, self.B = self.layer.lora_A, self.layer.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(self.layer(x))).square().mean()  # type: ignore[no-any-return]
+
+
+MODELS: dict[str, type[nn.Module]] = {"nbar": Factors, "bilora": Adapted}
+
+
 def description(folder: Path, kind: str, **checkpoints: Any) -> dict[str, Any]:
     settings = {"kind": kind, "rho": 0.3, "eta": 0.01, "scope": "all", "ascent_loss": "total", "seed": 3}
     part = {
@@ -82,7 +99,7 @@ def train(folder: Path, kind: str, *, cut: float = 0, **checkpoints: Any) -> tup
     torch.manual_seed(11)
     random.seed(11)
     np.random.seed(11)
-    model = Factors() if kind == "nbar" else Model()
+    model: Any = MODELS.get(kind, Model)()
     examples = list(torch.randn(32, 5, generator=torch.Generator().manual_seed(1)))
     task: Any = SimpleNamespace(per_device_train_batch_size=4, num_train_epochs=EPOCHS)
     optimizer = torch.optim.AdamW(
@@ -96,7 +113,7 @@ def train(folder: Path, kind: str, *, cut: float = 0, **checkpoints: Any) -> tup
         def objective(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
             nonlocal calls
             calls += 1
-            passes = ACCUMULATED * (1 if kind in ("off", "nbar") else 2)
+            passes = ACCUMULATED * (1 if kind in ("off", "nbar", "bilora") else 2)
             if cut and calls > (cut - 1 - step) * passes:
                 raise Cut
             # Python's and numpy's numbers decide too, as in augmentation.
@@ -131,7 +148,7 @@ def assert_same(ours: tuple[TrainingResult, nn.Module], theirs: tuple[TrainingRe
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("kind", ["off", "sam", "random", "nbar", "fsam"])
+@pytest.mark.parametrize("kind", ["off", "sam", "random", "nbar", "fsam", "bilora"])
 def test_training_cut_off_anywhere_goes_on_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
     undisturbed = train(tmp_path / "undisturbed", kind, none=True)
     after = random_state()["torch"]

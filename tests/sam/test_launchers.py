@@ -55,6 +55,13 @@ TWO_RANKS |= {
     "ddp, accumulating, combined, rho 0": {"gas": 2, "sam": {"rho": 0.0, "kind": "looksam"}},
     "zero 2, accumulating, combined, rho 0": {"deepspeed": zero(2), "gas": 2, "sam": {"rho": 0.0, "kind": "cflat"}},
 }
+# Pairs that climb beside LoRA's.
+CLIMBING = COMPARED | {"steps": 4, "learning_rate": 0.05}
+TWO_RANKS |= {
+    f"{launcher}, bilora, {sync}": CLIMBING | {"sam": {"rho": 0.5, "sync": sync, "kind": "bilora"}} | more
+    for launcher, more in (("ddp", {}), ("zero 2", {"deepspeed": zero(2)}))
+    for sync in ("global", "local")
+}
 
 # After the others, which start the processes' communication.
 TWO_RANKS |= {
@@ -121,6 +128,19 @@ def test_random_direction_is_one_for_synchronised_ranks_and_each_ranks_own_other
     )
     for rank in local:
         assert rank["report"]["perturbation_norm"] == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero 2"])
+def test_auxiliary_pairs_are_one_for_synchronised_ranks_and_each_ranks_own_otherwise(two_ranks, launcher, tmp_path):
+    whole = sam_training.train(tmp_path, batch=8, **CLIMBING, sam={"rho": 0.5, "kind": "bilora"})
+    together, local = (two_ranks[f"{launcher}, bilora, {sync}"] for sync in ("global", "local"))
+    assert_close_weights(together, whole)
+    norms = [[rank["report"]["perturbation_norm"] for rank in ranks] for ranks in (together, local)]
+    assert norms[0] == pytest.approx([whole["report"]["perturbation_norm"]] * 2, rel=1e-3)
+    assert norms[1][0] != norms[1][1]
+    assert min(map(min, norms)) > 0
+    weights = [ranks[0]["weights"] for ranks in (together, local)]
+    assert not all(torch.allclose(w, weights[1][name], rtol=1e-4) for name, w in weights[0].items())
 
 
 @pytest.mark.parametrize("name", ["closure, global", "closure, model not given"])
