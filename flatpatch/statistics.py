@@ -223,7 +223,8 @@ def _power(n: int, effect: float, spread: float, smallest: float, level: float) 
 
     def found(distance: float, level: float) -> float:
         critical = float(special.stdtrit(n - 1, 1 - level / 2))
-        return 1 - float(special.nctdtr(n - 1, distance * math.sqrt(n) / spread, critical))
+        missed = float(special.nctdtr(n - 1, distance * math.sqrt(n) / spread, critical))
+        return 1.0 if math.isnan(missed) else 1 - missed  # scipy's is NaN where it should be next to 0
 
     size = abs(effect)
     own = 1 - CONFIDENCE  # equivalence is read off the interval, which is not corrected

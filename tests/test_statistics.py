@@ -165,6 +165,13 @@ def test_seeds_that_decide_is_the_first_number_with_that_power(ratio: float):
     assert seeds_that_decide(ratio, 1.0, beyond=1) == next(n for n in range(2, 1000) if power(n) >= 0.8)
 
 
+@pytest.mark.parametrize("spread", [round(0.02 * k, 2) for k in range(1, 61)])
+def test_a_clearer_effect_never_needs_more_seeds(spread: float):
+    """Where the effect is many deviations, scipy's distribution is NaN for some numbers of pairs among others."""
+    clear, less = (seeds_that_decide(1.0, s, beyond=5, smallest=0.2, level=0.05 / 6) for s in (spread, spread + 0.02))
+    assert clear is not None and less is not None and 6 <= clear <= less < 30
+
+
 def test_seeds_that_decide_knows_the_textbook_number():
     # Cohen 1988 and every table since: a paired difference of half its deviation needs 34 pairs for 80 % at 5 %.
     assert seeds_that_decide(0.5, 1.0, beyond=3) == 34
