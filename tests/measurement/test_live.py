@@ -235,7 +235,9 @@ def test_model_and_random_numbers_stay_as_they_are(tmp_path: Path) -> None:
     made = measurer(tmp_path, live_every=1)
     plain = copy.deepcopy(model)
     plain_optimizer = torch.optim.Adam(plain.parameters(), 0.1)
+    before = torch.get_rng_state()
     made.begin(task_index=0, task="first", model=model, sample=drawn, loss=MSE)
+    assert torch.equal(torch.get_rng_state(), before)
     for step in range(1, 4):
         state = torch.get_rng_state()
         for each, its in ((plain, plain_optimizer), (model, optimizer)):
