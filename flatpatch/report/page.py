@@ -43,10 +43,10 @@ from flatpatch.report.groups import (
 )
 from flatpatch.report.layers import layer_tables
 from flatpatch.report.predicting import make_predictors_figure, predictors
-from flatpatch.report.records import fork_command, setting
-from flatpatch.report.titles import sam_title, warning
+from flatpatch.report.records import fork_command, setting, settings_of
+from flatpatch.report.titles import warning
 from flatpatch.report.writing import writing_sentence
-from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, shown
+from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, sam_title, shown
 from flatpatch.upstreams import UPSTREAMS
 
 LARGEST_SVG = 150_000  # bytes
@@ -177,19 +177,12 @@ def _common(groups: Sequence[Group]) -> list[tuple[str, str]]:
     def all_of(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values))
 
-    optimisers = []
-    for record in records:
-        sam = setting(record, "sam", "off")
-        text = sam_title(sam, setting(record, "rho"))
-        if sam != "off" and (scope := setting(record, "scope")) is not None:
-            text += f" on {scope}"
-        optimisers.append(text)
     tasks = list(dict.fromkeys(_chain(record["tasks"]) for record in records))
     return [
         ("method", all_of(record["method"] for record in records)),
         ("benchmark", "; ".join(dict.fromkeys(record["benchmark"] for record in records))),
         ("tasks", "; ".join(tasks)),
-        ("SAM", all_of(optimisers)),
+        ("SAM", all_of(sam_title(settings_of(record), told=("scope",)) for record in records)),
         ("seeds", all_of(seed for record in records for seed in record["seeds"]) or "none"),
         ("profile", "; ".join(dict.fromkeys(_reasoned(record, "profile") for record in records))),
         ("engine", "; ".join(dict.fromkeys(_reasoned(record, "engine") for record in records))),

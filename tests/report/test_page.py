@@ -196,7 +196,7 @@ def test_a_run_of_an_earlier_version_lacks_new_settings_and_is_of_the_group_that
         record["settings"]["measure"] = {"value": "loss", "source": "command line"}
     groups = group_runs([read_run(write_run(tmp_path / str(k), record)) for k, record in enumerate(records)])
     assert [[run.seed for run in group.runs] for group in groups] == [["0", "1"], ["2"]]
-    assert [group.title for group in groups] == ["SAM rho=0.05, ascent_batch=1.0", "SAM rho=0.05, ascent_batch=0.5"]
+    assert [group.title for group in groups] == ["SAM rho=0.05 ascent_batch=1", "SAM rho=0.05 ascent_batch=0.5"]
 
 
 @pytest.mark.parametrize(
