@@ -44,7 +44,7 @@ from flatpatch.report.groups import (
 from flatpatch.report.layers import layer_tables
 from flatpatch.report.predicting import make_predictors_figure, predictors
 from flatpatch.report.records import fork_command, setting, settings_of
-from flatpatch.report.titles import warning
+from flatpatch.report.titles import radius_note, warning
 from flatpatch.report.writing import writing_sentence
 from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, sam_title, shown
 from flatpatch.upstreams import UPSTREAMS
@@ -103,6 +103,7 @@ def make_page(
         "lost": METRICS["forgetting"].words.title,
         "matrices": {group.letter: _matrix(group) for group in groups},
         "finals": {group.letter: _finals(group) for group in groups},
+        "radius_notes": dict.fromkeys(note for group in groups if (note := radius_note(group.record))),
         "ascent": [(group, _ascent(group)) for group in groups],
         "flatness": _flatness(groups),
         "layers": layer_tables(groups),
@@ -355,7 +356,7 @@ def _drawings(groups: Sequence[Group]) -> Iterator[tuple[str, str, Callable[[], 
         )
         yield (
             f"ascent-{first}",
-            f"Gradient norm, intended and effective perturbation, and their cosine. {names}",
+            f"Gradient norm, the perturbation before and after rounding, and their cosine. {names}",
             draw(drawing.make_ascent_figure),
         )
         for table in _flatness(members):

@@ -7,7 +7,7 @@ from typing import Any
 
 from flatpatch.families import of_record
 from flatpatch.report.records import setting, settings_of
-from flatpatch.settings import DEFAULTS, sam_title
+from flatpatch.settings import DEFAULTS, idle_settings, sam_title
 
 _LABEL_TEXTS = {
     "quick": "small model and data",
@@ -67,6 +67,16 @@ def describe(record: Mapping[str, Any]) -> str:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     parts += [f"profile {record['profile']}", f"engine {record['engine']}"]
     return ", ".join(parts)
+
+
+def radius_note(record: Mapping[str, Any]) -> str:
+    """Say what the recorded norms are of where the radius is of something else; empty where it is theirs."""
+    if setting(record, "sam_radius") != "effective" or "sam_radius" in idle_settings(record):
+        return ""
+    return (
+        "With sam_radius=effective rho is the norm of the change of the weights that LoRA adds to. The perturbation's "
+        "norms here are those of the factors' own step, before and after rounding."
+    )
 
 
 def _capitals(found: Sequence[str]) -> str:
