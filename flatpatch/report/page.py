@@ -42,6 +42,7 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.layers import layer_tables
+from flatpatch.report.ledger import SUMS, ledger_rows
 from flatpatch.report.predicting import make_predictors_figure, predictors
 from flatpatch.report.records import fork_command, setting, settings_of
 from flatpatch.report.titles import radius_note, warning
@@ -107,6 +108,8 @@ def make_page(
         "ascent": [(group, _ascent(group)) for group in groups],
         "flatness": _flatness(groups),
         "layers": layer_tables(groups),
+        "ledger": ledger_rows(groups),
+        "ledger_columns": SUMS.values(),
         "pictures": _pictures(groups),
         "predictors": predictors(groups),
         "comparisons": comparisons or {},
