@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flatpatch.contract import TITLES
 from flatpatch.errors import UserError, did_you_mean, named_path
 from flatpatch.kinds import KINDS as KINDS_OF_SAM
 from flatpatch.kinds import OF_SOME_KINDS, balances, of_pairs
@@ -368,8 +369,31 @@ def why_without_effect(key: str, sam: str) -> str:
         return f"{'no ledger is kept' if kind == LEDGER else 'no training is followed'}. Add measure={kind}."
     if key in HOW_MEASURED:
         return "nothing is measured. Add measure=all."
-    takes = [name for name, kind in KINDS_OF_SAM.items() if key in kind.settings()] or ["sam"]
-    return f"sam={sam}. Add sam={takes[0]}."
+    if sam == "off":
+        takes = [name for name, kind in KINDS_OF_SAM.items() if key in kind.settings()] or ["sam"]
+        return f"sam=off. Add sam={takes[0]}."
+    takes = [f", sam={name} does" for name, kind in KINDS_OF_SAM.items() if key in kind.arguments]
+    return f"sam={sam} does not use it{''.join(takes)}. Leave it out."
+
+
+def sam_title(values: Mapping[str, Any], *, told: Collection[str] = ()) -> str:
+    """Return what a run's SAM is called: kind, radius, and what else differs from its default and has an effect.
+
+    Args:
+        values: The run's settings by name, as far as they are known.
+        told: Of SAM's settings, those to name at their defaults too; one without effect is never named.
+
+    >>> sam_title({"sam": "gsam", "rho": 0.05, "gsam_alpha": 0.2, "scope": "lora", "eta": 0.3})
+    'GSAM rho=0.05 gsam_alpha=0.2'
+    """
+    sam = str(values["sam"])
+    title = TITLES.get(sam, sam.upper())  # one of a later version is shown as it is written
+    if sam == "off":
+        return title
+    idle = without_effect(sam, "")
+    acting = {key: values[key] for key in OF_SAM_NAMED if key in values and key not in idle}
+    named = [f"{key}={shown(value)}" for key, value in acting.items() if key in told or value != DEFAULTS[key]]
+    return " ".join([title, f"rho={shown(values.get('rho', '?'))}", *named])
 
 
 def idle_settings(record: Mapping[str, Any]) -> frozenset[str]:
@@ -561,7 +585,19 @@ def parse(words: Sequence[str], methods: Mapping[str, Method]) -> Request:
         raise UserError.collect(problems)
     request = Request(settings, sources, overrides, method.family if method else "")
     idle = [f"{key}={shown(getattr(settings, key))} has no effect: {why}" for key, why in request.idle().items()]
-    return dataclasses.replace(request, notes=(*given_twice(words), *idle))
+    return dataclasses.replace(request, notes=(*given_twice(words), *idle, *_scale_of_rho(request)))
+
+
+def _scale_of_rho(request: Request) -> list[str]:
+    """Say where SAM's default is taken for a kind whose radius is on another scale."""
+    sam = request.settings.sam
+    papers = KINDS_OF_SAM[sam].papers_rho if sam in KINDS_OF_SAM else ()
+    if not papers or request.sources["rho"] != "default":
+        return []
+    default, theirs = shown(request.settings.rho), ", ".join(map(shown, papers))
+    return [
+        f"rho={default} is SAM's default, and rho of sam={sam} is on another scale: its paper takes {theirs}. Name rho."
+    ]
 
 
 def _follow_tuning(settings: Settings, sources: Mapping[str, str]) -> Settings:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from flatpatch.__main__ import main
 from flatpatch.errors import UserError
 from flatpatch.runner.resolve import parse
 from flatpatch.runner.sweep import expand
-from flatpatch.settings import CHOICES, OF_SAM_NAMED, Settings, describe, in_name, options_of, read_words, split_word
+from flatpatch.settings import (
+    CHOICES,
+    OF_SAM_NAMED,
+    Settings,
+    describe,
+    in_name,
+    options_of,
+    read_words,
+    sam_title,
+    split_word,
+)
 from flatpatch.upstreams import UPSTREAMS
 
 
@@ -205,20 +217,20 @@ def test_penalty_that_a_method_lacks_cannot_be_left_out_of_the_ascent() -> None:
 def test_random_directions_have_no_use_for_what_shapes_the_ascent() -> None:
     notes = parse(["sam=random", "eta=0.1", "ascent_loss=task"]).notes
     assert notes == (
-        "ascent_loss=task has no effect: sam=random. Add sam=sam.",
-        "eta=0.1 has no effect: sam=random. Add sam=asam.",
+        "ascent_loss=task has no effect: sam=random does not use it. Leave it out.",
+        "eta=0.1 has no effect: sam=random does not use it, sam=asam does. Leave it out.",
     )
     assert parse(["sam=random", "rho=0.1", "scope=A", "sync=global"]).notes == ()
 
 
 def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_nothing() -> None:
     assert parse(["method=nlora", "sam=sam", "sam_radius=effective"]).notes == ()
-    assert parse(["sam=asam", "sam_radius=effective"]).notes == (
-        "sam_radius=effective has no effect: sam=asam. Add sam=sam.",
+    assert parse(["sam=asam", "sam_radius=effective", "rho=0.5"]).notes == (
+        "sam_radius=effective has no effect: sam=asam does not use it. Leave it out.",
     )
-    assert parse(["sam=nbar", "sync=global", "sam_radius=effective"]).notes == (
-        "sam_radius=effective has no effect: sam=nbar. Add sam=sam.",
-        "sync=global has no effect: sam=nbar. Add sam=sam.",
+    assert parse(["sam=nbar", "sync=global", "sam_radius=effective", "rho=1"]).notes == (
+        "sam_radius=effective has no effect: sam=nbar does not use it. Leave it out.",
+        "sync=global has no effect: sam=nbar does not use it. Leave it out.",
     )
     assert parse(["method=nlora", "sam=bilora", "sync=global", "scope=A", "bilora_lr=0.1"]).notes == (
         "scope=A has no effect: sam=bilora. Add sam=sam.",
@@ -257,9 +269,9 @@ def test_a_kind_of_measurement_has_its_own_settings() -> None:
 def test_a_kind_of_sam_has_the_settings_that_it_uses_and_no_others() -> None:
     assert parse(["sam=fsam", "fsam_sigma=0.5", "ascent_loss=task", "ascent_batch=0.25"]).notes == ()
     assert parse(["sam=gsam", "fsam_sigma=0.5", "ascent_batch=0.25", "ascent_loss=task"]).notes == (
-        "ascent_batch=0.25 has no effect: sam=gsam. Add sam=sam.",
-        "ascent_loss=task has no effect: sam=gsam. Add sam=sam.",
-        "fsam_sigma=0.5 has no effect: sam=gsam. Add sam=fsam.",
+        "ascent_batch=0.25 has no effect: sam=gsam does not use it. Leave it out.",
+        "ascent_loss=task has no effect: sam=gsam does not use it. Leave it out.",
+        "fsam_sigma=0.5 has no effect: sam=gsam does not use it, sam=fsam does. Leave it out.",
     )
     given = parse(["sam=looksam", "looksam_k=2", "gsam_alpha=0.1"]).settings
     assert options_of(given) == {"looksam_k": 2, "looksam_alpha": 0.7}
@@ -324,3 +336,31 @@ def test_tuning_or_share_that_cannot_be_is_one_message(words: str, expected: str
     text = message(*words.split())
     assert expected in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [
+        ("sam=sam", "SAM rho=0.05 scope=lora"),
+        ("sam=sam sam_radius=effective", "SAM rho=0.05 scope=lora sam_radius=effective"),
+        ("sam=gsam gsam_alpha=0.2 fsam_sigma=2", "GSAM rho=0.05 scope=lora gsam_alpha=0.2"),
+        ("sam=sam ascent_batch=0.25 ascent_loss=task", "SAM rho=0.05 scope=lora ascent_loss=task ascent_batch=0.25"),
+        ("sam=flatlora scope=all sync=global", "Flat-LoRA rho=0.05"),
+        ("sam=nbar rho=1", "nBAR rho=1"),
+        ("sam=off rho=0.1 scope=A", "SAM off"),
+    ],
+)
+def test_sam_is_called_by_all_that_makes_it_what_it_is_and_by_nothing_without_effect(words: str, title: str) -> None:
+    values = dataclasses.asdict(parse(words.split()).settings)
+    assert sam_title(values, told=("scope",)) == title
+    assert sam_title(values) == title.replace(" scope=lora", "")
+
+
+@pytest.mark.parametrize(("sam", "papers"), [("nbar", "0.5, 1, 2"), ("obar", "0.5, 1, 2"), ("asam", "0.5")])
+def test_a_radius_on_another_scale_than_sams_must_be_named_or_is_noted(sam: str, papers: str) -> None:
+    (note,) = parse([f"sam={sam}"]).notes
+    assert note == (
+        f"rho=0.05 is SAM's default, and rho of sam={sam} is on another scale: its paper takes {papers}. Name rho."
+    )
+    assert parse([f"sam={sam}", "rho=0.05"]).notes == ()
+    assert parse(["sam=sam"]).notes == parse(["sam=flatlora"]).notes == ()

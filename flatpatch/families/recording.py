@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatpatch.contract import TITLES
 from flatpatch.files import write_atomically
 from flatpatch.kinds import KINDS
+from flatpatch.settings import sam_title
 
 BUFFERED_STEPS = 10
 SECONDS_BETWEEN_PROGRESS = 0.5
@@ -100,14 +100,17 @@ class Recorder:
         write_atomically(self._summary, json.dumps(told, indent=2) + "\n")
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """Name the kind of SAM, its radius and its scope."""
-    if settings["kind"] == "off":
-        return TITLES["off"]
-    given = {**settings, **settings.get("options", {})}
-    own = "".join(f" {name}={given[name]:g}" for name in KINDS[settings["kind"]].arguments if name in given)
-    own += " sam_radius=effective" if settings.get("radius") == "effective" else ""
-    return f"{TITLES[settings['kind']]} rho={settings['rho']:g}{own} scope={settings['scope']}"
+def describe(settings: Mapping[str, Any], *told: str) -> str:
+    """Name the kind of SAM that a run's description asks for, with its radius, its scope and its own settings.
+
+    Args:
+        settings: The description's part ``sam``.
+        told: More settings to name, where they have an effect.
+    """
+    sam = settings["kind"]
+    values = {**settings, **settings.get("options", {}), "sam": sam, "sam_radius": settings.get("radius", "factors")}
+    own = KINDS[sam].arguments if sam in KINDS else ()
+    return sam_title(values, told=("scope", *own, *told))
 
 
 def of_step(report: Any) -> dict[str, Any]:

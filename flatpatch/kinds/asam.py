@@ -18,6 +18,7 @@ class Adaptive(Kind):
     place = 1
     arguments = {"eta": "eta"}
     takes_radius = False
+    papers_rho = (0.5,)
 
     def __init__(self, eta: float = 0.01) -> None:
         self.eta = eta

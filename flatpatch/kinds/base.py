@@ -115,6 +115,7 @@ class Kind:
         of_pairs: Whether it goes by LoRA's factors as pairs, and so perturbs none of them.
         noises: Whether it perturbs the weights that LoRA's factors add to, and so needs those.
         balances: Whether it weighs the two factors of a pair against each other, and so needs both.
+        papers_rho: The radii that its paper takes, where they are on another scale than SAM's.
         idle: Settings that all other kinds have and that change nothing in it.
         seeded: Whether ``__init__`` takes a ``seed``.
         climbs: Whether the gradient of a pass of its own says where to climb and does nothing else: whether that pass
@@ -130,6 +131,7 @@ class Kind:
     of_pairs: ClassVar[bool] = False
     noises: ClassVar[bool] = False
     balances: ClassVar[bool] = False
+    papers_rho: ClassVar[tuple[float, ...]] = ()
     idle: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False
     climbs: ClassVar[bool] = True

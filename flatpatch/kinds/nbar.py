@@ -27,7 +27,8 @@ class BalancedByGradients(Kind):
     takes_radius = False
     of_pairs = True
     balances = True
-    idle = ("sync",)
+    papers_rho = (0.5, 1.0, 2.0)
+    idle = ("sync", "scope")
     by: ClassVar[str] = "gradient"
 
     def step(self, passes: Passes) -> None:

@@ -28,6 +28,7 @@ from flatpatch.report.drawing import (
     remove,
     save,
 )
+from flatpatch.report.titles import radius_note
 
 _STYLES = ("-", "--", ":")
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "0.45"
@@ -158,15 +159,14 @@ def make_loss_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, A
 def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Return how SAM's perturbation fared: gradient norm, norms of the step, and their cosine.
 
-    The effective perturbation is what the weights moved after rounding to their number format. None if no
-    perturbation was logged (SAM off).
+    After rounding to their number format is what the weights moved. None if no perturbation was logged (SAM off).
     """
     curves = step_curves(record["tasks"], metrics, of="perturbation_norm")
     norms = [key for key in _NORMS if curves.has(key)]
     if not norms:
         return None
     panels: dict[str, list[str]] = {"gradient norm": ["grad_norm"], "perturbation\nnorm": norms}
-    panels["cosine, effective\nto intended"] = ["perturbation_cosine"]
+    panels["cosine, after to\nbefore rounding"] = ["perturbation_cosine"]
     panels = {title: [key for key in keys if curves.has(key)] for title, keys in panels.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     flat = [title for title, keys in panels.items() if _one_value(curves, keys) is not None]
@@ -177,7 +177,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
     heading = "Gradient norm under SAM" if drawn == ["gradient norm"] else "SAM's perturbation"
     figure = _figure(7.0, 1.6 + 1.6 * len(drawn))
     all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
-    names = {"perturbation_norm": "intended", "effective_perturbation_norm": "effective (after rounding)"}
+    names = {"perturbation_norm": "before rounding", "effective_perturbation_norm": "after rounding"}
     for axes, title in zip(all_axes, drawn, strict=True):
         keys = panels[title]
         for key, colour, style in zip(keys, (_BLUE, _VERMILION), ("-", "--"), strict=False):
@@ -192,7 +192,7 @@ def make_perturbation_figure(record: Mapping[str, Any], metrics: Sequence[Mappin
         else:
             _set_limits(axes, np.append(values, 1.0), least=0.01)
         _mark_tasks(axes, curves, names=title == drawn[0])
-    return _finish_steps(figure, all_axes[-1], curves, heading, record, note)
+    return _finish_steps(figure, all_axes[-1], curves, heading, record, note, radius_note(record))
 
 
 def _one_value(curves: StepCurves, keys: Sequence[str]) -> float | None:
@@ -310,7 +310,7 @@ def _mark_tasks(axes: Axes, curves: StepCurves, *, names: bool = True) -> None:
 
 
 def _finish_steps(
-    figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any], more: str = ""
+    figure: Figure, axes: Axes, curves: StepCurves, heading: str, record: Mapping[str, Any], *more: str
 ) -> Figure:
     window = curves.window
     note = f"thin: each step; thick: mean of {window} steps" if window > 1 else "each step"
@@ -318,7 +318,7 @@ def _finish_steps(
         note += f"; steps on the {' and '.join(curves.losses)} loss"
     axes.set_xlabel(f"optimizer steps over all tasks ({note})")
     axes.set_xlim(0, max(1.0, curves.x[-1]))
-    return finish(figure, heading, [more], record=record)
+    return finish(figure, heading, more, record=record)
 
 
 def _log_if_wide(axes: Axes, values: FloatArray) -> None:

@@ -202,8 +202,8 @@ def make_over_tasks_figure(entries: Sequence[Entry], record: Mapping[str, Any]) 
 def flatness_table(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of a small table of what was measured; none where nothing was.
 
-    Each row ends with the mark of its scope: whether it depends on how LoRA's factors are written. Below stand the
-    certificates of that, as far as they were measured.
+    Each row ends with the mark of its scope: whether its numbers, the loss apart, depend on how LoRA's factors are
+    written; a row of a loss alone has none. Below stand the certificates of that, as far as they were measured.
     """
     entries = record["flatness"]
     shown = [name for name in _COLUMNS if any(_value(entry, name) is not None for entry in entries)]
@@ -214,8 +214,13 @@ def flatness_table(record: Mapping[str, Any]) -> list[str]:
     wide = {name: max(12, 1 + max(map(len, _COLUMNS[name]))) for name in shown}
     upper, lower = ("".join(f"{_COLUMNS[name][k]:>{wide[name]}}" for name in shown) for k in (0, 1))
     lines = [f"{'':<{width}} {'':<9}{upper}"] if upper.strip() else []
-    marks = [mark_of(record, entry) for entry in entries]
-    lines.append(f"{title:<{width}} {'scope':<9}{lower}".rstrip() + ("  LoRA's writing" if any(marks) else ""))
+    flat = [name for name in shown if name != "loss"]
+    marks = [
+        mark_of(record, entry) if any(_value(entry, name) is not None for name in flat) else "" for entry in entries
+    ]
+    lines.append(
+        f"{title:<{width}} {'scope':<9}{lower}".rstrip() + ("  the loss apart: LoRA's writing" if any(marks) else "")
+    )
     for entry, mark in zip(entries, marks, strict=True):
         place = f"{entry['task_index'] + 1} {entry['task']} {entry['when']}"
         numbers = "".join(f"{_short(_value(entry, name)):>{wide[name]}}" for name in shown)

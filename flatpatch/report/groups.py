@@ -11,8 +11,7 @@ from typing import Any
 
 from flatpatch.files import digest
 from flatpatch.report.records import RECORD_FILE, read_record, read_step_metrics, setting, settings_of
-from flatpatch.report.titles import sam_title
-from flatpatch.settings import OF_PLACES, idle_settings, without_effect
+from flatpatch.settings import OF_PLACES, OF_SAM_NAMED, idle_settings, sam_title, without_effect
 
 # Settings that say where a run lies, or that make the runs of one group different.
 _NOT_COMPARED = frozenset({"seed", *OF_PLACES})
@@ -124,7 +123,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         members.setdefault(tuple(sorted(_facets(run.record).items())), []).append(run)
     members = {facets: own for key, trained in members.items() for facets, own in _by_measuring(key, trained).items()}
     given = {key for run in runs for key, entry in run.record["settings"].items() if entry["source"] != "default"}
-    titles = _titles([dict(key) for key in members], given)
+    titles = _titles([dict(key) for key in members], [settings_of(own[0].record) for own in members.values()], given)
     return [
         Group(_letter(k), title, tuple(own), _counted(own))
         for k, (title, own) in enumerate(zip(titles, members.values(), strict=True))
@@ -291,11 +290,14 @@ def _by_measuring(
     return found
 
 
-def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[str]:
+def _titles(
+    keys: Sequence[Mapping[str, str]], settings: Sequence[Mapping[str, Any]], given: Collection[str]
+) -> list[str]:
     """Name each group by SAM's settings, by every setting that differs, and by what else tells them apart.
 
     Args:
         keys: Each group's facets.
+        settings: Each group's settings.
         given: Names of the settings that somebody set; one that is unknown to other methods is told only if it was.
     """
     names = list(dict.fromkeys(name for key in keys for name in key))
@@ -308,10 +310,11 @@ def _titles(keys: Sequence[Mapping[str, str]], given: Collection[str]) -> list[s
         and (len({key[name] for key in keys if name in key}) > 1 or (name in given and name not in idle))
     ]
     titles = []
-    for key in keys:
+    for key, values in zip(keys, settings, strict=True):
         parts = [key["method"]] if "method" in differing else []
-        parts.append(sam_title(key["sam"], key.get("rho", "?")))
-        titles.append(", ".join([*parts, *(_named(key, name) for name in asked if name in key)]))
+        parts.append(sam_title(values, told=asked))
+        parts += [_named(key, name) for name in asked if name in key and name not in OF_SAM_NAMED]
+        titles.append(", ".join(parts))
     for name in _FOLLOWING:
         same = [k for k in range(len(keys)) if titles.count(titles[k]) > 1]
         if name in differing and len({keys[k].get(name) for k in same}) > 1:

@@ -1,8 +1,9 @@
-"""The ledger of forgetting of a run, drawn: what the change of each earlier task's loss is made of."""
+"""The ledger of forgetting of a run, drawn and summed: what the change of each earlier task's loss is made of."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flatpatch.report.drawing import BELOW, COLOURS, finish
+from flatpatch.report.groups import Group, spread
 
 # Of a ledger's terms: how each is called, and its colour. What they add up to is drawn in black.
 TERMS = {
@@ -19,6 +21,7 @@ TERMS = {
     "remainder": ("remainder", COLOURS[3]),
 }
 CHANGE = "change of the loss"
+SUMS = {**{name: label for name, (label, _) in TERMS.items()}, "change": CHANGE}
 _MOST_PANELS = 6
 _NEEDED = ("task_index", "change", *TERMS, "steps", "losses", "gradients", "curvatures")
 
@@ -58,6 +61,51 @@ def read_whole(folder: Path, kind: str, has_all: Callable[[Mapping[str, Any]], b
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return [content for _, content in sorted(found, key=lambda pair: pair[0])]
+
+
+def ledger_sums(folder: Path, tasks: int) -> dict[int, dict[str, float]]:
+    """Return of each earlier task the change of its loss and the terms of that, over the training of all later tasks.
+
+    Args:
+        folder: The run's.
+        tasks: How many tasks the run has.
+
+    Returns:
+        By the earlier task's place from 0; one that some later task has in no whole ledger is left out.
+    """
+    ledgers = read_ledgers(folder)
+    found = {}
+    for task in range(tasks - 1):
+        rows = [row for ledger in ledgers for row in ledger["ledger"]["earlier"] if row["task_index"] == task]
+        if len(rows) == tasks - 1 - task:
+            found[task] = {name: math.fsum(row[name] for row in rows) for name in SUMS}
+    return found
+
+
+def ledger_table(folder: Path, tasks: Sequence[str]) -> list[str]:
+    """Return the lines of a run's table of :func:`ledger_sums`; none where there is no whole ledger."""
+    sums = ledger_sums(folder, len(tasks))
+    if not sums:
+        return []
+    names = {task: f"{task + 1} {tasks[task]}" for task in sums}
+    title = "ledger of forgetting"
+    width = max(len(title), *map(len, names.values()))
+    wide = {name: max(12, 2 + len(label)) for name, label in SUMS.items()}
+    lines = [f"{title:<{width}}" + "".join(f"{label:>{wide[name]}}" for name, label in SUMS.items())]
+    for task, own in sums.items():
+        lines.append(f"{names[task]:<{width}}" + "".join(f"{own[name]:>{wide[name]}.4f}" for name in SUMS))
+    return lines
+
+
+def ledger_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return the rows of a page's table of :func:`ledger_sums`: each group's earlier tasks, over its seeds."""
+    rows = []
+    for group in groups:
+        sums = [ledger_sums(run.folder, len(group.tasks)) for run in group.counted]
+        for task in sorted({task for own in sums for task in own}):
+            cells = [spread(own.get(task, {}).get(name) for own in sums) for name in SUMS]
+            rows.append({"task": f"{task + 1} {group.tasks[task]}", "group": group, "cells": cells})
+    return rows
 
 
 def make_ledger_figure(ledgers: Sequence[Ledger], record: Mapping[str, Any]) -> Figure | None:

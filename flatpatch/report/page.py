@@ -42,12 +42,13 @@ from flatpatch.report.groups import (
     where,
 )
 from flatpatch.report.layers import layer_tables
+from flatpatch.report.ledger import SUMS, ledger_rows
 from flatpatch.report.live import live_sentence
 from flatpatch.report.predicting import make_predictors_figure, predictors
-from flatpatch.report.records import fork_command, setting
-from flatpatch.report.titles import sam_title, warning
+from flatpatch.report.records import fork_command, setting, settings_of
+from flatpatch.report.titles import radius_note, warning
 from flatpatch.report.writing import writing_sentence
-from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, shown
+from flatpatch.settings import MINIATURES, OF_PLACES, idle_settings, sam_title, shown
 from flatpatch.upstreams import UPSTREAMS
 
 LARGEST_SVG = 150_000  # bytes
@@ -104,9 +105,12 @@ def make_page(
         "lost": METRICS["forgetting"].words.title,
         "matrices": {group.letter: _matrix(group) for group in groups},
         "finals": {group.letter: _finals(group) for group in groups},
+        "radius_notes": dict.fromkeys(note for group in groups if (note := radius_note(group.record))),
         "ascent": [(group, _ascent(group)) for group in groups],
         "flatness": _flatness(groups),
         "layers": layer_tables(groups),
+        "ledger": ledger_rows(groups),
+        "ledger_columns": SUMS.values(),
         "pictures": _pictures(groups),
         "live": [(group, text) for group in groups if (text := live_sentence([run.folder for run in group.counted]))],
         "predictors": predictors(groups),
@@ -179,19 +183,12 @@ def _common(groups: Sequence[Group]) -> list[tuple[str, str]]:
     def all_of(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values))
 
-    optimisers = []
-    for record in records:
-        sam = setting(record, "sam", "off")
-        text = sam_title(sam, setting(record, "rho"))
-        if sam != "off" and (scope := setting(record, "scope")) is not None:
-            text += f" on {scope}"
-        optimisers.append(text)
     tasks = list(dict.fromkeys(_chain(record["tasks"]) for record in records))
     return [
         ("method", all_of(record["method"] for record in records)),
         ("benchmark", "; ".join(dict.fromkeys(record["benchmark"] for record in records))),
         ("tasks", "; ".join(tasks)),
-        ("SAM", all_of(optimisers)),
+        ("SAM", all_of(sam_title(settings_of(record), told=("scope",)) for record in records)),
         ("seeds", all_of(seed for record in records for seed in record["seeds"]) or "none"),
         ("profile", "; ".join(dict.fromkeys(_reasoned(record, "profile") for record in records))),
         ("engine", "; ".join(dict.fromkeys(_reasoned(record, "engine") for record in records))),
@@ -364,7 +361,7 @@ def _drawings(groups: Sequence[Group]) -> Iterator[tuple[str, str, Callable[[], 
         )
         yield (
             f"ascent-{first}",
-            f"Gradient norm, intended and effective perturbation, and their cosine. {names}",
+            f"Gradient norm, the perturbation before and after rounding, and their cosine. {names}",
             draw(drawing.make_ascent_figure),
         )
         for table in _flatness(members):

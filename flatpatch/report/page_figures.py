@@ -37,8 +37,8 @@ _BAND = 0.18
 _ALWAYS = frozenset({"loss", "perturbed_loss"})
 _IN_WORDS = {
     "grad_norm": "gradient norm",
-    "effective_perturbation_norm": "norm of the perturbation, effective and intended",
-    "perturbation_cosine": "cosine, effective to intended",
+    "effective_perturbation_norm": "norm of the perturbation, before and after rounding",
+    "perturbation_cosine": "cosine, after to before rounding",
 }
 # Scalars that tell how far another one can be trusted: in the table only.
 _AUXILIARY = ("_residual", "_standard_error", "_quartile", "_unconverged", "_overlap", "_reach")
@@ -108,11 +108,11 @@ def make_losses_figure(groups: Sequence[Group], letters: Sequence[str]) -> Figur
 
 
 def make_ascent_figure(groups: Sequence[Group], letters: Sequence[str]) -> Figure | None:
-    """Return gradient norm, intended and effective perturbation and their cosine; None without SAM."""
+    """Return gradient norm, the perturbation before and after rounding and their cosine; None without SAM."""
     panels = {
         "grad_norm": "gradient norm",
-        "effective_perturbation_norm": "perturbation norm\n(thin: intended)",
-        "perturbation_cosine": "cosine, effective\nto intended",
+        "effective_perturbation_norm": "perturbation norm\n(thin: before rounding)",
+        "perturbation_cosine": "cosine, after to\nbefore rounding",
     }
     perturbed = [
         group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from flatpatch.measuring import DEPENDS, INVARIANT
 from flatpatch.report.drawing import BELOW, COLOURS, finish
 from flatpatch.report.groups import Group, Run, forgetting_per_task
-from flatpatch.report.ledger import read_ledgers
+from flatpatch.report.ledger import ledger_sums
 from flatpatch.report.writing import mark_of
 from flatpatch.statistics import FEWEST_RUNS, RankCorrelation, rank_correlation
 
@@ -61,7 +61,7 @@ def predictors(groups: Sequence[Group]) -> list[Predictor]:
         One for each number that two runs or more have, in a fixed order; of flatness one for each scope.
     """
     runs = [run for group in groups if group.is_finished for run in group.counted]
-    ledgers = {id(run): _ledger_sums(run) for run in runs}
+    ledgers = {id(run): ledger_sums(run.folder, len(run.record["tasks"])) for run in runs}
     readers: dict[str, Callable[[Run, int], float | None]] = {
         title: (lambda run, task, name=name: ledgers[id(run)].get(task, {}).get(name))  # type: ignore[misc]
         for name, title in _LEDGER.items()
@@ -92,18 +92,6 @@ def _pairs(run: Run, read: Callable[[Run, int], float | None]) -> dict[Hashable,
         for task, (value, lost) in rows.items()
         if value is not None and lost is not None and math.isfinite(value)
     }
-
-
-def _ledger_sums(run: Run) -> Mapping[int, Mapping[str, float]]:
-    """Return each earlier task's terms over all later tasks, of those that every later task has in its ledger."""
-    ledgers = read_ledgers(run.folder)
-    size = len(run.record["tasks"])
-    sums: dict[int, dict[str, float]] = {}
-    for task in range(size - 1):
-        rows = [row for ledger in ledgers for row in ledger["ledger"]["earlier"] if row["task_index"] == task]
-        if len(rows) == size - 1 - task:
-            sums[task] = {name: math.fsum(row[name] for row in rows) for name in _LEDGER}
-    return sums
 
 
 def _mark(runs: Sequence[Run], scope: str) -> str:

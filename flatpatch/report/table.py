@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,16 +14,18 @@ from rich.table import Table
 from flatpatch.families import of_record
 from flatpatch.metrics import METRICS
 from flatpatch.report.flatness_run import flatness_table
+from flatpatch.report.ledger import ledger_table
 from flatpatch.report.titles import describe, warning
 
 _NUMBER_WIDTH = len("100.00")
 
 
-def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
+def summary_table(record: Mapping[str, Any], folder: Path | None = None, *, width: int = 80) -> str:
     """Return a run's results in lines of at most ``width`` characters.
 
     Args:
         record: A run's record, as ``read_record`` returns it.
+        folder: The run's, where its ledger of forgetting is to be shown too.
         width: Characters per line, at least 70; the accuracy matrix is cut into blocks of columns to fit.
 
     Returns:
@@ -50,6 +53,8 @@ def summary_table(record: Mapping[str, Any], *, width: int = 80) -> str:
     lines += [f"{title:<{title_width}}  {_number(values.get(key)):>8}" for key, title in titles.items()]
     if table := flatness_table(record):
         lines += ["", *table]
+    if folder is not None and (sums := ledger_table(folder, record["tasks"])):
+        lines += ["", *sums]
     lines += ["", _times(record["timing"]), *_status(record)]
     return "\n".join(lines) + "\n"
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatpatch.contract import TITLES
 from flatpatch.families import of_record
-from flatpatch.report.records import setting
-from flatpatch.settings import DEFAULTS
+from flatpatch.report.records import setting, settings_of
+from flatpatch.settings import DEFAULTS, idle_settings, sam_title
 
 _LABEL_TEXTS = {
     "quick": "small model and data",
@@ -53,17 +52,12 @@ def short_warning(record: Mapping[str, Any]) -> str:
 
 def describe(record: Mapping[str, Any]) -> str:
     """Return one line that names the run: method, order, optimiser, seed, profile and engine."""
-    sam = setting(record, "sam", "off")
     parts = [setting(record, "variant") or record["method"]]
     if of_record(record).learns_classes:
         parts.append(record["benchmark"])
     if (order := setting(record, "order")) is not None:
         parts.append(f"order {order}")
-    parts.append(sam_title(sam, setting(record, "rho")))
-    if sam != "off" and setting(record, "sam_on", "both") != "both":
-        parts.append(f"on the {setting(record, 'sam_on')} step alone")
-    if sam != "off" and setting(record, "sam_radius", DEFAULTS["sam_radius"]) != DEFAULTS["sam_radius"]:
-        parts.append(f"sam_radius={setting(record, 'sam_radius')}")
+    parts.append(sam_title(settings_of(record)))
     parts += [
         f"{key}={setting(record, key)}"
         for key in ("tuning", "budget", "fraction")
@@ -75,10 +69,14 @@ def describe(record: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def sam_title(sam: Any, rho: Any) -> str:
-    """Return what a run's ``sam=`` and ``rho=`` are called."""
-    named = TITLES.get(str(sam), str(sam).upper())  # one of a later version is shown as it is written
-    return named if sam == "off" else f"{named} rho={rho}"
+def radius_note(record: Mapping[str, Any]) -> str:
+    """Say what the recorded norms are of where the radius is of something else; empty where it is theirs."""
+    if setting(record, "sam_radius") != "effective" or "sam_radius" in idle_settings(record):
+        return ""
+    return (
+        "With sam_radius=effective rho is the norm of the change of the weights that LoRA adds to. The perturbation's "
+        "norms here are those of the factors' own step, before and after rounding."
+    )
 
 
 def _capitals(found: Sequence[str]) -> str:

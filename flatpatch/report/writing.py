@@ -28,12 +28,16 @@ def mark_of(record: Mapping[str, Any], entry: Entry) -> str:
 def writing_sentence(scope: str, values: Iterable[Mapping[str, float | None]]) -> str:
     """Say for a table of one scope whether its numbers depend on how LoRA's factors are written.
 
+    That of the loss never does, so of a loss alone nothing is said.
+
     Args:
         scope: What was varied.
         values: Of each measuring point; those with a certificate decide, the worst of them first: one that was
             refused, then the largest change.
     """
-    values = list(values)
+    values = [each for each in values if each]
+    if not values:
+        return ""
     if refused := sum(map(is_refused, values)):
         return (
             "Whether these numbers depend on how LoRA's factors are written is not certified: of "
@@ -69,8 +73,8 @@ def certificate_table(entries: Sequence[Entry]) -> list[str]:
 
 
 def _words(depends: bool) -> str:
-    how = "depend" if depends else "do not depend"
-    return f"These numbers {how} on how LoRA's factors are written (A / c and c B are the same function)."
+    how = ", the loss apart, depend" if depends else " do not depend"
+    return f"These numbers{how} on how LoRA's factors are written (A / c and c B are the same function)."
 
 
 def _short(value: float | None) -> str:

@@ -154,7 +154,7 @@ def _conclude(plan: Plan, record: dict[str, Any], problem: BaseException | None)
 
 def _show(folder: Path, record: dict[str, Any]) -> list[Path]:
     """Print the table and draw the figures; return their files."""
-    print(summary_table(record))
+    print(summary_table(record, folder))
     say(f"record   {folder / 'record.json'}\nsteps    {folder / STEPS}")
     figures = leave_figures(folder, record)
     tell_figures(figures)

@@ -83,7 +83,7 @@ def _show_runs(given: Mapping[str, str]) -> int:
     named = [(folder.name, read_record(folder)) for folder in folders]
     finished = [(name, record) for name, record in named if record["status"] == "finished"]
     if len(named) == 1:
-        print(summary_table(named[0][1]))
+        print(summary_table(named[0][1], folders[0]))
     else:
         names, records = [name for name, _ in finished], [record for _, record in finished]
         print(f"{seeds_table(records)}\n" if finished else "", end="")

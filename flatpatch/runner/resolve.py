@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 
 from flatpatch import settings
-from flatpatch.contract import TITLES
 from flatpatch.families.base import PORT, Family, Machine, Plan, Stage
 from flatpatch.runner.sam_places import where_sam_enters
 from flatpatch.runner.tracking import check_tracker
-from flatpatch.settings import Request, in_name, shown
+from flatpatch.settings import Request, in_name, sam_title, shown
 from flatpatch.upstreams import UPSTREAMS
 
 
@@ -77,11 +77,8 @@ def render(plan: Plan, python: str = "python") -> str:
 def headline(plan: Plan) -> str:
     """Return what will run and why, in a few lines."""
     settings = plan.request.settings
-    sam = (
-        "without SAM"
-        if settings.sam == "off"
-        else f"with {TITLES[settings.sam]} rho={settings.rho:g} scope={settings.scope}"
-    )
+    title = sam_title(dataclasses.asdict(settings), told=("scope",))
+    sam = "without SAM" if settings.sam == "off" else f"with {title}"
     own = in_name(settings, ("tuning", "budget", "fraction"))
     controls = "".join(f", {key}={shown(value)}" for key, value in own.items())
     lines = [

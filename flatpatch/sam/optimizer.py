@@ -78,7 +78,8 @@ class SAM(Optimizer):
         kind: How a step is made of passes, and what it remembers from step to step.
         climbing: Whether the closure is called for a gradient that is not, by itself, the one to descend along.
         last_step: What the latest step's first perturbation did; None if it had none.
-        perturbed_loss: What the closure returned in the latest step's last pass, if at perturbed weights.
+        perturbed_loss: What the closure returned in the latest step's last pass, if at perturbed weights and not its
+            only one.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))

@@ -37,7 +37,7 @@ class StepPasses(ABC):
     Attributes:
         report: What the step's first perturbation did; None if there was none.
         loss: What the step's first pass returned.
-        perturbed_loss: What its last pass returned, if that was at perturbed weights.
+        perturbed_loss: What its last pass returned, if that was at perturbed weights and not the step's only one.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class StepPasses(ABC):
         with self._pass():
             loss = self._descend(combine)
         self._heard(loss)
-        if self._moved:
+        if self._moved and self._taken > 1:  # of a step's only pass it would be the loss once more
             self.perturbed_loss = loss
 
     def chosen(self, vector: Gradients) -> Gradients:

@@ -53,7 +53,7 @@ class SAMTrainingStep:
     Attributes:
         last_step: What the latest ascent step did, with ``grad_norm`` that of the loss as ``training_step``
             returns it (divided by the gradient accumulation steps, any loss scale removed).
-        perturbed_loss: What the latest second pass returned.
+        perturbed_loss: What the latest step's last pass returned, if at perturbed weights and not its only one.
         fallbacks: How many ascent gradients were not finite and gave a plain step; a tensor on the device.
     """
 

@@ -239,6 +239,22 @@ def test_kind_is_sam_bit_for_bit_where_its_own_part_is_nothing(name: str, place:
     assert not torch.equal(found["lora_A"], trained(place, None, 0.0)["lora_A"])
 
 
+@pytest.mark.parametrize(
+    ("name", "known"), [("sam", [0, 1, 2, 3]), ("random", [0, 1, 2, 3]), ("looksam", [0, 3]), ("msam", [])]
+)
+def test_a_perturbed_loss_is_known_where_a_step_has_a_pass_at_the_weights_themselves(
+    name: str, known: list[int]
+) -> None:
+    model = Problem()
+    sam = SAM(optimizer_of(model), rho=RHO, kind=make_kind({"kind": name, "options": OPTIONS.get(name, {})}))
+    found = []
+    for step in range(4):
+        sam.zero_grad()
+        sam.step(lambda: backward(model))
+        found += [step] if sam.perturbed_loss is not None else []
+    assert found == known
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_training_that_goes_on_remembers_what_it_needs(name: str) -> None:
     def halves(remembers: bool) -> Tensor:

@@ -246,8 +246,15 @@ def test_no_loss_no_figure():
 def test_perturbation_has_three_panels_under_sam():
     figure = make_perturbation_figure(make_record(), make_steps())
     labels = [axes.get_ylabel().replace("\n", " ") for axes in figure.axes]
-    assert labels == ["gradient norm", "perturbation norm", "cosine, effective to intended"]
-    assert set(named_lines(figure.axes[1])) == {"intended", "effective (after rounding)"}
+    assert labels == ["gradient norm", "perturbation norm", "cosine, after to before rounding"]
+    assert set(named_lines(figure.axes[1])) == {"before rounding", "after rounding"}
+
+
+def test_norms_are_said_to_be_of_the_factors_where_the_radius_is_of_the_weights():
+    record = make_record()
+    assert "sam_radius" not in small_print(make_perturbation_figure(record, make_steps()))
+    record["settings"]["sam_radius"] = {"value": "effective"}
+    assert "are those of the factors' own step" in small_print(make_perturbation_figure(record, make_steps()))
 
 
 def test_perturbation_is_not_drawn_with_sam_off():
@@ -265,7 +272,7 @@ def test_panels_without_change_are_not_drawn_and_their_value_is_said():
     exact = {"perturbation_norm": 0.05, "effective_perturbation_norm": 0.05 + 1e-9, "perturbation_cosine": 1 - 1e-12}
     figure = make_perturbation_figure(make_record(), [{**row, **exact} for row in make_steps()])
     assert [axes.get_ylabel() for axes in figure.axes] == ["gradient norm"]
-    assert "constant to a thousandth: perturbation norm = 0.05; cosine, effective to intended = 1." in (
+    assert "constant to a thousandth: perturbation norm = 0.05; cosine, after to before rounding = 1." in (
         small_print(figure)
     )
 

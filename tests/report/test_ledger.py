@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from flatpatch.report.flatness_run import draw_flatness
-from flatpatch.report.ledger import CHANGE, make_ledger_figure, read_ledgers
-from tests.report_page import small_print
+from flatpatch.report.groups import group_runs, read_run
+from flatpatch.report.ledger import CHANGE, ledger_rows, ledger_table, make_ledger_figure, read_ledgers
+from flatpatch.report.page import make_page
+from flatpatch.report.table import summary_table
+from tests.report_page import Reader, small_print, write_run
 from tests.report_records import ORDER_1, make_quick_record
 
 
@@ -77,6 +80,26 @@ def test_lines_break_where_a_ledger_is_missing_and_the_figure_names_it(tmp_path:
     np.testing.assert_allclose(whole.get_ydata(), [0, 1.5, 3, np.nan, 0, 4.5, 9])
     assert [[patch.get_x() for patch in axes.patches] for axes in (first, second, third)] == [[4], [0], []]
     assert "no whole ledger of task 3 yahoo" in small_print(figure)
+
+
+def test_sums_over_all_later_tasks_are_in_the_tables_of_terminal_and_page(tmp_path: Path) -> None:
+    """Task i's change in task t is 3 (i + 1) t, in parts of -1, 3.5 and 0.5: 18 for the first, as t is 1, 2 and 3."""
+    folder, record = tmp_path / "run", make_quick_record()
+    write_run(folder, record)
+    assert "ledger of forgetting" not in summary_table(record, folder)
+    write_ledgers(folder)
+    head, first, second, third = ledger_table(folder, record["tasks"])
+    assert " ".join(head.split()) == "ledger of forgetting gradient term curvature term remainder change of the loss"
+    assert first.split() == ["1", "dbpedia", "-6.0000", "21.0000", "3.0000", "18.0000"]
+    assert second.split()[2:] == ["-10.0000", "35.0000", "5.0000", "30.0000"]
+    assert third.split()[2:] == ["-9.0000", "31.5000", "4.5000", "27.0000"]
+    assert first in summary_table(record, folder) and "ledger of forgetting" not in summary_table(record)
+    groups = group_runs([read_run(folder)])
+    reader = Reader(make_page(groups))
+    assert reader.row("What the change of each earlier task's loss", "1 dbpedia")[1:] == ["A", "-6", "21", "3", "18"]
+    (folder / "flatness" / f"3-{ORDER_1[2]}-ledger.json").unlink()
+    assert [row["task"] for row in ledger_rows(groups)] == [f"3 {ORDER_1[2]}"]
+    assert len(ledger_table(folder, record["tasks"])) == 2
 
 
 def test_damaged_and_failed_ledgers_are_left_out(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_run_of_an_earlier_version_lacks_new_settings_and_is_of_the_group_that
         record["settings"]["measure"] = {"value": "loss", "source": "command line"}
     groups = group_runs([read_run(write_run(tmp_path / str(k), record)) for k, record in enumerate(records)])
     assert [[run.seed for run in group.runs] for group in groups] == [["0", "1"], ["2"]]
-    assert [group.title for group in groups] == ["SAM rho=0.05, ascent_batch=1.0", "SAM rho=0.05, ascent_batch=0.5"]
+    assert [group.title for group in groups] == ["SAM rho=0.05 ascent_batch=1", "SAM rho=0.05 ascent_batch=0.5"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,8 @@ def test_flatness_is_tabled_per_time_and_setting(page):
     assert reader.row(caption, "top eigenvalue", "before", "A")[3:] == ["11 ± 1", "12 ± 1", "13 ± 1", "14 ± 1"]
     assert reader.row(caption, "top eigenvalue", "after", "B")[3] == "5.25 ± 0.35"
     assert [row for row in reader.table(caption) if row[0] == "trace"] == []
-    assert any("These numbers depend on how LoRA's factors are written" in text for text in reader.tables)
+    writing = "These numbers, the loss apart, depend on how LoRA's factors are written"
+    assert any(writing in text for text in reader.tables)
     # 5 finished runs, 4 tasks, 2 times
     assert any("40 measured values have no number" in text for text in reader.tables)
 
@@ -329,7 +330,7 @@ def test_blocks_are_tabled_by_layer_and_factor(tmp_path):
     assert reader.row(caption, "block.0") == ["block.0", "A", "5", "2", "3"]
     assert reader.row(caption, "all factors A") == ["all factors A", "A", "7", "–", "1.5"]
     (whole,) = (text for text in reader.tables if text.startswith(caption))
-    assert "These numbers depend on how LoRA's factors are written" in whole
+    assert "These numbers, the loss apart, depend on how LoRA's factors are written" in whole
     path.write_text("damaged", encoding="utf-8")
     assert not any("Curvature by layer" in text for text in read([folder])[1].tables)
 
@@ -559,8 +560,16 @@ def test_captions_promise_nothing_that_is_not_drawn(tmp_path, page):
 def test_values_without_a_panel_are_told_in_words(tmp_path):
     groups = group_runs([read_run(write_run(tmp_path / "run", seeded(0), flat_steps()))])
     words = small_print(page_figures.make_ascent_figure(groups, ["A"]))
-    assert "norm of the perturbation, effective and intended = 0.05; cosine, effective to intended = 1." in words
+    assert "norm of the perturbation, before and after rounding = 0.05; cosine, after to before rounding = 1." in words
     assert "thin" not in words
+
+
+def test_norms_are_called_those_of_the_factors_where_the_radius_is_of_the_weights(tmp_path):
+    record = seeded(0)
+    record["settings"]["sam_radius"] = {"value": "effective", "source": "command line"}
+    _, reader = read([write_run(tmp_path / "run", record, make_steps())])
+    assert any("norms here are those of the factors' own step" in text for text in reader.tables)
+    assert "intended" not in reader.words and "SAM rho=0.05 scope=lora sam_radius=effective" in reader.words
 
 
 def test_run_that_was_perturbed_from_its_second_task_on_is_drawn_and_named(tmp_path):

@@ -44,6 +44,15 @@ def test_description_says_when_sam_is_off_and_names_several_seeds():
     assert describe(record) == "nlora, order 1, SAM off, seeds 1, 2, profile upstream, engine upstream"
 
 
+def test_description_names_what_makes_the_sam_another_one_and_not_what_changes_nothing():
+    record = make_record()
+    record["settings"] |= {"sam_radius": {"value": "effective"}, "gsam_alpha": {"value": 0.2}}
+    assert ", SAM rho=0.05 sam_radius=effective, seed" in describe(record)
+    record["settings"]["sam"]["value"] = "flatlora"
+    record["settings"]["scope"] = {"value": "all"}
+    assert ", Flat-LoRA rho=0.05, seed" in describe(record)
+
+
 def test_description_of_a_record_with_few_settings_leaves_them_out():
     record = make_record(settings={}, seeds=[])
     assert describe(record) == "nlora, SAM off, profile upstream, engine upstream"

@@ -37,6 +37,14 @@ def test_each_row_of_the_flatness_table_has_its_mark_and_each_certificate_a_row_
     ]
 
 
+def test_a_loss_alone_has_no_mark_whatever_the_certificate_says() -> None:
+    lines = flatness_table({"flatness": [entry("adapter", {}), entry("merged", CERTIFICATE)]})
+    head, adapter, merged, _, _, _, certificate = lines
+    assert head.endswith(" loss") and adapter.endswith(" 1") and merged.endswith(" 1")
+    assert certificate.endswith("depends on writing (by 15)")
+    assert writing_sentence("adapter", [{}, {}]) == ""
+
+
 def test_a_run_without_lora_has_no_mark() -> None:
     record = {"flatness": [entry("model", {})], "settings": {"tuning": {"value": "full"}}}
     assert all("writing" not in line and "invariant" not in line for line in flatness_table(record))
@@ -45,8 +53,8 @@ def test_a_run_without_lora_has_no_mark() -> None:
 @pytest.mark.parametrize(
     ("scope", "values", "said"),
     [
-        ("tangent", [{}], "do not depend on how LoRA's factors are written"),
-        ("adapter", [{}, {}], "These numbers depend on how LoRA's factors are written"),
+        ("tangent", [{"trace": 3.0}], "These numbers do not depend on how LoRA's factors are written"),
+        ("adapter", [{"trace": 3.0}, {}], "These numbers, the loss apart, depend on how LoRA's factors are written"),
         (
             "adapter",
             [{}, CERTIFICATE],
@@ -58,8 +66,12 @@ def test_a_run_without_lora_has_no_mark() -> None:
             [{"invariance_change": 2e-6, "invariance_tolerance": 1e-2}],
             "Measured: largest relative change 2e-06",
         ),
-        ("merged", [{"invariance_change": None, "invariance_tolerance": 1e-2}], "numbers depend on"),
-        ("merged", [{}, {"invariance_change": None}], "is not certified: of 2 measuring points 1 had the certificate"),
+        ("merged", [{"invariance_change": None, "invariance_tolerance": 1e-2}], "numbers, the loss apart, depend on"),
+        (
+            "merged",
+            [{"trace": 3.0}, {"invariance_change": None}],
+            "is not certified: of 2 measuring points 1 had the certificate",
+        ),
     ],
 )
 def test_a_scopes_table_says_what_its_numbers_depend_on(scope: str, values: list[Any], said: str) -> None:

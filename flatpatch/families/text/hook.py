@@ -295,12 +295,7 @@ class _RecordedTraining:
         return f"{self._describe()}{on} ({self._dtype}), {where}"
 
     def _describe(self) -> str:
-        settings = self._run["sam"]
-        words = describe(settings)
-        if self._sam is None:
-            return words
-        part = f" ascent_batch={self._sam.ascent_batch:g}" if self._sam.ascent_batch != 1 else ""
-        return f"{words} sync={settings['sync']} ascent_loss={settings['ascent_loss']}{part}"
+        return describe(self._run["sam"], "sync", "ascent_loss")
 
 
 def _no_loss(device: Any) -> Any:

@@ -324,7 +324,9 @@ def test_setting_without_effect_is_said_with_what_would_give_it_one() -> None:
         "rho=0.1 has no effect: sam=off. Add sam=sam.",
         "sync=global has no effect: sam=off. Add sam=sam.",
     )
-    assert notes_of("sam=sam", "eta=0.2") == ("eta=0.2 has no effect: sam=sam. Add sam=asam.",)
+    assert notes_of("sam=sam", "eta=0.2") == (
+        "eta=0.2 has no effect: sam=sam does not use it, sam=asam does. Leave it out.",
+    )
     assert notes_of("sam=sam", "sync=global") == ("sync=global has no effect: the run has one process",)
     assert notes_of("port=29501") == ("port=29501 has no effect: the run has one process and no launcher",)
     assert notes_of("measure_samples=8") == ("measure_samples=8 has no effect: nothing is measured. Add measure=all.",)
