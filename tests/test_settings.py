@@ -233,7 +233,7 @@ def test_effective_radius_and_balancing_need_factors_and_say_where_they_change_n
         "sync=global has no effect: sam=nbar does not use it. Leave it out.",
     )
     assert parse(["method=nlora", "sam=bilora", "sync=global", "scope=A", "bilora_lr=0.1"]).notes == (
-        "scope=A has no effect: sam=bilora. Add sam=sam.",
+        "scope=A has no effect: sam=bilora does not use it. Leave it out.",
     )
     assert "unknown sam_radius 'merged'" in message("sam=sam", "sam_radius=merged")
     without = ("method=seqlora", "tuning=full", "profile=small")
