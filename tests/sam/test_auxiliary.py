@@ -109,7 +109,7 @@ def test_training_equals_the_formula():
     sam, losses, radii = sam_around(net), [], []
     for number in range(STEPS):
         losses.append(step(sam, net, number).item())
-        assert sam.perturbed_loss.item() == losses[-1]
+        assert sam.perturbed_loss is None, "there is no other loss to hold it against"
         radii.append(sam.last_step.perturbation_norm.item())
     twin, their_losses, their_radii, unclipped = by_formula()
     for ours, theirs in zip(net.factors(), twin.factors(), strict=True):
