@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatpatch.flatness.problem import Problem, differentiate
+from flatpatch.flatness.problem import Problem
+from flatpatch.flatness.taylor import loss_gradient_product
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,7 @@ def follow(problem: Problem, rho: float, direction: Tensor | None = None) -> Fol
     if direction.shape != (problem.size,) or not bool(direction.any()):
         raise ValueError(f"direction must be no zero vector of shape ({problem.size},), got {tuple(direction.shape)}")
     v = (direction / direction.norm()).to(problem.device, problem.dtype).double()
-    pieces = problem.unflatten(v)
-    gradient, product = torch.zeros_like(v), torch.zeros_like(v)
-    loss = 0.0
-    with problem.active(), torch.set_grad_enabled(True):
-        for index, weight in enumerate(problem.weights):
-            value = problem.batch_loss(index, twice_differentiable=True)
-            gradients = differentiate(value, problem.variables, create_graph=True)
-            slope = torch.stack([(g * piece).sum() for g, piece in zip(gradients, pieces, strict=True)]).sum()
-            curved = differentiate(slope, problem.variables)
-            loss += weight * float(value.detach())
-            gradient.add_(problem.flatten(gradients, torch.float64), alpha=weight)
-            product.add_(problem.flatten(curved, torch.float64), alpha=weight)
+    loss, gradient, product = loss_gradient_product(problem, v)
     eigenvalue = float(v @ product)
     length = product.norm()
     return Followed(

@@ -35,14 +35,32 @@ def taylor_terms(problem: Problem, step: Tensor) -> tuple[float, float]:
     if step.shape != (problem.size,):
         raise ValueError(f"step must have shape ({problem.size},), got {tuple(step.shape)}")
     d = step.to(problem.device, torch.float64)
-    pieces = problem.unflatten(d)
-    gradient = curvature = 0.0
+    _, gradient, product = loss_gradient_product(problem, d)
+    return float(gradient @ d), float(product @ d) / 2
+
+
+def loss_gradient_product(problem: Problem, vector: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Compute loss, gradient and Hessian product at the variables' present values in one go, keeping no graph.
+
+    Args:
+        problem: The loss.
+        vector: ``(n,)``, float64, on the problem's device.
+
+    Returns:
+        The loss, and g and H v, both ``(n,)`` in float64.
+
+    Raises:
+        RuntimeError: If the model has no second derivative.
+    """
+    pieces = problem.unflatten(vector)
+    total, gradient, product = 0.0, torch.zeros_like(vector), torch.zeros_like(vector)
     with problem.active(), torch.set_grad_enabled(True):
         for index, weight in enumerate(problem.weights):
             loss = problem.batch_loss(index, twice_differentiable=True)
             gradients = differentiate(loss, problem.variables, create_graph=True)
             slope = torch.stack([(g * piece).sum() for g, piece in zip(gradients, pieces, strict=True)]).sum()
-            product = differentiate(slope, problem.variables)
-            gradient += weight * float(problem.flatten(gradients, torch.float64) @ d)
-            curvature += weight * float(problem.flatten(product, torch.float64) @ d) / 2
-    return gradient, curvature
+            curved = differentiate(slope, problem.variables)
+            total += weight * float(loss.detach())
+            gradient.add_(problem.flatten(gradients, torch.float64), alpha=weight)
+            product.add_(problem.flatten(curved, torch.float64), alpha=weight)
+    return total, gradient, product

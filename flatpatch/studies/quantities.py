@@ -159,7 +159,7 @@ class Planned:
         tasks = cell.plan.tasks
         if quantity.metric is not None:
             if not _can_be_made(quantity.metric, len(tasks)):
-                self.problems[f"runs {cell.name!r} have {len(tasks)} task, too few for {quantity.metric}"] = None
+                self.problems[f"runs {cell.name!r} have too few tasks, {len(tasks)}, for {quantity.metric}"] = None
             return {WHOLE: 1.0}
         if quantity.accuracy == "others" and len(tasks) == 1:
             self.problems[f"runs {cell.name!r} have one task, and no accuracy on others"] = None

@@ -171,8 +171,8 @@ def test_a_hypothesis_that_the_runs_cannot_answer_is_refused(old: str, new: str,
 @pytest.mark.parametrize(
     ("quantity", "said"),
     [
-        ("metric: forgetting", "runs 'main' have 1 task, too few for forgetting"),
-        ("metric: transfer", "too few for transfer"),
+        ("metric: forgetting", "runs 'main' have too few tasks, 1, for forgetting"),
+        ("metric: transfer", "too few tasks, 1, for transfer"),
         ("accuracy: others", "runs 'main' have one task, and no accuracy on others"),
         ("metric: learning_accuracy", ""),
     ],
