@@ -88,6 +88,9 @@ EFFORTS: Mapping[str, Effort] = {
     "full": Effort(10, 300, 1e-3, 100, 4, 50, 100, 1e-2, 20, 25, 51, 10, 20, 5, 100),
 }
 
+IN_MINIATURE: Mapping[str, Any] = {"measure_samples": 16, "measure_batch": 8, "measure_effort": "brief"}
+"""How the runs of small models are measured where nothing else is asked for: more would take longer than training."""
+
 
 @dataclass(frozen=True)
 class Request:

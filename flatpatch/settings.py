@@ -18,6 +18,7 @@ from flatpatch.kinds import KINDS as KINDS_OF_SAM
 from flatpatch.kinds import OF_SOME_KINDS, balances, of_pairs
 from flatpatch.measuring import (
     FOLLOWED_KINDS,
+    IN_MINIATURE,
     KINDS,
     LEDGER,
     LIVE,
@@ -85,6 +86,10 @@ def _setting(default: Any, text: str, *, role: str = "identity", family: str = "
         whole: Whether a comma in it is part of the value, not a list of values to sweep over.
     """
     return field(default=default, metadata={"help": text, "role": role, "family": family, "whole": whole})
+
+
+def _small(key: str) -> str:
+    return f"{IN_MINIATURE[key]} in profile {' or '.join(MINIATURES)}"
 
 
 @dataclass(frozen=True)
@@ -231,12 +236,15 @@ class Settings:
         "below this; 0: not",
         role="measure",
     )
-    measure_samples: int = _setting(64, "training examples to measure on, the same for every run", role="measure")
-    measure_batch: int = _setting(16, "examples in a batch of them", role="measure")
+    measure_samples: int = _setting(
+        64, f"training examples to measure on, the same for every run; {_small('measure_samples')}", role="measure"
+    )
+    measure_batch: int = _setting(16, f"examples in a batch of them; {_small('measure_batch')}", role="measure")
     measure_rho: float = _setting(0.05, "radius of SAM's ball to measure in, whatever rho= trains with", role="measure")
     measure_effort: str = _setting(
         "quick",
-        "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer",
+        "brief: coarse, for studies of many runs; quick: seconds to some tens of them with a small model; full: finer; "
+        f"{_small('measure_effort')}",
         role="measure",
     )
     measure_ledger_every: int = _setting(
@@ -435,6 +443,14 @@ def explicit_settings(record: Mapping[str, Any]) -> dict[str, Any]:
         for key, entry in record["settings"].items()
         if entry["source"] == "command line" and key not in idle and entry["value"] != DEFAULTS.get(key)
     }
+
+
+def measured_briefly(request: Request, profile: str) -> Request:
+    """Return a miniature's request with what was left out of how to measure as it is in miniatures."""
+    if profile not in MINIATURES or not request.settings.measure.strip(" ,"):
+        return request
+    own = {key: value for key, value in IN_MINIATURE.items() if request.sources[key] == "default"}
+    return dataclasses.replace(request, settings=dataclasses.replace(request.settings, **own))
 
 
 def as_default(request: Request, key: str, default: str | int) -> Request:

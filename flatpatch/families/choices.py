@@ -15,7 +15,7 @@ from flatpatch.errors import UserError, in_one_line
 from flatpatch.families.base import Deviation, Machine, Upstream
 from flatpatch.files import ROOT
 from flatpatch.measuring import LEDGER
-from flatpatch.settings import MINIATURES, Request, as_default
+from flatpatch.settings import MINIATURES, Request, as_default, measured_briefly
 
 # The small models are no faster with more threads, much slower where these wait for cores, and their numbers depend on
 # the count.
@@ -68,7 +68,7 @@ class Draft:
             UserError: If one of them is not here.
         """
         available = machine.cuda_devices
-        self.request = own_threads(self.request, self.profile, self.notes)
+        self.request = measured_briefly(own_threads(self.request, self.profile, self.notes), self.profile)
         self.threads = self.request.settings.threads or (QUICK_THREADS if self.profile in MINIATURES else None)
         self.device, self.devices = choose_device(self.request, self.profile, available, self.dry_run, self.lacks)
         self.verified = find_checkout(self.upstream, self.engine, self.notes)

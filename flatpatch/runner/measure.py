@@ -34,7 +34,7 @@ from flatpatch.flatness.landscape import save_landscape
 from flatpatch.flatness.points import Point, loss_at, moving, weights_of
 from flatpatch.measurement import files, in_run
 from flatpatch.measurement.suite import ScopeResult, measure_model
-from flatpatch.measuring import EFFORTS, Request
+from flatpatch.measuring import EFFORTS, IN_MINIATURE, Request
 from flatpatch.progress import Progress
 from flatpatch.report.drawing import SUFFIXES, save
 from flatpatch.report.flatness_figures import (
@@ -69,9 +69,10 @@ BYTES_NEEDED = 2**20
 def measure(asked: Asked) -> int:
     """Measure as asked; returns 1 if a part of it failed."""
     runs = [find_run(name) for name in asked.runs]
-    _choose_threads(runs)
-    if not asked.scopes_given and any(setting(run.record, "tuning", "lora") != "lora" for run in runs):
-        asked = replace(asked, request=replace(asked.request, scopes=(SCOPE_WITHOUT_LORA,)))
+    small = all(run.record["profile"] in MINIATURES for run in runs)
+    if small and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more are no faster for small models, and much slower where they wait for cores
+    asked = _as_in_runs(asked, runs, small=small)
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError(f"run={','.join(asked.runs)} names a run twice. Name different runs.")
     names = runs[0].record["tasks"] if asked.task == "all" else [name for name in asked.task.split(",") if name] or [""]
@@ -140,11 +141,15 @@ def names_of(runs: Sequence[FinishedRun]) -> list[str]:
     return names
 
 
-def _choose_threads(runs: Sequence[FinishedRun]) -> None:
-    """Take one thread for small models on the CPU: more are no faster, and much slower where they wait for cores."""
-    quick = all(run.record["profile"] in MINIATURES for run in runs)
-    if quick and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+def _as_in_runs(asked: Asked, runs: Sequence[FinishedRun], *, small: bool) -> Asked:
+    """Let what was left out be what it is inside such runs."""
+    own: dict[str, Any] = {}
+    if "measure_scope" not in asked.given and any(setting(run.record, "tuning", "lora") != "lora" for run in runs):
+        own["scopes"] = (SCOPE_WITHOUT_LORA,)
+    if small:
+        left_out = [key for key in IN_MINIATURE if key not in asked.given]
+        own |= {key.removeprefix("measure_"): IN_MINIATURE[key] for key in left_out}
+    return replace(asked, request=replace(asked.request, **own))
 
 
 def _check_folders(runs: Sequence[FinishedRun]) -> None:

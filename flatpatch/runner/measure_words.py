@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flatpatch.errors import UserError
-from flatpatch.measuring import EFFORTS, FOLLOWED_KINDS, KINDS, SCOPES, Request, make_request
-from flatpatch.settings import check_folder, named_runs, read_words, repeated
+from flatpatch.measuring import EFFORTS, FOLLOWED_KINDS, IN_MINIATURE, KINDS, SCOPES, Request, make_request
+from flatpatch.settings import DEFAULTS, check_folder, named_runs, read_words, repeated
 
 USAGE = """usage: python -m flatpatch measure run=FOLDER[,FOLDER[,FOLDER]] [key=value ...]
 
@@ -22,10 +22,10 @@ Quick runs are measured with one thread on the CPU, as small models are no faste
   task=                   after which task: a name of the order, several with commas, or all; default: the last
   measure=all             {kinds}
   measure_scope=adapter,merged   over which weights: some of {scopes}
-  measure_samples=64      training examples to measure on, the same for every run
-  measure_batch=16        examples in a batch of them
+  measure_samples=64      training examples to measure on, the same for every run; of small models' runs {samples}
+  measure_batch=16        examples in a batch of them; likewise {batch}
   measure_rho=0.05        radius of SAM's ball to measure in
-  measure_effort=quick    {efforts}
+  measure_effort=quick    {efforts}; likewise {effort}
   output=                 where the results of several runs together go; default: runs/comparison-NAMES;
                           report.html there shows them
 
@@ -45,7 +45,7 @@ class Asked:
     task: str
     request: Request
     output: str
-    scopes_given: bool = True
+    given: frozenset[str] = frozenset()
 
 
 def usage() -> str:
@@ -55,6 +55,7 @@ def usage() -> str:
         f"                          included), or some of {', '.join(KINDS)}",
         scopes=", ".join(SCOPES),
         efforts="|".join(EFFORTS),
+        **{key.removeprefix("measure_"): value for key, value in IN_MINIATURE.items()},
     )
 
 
@@ -76,7 +77,7 @@ def parse_words(words: Sequence[str]) -> Asked:
     """
     defaults = {
         **{"run": "", "task": "", "output": "", "measure": "all", "measure_scope": "adapter,merged"},
-        **{"measure_samples": "64", "measure_batch": "16", "measure_rho": "0.05", "measure_effort": "quick"},
+        **{key: str(DEFAULTS[key]) for key in (*IN_MINIATURE, "measure_rho")},
     }
     given, problems = read_words("measure", words, tuple(defaults))
     values = defaults | {key: value for key, value in given.items() if value}
@@ -126,4 +127,4 @@ def parse_words(words: Sequence[str]) -> Asked:
         raise UserError.collect(problems)
     if request is None:
         raise UserError("measure= is empty: name what to measure, e.g. measure=eigenvalues,trace or measure=all.")
-    return Asked(runs, values["task"], request, values["output"], "measure_scope" in given)
+    return Asked(runs, values["task"], request, values["output"], frozenset(given))

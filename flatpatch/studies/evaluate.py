@@ -86,7 +86,7 @@ def evaluate(study: Study, asked: Asked, cells: Sequence[Cell], output: Path) ->
         where=where,
         seeds=tuple(int(seed) for seed in asked.seeds),
         ours=form.ours,
-        measure=measure_words(study, form),
+        measure=measure_words(study, form, cells),
         runs=tuple(_run_result(cell, cells, records, output) for cell in runs),
         hypotheses=tuple(results),
         conclusions=tuple(_conclude(each, results, where) for each in study.conclusions),

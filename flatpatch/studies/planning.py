@@ -13,9 +13,20 @@ from functools import cached_property
 from flatpatch import patches
 from flatpatch.errors import UserError, did_you_mean
 from flatpatch.families.base import Plan
+from flatpatch.measuring import IN_MINIATURE
 from flatpatch.runner.record import compared_settings
 from flatpatch.runner.resolve import make_plan, parse
-from flatpatch.settings import DEFAULTS, FIELDS, OF_MACHINE, OF_MEASURING, OF_PLACES, Request, shown, without_effect
+from flatpatch.settings import (
+    DEFAULTS,
+    FIELDS,
+    MINIATURES,
+    OF_MACHINE,
+    OF_MEASURING,
+    OF_PLACES,
+    Request,
+    shown,
+    without_effect,
+)
 from flatpatch.studies.schema import Form, FormName, Runs, RunsOfForm, Side, Study, left_out_runs
 
 # What somebody who runs a study may say of all its runs: where they run, and on which files.
@@ -229,9 +240,11 @@ def told(settings: Mapping[str, Value]) -> str:
     return " ".join(f"{key}={shown(value)}" for key, value in settings.items()) or "every run"
 
 
-def measure_words(study: Study, form: Form) -> Mapping[str, str]:
+def measure_words(study: Study, form: Form, cells: Sequence[Cell]) -> Mapping[str, str]:
     """Return how is measured in most runs of a form."""
     defaults = {key: str(DEFAULTS[key]) for key in OF_MEASURING}
+    if all(cell.plan.profile in MINIATURES for cell in cells):
+        defaults |= {key: str(value) for key, value in IN_MINIATURE.items()}
     merged: dict[str, str] = {}
     for part in (study.measure, form.measure):
         merged |= part.words()

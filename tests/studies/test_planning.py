@@ -58,7 +58,7 @@ def test_the_nearer_part_of_the_file_wins(tmp_path: Path) -> None:
     path.write_text(text)
     _, _, cells = planned(path, tmp_path / "runs", seeds=("0",))
     keys = ("rho", "order", "measure_samples", "measure_batch")
-    assert settings_of(cells, *keys)[1:] == [(0.2, "2", 5, 16), (0.3, "3", 7, 3)]
+    assert settings_of(cells, *keys)[1:] == [(0.2, "2", 5, 8), (0.3, "3", 7, 3)]
 
 
 def test_another_way_of_measuring_is_another_folder(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from flatpatch.families.text.launching import settle
 from flatpatch.runner.execute import prepare_work
 from flatpatch.runner.record import compared_settings, environment
 from flatpatch.runner.resolve import headline, make_plan, parse, render
-from flatpatch.settings import Settings
+from flatpatch.settings import Settings, measured_briefly
 from flatpatch.upstreams import UPSTREAMS
 
 ORDERS = [(name, order) for name, row in UPSTREAMS.items() if row.repository for order in getattr(row, "scripts", ())]
@@ -610,3 +610,20 @@ def test_recorded_step_of_one_micro_batch_is_refused(one: str) -> None:
             parse(["method=seqlora", "sam=recorded", f"upstream.gradient_accumulation_steps={one}"]),
             dry_run=True,
         )
+
+
+def measured_with(*words: str) -> tuple[int, int, str]:
+    asked = make_plan(parse(["profile=quick", "engine=reference", *words])).request.settings
+    return asked.measure_samples, asked.measure_batch, asked.measure_effort
+
+
+def test_small_models_are_measured_on_less_where_nobody_says_on_how_much() -> None:
+    assert measured_with("measure=all") == (16, 8, "brief")
+    assert measured_with("measure=all", "measure_samples=64") == (64, 8, "brief")
+    assert measured_with("measure=all", "measure_batch=16", "measure_effort=quick") == (16, 16, "quick")
+    assert measured_with("method=inflora", "measure=all") == (16, 8, "brief")
+    # Nothing else changes: what is not measured has no sample, and other profiles have real models.
+    assert measured_with() == (64, 16, "quick")
+    asked = parse(["measure=all"])
+    assert measured_briefly(asked, "upstream") is asked
+    assert measured_briefly(asked, "small").settings.measure_samples == 16
