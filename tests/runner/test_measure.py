@@ -317,6 +317,24 @@ def test_mistaken_word_is_refused(
     assert message in refused(*run, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "sample"),
+    [([], [16, 8, "brief"]), (["measure_samples=5"], [5, 8, "brief"]), (["measure_effort=full"], [16, 8, "full"])],
+)
+def test_small_models_are_measured_as_in_their_runs(
+    words: list[str], sample: list[Any], make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def note(run: Any, index: int, request: Any) -> None:
+        asked.append(request)
+        raise UserError("enough")
+
+    monkeypatch.setattr(verb, "_check_model", note)
+    assert main(["measure", f"run={make_run('one', 1)}", *words]) == 2
+    assert [getattr(asked[0], name) for name in ("samples", "batch", "effort")] == sample
+
+
 def test_pairs_that_have_no_line_are_refused(
     make_run: MakeRun, refused: Callable[..., str], shared: tuple[Path, Path], tmp_path: Path
 ) -> None:
