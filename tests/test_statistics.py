@@ -180,12 +180,17 @@ def test_seeds_that_decide_knows_the_textbook_number():
     assert seeds_that_decide(0.0, 1.0, beyond=MOST_SEEDS) is None
 
 
+def test_seeds_that_would_decide_are_called_rough_where_few_show_the_spread():
+    found = paired_difference([1.0, 2.0, 3.0, 2.0], [0.0, 2.0, 1.0, 3.0], direction="higher")
+    assert found.sentence().endswith(f"about {found.more_seeds} seeds in all would decide")
+
+
 def test_an_undecided_effect_says_how_many_seeds_would_decide():
     found = paired_difference([1.0, 2.0, 3.0], [0.0] * 3, direction="higher")
     assert found.more_seeds == seeds_that_decide(2.0, 1.0, beyond=3)
     assert found.sentence("points", "in the miniature") == (
         "undecided in the miniature: +2 points (95 % interval -0.4841 to +4.484; 3 seeds; p = 0.074); "
-        f"about {found.more_seeds} seeds in all would decide"
+        f"about {found.more_seeds} seeds in all would decide, a rough guess from 3"
     )
 
 

@@ -219,7 +219,7 @@ def flatness_table(record: Mapping[str, Any]) -> list[str]:
         mark_of(record, entry) if any(_value(entry, name) is not None for name in flat) else "" for entry in entries
     ]
     lines.append(
-        f"{title:<{width}} {'scope':<9}{lower}".rstrip() + ("  the loss apart: LoRA's writing" if any(marks) else "")
+        f"{title:<{width}} {'scope':<9}{lower}".rstrip() + ("  but for the loss: LoRA's writing" if any(marks) else "")
     )
     for entry, mark in zip(entries, marks, strict=True):
         place = f"{entry['task_index'] + 1} {entry['task']} {entry['when']}"

@@ -42,7 +42,7 @@ def _lines(each: HypothesisResult, recorded: HypothesisResult | None) -> Iterato
     for text in each.tested.missing[:3]:
         yield from _wrapped(f"missing: {text}", "    ")
     if len(each.tested.missing) > 3:
-        yield f"    and {len(each.tested.missing) - 3} more are missing (verdicts.json)"
+        yield f"    missing: {len(each.tested.missing) - 3} more (verdicts.json)"
 
 
 def _wrapped(text: str, start: str = "") -> list[str]:
