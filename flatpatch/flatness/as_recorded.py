@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatpatch.flatness.basis import Progress, random_vectors
+from flatpatch.flatness.basis import Basis, Progress, random_vectors
 from flatpatch.flatness.directions import Direction, filter_normalise_
 from flatpatch.flatness.landscape import Landscape, landscape
 from flatpatch.flatness.operator import HessianOperator, LinearOperator
@@ -164,7 +164,8 @@ def recorded_block_lanczos(
     p = min(block_size, operator.size)
     start = random_vectors(operator.size, list(range(p)), seed=seed, device=operator.device)
     rows = torch.linalg.qr(start).Q.T  # (p, n), of the present block
-    blocks = [rows]
+    basis = Basis(operator.size, operator.dtype, operator.device, steps * p)  # for its overlap alone
+    basis.append(rows.T)
     T = torch.zeros(steps * p, steps * p, dtype=torch.float64)
     previous, R = torch.zeros_like(rows), torch.zeros(p, p, dtype=torch.float64, device=rows.device)
     for step in range(steps):
@@ -172,18 +173,17 @@ def recorded_block_lanczos(
         W = operator.matmat(rows.T).T - R @ previous
         for j in range(p):
             for k in range(j + 1):  # the rows after j are left in
-                entry = rows[k] @ W[j]
-                W[j] -= entry * rows[k]
+                entry = float(rows[k] @ W[j])
+                W[j].sub_(rows[k], alpha=entry)
                 T[step * p + j, step * p + k] = entry
         if step + 1 == steps:
             break
         previous = rows
         Q, R = torch.linalg.qr(W.T)
         rows = Q.T
-        blocks.append(rows)
+        basis.append(Q)
         T[slice(own.stop, own.stop + p), own] = R.T.cpu()  # R belongs here
-    basis = torch.cat(blocks)
-    overlap = (basis @ basis.T - torch.eye(len(basis), dtype=basis.dtype, device=basis.device)).abs().max()
+    overlap = (basis.gram() - torch.eye(basis.count, dtype=torch.float64, device=rows.device)).abs().max()
     return torch.linalg.eigvalsh(T, UPLO="L").flip(0), float(overlap)
 
 

@@ -7,6 +7,7 @@ product to product for as many batches as a memory budget allows, and rebuilt fo
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -255,7 +256,7 @@ class HessianOperator:
         if had_graphs and len(rows):
             self._seconds = (time.process_time() - start) / torch.get_num_threads() / len(rows)
         self.products += len(rows)
-        if not bool(torch.isfinite(total).all()):
+        if total.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(total)).tolist())):
             raise ValueError("a Hessian-vector product is not finite; the loss overflows near these weights.")
         return total.T
 

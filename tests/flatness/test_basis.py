@@ -28,6 +28,7 @@ from flatpatch.flatness import (
     supervised_loss,
     xtrace,
 )
+from flatpatch.flatness.basis import Basis, orthonormal_columns, random_vectors
 from tests.flatness_cases import Quadratic, symmetric
 
 CROSS_ENTROPY = supervised_loss(F.cross_entropy)
@@ -293,3 +294,22 @@ def test_an_operator_notices_an_array_of_numpys_that_was_changed_in_place() -> N
     batch["x"][1] += 3
     with pytest.raises(ValueError, match="data have changed"):
         operator.matvec(torch.ones(operator.size))
+
+
+@pytest.mark.parametrize("size", [7, 2**17 + 3])  # in one part and in several
+def test_gram_matrix_is_the_products_of_all_pairs(size: int) -> None:
+    vectors = random_vectors(size, list(range(5)), seed=0, device=torch.device("cpu"))
+    basis = Basis(size, torch.float64, torch.device("cpu"), 6)
+    basis.append(vectors)
+    torch.testing.assert_close(basis.gram(), vectors.T @ vectors, rtol=1e-12, atol=1e-12 * size)
+
+
+def test_a_column_alone_is_scaled_and_a_lost_one_replaced() -> None:
+    basis = Basis(6, torch.float64, torch.device("cpu"), 3)
+    column = torch.arange(6, dtype=torch.float64).reshape(6, 1)
+    found, lost = orthonormal_columns(column.clone(), basis, 1e-9, seed=0)
+    torch.testing.assert_close(found, column / column.norm())
+    assert lost == 0
+    basis.append(found)
+    other, lost = orthonormal_columns(torch.zeros_like(column), basis, 1e-9, seed=0)
+    assert lost == 1 and float(other.norm()) == pytest.approx(1) and abs(float(found.T @ other)) < 1e-12
