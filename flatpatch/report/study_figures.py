@@ -85,7 +85,7 @@ def make_forest_figure(rows: Sequence[Row], *, title: str = "Effects", notes: Se
 
 def _name(row: Row) -> str:
     arrow = "▶" if row.direction == "higher" else "◀"
-    return textwrap.fill(f"{row.label} {arrow}", _LABEL)
+    return textwrap.fill(f"{row.label}\u00a0{arrow}", _LABEL)  # on one line with the last word
 
 
 def _draw_effects(axes: Axes, rows: Sequence[Row], names: Sequence[str], unit: str) -> bool:
@@ -302,7 +302,7 @@ def make_slope_figure(
         axes.set_xlabel(x_label, fontsize=8.5)
         axes.tick_params(labelsize=8)
     places[0].set_ylabel(textwrap.fill(y_label, 40), fontsize=8.5)
-    figure.legend(handles=list(handles.values()), **BELOW, ncols=min(5, len(handles)))
+    figure.legend(handles=list(handles.values()), **{**BELOW, "handlelength": 1}, ncols=min(5, len(handles)))
     return finish(
         figure, title, ["lines: least squares, each through the points of one seed that are alike in everything else"]
     )

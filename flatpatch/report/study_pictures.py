@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -201,15 +201,18 @@ def _matrices(asked: _Asked) -> Iterator[Picture]:
         if len(tasks) < 2:
             continue  # one number, which other figures show
         for names in _kept_together(list(groups), MOST):
+            apart, every = _apart(names)
             means, counts = {}, []
             for name in names:
                 stack = np.array([_numbers(run.record["accuracy_matrix"]) for run in groups[name]])
-                means[f"{name}\nn = {len(stack)}"] = stack.mean(axis=0)
+                means[f"{apart[name]}\nn = {len(stack)}"] = stack.mean(axis=0)
                 counts.append(len(stack))
             title = asked.title or "Accuracy after each task"
             notes = [f"{asked.study.name}; means over seeds" if max(counts) > 1 else asked.study.name]
+            notes += [f"every panel: {every}"] if every else []
             figure = make_matrices_figure(means, [_plain([task]) for task in tasks], title=title, notes=notes)
-            yield Picture("accuracy", f"{title}: {', '.join(tasks)}; one scale of colours for all panels.", figure)
+            said = [f"{title}: {', '.join(tasks)}", "one scale of colours for all panels", *notes[1:]]
+            yield Picture("accuracy", f"{'; '.join(said)}.", figure)
 
 
 def _numbers(rows: Sequence[Sequence[float | None]]) -> Any:
@@ -289,8 +292,11 @@ def _values(asked: _Asked) -> Iterator[Picture]:
     parts = [sum(arms, [])] if few else [part for own in arms for part in _parts(own, _STRIPS)]
     for part in filter(None, parts):
         title = asked.title or "What was measured in each run"
-        caption = f"{title}: {'; '.join(strip.title for strip in part)}."
-        yield Picture("values", caption, make_values_figure(part, title=title, notes=[asked.study.name]))
+        apart, every = _apart(list(dict.fromkeys(name for strip in part for name in strip.values)))
+        shown = [replace(strip, values={apart[name]: own for name, own in strip.values.items()}) for strip in part]
+        caption = f"{title}: {'; '.join(strip.title for strip in part)}{f'; every row: {every}' if every else ''}."
+        notes = [asked.study.name, *([f"every row: {every}"] if every else [])]
+        yield Picture("values", caption, make_values_figure(shown, title=title, notes=notes))
 
 
 def _strips(asked: _Asked, name: str) -> Iterator[Strip]:
@@ -424,6 +430,17 @@ def _parts(items: Sequence[Any], most: int) -> list[list[Any]]:
 def _plain(words: Sequence[str]) -> str:
     """Return words in one, in which a dollar sign begins no formula."""
     return ", ".join(words).replace("$", r"\$")
+
+
+def _apart(names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Return names without the words that all of them have, and these words; a name alone keeps its own.
+
+    Of the shared words those are left out that say nothing: a setting that the method lacks, or an empty one.
+    """
+    told = {name: name.split(", ") for name in names}
+    shared = [word for word in told[names[0]] if len(names) > 1 and all(word in own for own in told.values())]
+    apart = {name: ", ".join(word for word in own if word not in shared) or name for name, own in told.items()}
+    return apart, ", ".join(word for word in shared if not word.endswith(("=", "=-")))
 
 
 def _kept_together(names: Sequence[str], most: int) -> list[list[str]]:

@@ -117,6 +117,21 @@ def test_slopes_are_those_of_each_seed() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seed 0", "seed 3"]
 
 
+@pytest.mark.parametrize("seeds", [1, 5, 12])
+def test_legend_of_the_seeds_lies_within_the_figure(seeds: int) -> None:
+    points = [{"label": f"seed {seed}", "seed": seed, "x": x, "y": x} for seed in range(seeds) for x in (0, 1)]
+    figure = make_slope_figure({CORRECT: points}, x_label="x", y_label="y", title="t")
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_arrow_stays_with_the_last_word_of_its_name() -> None:
+    for letters in range(1, 40):
+        figure = make_forest_figure([row(1.0, label="the name of something " + "s" * letters)])
+        (label,) = figure.axes[0].get_yticklabels()
+        assert label.get_text().split("\n")[-1].strip() != "▶"
+
+
 def test_tasks_of_a_seed_have_lines_of_their_own_as_they_are_tested() -> None:
     """Each task rises by 1; of all four points together the line would fall."""
     points = [

@@ -102,6 +102,17 @@ def test_pairs_behind_a_verdict_can_be_looked_up(made) -> None:
     assert rows[1:] == [["seed 0", "71", "70", "+1"], ["seed 1", "72", "70", "+2"]]
 
 
+def test_of_many_missing_numbers_three_are_named_and_the_rest_counted(tmp_path) -> None:
+    path = make_study(tmp_path, figures=[{"kind": "forest"}])
+    content = json.loads(path.read_text())
+    for number, hypothesis in enumerate(content["hypotheses"][:2]):
+        hypothesis["tested"]["missing"] = [f"run {k}: no number" for k in range(3 + 4 * number)]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    text = " ".join(write_study_page(path).read_text(encoding="utf-8").split())
+    assert "(run 0: no number; run 1: no number; run 2: no number)" in text
+    assert "run 2: no number; 4 more in verdicts.json)" in text and "run 3" not in text
+
+
 def test_the_same_verdicts_give_the_same_page(tmp_path) -> None:
     verdicts = make_study(tmp_path, figures=[{"kind": "forest"}])
     page = write_study_page(verdicts)

@@ -120,6 +120,16 @@ def test_matrices_of_one_method_stay_in_one_figure() -> None:
     assert study_pictures._kept_together([], 4) == []
 
 
+def test_panels_are_named_by_what_tells_them_apart() -> None:
+    names = ["method=a, engine=x, sam=off, rank=-, tasks=", "method=a, engine=x, sam=sam, rank=-, tasks="]
+    assert study_pictures._apart(names) == (
+        {names[0]: "sam=off", names[1]: "sam=sam"},
+        "method=a, engine=x",
+    )
+    assert study_pictures._apart(names[:1]) == ({names[0]: names[0]}, "")
+    assert study_pictures._apart(["sam=off", "sam=off, rho=1"])[0] == {"sam=off": "sam=off", "sam=off, rho=1": "rho=1"}
+
+
 def test_effects_come_first_whatever_the_file_says_and_have_every_arm_and_control(path, tmp_path, drawn) -> None:
     made, _ = pictures(study_with(path, tmp_path, {"kind": "slope"}, {"kind": "forest", "title": "All effects"}))
     assert [picture.name for picture in made] == ["01_effects_1", "02_slope"]
@@ -166,4 +176,4 @@ def test_a_dollar_sign_in_a_name_begins_no_formula(path, tmp_path) -> None:
     made, _ = pictures(study)
     assert isinstance(made[0], Picture)
     labels = [label.get_text() for label in made[0].figure.axes[0].get_yticklabels()]
-    assert labels == [r"costs \$a\$ and \$b\$ ▶"]
+    assert labels == ["costs \\$a\\$ and \\$b\\$\u00a0▶"]
