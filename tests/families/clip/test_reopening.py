@@ -60,7 +60,7 @@ def test_finished_run_is_measured_with_the_loss_it_had_inside(method: str, made:
     name = "off" if method == "seqlora_clip" else method
     folder = made(name, f"method={method}", "sam=off", "measure=loss")
     inside = {e["task_index"]: e["loss"] for e in read_record(folder)["flatness"] if e["when"] == "after"}
-    words = ("measure_scope=adapter,merged", "measure_samples=64", "measure=loss,eigenvalues")
+    words = ("measure_scope=adapter,merged", "measure=loss,eigenvalues")
     assert main(["measure", f"run={folder}", "task=colours", *words, "--quiet"]) == 0
     found = [e for e in read_record(folder)["flatness"] if e["when"] == "finished"]
     assert {e["scope"] for e in found} == {"adapter", "merged"}
@@ -68,7 +68,7 @@ def test_finished_run_is_measured_with_the_loss_it_had_inside(method: str, made:
     assert all(e["values"]["top_eigenvalue"] is not None for e in found)
     run = find_run(str(folder))
     sample = run.draw_sample(0, measure_request())
-    assert sample.size == 64
+    assert sample.size == 16
     from flatpatch.flatness import Problem
 
     assert Problem(run.rebuild(0), sample.batches, run.loss, scope="adapter").loss() == pytest.approx(
@@ -79,7 +79,7 @@ def test_finished_run_is_measured_with_the_loss_it_had_inside(method: str, made:
 def measure_request() -> Any:
     from flatpatch.measuring import make_request
 
-    return make_request("loss", "adapter", samples=64, batch=16, rho=0.05, effort="quick")
+    return make_request("loss", "adapter", samples=16, batch=8, rho=0.05, effort="brief")
 
 
 def test_runs_that_differ_in_their_training_have_a_line_between_them(made: Callable[..., Path], tmp_path: Path) -> None:
