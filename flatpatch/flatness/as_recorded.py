@@ -159,7 +159,7 @@ def recorded_block_lanczos(
         seed: Of the first block.
 
     Returns:
-        All values of T, decreasing; and max |Q Q' - I|.
+        All values of T, decreasing; and max |Q Q' - I|, Q in the operator's precision.
     """
     p = min(block_size, operator.size)
     start = random_vectors(operator.size, list(range(p)), seed=seed, device=operator.device)

@@ -31,7 +31,7 @@ def test_a_study_of_ours_loads_and_says_all_that_its_page_needs(name: str) -> No
     assert study.record and study.conclusions and study.figures
     quick = study.forms["quick"]
     assert quick.seeds == ("0", "1", "2") and quick.ours
-    assert quick.minutes is not None and quick.minutes <= {"exp1": 18, "exp5_2": 25}.get(name, 12)
+    assert quick.minutes is not None and quick.minutes <= (25 if name == "exp5_2" else 12)
     judged = {key for conclusion in study.conclusions for key in conclusion.hypotheses}
     assert judged <= {each.id for each in study.hypotheses}
 
